@@ -1,0 +1,320 @@
+"""A checkpoint folder: config, tokenizer, safetensors, and ``slim.json`` where slim made it.
+
+Opening and checking needs neither torch nor transformers; loading for use and writing import them when called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slim.architecture import ModelDescription
+from slim.errors import SlimError
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "slim.json"
+INDEX = "model.safetensors.index.json"
+REPORT = "slim"  # folder inside a checkpoint with plots and tables for people
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Files that belong to a model but hold neither weights nor its configuration: copied along unchanged.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has been looked at and found to be a usable checkpoint. Make one with :func:`open_checkpoint`."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict:
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def description(self) -> ModelDescription:
+        return ModelDescription(self.config, name=str(self.folder))
+
+    @cached_property
+    def manifest(self) -> dict:
+        """The content of ``slim.json``, or an empty dict for a checkpoint that slim did not make."""
+        path = self.folder / MANIFEST
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        """Map tensor name -> (file name, safetensors dtype, shape), from the headers alone."""
+        found = {}
+        for path in self.weight_files:
+            for name, entry in read_header(path).items():
+                found[name] = (path.name, entry["dtype"], tuple(entry["shape"]))
+        return found
+
+    @property
+    def weight_files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return [self.folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        return [self.folder / "model.safetensors"]
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the weight files."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file. Raises ``SlimError`` naming the file if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SlimError(f"Cannot read {path}: {error}") from error
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Look at ``folder`` and return it as a checkpoint.
+
+    Raises ``SlimError`` if it is missing, empty, has no config, no tokenizer, only pickled weights, or a safetensors file
+    whose length does not fit its header.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SlimError(f"There is no folder {folder}. Give a checkpoint folder or a model id of the hub.")
+    if not any(folder.iterdir()):
+        raise SlimError(f"The folder {folder} is empty. A checkpoint has config.json, a tokenizer and *.safetensors.")
+    if not (folder / "config.json").is_file():
+        raise SlimError(f"{folder} has no config.json, so it is not a checkpoint folder.")
+    checkpoint = Checkpoint(folder)
+    missing = [path.name for path in checkpoint.weight_files if not path.is_file()]
+    if missing:
+        _refuse_pickles(folder)
+        raise SlimError(f"{folder} lacks the weights {', '.join(missing)}.")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise SlimError(f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Save one into it.")
+    for path in checkpoint.weight_files:
+        read_header(path)
+    return checkpoint
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles and not list(folder.glob("*.safetensors")):
+        raise SlimError(
+            f"{folder} holds pickled weights only ({pickles[0]}), which can run code when loaded; slim reads safetensors. "
+            "Convert them with transformers: model.save_pretrained(folder) writes safetensors."
+        )
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Return the header of a safetensors file: tensor name -> dtype, shape, data_offsets.
+
+    Raises ``SlimError`` if the file is shorter or longer than its header says, or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise SlimError(f"{path} is truncated or no safetensors file ({size} bytes). Fetch or make it again.")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise SlimError(f"{path} has a damaged header. Fetch or make it again.") from error
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise SlimError(f"{path} has {size} bytes where its header asks for {end}. Fetch or make it again.")
+    return header
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 for everything that determines what the checkpoint computes."""
+    names = {path.name for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    names |= {path.name for path in Checkpoint(folder).weight_files} | {"config.json"}
+    names |= {INDEX} if (folder / INDEX).is_file() else set()
+    return {name: sha256(folder / name) for name in sorted(names)}
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licences unchanged."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+def write_config(config: dict, target: Path) -> None:
+    """Write ``config.json``."""
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class TensorReader:
+    """Reads single tensors of a checkpoint from its safetensors files, without loading the rest."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self._open: dict[str, object] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint.tensors
+
+    def read(self, name: str, device: str = "cpu") -> torch.Tensor:
+        """Read one tensor. Raises ``SlimError`` if the checkpoint does not have it."""
+        if name not in self:
+            raise SlimError(f"{self.checkpoint.folder} has no tensor '{name}'.")
+        file = self.checkpoint.tensors[name][0]
+        if file not in self._open:
+            from safetensors import safe_open
+
+            self._open[file] = safe_open(self.checkpoint.folder / file, framework="pt", device=device)
+        return self._open[file].get_tensor(name)
+
+    def read_module(self, prefix: str, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Read all tensors under ``prefix`` (``"model.layers.3"``), named relative to it."""
+        names = [name for name in self.checkpoint.tensors if name.startswith(prefix + ".")]
+        return {name[len(prefix) + 1 :]: self.read(name, device) for name in names}
+
+
+class ShardWriter:
+    """Writes a checkpoint's tensors in shards as they come, holding at most one shard in memory.
+
+    shard_bytes: a shard is written as soon as it holds this many bytes.
+    """
+
+    def __init__(self, target: Path, shard_bytes: int = 2**28):
+        self.target, self.shard_bytes = target, shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor under its full name."""
+        self._pending[name] = tensor.detach().to("cpu").contiguous()
+        self._pending_bytes += tensor.numel() * tensor.element_size()
+        if self._pending_bytes >= self.shard_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            save_tensors(self._pending, self.target / f"shard-{len(self._shards)}.safetensors")
+            self._shards.append(list(self._pending))
+            self._total += self._pending_bytes
+            self._pending, self._pending_bytes = {}, 0
+
+    def close(self) -> None:
+        """Write what is left and give the shards their final names, with an index where there are several."""
+        self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, tensors in enumerate(self._shards):
+            name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self.target / f"shard-{number}.safetensors").rename(self.target / name)
+            weight_map.update(dict.fromkeys(tensors, name))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            (self.target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file. A full disk raises ``OSError`` like any other file operation."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library hides the operating system's error in its text
+        raise OSError(f"{error} while writing {path}") from error
+
+
+def write_blocks(source: Checkpoint, target: Path, kept: list[int]) -> None:
+    """Write ``source`` with only the blocks ``kept``, in that order and renumbered, tensors unchanged."""
+    description = source.description.with_blocks(kept)
+    reader, writer = TensorReader(source), ShardWriter(target)
+    for old, new in renumbered(source, kept):
+        writer.add(new, reader.read(old))
+    writer.close()
+    write_config(description.config, target)
+    copy_companions(source.folder, target)
+
+
+def renumbered(source: Checkpoint, kept: list[int]) -> Iterator[tuple[str, str]]:
+    """Yield (old name, new name) for every tensor that stays when only the blocks ``kept`` do."""
+    position = {old: new for new, old in enumerate(kept)}
+    prefix = source.description.family.blocks + "."
+    for name in source.tensors:
+        if not name.startswith(prefix):
+            yield name, name
+            continue
+        block, rest = name[len(prefix) :].split(".", 1)
+        if int(block) in position:
+            yield name, f"{prefix}{position[int(block)]}.{rest}"
+
+
+def load_tokenizer(folder: Path | str):
+    """Load the tokenizer of a checkpoint folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SlimError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu"):
+    """Load a checkpoint for use, in evaluation mode; slim's own packed weights as ``QuantLinear`` layers.
+
+    dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, the stored type elsewhere.
+    Raises ``SlimError`` where weights are missing from the file or have other shapes than the config says.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(folder)
+    wanted = resolve_dtype(checkpoint.description, dtype, device)
+    if checkpoint.description.quantization is not None:
+        from slim.quantization.load import load_quantized
+
+        return load_quantized(checkpoint, wanted, device).eval()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, wanted), local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random values
+        raise SlimError(f"{folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'.")
+    return model.to(device).eval()
+
+
+def resolve_dtype(description: ModelDescription, dtype: str, device: str) -> str:
+    """Return the type to compute in: ``"auto"`` is float32 on a CPU and the stored type elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else description.dtype
+
+
+def save_model(model, source: Path, target: Path, dtype: str | None = None) -> None:
+    """Write a plain model as safetensors, with tokenizer and companions copied from ``source``.
+
+    dtype: type to store the weights in; None keeps the one ``source`` stores.
+    """
+    import torch
+
+    stored = getattr(torch, dtype or open_checkpoint(source).description.dtype)
+    model.to(stored).save_pretrained(target)
+    copy_companions(Path(source), target)

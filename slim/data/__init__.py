@@ -1,0 +1,1 @@
+"""Texts, calibration samples and training examples."""

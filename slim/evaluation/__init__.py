@@ -1,0 +1,1 @@
+"""Measuring a checkpoint: perplexity, tasks, sample generations, speed, memory."""

@@ -1,0 +1,125 @@
+"""Token perplexity, as the GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978) papers report it.
+
+The documents are joined to one text, tokenised once, and cut into windows of w tokens that do not overlap; the tail
+that fills no window is dropped. With the tokens x of window j::
+
+    NLL_j = -1/(w-1) * sum_{i=2..w} log p(x_i | x_1 .. x_{i-1})        perplexity = exp(mean_j NLL_j)
+
+Each window starts without context, so a shorter window gives a higher perplexity: figures compare only where the window
+and the tokens are the same. The protocol beside the figure states both, the tokens by their checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from slim.architecture import FAMILIES
+from slim.data.calibration import encode_long
+from slim.data.text import Text
+from slim.errors import SlimError
+from slim.lazy import LazyModule
+from slim.progress import track
+from slim.settings import require_number
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+LOGITS_AT_ONCE = 2**24  # entries of the logits held at a time: 64 MiB in float32, whatever the vocabulary
+TOKENS_AT_ONCE = 1024  # tokens in one forward pass where no batch size is given
+
+
+@dataclass
+class Perplexity(Text):
+    """Which text, in which windows. ``text``, ``subset``, ``split`` and ``column`` are those of :class:`Text`.
+
+    window: tokens per window, at most the model's context.
+    limit: number of windows from the start of the text; None for all.
+    batch_size: windows in one forward pass; None for as many as make 1024 tokens. Changes the speed, and the result
+        only by rounding.
+    """
+
+    window: int = 2048
+    limit: int | None = None
+    batch_size: int | None = field(default=None, metadata={"identity": False})
+
+    def __post_init__(self) -> None:
+        require_number("eval.perplexity.window", self.window, 2, integer=True)
+        for name in ("limit", "batch_size"):
+            if getattr(self, name) is not None:
+                require_number(f"eval.perplexity.{name}", getattr(self, name), 1, integer=True)
+        super().__post_init__()
+
+    def identity(self) -> dict:
+        return {**self.text_identity(), "window": self.window, "limit": self.limit}
+
+    def windows(self, tokenizer, context_length: int) -> torch.Tensor:
+        """Return int64 tokens of shape [windows, min(window, context_length)].
+
+        Raises ``SlimError`` if the text does not fill one window.
+        """
+        window = min(self.window, context_length)
+        ids = encode_long(tokenizer, self.joined())
+        count = len(ids) // window
+        if count == 0:
+            raise SlimError(
+                f"The text {self.text} has {len(ids)} tokens, fewer than one window of {window}. "
+                f"Give a longer text or eval.perplexity.window={max(2, len(ids))}."
+            )
+        count = min(count, self.limit or count)
+        return torch.tensor(ids[: count * window], dtype=torch.long).view(count, window)
+
+    def measure(self, model, tokenizer, context_length: int) -> dict:
+        """Return ``{"metrics": {"perplexity": ...}, "protocol": {...}}``; NaN and infinity stay what they are."""
+        windows = self.windows(tokenizer, context_length)
+        count, window = windows.shape
+        mean = negative_log_likelihood(model, windows, self.batch_size) / (count * (window - 1))
+        protocol = {
+            "window": window,
+            "windows": count,
+            "predictions": count * (window - 1),
+            "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        }
+        return {"metrics": {"perplexity": exponential(mean)}, "protocol": protocol}
+
+
+def negative_log_likelihood(model, windows: torch.Tensor, batch_size: int | None = None) -> float:
+    """Return the summed negative log-likelihood, in nats, of every token but the first of each window.
+
+    windows: int64 [windows, tokens]. Summed in float64; each term is computed in float32 at least.
+    """
+    batch_size = batch_size or max(1, TOKENS_AT_ONCE // windows.shape[1])
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.inference_mode():
+        for batch in track(windows.split(batch_size), "perplexity"):
+            batch = batch.to(model.device)
+            total += _batch_nll(model, batch).double().sum().cpu()
+    return total.item()
+
+
+def _batch_nll(model, batch: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of each predicted token, float32 [windows * (tokens - 1)]."""
+    targets = batch[:, 1:].flatten()
+    if model.config.model_type not in FAMILIES:  # the head may be more than one matrix (soft caps, scales)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    head = model.get_output_embeddings()
+    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    parts = [
+        torch.nn.functional.cross_entropy(head(part).float(), wanted, reduction="none")
+        for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def exponential(value: float) -> float:
+    """Return exp(value), infinity where that is too large for a float; NaN stays NaN."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,80 @@
+"""Measure one checkpoint folder, loading it once."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slim.evaluation.memory import MemoryMeter, release
+
+if TYPE_CHECKING:
+    from slim.evaluation.evaluation import Evaluation
+
+
+def measure(folder: Path, evaluation: Evaluation, device: str = "cpu", quality: bool = True, speed: bool = True) -> dict:
+    """Return ``{"quality": ..., "speed": ...}`` for the checkpoint in ``folder``; None for what is not asked for.
+
+    Each holds ``metrics`` (flat name -> float), ``protocol`` and ``samples`` as plain JSON values. Speed comes first, so
+    that the memory it reports is that of loading and generating, not that of scoring batches. The model is freed again.
+    """
+    import torch
+
+    from slim.checkpoint import load_model, load_tokenizer
+
+    quality, speed = quality and evaluation.has_quality, speed and evaluation.has_speed
+    found: dict[str, dict | None] = {"quality": None, "speed": None}
+    if not quality and not speed:
+        return found
+    tokenizer = load_tokenizer(folder)
+    if speed:
+        warm_up(folder, device)
+    seed_everything()
+    with MemoryMeter(device) as meter:
+        model = load_model(folder, evaluation.dtype, device)
+        if speed:
+            found["speed"] = evaluation.measure_speed(model, tokenizer)
+    if speed:
+        found["speed"]["metrics"].update(memory_metrics(meter))
+    if quality:
+        with torch.inference_mode():
+            found["quality"] = evaluation.measure_quality(model, tokenizer)
+    del model
+    release()
+    return found
+
+
+def warm_up(folder: Path, device: str) -> None:
+    """Generate with a minute model of the same family, so that libraries and threads are not counted as its memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from slim.architecture import FAMILIES
+    from slim.checkpoint import open_checkpoint
+    from slim.evaluation.speed import timed_run
+
+    import torch
+
+    model_type = open_checkpoint(folder).config.get("model_type")
+    if model_type not in FAMILIES:
+        return
+    sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
+    config = AutoConfig.for_model(model_type, vocab_size=8, num_hidden_layers=1, pad_token_id=0, **sizes)
+    model = AutoModelForCausalLM.from_config(config).to(device).eval()
+    with torch.inference_mode():
+        timed_run(model, torch.ones(1, 16, dtype=torch.long, device=device), 4)
+
+
+def memory_metrics(meter: MemoryMeter) -> dict[str, float]:
+    """Return ``resident_bytes`` and ``peak_bytes`` as far as the machine can tell them."""
+    measured = {"resident_bytes": meter.resident, "peak_bytes": meter.peak}
+    return {name: float(value) for name, value in measured.items() if value is not None}
+
+
+def seed_everything(seed: int = 0) -> None:
+    """Seed every generator that a task or a model could draw from."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)

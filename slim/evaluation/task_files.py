@@ -1,0 +1,183 @@
+"""Finding the YAML file of a task, without lm-eval's index of all tasks, which takes a quarter of a minute to build.
+
+A task is an embedded one (``tiny_facts``), a YAML file of one's own, or one that lm-eval ships. The first two read their
+questions from JSON Lines beside the YAML file. Nothing here imports lm-eval, so a wrong name is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from slim.checkpoint import sha256
+from slim.data.text import ASSETS
+from slim.errors import SlimError
+
+EMBEDDED = ASSETS / "tiny_world"
+ENDINGS = (".yaml", ".yml")
+TASK_LINE = re.compile(r"""^task:[ \t]*["']?([\w.:-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
+GROUP_LINE = re.compile(r"""^group:[ \t]*["']?([\w.:-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
+FUNCTION = re.compile(r"!function\s+([\w.]+)\.\w+")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads a task file without running the code that its ``!function`` tags name."""
+
+
+_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix}")
+
+
+def find_task(name: str) -> Path:
+    """Return the YAML file of the task ``name``, or the file itself where ``name`` is one.
+
+    Raises ``SlimError`` with the nearest names if there is none.
+    """
+    if name.endswith(ENDINGS):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise SlimError(f"There is no task file {name}.")
+        return path.resolve()
+    return embedded_tasks().get(name) or _shipped_task(name)
+
+
+def is_local(path: Path) -> bool:
+    """Return whether a task file is embedded or the user's own, rather than one that lm-eval ships."""
+    return shipped_folder() not in path.parents
+
+
+def embedded_tasks() -> dict[str, Path]:
+    """Return name -> YAML file of the tasks that come with slim."""
+    return {name: path for path in sorted(EMBEDDED.glob("*.yaml")) for name in _names(path, TASK_LINE)}
+
+
+@cache
+def shipped_folder() -> Path:
+    """Return the folder of lm-eval's task files, found without importing it."""
+    package = importlib.util.find_spec("lm_eval")
+    if package is None:
+        raise SlimError("The tasks need lm-eval, which is not installed: pip install lm-eval")
+    return Path(package.submodule_search_locations[0]).resolve() / "tasks"
+
+
+def harness_version() -> str:
+    """Return the installed version of lm-eval."""
+    return importlib.metadata.version("lm_eval")
+
+
+@cache
+def _shipped_task(name: str) -> Path:
+    files = sorted(shipped_folder().rglob("*.yaml"))
+    likely = [path for path in files if path.stem == name]
+    for path in (*likely, *files):  # most tasks are named like their file; reading all files takes a second
+        if name in _names(path, TASK_LINE):
+            return path
+    raise _unknown(name, files)
+
+
+def _unknown(name: str, files: list[Path]) -> SlimError:
+    known = [*embedded_tasks(), *sorted({found for path in files for found in _names(path, TASK_LINE)})]
+    if any(name in _names(path, GROUP_LINE) for path in files):
+        members = [task for task in known if task.startswith(name + "_")][:3]
+        shown = f", such as {', '.join(members)}" if members else ""
+        return SlimError(f"'{name}' is a group of tasks in lm-eval. Name its single tasks{shown}.")
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+    embedded = ", ".join(embedded_tasks()) or "none"
+    return SlimError(f"There is no task '{name}'.{hint} Embedded: {embedded}. A YAML file of your own can be named too.")
+
+
+def _names(path: Path, pattern: re.Pattern) -> list[str]:
+    return pattern.findall(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def read_plain(path: Path) -> dict:
+    """Read a task file with what it includes, its functions as plain text. Raises ``SlimError`` if it is no task."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506: a SafeLoader
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SlimError(f"Cannot read the task file {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise SlimError(f"{path} is not a task file: it holds no settings.")
+    merged: dict = {}
+    for included in _as_list(content.pop("include", [])):
+        merged.update(read_plain(path.parent / included))
+    merged.update(content)
+    return merged
+
+
+def task_name(path: Path) -> str:
+    """Return the name that a task file gives its task."""
+    name = read_plain(path).get("task")
+    if not isinstance(name, str):
+        raise SlimError(f"{path} is not a task file: it has no line 'task: NAME'.")
+    return name
+
+
+def data_files(path: Path) -> dict[str, list[Path]]:
+    """Return split -> local data files of a task file; empty where its data come from the hub.
+
+    ``data_files`` are relative to the task file, as ``dataset_path: json`` of the datasets library takes them: a name, a
+    list, or one of both per split. Raises ``SlimError`` if a file is missing.
+    """
+    config = read_plain(path)
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if config.get("dataset_path") != "json" or not files:
+        return {}
+    by_split = files if isinstance(files, dict) else {"train": files}
+    found = {split: [path.parent / name for name in _as_list(names)] for split, names in by_split.items()}
+    for missing in (file for names in found.values() for file in names if not file.is_file()):
+        raise SlimError(f"The task file {path} names the data file {missing}, which is not there.")
+    return found
+
+
+def read_rows(files: Iterable[Path]) -> list[dict]:
+    """Return the rows of JSON Lines files. Raises ``SlimError`` naming file and line of what is no JSON object."""
+    rows: list[dict] = []
+    for path in files:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SlimError(f"{path}, line {number}: not JSON ({error}).") from error
+            if not isinstance(row, dict) or (rows and row.keys() != rows[0].keys()):
+                fields = ", ".join(rows[0]) if rows else "at least one"
+                raise SlimError(f"{path}, line {number}: expected a JSON object with the fields: {fields}.")
+            rows.append(row)
+    if not rows:
+        raise SlimError(f"There are no questions in {', '.join(str(path) for path in files)}.")
+    return rows
+
+
+def fingerprint(name: str) -> dict:
+    """Return what determines a task's questions and scoring, as plain JSON values.
+
+    For one that lm-eval ships its name; for a local one the checksums of its YAML, data and code files.
+    """
+    path = find_task(name)
+    if not is_local(path):
+        return {"task": name}
+    files = {path, *_included(path), *(file for files in data_files(path).values() for file in files)}
+    return {"task": task_name(path), "files": {file.name: sha256(file) for file in sorted(files)}}
+
+
+def _included(path: Path) -> set[Path]:
+    """Return the YAML and Python files that a task file refers to, at any depth."""
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader) or {}  # noqa: S506: a SafeLoader
+    found = {path.parent / f"{module.replace('.', '/')}.py" for module in _names(path, FUNCTION)}
+    for included in _as_list(content.get("include", [])):
+        found |= {path.parent / included, *_included(path.parent / included)}
+    return {file for file in found if file.is_file()}
+
+
+def _as_list(value) -> list:
+    return list(value) if isinstance(value, list) else [value]

@@ -1,0 +1,26 @@
+"""Modules that are imported when they are first used.
+
+A method's settings and its mathematics stand in one file, and a wrong setting must be reported within a second; torch
+alone takes two to import. So files that Hydra instantiates from write::
+
+    if TYPE_CHECKING:
+        import torch
+    else:
+        torch = LazyModule("torch")
+"""
+
+from __future__ import annotations
+
+import importlib
+
+
+class LazyModule:
+    """Stands in for the module ``name`` and imports it at the first attribute that is asked for."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        if attribute.startswith("__"):  # inspection (copy, pickle, doctest) must not trigger the import
+            raise AttributeError(attribute)
+        return getattr(importlib.import_module(self._name), attribute)

@@ -1,0 +1,246 @@
+"""The chain of stages from a source to a small model: what is there is used, what is missing is made, all is measured.
+
+The pipeline knows nothing of methods. It names each result by a hash of the stage's settings and version and of the
+parent's hash, so the same stage after the same parent is never computed twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slim.architecture import ModelDescription
+from slim.checkpoint import Checkpoint, resolve_dtype
+from slim.errors import SlimError
+from slim.machine import available_memory, fingerprint, free_disk, git_commit, versions
+from slim.progress import console
+from slim.source import Source, verified_checksums
+from slim.stage import Context, Stage
+from slim.store import Store, digest, write_manifest
+
+if TYPE_CHECKING:
+    from slim.evaluation.evaluation import Evaluation
+    from slim.tracking import Tracker
+
+
+@dataclass
+class Step:
+    """One row of the plan: a stage (or the source), what it will give, and whether it is there already."""
+
+    label: str
+    stage: Stage | Source
+    description: ModelDescription
+    digest: str | None = None
+    folder: Path | None = None
+    cached: bool = False
+    peak_bytes: int = 0
+
+
+@dataclass
+class Result:
+    """A checkpoint of the chain with its figures."""
+
+    label: str
+    checkpoint: Checkpoint
+    digest: str
+    cached: bool
+    seconds: float
+    content: str = ""  # digest of the files themselves, wherever they came from
+    facts: dict = field(default_factory=dict)
+    quality: dict = field(default_factory=dict)
+    speed: dict = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        return self.checkpoint.description.parameters()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All figures of the checkpoint under the names they are tracked by."""
+        figures = {"parameters": self.parameters, "bytes_on_disk": self.checkpoint.bytes_on_disk}
+        return {**figures, **self.quality.get("metrics", {}), **self.speed.get("metrics", {})}
+
+
+@dataclass
+class Pipeline:
+    """A source, the stages behind it, and how each checkpoint is measured.
+
+    model: where the chain begins. stages: in their order. evaluation: protocol for every checkpoint, or None.
+    store: where results are kept. device: ``cpu`` or ``cuda``. ignore_limits: go on where the plan exceeds disk or memory.
+    """
+
+    model: Source | Stage
+    stages: list[Stage]
+    evaluation: Evaluation | None
+    store: Store
+    device: str = "cpu"
+    ignore_limits: bool = False
+    _verified: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
+
+    def plan(self) -> list[Step]:
+        """Describe every step without doing any work; raises ``SlimError`` for whatever cannot work."""
+        steps = [self._first_step()]
+        for stage in self.stages:
+            parent = steps[-1]
+            stage.check(parent.description)
+            steps.append(self._step(stage, parent))
+        if self.evaluation is not None:
+            for step in steps:
+                self.evaluation.check(step.description)
+        return steps
+
+    def _first_step(self) -> Step:
+        description = self.model.describe()
+        if isinstance(self.model, Stage):
+            name = digest([self.model.identity(), self.model.version])
+            folder = self.store.stage_folder(self.model.kind, name)
+            peak = self.model.peak_bytes(description, self.device)
+            return Step(self.model.label, self.model, description, name, folder, folder.is_dir(), peak)
+        local = self.model.local_folder()
+        if local is None:
+            return Step(self.model.label, self.model, description)
+        checkpoint = self.model.resolve()
+        return Step(self.model.label, self.model, description, self._source_digest(checkpoint), local, True)
+
+    def _source_digest(self, checkpoint: Checkpoint) -> str:
+        if checkpoint.folder not in self._verified:  # reading a large model once is enough
+            self._verified[checkpoint.folder] = digest(verified_checksums(checkpoint))
+        return self._verified[checkpoint.folder]
+
+    def _step(self, stage: Stage, parent: Step) -> Step:
+        description = stage.expect(parent.description)
+        peak = stage.peak_bytes(parent.description, self.device)
+        step = Step(label(stage), stage, description, peak_bytes=peak)
+        if parent.digest is not None:
+            step.digest = stage_digest(stage, parent.digest)
+            step.folder = self.store.stage_folder(stage.kind, step.digest)
+            step.cached = step.folder.is_dir()
+        return step
+
+    def check_limits(self, steps: list[Step]) -> None:
+        """Raise ``SlimError`` if the stages still to run need more disk or memory than there is."""
+        missing = [step for step in steps if isinstance(step.stage, Stage) and not step.cached]
+        if not missing or self.ignore_limits:
+            return
+        disk, free = sum(step.description.weight_bytes() for step in missing), free_disk(self.store.root)
+        if disk > free:
+            raise SlimError(
+                f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free at {self.store.root}. "
+                "Free some space, choose store=FOLDER, or add ignore_limits=true."
+            )
+        worst, memory = max(missing, key=lambda step: step.peak_bytes), available_memory(self.device)
+        if memory is not None and worst.peak_bytes > memory:
+            raise SlimError(
+                f"'{worst.label}' needs about {gigabytes(worst.peak_bytes)} of memory, and {gigabytes(memory)} are free "
+                f"on {self.device}. Use a smaller model or batch, or add ignore_limits=true to try all the same."
+            )
+
+    def run(self, tracker: Tracker | None = None, finished: Callable[[Result], None] | None = None) -> list[Result]:
+        """Run what is not there yet, evaluate every checkpoint, and return the source and all results in order.
+
+        finished: called with each result as soon as it has been evaluated.
+        """
+        self.check_limits(self.plan())
+        results: list[Result] = []
+        for stage in [self.model, *self.stages]:
+            started = time.monotonic()
+            result, curves = self._make(stage, results[-1] if results else None, tracker)
+            result.seconds = time.monotonic() - started
+            self._evaluate(result)
+            results.append(result)
+            if tracker is not None:
+                tracker.log_result(result, stage, curves)
+            if finished is not None:
+                finished(result)
+        return results
+
+    def _make(self, stage: Source | Stage, parent: Result | None, tracker: Tracker | None) -> tuple[Result, list]:
+        if isinstance(stage, Source):
+            checkpoint = stage.resolve()
+            name = self._source_digest(checkpoint)
+            return Result(stage.label, checkpoint, name, True, 0.0, content=name), []
+        name = stage_digest(stage, parent.digest) if parent else digest([stage.identity(), stage.version])
+        folder = self.store.stage_folder(stage.kind, name)
+        with self.store.lock(folder):
+            checkpoint = self.store.find(folder)
+            cached = checkpoint is not None
+            if not cached:
+                self._run_stage(stage, parent, name, folder)
+                checkpoint = Checkpoint(folder)
+        manifest = checkpoint.manifest
+        content = digest(manifest["checksums"])
+        return Result(label(stage), checkpoint, name, cached, 0.0, content, manifest["facts"]), manifest["curves"]
+
+    def _run_stage(self, stage: Stage, parent: Result | None, name: str, folder: Path) -> None:
+        console().print(f"[bold]{label(stage)}[/] ...", highlight=False)
+        curves: list = []
+        context = Context(self.device, metric=lambda key, value, at=None: curves.append([key, value, at]))
+        started = time.time()
+        with self.store.writing(folder) as partial:
+            facts = stage.run(parent.checkpoint.folder if parent else None, partial, context)
+            manifest = {
+                "kind": stage.kind,
+                "method": type(stage).__name__,
+                "settings": stage.identity(),
+                "version": stage.version,
+                "hash": name,
+                "lineage": [*lineage(parent), {"label": label(stage), "hash": name}],
+                "versions": versions(),
+                "git_commit": git_commit(),
+                "seconds": round(time.time() - started, 3),
+                "facts": facts,
+                "curves": curves,
+            }
+            write_manifest(partial, manifest)
+
+    def _evaluate(self, result: Result) -> None:
+        """Fill in quality (a fact about a checkpoint) and speed (one about a checkpoint on a machine)."""
+        if self.evaluation is None:
+            return
+        dtype = resolve_dtype(result.checkpoint.description, self.evaluation.dtype, self.device)
+        place = {"device": self.device, "dtype": dtype}
+        keys = {
+            "quality": digest(["quality", result.content, self.evaluation.quality_identity(), place]),
+            "speed": digest(["speed", result.content, self.evaluation.speed_identity(), place, fingerprint(self.device)]),
+        }
+        files = {part: self.store.evaluation_file(key) for part, key in keys.items()}
+        with self.store.lock(files["quality"]):
+            found = {part: self.store.find_evaluation(path) for part, path in files.items()}
+            missing = {part for part, figures in found.items() if figures is None}
+            if missing:
+                from slim.evaluation.run import measure
+
+                console().print(f"[dim]evaluating {result.label} ...[/]", highlight=False)
+                measured = measure(
+                    result.checkpoint.folder, self.evaluation, self.device,
+                    quality="quality" in missing, speed="speed" in missing,
+                )  # fmt: skip
+                for part in missing:
+                    found[part] = measured[part] or {}
+                    self.store.write_evaluation(files[part], found[part])
+        result.quality, result.speed = found["quality"], found["speed"]
+
+
+def label(stage: Stage) -> str:
+    """Name a stage in tables: its kind and method."""
+    return f"{stage.kind} {type(stage).__name__.lower()}"
+
+
+def stage_digest(stage: Stage, parent: str) -> str:
+    """Name the result of ``stage`` after the result named ``parent``."""
+    return digest([stage.kind, stage.identity(), stage.version, parent])
+
+
+def lineage(parent: Result | None) -> list[dict]:
+    """Return the chain up to ``parent`` as recorded in its manifest; a foreign checkpoint is one entry."""
+    if parent is None:
+        return []
+    return parent.checkpoint.manifest.get("lineage") or [{"label": parent.label, "hash": parent.digest}]
+
+
+def gigabytes(count: float) -> str:
+    """Show bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""Pruning: removing parts of a model, one file per criterion."""

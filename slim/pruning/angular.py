@@ -1,0 +1,126 @@
+"""A run of blocks by angular distance: the n successive blocks that turn the hidden state least are removed.
+
+    d(x_l, x_{l+n}) = 1/pi * arccos( x_l . x_{l+n} / (|x_l| |x_{l+n}|) ),    l* = argmin_l d
+
+with x_l the input of block l (the residual stream, before any norm) at the last token of a sample, averaged over the
+samples. Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv:2403.17887), section 3.2.
+
+As in PruneMe, runs start at block 1 at the earliest: the first block, which turns embeddings into hidden states, stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from slim.architecture import ModelDescription
+from slim.checkpoint import Checkpoint
+from slim.lazy import LazyModule
+from slim.progress import progress_bar
+from slim.pruning.depth import CalibratedDepthPruning, Choice
+from slim.pruning.forward import BlockChain, batch_samples, batches
+from slim.pruning.rules import require_numbers
+from slim.stage import Context
+
+if TYPE_CHECKING:
+    import torch
+
+    from slim.architecture import Family
+else:
+    torch = LazyModule("torch")
+
+
+def angular_distance(states: torch.Tensor) -> torch.Tensor:
+    """Return the angle over pi between every two states: [..., states, hidden] -> float64 [..., states, states], 0 to 1."""
+    unit = torch.nn.functional.normalize(states.double(), dim=-1)
+    return torch.arccos((unit @ unit.mT).clamp(-1, 1)) / torch.pi
+
+
+def choose_run(distances: Iterable[Sequence[float]]) -> tuple[int, int]:
+    """Return (start, end) of the smallest distance; of equal ones the first.
+
+    distances: rows (start, end, distance), blocks ``start`` to ``end - 1`` being the run. Raises ``SlimError`` for NaN.
+    """
+    rows = list(distances)
+    require_numbers([distance for _, _, distance in rows])
+    start, end, _ = min(rows, key=lambda row: row[2])  # min returns the first of equal rows
+    return start, end
+
+
+def candidate_runs(blocks: int, length: int, protected: Iterable[int] = ()) -> list[tuple[int, int]]:
+    """Return (start, end) of every run of ``length`` blocks without a protected one."""
+    forbidden = set(protected)
+    runs = ((start, start + length) for start in range(blocks - length + 1))
+    return [run for run in runs if forbidden.isdisjoint(range(*run))]
+
+
+def state_distances(
+    model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None
+) -> torch.Tensor:
+    """Return the mean angular distance between the inputs of blocks i and j at the last token, float64 [L + 1, L + 1].
+
+    tokens: int64 [samples, length]. Row and column L stand for the output of the last block.
+    """
+    chain = BlockChain(model, family)
+    total = torch.zeros(len(chain) + 1, len(chain) + 1, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches(tokens):
+            total += angular_distance(last_states(chain, batch)).sum(dim=0).cpu()
+            advance()
+    return total / len(tokens)
+
+
+def last_states(chain: BlockChain, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the inputs of all blocks and the output of the last at the last token, [samples, L + 1, hidden]."""
+    hidden = chain.enter(tokens)
+    states = [hidden[:, -1]]
+    for index in range(len(chain)):
+        hidden = chain.step(index, hidden)
+        states.append(hidden[:, -1])
+    return torch.stack(states, dim=1)
+
+
+@dataclass(kw_only=True)
+class Angular(CalibratedDepthPruning):
+    """``pruner=angular``. Settings: see :class:`CalibratedDepthPruning`.
+
+    Unless the settings say otherwise, block 0 alone is protected: runs start at 1 to L - n, as in PruneMe.
+    """
+
+    criterion: ClassVar[str] = "angular"
+    limit_note: ClassVar[str] = " in one run"
+
+    def default_ends(self, blocks: int) -> tuple[int, int]:
+        return 1, 0
+
+    def removable(self, blocks: int) -> int:
+        protected = self.protected(blocks)
+        return max(length for length in range(blocks) if length == 0 or candidate_runs(blocks, length, protected))
+
+    def choose(self, source: Checkpoint, context: Context) -> Choice:
+        model, tokens = self.load(source, context)
+        with progress_bar("Angular distances", total=len(batches(tokens))) as advance:
+            distances = state_distances(model, source.description.family, tokens, advance).tolist()
+        depth = source.description.blocks
+        length = self.wanted(depth)
+        runs = [(start, end, distances[start][end]) for start, end in candidate_runs(depth, length, self.protected(depth))]
+        start, end = choose_run(runs)
+        scores = [distances[first][first + length] for first in range(depth - length + 1)]
+        return Choice(list(range(start, end)), scores, {"runs": runs, "distances": by_length(distances)})
+
+    def plot(self, path: Path, choice: Choice, depth: int) -> None:
+        from slim.plots import run_distances
+
+        starts = [start for start, _, _ in choice.details["runs"]]
+        run_distances(path, choice.scores, choice.details["distances"], starts, choice.removed)
+
+    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+        return self.forward_bytes(model, device, min(self.windows.samples, batch_samples(self.windows.length)))
+
+
+def by_length(distances: list[list[float]]) -> list[list[float]]:
+    """Rearrange a matrix over (input i, input j) into rows over run lengths n = 1 ... L, each over starts 0 ... L - n."""
+    depth = len(distances) - 1
+    return [[distances[start][start + length] for start in range(depth - length + 1)] for length in range(1, depth + 1)]

@@ -1,0 +1,232 @@
+"""Depth pruning: whole decoder blocks are removed. What its criteria share: settings, protection, choice, report.
+
+A criterion gives every block (or every run of blocks) a score; this file turns scores into the blocks that go, writes
+the shorter model and leaves scores and a picture beside it. Criteria: ``taylor.py``, ``magnitude.py``, ``ppl.py``
+(Kim et al., "Shortened LLaMA", arXiv:2402.02834) and ``angular.py`` (Gromov et al., arXiv:2403.17887).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from slim.architecture import DTYPE_BYTES, ModelDescription
+from slim.checkpoint import REPORT, Checkpoint, open_checkpoint, resolve_dtype, write_blocks
+from slim.data.calibration import Calibration
+from slim.errors import SlimError
+from slim.pruning.rules import block_list, default_blocks, default_ends, removal_order
+from slim.settings import dataclass_identity, require_number
+from slim.stage import Context, Stage
+
+SHARD_BYTES = 2**28  # the writer holds up to one shard
+
+
+@dataclass
+class Choice:
+    """What a criterion decided.
+
+    removed: the blocks to remove, ascending. scores: one number per block (for runs: per start), or empty.
+    details: further entries for the score file, plain JSON values.
+    """
+
+    removed: list[int]
+    scores: list[float] = field(default_factory=list)
+    details: dict = field(default_factory=dict)
+
+
+@dataclass
+class DepthPruning(Stage):
+    """Settings and steps of every depth criterion. Blocks are numbered from 0.
+
+    blocks: how many to remove; None: 6 of 32 in proportion to the depth, at least 1.
+    protect_first, protect_last: this many blocks at the input and at the output are never removed; None: 4 and 2 at 32
+        blocks and more, in proportion below, at least 1.
+    protect: the protected blocks as a list, in place of the two numbers.
+    remove: the blocks to remove as a list: nothing is scored.
+    """
+
+    blocks: int | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
+    protect: list[int] | None = None
+    remove: list[int] | None = None
+
+    kind: ClassVar[str] = "prune"
+    criterion: ClassVar[str]  # name in facts and plots
+    score_label: ClassVar[str] = "score"  # what a score is, with its unit
+    limit_note: ClassVar[str] = ""  # why no more blocks can be removed, where protection alone does not tell
+
+    def __post_init__(self) -> None:
+        for name, low in (("blocks", 1), ("protect_first", 0), ("protect_last", 0)):
+            if getattr(self, name) is not None:
+                require_number(f"pruner.{name}", getattr(self, name), low, integer=True)
+        self.protect = block_list("pruner.protect", self.protect)
+        self.remove = block_list("pruner.remove", self.remove)
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        if self.protect is not None and (self.protect_first, self.protect_last) != (None, None):
+            raise SlimError("pruner.protect names all protected blocks: leave pruner.protect_first and protect_last out.")
+        if self.remove is None:
+            return
+        if not self.remove:
+            raise SlimError("pruner.remove=[] removes nothing. Use pruner=none to leave the model as it is.")
+        if self.blocks not in (None, len(self.remove)):
+            raise SlimError(f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. Give one of them.")
+        both = sorted(set(self.remove) & set(self.protect or ()))
+        if both:
+            raise SlimError(f"pruner.remove and pruner.protect both name block {both[0]}. Take it out of one of them.")
+
+    def identity(self) -> dict:
+        settings = dataclass_identity(self)
+        return settings if self.remove is None else {"class": settings["class"], "remove": self.remove}
+
+    def protected(self, blocks: int) -> list[int]:
+        """Return the protected blocks of a model of ``blocks`` blocks, ascending."""
+        if self.protect is not None:
+            return self.protect
+        first, last = self.default_ends(blocks)
+        first = first if self.protect_first is None else self.protect_first
+        last = last if self.protect_last is None else self.protect_last
+        return [block for block in range(blocks) if block < first or block >= blocks - last]
+
+    def default_ends(self, blocks: int) -> tuple[int, int]:
+        """Return how many blocks are protected at both ends where the settings do not say."""
+        return default_ends(blocks)
+
+    def removable(self, blocks: int) -> int:
+        """Return how many blocks can be removed at most: those not protected, and one has to stay."""
+        return min(blocks - 1, blocks - len(self.protected(blocks)))
+
+    def wanted(self, blocks: int) -> int:
+        """Return how many blocks of a model of ``blocks`` blocks are to be removed."""
+        return self.blocks if self.blocks is not None else default_blocks(blocks)
+
+    def check(self, model: ModelDescription) -> None:
+        depth, _family = model.blocks, model.family  # the family raises where it is unknown
+        if model.quantization is not None:
+            raise SlimError(f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
+        for setting, named in (("protect", self.protect), ("remove", self.remove)):
+            outside = [block for block in named or () if block >= depth]
+            if outside:
+                raise SlimError(f"pruner.{setting} names block {outside[0]}: {model.name} has blocks 0 to {depth - 1}.")
+        if self.remove is not None:
+            if len(self.remove) == depth:
+                raise SlimError(f"pruner.remove names all {depth} blocks of {model.name}. At least one has to stay.")
+        elif self.wanted(depth) > self.removable(depth):
+            raise SlimError(self._too_many(model))
+
+    def _too_many(self, model: ModelDescription) -> str:
+        protected, most = self.protected(model.blocks), self.removable(model.blocks)
+        advice = f"Set pruner.blocks to at most {most}, or protect fewer" if most > 0 else "Protect fewer"
+        return (
+            f"pruner.blocks={self.wanted(model.blocks)} is too many: {model.name} has {model.blocks} blocks, protected "
+            f"{protected or 'none'}, so {max(0, most)} can be removed{self.limit_note}.\n"
+            f"{advice} (pruner.protect_first=0 pruner.protect_last=0 protects none)."
+        )
+
+    def expect(self, model: ModelDescription) -> ModelDescription:
+        if self.remove is not None:
+            return model.with_blocks([block for block in range(model.blocks) if block not in self.remove])
+        return model.with_blocks(list(range(model.blocks - self.wanted(model.blocks))))
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        scoring = 0 if self.remove is not None else self.scoring_bytes(model, device)
+        largest = model.vocab_size * model.hidden_size * DTYPE_BYTES.get(model.dtype, 4)
+        return max(scoring, min(model.weight_bytes(), SHARD_BYTES + largest))
+
+    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+        """Estimate the peak memory of scoring, in bytes."""
+        raise NotImplementedError
+
+    def choose(self, source: Checkpoint, context: Context) -> Choice:
+        """Score the blocks of ``source`` and choose which to remove."""
+        return self.choose_by(self.scores(source, context), source.description.blocks)
+
+    def choose_by(self, scores: list[float], depth: int) -> Choice:
+        """Choose the blocks with the smallest of ``scores``, one score per block."""
+        order = removal_order(scores, self.protected(depth))
+        return Choice(sorted(order[: self.wanted(depth)]), scores, {"order": order})
+
+    def scores(self, source: Checkpoint, context: Context) -> list[float]:
+        """Return one score per block; the smallest is removed first."""
+        raise NotImplementedError
+
+    def run(self, source: Path, target: Path, context: Context) -> dict:
+        checkpoint = open_checkpoint(source)
+        self.check(checkpoint.description)
+        choice = Choice(self.remove) if self.remove is not None else self.choose(checkpoint, context)
+        depth = checkpoint.description.blocks
+        kept = [block for block in range(depth) if block not in choice.removed]
+        write_blocks(checkpoint, target, kept)
+        facts = {
+            "criterion": self.criterion if self.remove is None else "list",
+            "removed_blocks": choice.removed,
+            "kept_blocks": kept,
+            "scores": choice.scores,
+        }
+        if choice.scores:
+            self._report(target / REPORT, facts, choice, depth)
+        return facts
+
+    def _report(self, folder: Path, facts: dict, choice: Choice, depth: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {**facts, "protected_blocks": self.protected(depth), **choice.details}
+        (folder / "block_scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        self.plot(folder / "block_scores.png", choice, depth)
+
+    def plot(self, path: Path, choice: Choice, depth: int) -> None:
+        """Draw the scores."""
+        from slim.plots import bar_scores
+
+        bar_scores(
+            path, choice.scores, choice.removed, self.protected(depth), score=self.score_label,
+            title=f"{self.criterion}: {len(choice.removed)} of {depth} blocks removed",
+            reference=choice.details.get("unpruned"),
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class CalibratedDepthPruning(DepthPruning):
+    """A depth criterion that looks at calibration samples.
+
+    calibration: the text the samples are taken from.
+    samples, length: number of windows and tokens per window, in place of the calibration's own; None: the calibration's.
+    """
+
+    calibration: Calibration
+    samples: int | None = None
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        changes = {"samples": self.samples, "length": self.length}
+        for name, low in (("samples", 1), ("length", 8)):
+            if changes[name] is not None:
+                require_number(f"pruner.{name}", changes[name], low, integer=True)
+        changes = {name: value for name, value in changes.items() if value is not None}
+        self.windows = dataclasses.replace(self.calibration, **changes)
+
+    def identity(self) -> dict:
+        """The samples as they are used: settings of the calibration that the pruner replaces do not count."""
+        if self.remove is not None:
+            return super().identity()
+        settings = dataclasses.replace(self, calibration=self.windows, samples=None, length=None)
+        return dataclass_identity(settings)
+
+    def load(self, source: Checkpoint, context: Context):
+        """Return the loaded model and its calibration tokens, int64 [samples, length], on the CPU."""
+        from slim.checkpoint import load_model, load_tokenizer
+
+        tokens = self.windows.tokens(load_tokenizer(source.folder), source.description.context_length)
+        return load_model(source.folder, device=context.device), tokens
+
+    def forward_bytes(self, model: ModelDescription, device: str, samples: int) -> int:
+        """Estimate weights plus activations of one block and one sample's logits, for ``samples`` windows at a time."""
+        width = DTYPE_BYTES.get(resolve_dtype(model, "auto", device), 4)
+        length = min(self.windows.length, model.context_length)
+        block = samples * length * (8 * model.hidden_size + 4 * model.intermediate_size) * width
+        return model.weight_bytes(resolve_dtype(model, "auto", device)) + block + 3 * 4 * length * model.vocab_size

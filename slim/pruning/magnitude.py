@@ -1,0 +1,50 @@
+"""Block scores by magnitude: the sum of |w| over a block's weights. Needs no data and never the whole model in memory.
+
+    score(block) = sum over its weight tensors W of sum_ij |W_ij|
+
+Kim et al., "Shortened LLaMA" (arXiv:2402.02834), section 2.1. Weight tensors are those named ``*.weight``, norms
+included (9 per Llama block); biases are left out, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from slim.architecture import ModelDescription
+from slim.checkpoint import Checkpoint, TensorReader
+from slim.progress import track
+from slim.pruning.depth import DepthPruning
+from slim.stage import Context
+
+if TYPE_CHECKING:
+    import torch
+
+
+def magnitude_score(weight: torch.Tensor) -> float:
+    """Return sum |w| of a tensor of any shape and floating type: rows in float32, their total in float64."""
+    return weight.float().abs().sum(dim=-1).double().sum().item()
+
+
+@dataclass
+class Magnitude(DepthPruning):
+    """``pruner=magnitude``. Settings: see :class:`DepthPruning`."""
+
+    criterion: ClassVar[str] = "magnitude"
+    score_label: ClassVar[str] = "sum of |w|"
+
+    def scores(self, source: Checkpoint, context: Context) -> list[float]:
+        reader, prefix = TensorReader(source), source.description.family.blocks
+        return [
+            sum(magnitude_score(reader.read(name)) for name in weight_names(source, f"{prefix}.{block}."))
+            for block in track(range(source.description.blocks), "Magnitude of blocks")
+        ]
+
+    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+        largest = max(rows * columns for rows, columns in model.block_linears().values())
+        return largest * (4 + 4 + 4)  # as stored, in float32, its absolute values
+
+
+def weight_names(source: Checkpoint, prefix: str) -> list[str]:
+    """Return the sorted names of the weight tensors under ``prefix`` (with its dot), biases left out."""
+    return sorted(name for name in source.tensors if name.startswith(prefix) and name.endswith(".weight"))

@@ -1,0 +1,140 @@
+"""Block scores by first-order Taylor expansion: how much the loss changes, to first order, when a weight becomes zero.
+
+    score(block) = sum over its weight tensors W of sum_ij |W_ij * dL/dW_ij|
+
+with L the mean negative log-likelihood of all calibration tokens. Kim et al., "Shortened LLaMA" (arXiv:2402.02834),
+section 2.1, equation 1; "Taylor+" there keeps the first four and last two blocks. The criterion is LLM-Pruner's
+(arXiv:2305.11627). Weight tensors are those named ``*.weight``, norms included (9 per Llama block).
+
+No second copy of the model is made for gradients. The backward pass goes block by block: a block's forward is repeated
+from its stored input (gradient checkpointing, done by hand), and each weight's gradient is scored the moment it appears
+and dropped before the next one does. Peak over the weights: the blocks' inputs, the activations of one block, and the
+largest gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from slim.architecture import DTYPE_BYTES, ModelDescription
+from slim.checkpoint import Checkpoint, resolve_dtype
+from slim.lazy import LazyModule
+from slim.progress import progress_bar
+from slim.pruning.depth import CalibratedDepthPruning
+from slim.pruning.forward import BlockChain
+from slim.stage import Context
+
+if TYPE_CHECKING:
+    import torch
+
+    from slim.architecture import Family
+else:
+    torch = LazyModule("torch")
+
+CHUNK = 2**22  # numbers per product, so that scoring a tensor needs no further copy of it
+
+
+def taylor_score(weight: torch.Tensor, grad: torch.Tensor) -> float:
+    """Return sum |w * g| for a weight and its gradient of equal shape: products in float32, their total in float64."""
+    total = 0.0
+    with torch.no_grad():
+        for w, g in zip(weight.flatten().split(CHUNK), grad.flatten().split(CHUNK), strict=True):
+            total = total + (w.float() * g.float()).abs().sum().double()
+    return float(total)
+
+
+def block_taylor_scores(
+    model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Return the Taylor score of every block of a loaded model for int64 ``tokens`` [samples, length].
+
+    ``advance`` is called after every block, forward and backward. The model's weights are left as they were.
+    """
+    model.requires_grad_(False)
+    chain = BlockChain(model, family)
+    states = block_inputs(chain, tokens, advance)
+    gradient = output_gradient(chain, states.pop(), tokens)
+    scores = [0.0] * len(chain)
+    for index in reversed(range(len(chain))):
+        scores[index], gradient = block_backward(chain, index, states.pop(), gradient)
+        advance()
+    return scores
+
+
+def block_inputs(chain: BlockChain, tokens: torch.Tensor, advance: Callable[[], object]) -> list[torch.Tensor]:
+    """Return the inputs of all blocks and the output of the last, each [samples, length, hidden], on the CPU."""
+    hidden = chain.enter(tokens)
+    states = [hidden.cpu()]
+    with torch.no_grad():
+        for index in range(len(chain)):
+            hidden = chain.step(index, hidden)
+            states.append(hidden.cpu())
+            advance()
+    return states
+
+
+def output_gradient(chain: BlockChain, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return dL/d(output of the last block), [samples, length, hidden], L the mean over all predicted tokens."""
+    output = output.to(chain.model.device).requires_grad_()
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    for loss in chain.losses(output, tokens):
+        (loss / predicted).backward()
+    return output.grad
+
+
+def block_backward(
+    chain: BlockChain, index: int, state: torch.Tensor, gradient: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """Return block ``index``'s score and the gradient for its input, given its input and the gradient for its output."""
+    block = chain.blocks[index]
+    weights = [parameter for name, parameter in block.named_parameters() if name.endswith("weight")]
+    scores = []
+
+    def score(weight: torch.Tensor) -> None:
+        scores.append(taylor_score(weight, weight.grad))
+        weight.grad = None
+
+    state = state.to(gradient.device).requires_grad_()
+    with called_with_gradients(weights, score):
+        chain.step(index, state).backward(gradient)
+    return sum(scores), state.grad
+
+
+@contextmanager
+def called_with_gradients(weights: Iterable[torch.Tensor], use: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Make ``weights`` require gradients meanwhile and call ``use(weight)`` as soon as a gradient is complete."""
+    weights = list(weights)
+    handles = [weight.requires_grad_().register_post_accumulate_grad_hook(use) for weight in weights]
+    try:
+        yield
+    finally:
+        for weight, handle in zip(weights, handles, strict=True):
+            handle.remove()
+            weight.requires_grad_(False)
+
+
+@dataclass(kw_only=True)
+class Taylor(CalibratedDepthPruning):
+    """``pruner=taylor``. Settings: see :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened LLaMA."""
+
+    samples: int | None = 10
+    length: int | None = 128
+
+    criterion: ClassVar[str] = "taylor"
+    score_label: ClassVar[str] = "sum of |w dL/dw|"
+
+    def scores(self, source: Checkpoint, context: Context) -> list[float]:
+        model, tokens = self.load(source, context)
+        with progress_bar("Taylor scores of blocks", total=2 * source.description.blocks) as advance:
+            return block_taylor_scores(model, source.description.family, tokens, advance)
+
+    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+        width = DTYPE_BYTES.get(resolve_dtype(model, "auto", device), 4)
+        samples, length = self.windows.samples, min(self.windows.length, model.context_length)
+        states = (model.blocks + 1) * samples * length * model.hidden_size * width
+        largest = max(rows * columns for rows, columns in model.block_linears().values())
+        # the graph of one block keeps about twice what a plain forward holds
+        return self.forward_bytes(model, device, 2 * samples) + states + largest * width

@@ -1,0 +1,150 @@
+"""What the three commands share: a configuration becomes a pipeline, runs, is tracked, and ends in one table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from slim.errors import SlimError
+from slim.pipeline import Pipeline, Result
+from slim.progress import console
+from slim.stage import Stage
+from slim.store import Store, reraise_full_disk
+
+STAGES = ("pruner", "tuner", "teacher", "quantizer")  # in the order in which they run
+
+
+def build_pipeline(config: DictConfig) -> Pipeline:
+    """Make the parts that the configuration names. Raises ``SlimError`` for a setting that cannot be."""
+    from hydra.utils import instantiate
+
+    from slim.machine import pick_device
+
+    config = merge_alias(config)
+    stages = [instantiate(config[group]) for group in STAGES if config[group] and config[group].get("_target_")]
+    evaluation = instantiate(config.eval) if config.eval and config.eval.get("_target_") else None
+    return Pipeline(
+        model=instantiate(config.model),
+        stages=[stage for stage in stages if isinstance(stage, Stage)],
+        evaluation=evaluation,
+        store=Store(config.store),
+        device=pick_device(config.device),
+        ignore_limits=config.ignore_limits,
+    )
+
+
+def merge_alias(config: DictConfig) -> DictConfig:
+    """Read ``quant:`` in an experiment file as ``quantizer:``."""
+    if "quant" not in config:
+        return config
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    alias = config.pop("quant")
+    unknown = [key for key in alias if key not in config.quantizer]
+    if unknown:
+        raise SlimError(f"The quantizer has no setting '{unknown[0]}'. It has: {', '.join(config.quantizer)}.")
+    config.quantizer = OmegaConf.merge(config.quantizer, alias)
+    return config
+
+
+def execute(config: DictConfig) -> list[Result]:
+    """Plan, check, run, track and report one configuration."""
+    quiet_libraries()
+    pipeline = build_pipeline(config)
+    output = check_output(config.output)
+    steps = pipeline.plan()
+    if config.plan:
+        from rich.console import Console
+
+        from slim.report import plan_table
+
+        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(steps))
+        return []
+    pipeline.check_limits(steps)
+    return run_tracked(pipeline, config, output)
+
+
+def run_tracked(pipeline: Pipeline, config: DictConfig, output: Path | None) -> list[Result]:
+    """Run the pipeline inside an MLflow run and print the table."""
+    from slim.report import json_table, markdown_table, samples_text
+    from slim.tracking import Tracker
+
+    settings = config.tracking
+    try:
+        with Tracker(pipeline.store.root, settings.experiment, settings.run_name or run_name(), settings.uri) as tracker:
+            resolved = OmegaConf.to_container(config, resolve=True)
+            tracker.log_settings(resolved, OmegaConf.to_yaml(config, resolve=True), overrides())
+            results = pipeline.run(tracker)
+            files = {"results.md": markdown_table(results), "results.json": json_table(results)}
+            if results[0].quality.get("samples"):
+                files["samples.md"] = samples_text(results)
+            tracker.log_summary(results[-1].metrics, files)
+            if output is not None:
+                copy_result(results[-1], output)
+            print_results(results, tracker, output)
+    except OSError as error:
+        reraise_full_disk(error, pipeline.store.root)
+        raise
+    return results
+
+
+def overrides() -> list[str]:
+    """Return what was typed, or an empty list outside a Hydra job."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def run_name() -> str | None:
+    """Name a run by what was typed."""
+    return " ".join(overrides())[:200] or None
+
+
+def print_results(results: list[Result], tracker, output: Path | None) -> None:
+    """Print the table, where the final checkpoint is, and how to browse the runs."""
+    from rich.console import Console
+
+    from slim.report import terminal_table
+
+    out = Console(width=None if sys.stdout.isatty() else 220)
+    out.print(terminal_table(results))
+    out.print(f"final checkpoint: {output or results[-1].checkpoint.folder}", highlight=False, soft_wrap=True)
+    out.print(f"browse the runs:  {tracker.ui_command}", highlight=False, soft_wrap=True)
+
+
+def check_output(output: str | None) -> Path | None:
+    """Return the folder to copy the result to. Raises ``SlimError`` if it exists, before any work."""
+    if output is None:
+        return None
+    path = Path(output).expanduser().absolute()
+    if path.exists():
+        raise SlimError(f"output={output} exists already. Give a folder that does not, or remove it first.")
+    return path
+
+
+def copy_result(result: Result, output: Path) -> None:
+    """Copy the final checkpoint, whole or not at all."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(result.checkpoint.folder, partial)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and hints out of our output, unless the user asked for them."""
+    for name, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+    console()

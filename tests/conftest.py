@@ -1,0 +1,58 @@
+"""Shared by all tests: offline, one model folder, and reference material where it is present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with published figures, benchmark texts and a small real model; tests that need it skip without it."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "reference").is_dir():
+        pytest.skip("the folder ../shared with reference figures and texts is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ref_llama(shared: Path) -> Path:
+    """A Llama model of 5.8 million parameters, trained on English."""
+    return shared / "ref-llama"
+
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 6 blocks (hidden 64, grouped-query attention) with the embedded model's tokenizer."""
+    return build_small("llama", tmp_path_factory.mktemp("small") / "llama")
+
+
+def build_small(model_type: str, folder: Path, **changes) -> Path:
+    """Write a small random checkpoint of a family; ``changes`` go into its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from slim.checkpoint import copy_companions
+
+    tiny = ROOT / "slim" / "assets" / "tiny"
+    settings = dict(
+        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2, dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**settings, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # the default initialisation is so small that blocks hardly matter
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    copy_companions(tiny, folder)
+    return folder
