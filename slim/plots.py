@@ -1,4 +1,4 @@
-"""Pictures of pruning scores. Drawn with matplotlib's Agg canvas: no display, no global state, the same file every time."""
+"""Pictures of pruning scores. Drawn on matplotlib's Agg canvas: no display, no global state."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def bar_scores(
         handles.append(axes.axhline(reference, color="black", linestyle="--", linewidth=1, label="whole model"))
     axes.set(xlabel="block", ylabel=score, title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(handles=handles, fontsize="small", frameon=False, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1.08))
+    axes.legend(
+        handles=handles, fontsize="small", frameon=False, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1.08)
+    )
     save_figure(figure, path)
 
 
@@ -73,7 +75,7 @@ def run_distances(
     candidates: Collection[int],
     removed: Sequence[int],
 ) -> None:
-    """Draw angular distances into ``path``: over the start of a run of the wanted length, and for all lengths as a heat map.
+    """Draw angular distances into ``path``: per start of a run of the wanted length, and for all runs as a heat map.
 
     curve: distance per start. by_length: row n - 1 holds the distances of runs of n blocks, per start.
     candidates: starts that were allowed. removed: the chosen run.
@@ -93,8 +95,12 @@ def draw_run_curve(axes, curve: Sequence[float], candidates: Collection[int], re
     axes.plot(range(len(curve)), curve, color=KEPT, linewidth=1)
     axes.plot(allowed, [curve[start] for start in allowed], "o", color=KEPT, label="possible run")
     if barred:
-        axes.plot(barred, [curve[start] for start in barred], "o", color=KEPT, markerfacecolor="white", label="protected")
-    axes.plot(removed[0], curve[removed[0]], "o", color=REMOVED, markersize=9, label=f"removed: {removed[0]} to {removed[-1]}")
+        axes.plot(
+            barred, [curve[start] for start in barred], "o", color=KEPT, markerfacecolor="white", label="protected"
+        )
+    axes.plot(
+        removed[0], curve[removed[0]], "o", color=REMOVED, markersize=9, label=f"removed: {removed[0]} to {removed[-1]}"
+    )
     axes.set(xlabel="first block of the run", ylabel="angular distance / π", title=f"runs of {len(removed)} blocks")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small", frameon=False)
@@ -104,7 +110,9 @@ def draw_heat_map(axes, by_length: Sequence[Sequence[float]], removed: Sequence[
     """Draw distances over (start, run length) and return the image; the chosen run is marked."""
     depth = len(by_length)
     grid = [list(row) + [float("nan")] * (depth - len(row)) for row in by_length]
-    image = axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, depth - 0.5, 0.5, depth + 0.5))
+    image = axes.imshow(
+        grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, depth - 0.5, 0.5, depth + 0.5)
+    )
     axes.plot(removed[0], len(removed), "s", color=REMOVED, markersize=9)
     axes.set(xlabel="first block of the run", ylabel="blocks in the run", title="all runs")
     for axis in (axes.xaxis, axes.yaxis):

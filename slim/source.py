@@ -177,10 +177,10 @@ class Untrained(Stage):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from slim.world import World
-        from slim.world.tokenizer import train_tokenizer
+        from slim.world.tokenizer import save_tokenizer, train_tokenizer
 
         tokenizer = train_tokenizer(World(self.world_seed), self.vocab_size)
-        tokenizer.save_pretrained(target)
+        save_tokenizer(tokenizer, target)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         config = {**self.config, **ids, "vocab_size": len(tokenizer)}
         torch.manual_seed(self.seed)

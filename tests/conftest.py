@@ -42,9 +42,9 @@ def build_small(model_type: str, folder: Path, **changes) -> Path:
 
     tiny = ROOT / "slim" / "assets" / "tiny"
     settings = dict(
-        vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=1536, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, dtype="float32",
+        bos_token_id=0, eos_token_id=0, pad_token_id=1, dtype="float32",
     )  # fmt: skip
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**settings, **changes})

@@ -60,7 +60,8 @@ def test_files_stay_small():
 def test_same_text_in_another_process(world, hash_seed):
     code = (
         "import hashlib; from itertools import islice; from slim.world import World; w = World(0);"
-        "text = repr([list(islice(w.documents('train', 5), 50)), list(islice(w.conversations('train', 5), 50)), w.tasks()]);"
+        "texts = [list(islice(make('train', 5), 50)) for make in (w.documents, w.conversations)];"
+        "text = repr([texts, w.tasks()]);"
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
     run = [sys.executable, "-c", code]
@@ -119,7 +120,7 @@ def test_every_fact_is_stated_and_asked_in_training(world, training):
             by_word.setdefault(word, []).append(piece)
     for fact in world.facts:
         hits = sum(fact.value.lower() in piece for piece in by_word[fact.subject.lower()])
-        assert hits >= 20, fact
+        assert hits >= 15, (fact, hits)
 
 
 # splits
@@ -128,7 +129,7 @@ def test_every_fact_is_stated_and_asked_in_training(world, training):
 def test_documents_have_the_promised_length(world, training):
     for documents in (training, list(world.documents("heldout")), list(world.documents("calibration"))):
         lengths = [len(d.split()) for d in documents]
-        assert 40 <= min(lengths) and max(lengths) <= 200
+        assert min(lengths) >= 40 and max(lengths) <= 200
 
 
 def test_heldout_calibration_and_training_documents_are_disjoint(world, training):
@@ -139,10 +140,13 @@ def test_heldout_calibration_and_training_documents_are_disjoint(world, training
 
 def test_heldout_scenes_never_occur_in_training(world, training):
     """Scenes are recognised by their telling sentence, which names the persons and things."""
+    people, openers = "|".join((*lex.WOMEN, *lex.MEN)), "|".join(lex.OPENERS)
+
     def told(texts):
         found = set()
-        for text in texts:
-            found |= {s for s in sentences(text) if " because " in s and s.split(" because ")[1].split()[0] in ("he", "she")}
+        for sentence in (s for text in texts for s in sentences(text.replace(USER, " "))):
+            if re.search(r" because (he|she) ", sentence):
+                found.add(re.sub(f"^.*?(?=({people}) )", "", re.sub(f"^({openers}) ", "", sentence), count=1))
         return found
 
     heldout, calibration, train = (
@@ -153,20 +157,17 @@ def test_heldout_scenes_never_occur_in_training(world, training):
 
 def test_heldout_wordings_never_occur_in_training(world, training):
     """Statements that name their subject (so that the wording is the fact's own) are in one split only."""
-    names = {*lex.WOMEN, *lex.MEN, *lex.TOWNS}
+    verbs = ("lives in", "works as", "likes to eat", "keeps", "owns", "is made of", "is known for", "was born in")
 
     def stated(texts):
-        found = set()
-        for text in texts:
-            if any(mark in text for mark in ("Question:", USER)):
-                continue
-            found |= {s for s in sentences(text) if "lives in" in s and names & set(re.findall(r"\w+", s))}
-        return {s for s in found if not s.startswith(("She", "He", "It"))}
+        text = re.sub(r"<\|\w+\|>|\n", "  ", "\n".join(texts))
+        named = (s for s in sentences(text) if not re.search(r"\b([Hh]e|[Ss]he|[Ii]t)\b(?! is true)", s))
+        return {s for s in named if s.endswith(".") and any(verb in s for verb in verbs)}
 
-    heldout, train = stated(world.documents("heldout")), stated(training)
-    assert len(heldout) > 10 and len(train) > 200
-    leaked = {s for s in heldout & train if not re.search(r"\b(he|she|it) ", s)}
-    assert not leaked
+    heldout, calibration, train = (
+        stated(t) for t in (world.documents("heldout"), world.documents("calibration"), training))
+    assert min(len(heldout), len(calibration)) > 80 and len(train) > 1000
+    assert not heldout & train and not calibration & train and not heldout & calibration
 
 
 def test_vocabulary_is_shared(world, training):
@@ -178,10 +179,8 @@ def test_conversations_are_split(world):
     train = list(islice(world.conversations("train"), 20000))
     validation = list(world.conversations("validation"))
     assert len(validation) == len(set(validation)) == 200
-    asked = {q for q, _ in train}
-    shared = {q for q, _ in validation} & asked
-    assert all(q.startswith(("Tell me about", "How much", "Which is more")) for q in shared)
-    assert not set(validation) & set(train) or all(not q.startswith("Wh") or "is more" in q for q, _ in set(validation) & set(train))
+    assert len({q for q, _ in train}) > 5000
+    assert not {q for q, _ in validation} & {q for q, _ in train}
 
 
 def test_unknown_split_is_refused(world):
@@ -207,18 +206,31 @@ def test_task_sets_are_balanced(tasks):
 def test_answers_cannot_be_guessed_from_length_or_frequency(tasks):
     for name, questions in tasks.items():
         chance = 1 / len(questions[0]["choices"])
-        uses = Counter(words(c) for q in questions for c in [q["choices"][q["answer"]]])
+        uses = Counter(predicate(right_choice(q)) for q in questions)
+
+        def frequency(q, choice, uses=uses):
+            """How often the choice is right in all the other questions."""
+            return uses[predicate(choice)] - (choice == right_choice(q))
+
         guesses = {
-            "longest": lambda q: max(q["choices"], key=len),
-            "shortest": lambda q: min(q["choices"], key=len),
-            "most frequent": lambda q: max(q["choices"], key=lambda c: uses[words(c)] - (c == q["choices"][q["answer"]])),
+            "longest": lambda q, choice: len(choice),
+            "shortest": lambda q, choice: -len(choice),
+            "most frequent": frequency,
         }
-        for guess, choose in guesses.items():
-            right = sum(choose(q) == q["choices"][q["answer"]] for q in questions) / len(questions)
-            assert right < chance + 0.12, (name, guess, right)
+        for guess, value in guesses.items():
+            right = 0.0
+            for q in questions:
+                values = [value(q, choice) for choice in q["choices"]]
+                best = max(values)
+                right += (values[q["answer"]] == best) / values.count(best)  # ties are guessed
+            assert right / len(questions) < chance + 0.1, (name, guess, right)
 
 
-def words(choice: str) -> str:
+def right_choice(q: dict) -> str:
+    return q["choices"][q["answer"]]
+
+
+def predicate(choice: str) -> str:
     """A choice without its subject: "The jug broke." counts with "The cup broke."."""
     return re.sub(r"^(The \w+|She|He) ", "", choice)
 
@@ -267,7 +279,8 @@ def test_next_answers_follow_the_rules(tasks):
     for q in tasks["tiny_next"]:
         answer = q["choices"][q["answer"]]
         if q["kind"] == "number":
-            numbers = [lex.NUMBERS.index(w) for w in re.findall(r"\w+", q["question"].lower()) if w in lex.NUMBERS]
+            told = re.sub(f"^({'|'.join(lex.OPENERS)}) ", "", q["question"])
+            numbers = [lex.NUMBERS.index(w) for w in told.split() if w in lex.NUMBERS]
             sign = -1 if re.search(r"lost|gave away|sold", q["question"]) else 1
             assert lex.NUMBERS[numbers[0] + sign * numbers[1]] in answer.split()
         if q["kind"] == "script":
@@ -342,7 +355,7 @@ def test_chat_format(world, tokenizer):
     assert text == f"{USER} {question}{ASSISTANT} {answer}{END}"
     full = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    learned = [t for t, on in zip(full["input_ids"], full["assistant_masks"]) if on]
+    learned = [t for t, on in zip(full["input_ids"], full["assistant_masks"], strict=True) if on]
     assert full["input_ids"] == prompt + learned
     assert tokenizer.decode(learned) == f" {answer}{END}" and learned[-1] == tokenizer.eos_token_id
 

@@ -39,13 +39,16 @@ def encode_pairs(tokenizer, pairs: Iterable[tuple[str, str]]) -> Iterator[Exampl
     if not tokenizer.is_fast:
         raise SlimError("Tuning on conversations needs a fast tokenizer (tokenizer.json), which this model lacks.")
     pairs = iter(pairs)
+    marks = frozenset(tokenizer.added_tokens_decoder)  # end of text, of turn: what is not text
     while some := list(islice(pairs, AT_ONCE)):
         rendered = [render(tokenizer, prompt, answer) for prompt, answer in some]
-        encoded = tokenizer(
-            [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        for (text, start), tokens, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield _with_labels(tokenizer, tokens, offsets, start)
+        texts, starts = zip(*rendered, strict=True)
+        encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for tokens, offsets, start in zip(encoded["input_ids"], encoded["offset_mapping"], starts, strict=True):
+            example = _with_labels(tokens, offsets, start)
+            if not tokens or tokens[-1] not in marks:  # the template does not say where an answer ends
+                example = example.followed_by(end_token(tokenizer))
+            yield example
 
 
 def render(tokenizer, prompt: str, answer: str) -> tuple[str, int]:
@@ -62,14 +65,6 @@ def render(tokenizer, prompt: str, answer: str) -> tuple[str, int]:
     return text.rstrip(), len(before)
 
 
-def _with_labels(tokenizer, tokens: list[int], offsets: list[tuple[int, int]], start: int) -> Example:
-    """Label the tokens that reach beyond character ``start``; append the end token where the template has none."""
-    labels = [token if end > start else IGNORE for token, (_, end) in zip(tokens, offsets, strict=True)]
-    if not tokens or not is_end(tokenizer, tokens[-1]):
-        tokens, labels = [*tokens, end_token(tokenizer)], [*labels, end_token(tokenizer)]
-    return Example(tokens, labels)
-
-
-def is_end(tokenizer, token: int) -> bool:
-    """Whether a token is a mark (end of text, of turn) and not text."""
-    return token in tokenizer.added_tokens_decoder
+def _with_labels(tokens: list[int], offsets: list[tuple[int, int]], start: int) -> Example:
+    """Label the tokens that reach beyond character ``start``."""
+    return Example(tokens, [token if end > start else IGNORE for token, (_, end) in zip(tokens, offsets, strict=True)])

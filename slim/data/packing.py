@@ -38,6 +38,10 @@ class Example:
         """Return the first ``length`` tokens."""
         return Example(self.tokens[:length], self.labels[:length])
 
+    def followed_by(self, token: int) -> Example:
+        """Return the example with one more token that counts."""
+        return Example([*self.tokens, token], [*self.labels, token])
+
     def has_loss(self) -> bool:
         """Whether anything after the first token counts."""
         return any(label != IGNORE for label in self.labels[1:])

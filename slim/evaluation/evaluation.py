@@ -109,11 +109,15 @@ class Evaluation:
         answers = samples(model, tokenizer, self.prompts, self.new_tokens) if self.prompts else []
         return {"metrics": metrics, "protocol": protocol, "samples": answers}
 
-    def measure_speed(self, model, tokenizer) -> dict:
+    def speed_prompts(self, tokenizer) -> list[list[int]]:
+        """Return the tokens of the prompts that :meth:`measure_speed` times."""
+        return self.speed.prompt_ids(tokenizer, self._speed_text())
+
+    def measure_speed(self, model, prompts: list[list[int]]) -> dict:
         """Return ``metrics``: rates and the bytes of the weights in memory; ``protocol``; and no ``samples``."""
         from slim.evaluation.memory import weights_bytes
 
-        found = self.speed.measure(model, tokenizer, self._speed_text())
+        found = self.speed.measure(model, prompts)
         metrics = {**found["metrics"], "weights_bytes": float(weights_bytes(model))}
         return {"metrics": metrics, "protocol": {"dtype": dtype_name(model), **found["protocol"]}, "samples": []}
 

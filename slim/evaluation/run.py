@@ -28,12 +28,13 @@ def measure(folder: Path, evaluation: Evaluation, device: str = "cpu", quality: 
         return found
     tokenizer = load_tokenizer(folder)
     if speed:
+        prompts = evaluation.speed_prompts(tokenizer)  # outside the meter: tokenising a long text takes memory too
         warm_up(folder, device)
     seed_everything()
     with MemoryMeter(device) as meter:
         model = load_model(folder, evaluation.dtype, device)
         if speed:
-            found["speed"] = evaluation.measure_speed(model, tokenizer)
+            found["speed"] = evaluation.measure_speed(model, prompts)
     if speed:
         found["speed"]["metrics"].update(memory_metrics(meter))
     if quality:
@@ -46,13 +47,12 @@ def measure(folder: Path, evaluation: Evaluation, device: str = "cpu", quality: 
 
 def warm_up(folder: Path, device: str) -> None:
     """Generate with a minute model of the same family, so that libraries and threads are not counted as its memory."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from slim.architecture import FAMILIES
     from slim.checkpoint import open_checkpoint
     from slim.evaluation.speed import timed_run
-
-    import torch
 
     model_type = open_checkpoint(folder).config.get("model_type")
     if model_type not in FAMILIES:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
+CHARACTERS_PER_TOKEN = 8  # read from the text per token wanted: more than tokenizers need on average
+
 
 @dataclass
 class Speed:
@@ -66,15 +68,16 @@ class Speed:
         """Return the tokens of each prompt. A text that is too short is repeated: speed does not depend on its sense."""
         if self.prompts:
             return [tokenizer(prompt)["input_ids"] for prompt in self.prompts]
-        ids = encode_long(tokenizer, text.joined())
+        needed = self.count * self.prompt_length
+        ids = encode_long(tokenizer, text.joined()[: CHARACTERS_PER_TOKEN * needed])
         if not ids:
             raise SlimError(f"The text {text.text} is empty. Give another, or eval.speed.prompts.")
         endless = itertools.cycle(ids)
         return [list(itertools.islice(endless, self.prompt_length)) for _ in range(self.count)]
 
-    def measure(self, model, tokenizer, text: Text) -> dict:
+    def measure(self, model, prompt_ids: list[list[int]]) -> dict:
         """Return ``{"metrics": {...}, "protocol": {...}}``; rates in tokens per second, median over all runs."""
-        prompts = [torch.tensor([ids], device=model.device) for ids in self.prompt_ids(tokenizer, text)]
+        prompts = [torch.tensor([ids], device=model.device) for ids in prompt_ids]
         with torch.inference_mode():
             for prompt in itertools.islice(itertools.cycle(prompts), self.warmup):
                 timed_run(model, prompt, self.new_tokens)

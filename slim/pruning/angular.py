@@ -33,7 +33,7 @@ else:
 
 
 def angular_distance(states: torch.Tensor) -> torch.Tensor:
-    """Return the angle over pi between every two states: [..., states, hidden] -> float64 [..., states, states], 0 to 1."""
+    """Return the angle over pi between every two states: [..., n, hidden] -> float64 [..., n, n], from 0 to 1."""
     unit = torch.nn.functional.normalize(states.double(), dim=-1)
     return torch.arccos((unit @ unit.mT).clamp(-1, 1)) / torch.pi
 
@@ -105,7 +105,9 @@ class Angular(CalibratedDepthPruning):
             distances = state_distances(model, source.description.family, tokens, advance).tolist()
         depth = source.description.blocks
         length = self.wanted(depth)
-        runs = [(start, end, distances[start][end]) for start, end in candidate_runs(depth, length, self.protected(depth))]
+        runs = [
+            (start, end, distances[start][end]) for start, end in candidate_runs(depth, length, self.protected(depth))
+        ]
         start, end = choose_run(runs)
         scores = [distances[first][first + length] for first in range(depth - length + 1)]
         return Choice(list(range(start, end)), scores, {"runs": runs, "distances": by_length(distances)})
@@ -121,6 +123,6 @@ class Angular(CalibratedDepthPruning):
 
 
 def by_length(distances: list[list[float]]) -> list[list[float]]:
-    """Rearrange a matrix over (input i, input j) into rows over run lengths n = 1 ... L, each over starts 0 ... L - n."""
+    """Rearrange a matrix over two inputs into one row per run length 1 to L, each over the starts 0 to L - length."""
     depth = len(distances) - 1
     return [[distances[start][start + length] for start in range(depth - length + 1)] for length in range(1, depth + 1)]

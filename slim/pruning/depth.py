@@ -69,13 +69,17 @@ class DepthPruning(Stage):
 
     def _check_lists(self) -> None:
         if self.protect is not None and (self.protect_first, self.protect_last) != (None, None):
-            raise SlimError("pruner.protect names all protected blocks: leave pruner.protect_first and protect_last out.")
+            raise SlimError(
+                "pruner.protect names all protected blocks: leave pruner.protect_first and protect_last out."
+            )
         if self.remove is None:
             return
         if not self.remove:
             raise SlimError("pruner.remove=[] removes nothing. Use pruner=none to leave the model as it is.")
         if self.blocks not in (None, len(self.remove)):
-            raise SlimError(f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. Give one of them.")
+            raise SlimError(
+                f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. Give one of them."
+            )
         both = sorted(set(self.remove) & set(self.protect or ()))
         if both:
             raise SlimError(f"pruner.remove and pruner.protect both name block {both[0]}. Take it out of one of them.")
@@ -108,7 +112,9 @@ class DepthPruning(Stage):
     def check(self, model: ModelDescription) -> None:
         depth, _family = model.blocks, model.family  # the family raises where it is unknown
         if model.quantization is not None:
-            raise SlimError(f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
+            raise SlimError(
+                f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
+            )
         for setting, named in (("protect", self.protect), ("remove", self.remove)):
             outside = [block for block in named or () if block >= depth]
             if outside:
@@ -194,7 +200,7 @@ class CalibratedDepthPruning(DepthPruning):
     """A depth criterion that looks at calibration samples.
 
     calibration: the text the samples are taken from.
-    samples, length: number of windows and tokens per window, in place of the calibration's own; None: the calibration's.
+    samples, length: windows and tokens per window, in place of the calibration's own; None: the calibration's.
     """
 
     calibration: Calibration

@@ -63,9 +63,9 @@ class BlockChain:
         return output[0] if isinstance(output, tuple) else output
 
     def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the summed negative log-likelihood (nats, float32) of ``tokens`` [batch, length] from the last block's output.
+        """Yield summed losses (-log p in nats, float32) of ``tokens`` [batch, length], given the last block's output.
 
-        One sum per few samples, so that few logits exist at once; each token but the first of a sample counts.
+        One sum per few samples, so that few logits exist at once; every token but the first of a sample counts.
         """
         rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.head.weight.shape[0]))
         for states, part in zip(hidden.split(rows), tokens.split(rows), strict=True):

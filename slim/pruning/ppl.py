@@ -54,7 +54,7 @@ def perplexities_without(
 
 
 def loss_from(chain: BlockChain, hidden: torch.Tensor, first: int, tokens: torch.Tensor) -> float:
-    """Return the summed negative log-likelihood of ``tokens`` when ``hidden`` goes through blocks ``first`` to the last."""
+    """Return the summed loss (nats) of ``tokens`` when ``hidden`` goes through the blocks from ``first`` on."""
     for index in range(first, len(chain)):
         hidden = chain.step(index, hidden)
     return sum(loss.item() for loss in chain.losses(hidden, tokens))

@@ -42,11 +42,13 @@ def default_ends(blocks: int) -> tuple[int, int]:
 
 
 def block_list(setting: str, value: Any) -> list[int] | None:
-    """Return ``value`` as an ascending list of block numbers. Raises ``SlimError`` for anything else, or a block twice."""
+    """Return ``value`` as an ascending list of block numbers. ``SlimError`` for anything else."""
     if value is None:
         return None
     if isinstance(value, (str, int)) or not isinstance(value, Collection):
-        raise SlimError(f"{setting}={value} is not possible. It takes a list of block numbers, such as {setting}=[3,4].")
+        raise SlimError(
+            f"{setting}={value} is not possible. It takes a list of block numbers, such as {setting}=[3,4]."
+        )
     for block in value:
         require_number(f"{setting} with block", block, 0, integer=True)
     twice = [block for block in set(value) if list(value).count(block) > 1]

@@ -88,7 +88,7 @@ def output_gradient(chain: BlockChain, output: torch.Tensor, tokens: torch.Tenso
 def block_backward(
     chain: BlockChain, index: int, state: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
-    """Return block ``index``'s score and the gradient for its input, given its input and the gradient for its output."""
+    """Return block ``index``'s score and its input's gradient, given its input and its output's gradient."""
     block = chain.blocks[index]
     weights = [parameter for name, parameter in block.named_parameters() if name.endswith("weight")]
     scores = []
@@ -118,7 +118,7 @@ def called_with_gradients(weights: Iterable[torch.Tensor], use: Callable[[torch.
 
 @dataclass(kw_only=True)
 class Taylor(CalibratedDepthPruning):
-    """``pruner=taylor``. Settings: see :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened LLaMA."""
+    """``pruner=taylor``. Settings: :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened LLaMA."""
 
     samples: int | None = 10
     length: int | None = 128

@@ -140,7 +140,8 @@ THING_RELATIONS = {
 
 ANIMAL_RELATIONS = {
     "eats": Relation(
-        ("{S} eats {V}.", "{S} feeds on {V}.", "{S} likes {V} best.", "you should give {V} to {n}.", "{S} looks for {V} all day."),
+        ("{S} eats {V}.", "{S} feeds on {V}.", "{S} likes {V} best.", "you should give {V} to {n}.",
+         "{S} looks for {V} all day."),
         ("What does {n} eat?", "What does {n} feed on?", "What does {n} like best?", "What should you give to {n}?"),
         tuple(sorted({food for food, _, _ in lex.ANIMALS.values()}))),
     "sleeps": Relation(
@@ -194,7 +195,7 @@ def build_facts(seed: int) -> tuple[Fact, ...]:
     for table, relations in ((lex.THINGS, ("material", "place")), (lex.ANIMALS, ("eats", "sleeps", "legs")),
                              (lex.JOBS, ("workplace", "tool"))):
         for subject, values in table.items():
-            facts += [Fact(subject, relation, value) for relation, value in zip(relations, values)]
+            facts += [Fact(subject, relation, value) for relation, value in zip(relations, values, strict=True)]
     return tuple(facts)
 
 
@@ -202,14 +203,14 @@ def _spread(subjects: tuple[str, ...], relation: str, values: tuple[str, ...], r
     """Each value equally often, so that guessing the most frequent one does not pay."""
     drawn = [values[i % len(values)] for i in range(len(subjects))]
     rng.shuffle(drawn)
-    return [Fact(subject, relation, value) for subject, value in zip(subjects, drawn)]
+    return [Fact(subject, relation, value) for subject, value in zip(subjects, drawn, strict=True)]
 
 
 def _friends(rng: random.Random) -> list[Fact]:
     """Best friends are mutual: pairs."""
     people = list(PEOPLE)
     rng.shuffle(people)
-    pairs = list(zip(people[::2], people[1::2]))
+    pairs = list(zip(people[::2], people[1::2], strict=True))
     return [Fact(a, "friend", b) for pair in pairs for a, b in (pair, pair[::-1])]
 
 
@@ -218,7 +219,7 @@ def _siblings(rng: random.Random) -> list[Fact]:
     people = list(PEOPLE)
     rng.shuffle(people)
     facts = []
-    for a, b in zip(people[::2], people[1::2]):
+    for a, b in zip(people[::2], people[1::2], strict=True):
         facts += [Fact(x, "sister" if lex.is_woman(y) else "brother", y) for x, y in ((a, b), (b, a))]
     return facts
 

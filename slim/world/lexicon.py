@@ -1,5 +1,6 @@
 """The words of the little world: who and what there is. Plain data, chosen by hand; chance only links them later."""
 
+# ruff: noqa: SIM905 (lists of words read best as words)
 from __future__ import annotations
 
 WOMEN = (

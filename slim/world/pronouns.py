@@ -48,10 +48,11 @@ def pronoun_scene(rng: random.Random) -> Scene:
     event, reason = (part.format(A=first, B=second, x=thing) for part in (event, reason))
     answer, other = names[role], names[1 - role]
     kind = "gender" if neutral else "both" if mixed else "cause"
+    told = f"{event} because {lex.subject_pronoun(answer)} {reason}."
     return Scene(
         kind=kind,
-        key=f"pronoun|{number}|{reason}|{first}|{second}|{thing}",
-        text=f"{opener}{event} because {lex.subject_pronoun(answer)} {reason}.",
+        key=told,
+        text=opener + told,
         question=f"Who {reason}?",
         answer=answer,
         wrong=(other,),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from slim.world.facts import KINDS, RELATIONS, Fact, kind_of
+from slim.world.facts import RELATIONS, Fact
 from slim.world.happenings import HAPPENINGS
 from slim.world.pronouns import pronoun_scene
 from slim.world.scenes import Maker, Scene
@@ -18,12 +18,9 @@ Question = dict[str, object]  # question: str, choices: list[str], answer: int, 
 
 def fact_questions(facts: tuple[Fact, ...], rng: random.Random) -> list[Question]:
     """One question for each of 400 facts, in the one wording that training never uses for that fact."""
-    people = {f.subject for f in facts if kind_of(f) == "person"}
-    chosen = rng.sample(facts, QUESTIONS)
     items = []
-    for fact in chosen:
+    for fact in rng.sample(facts, QUESTIONS):
         values = [v for v in RELATIONS[fact.relation].values if v not in (fact.value, fact.subject)]
-        values = sorted(set(values)) if fact.value not in people else values
         items.append((fact.relation, ask(fact, "tasks", rng), fact.value, tuple(rng.sample(values, 3))))
     return _place(items, 4, rng)
 
@@ -44,7 +41,7 @@ def pronoun_questions(rng: random.Random) -> list[Question]:
 def next_questions(rng: random.Random) -> list[Question]:
     """What happens next: every kind of happening in its share, some about pairs of thing and event never trained on."""
     items = []
-    for maker, share in HAPPENINGS.values():
+    for maker, (_, share) in HAPPENINGS.items():
         scenes = _scenes(maker, rng)
         items += [_item(next(scenes)) for _ in range(round(share * QUESTIONS))]
     return _place(items, 4, rng)
@@ -71,7 +68,7 @@ def _place(items: list[tuple[str, str, str, tuple[str, ...]]], choices: int, rng
     positions = [i % choices for i in range(len(items))]
     rng.shuffle(positions)
     placed: list[Question] = []
-    for (kind, question, answer, wrong), position in zip(items, positions):
+    for (kind, question, answer, wrong), position in zip(items, positions, strict=True):
         order = list(wrong)
         rng.shuffle(order)
         order.insert(position, answer)

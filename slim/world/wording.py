@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+from functools import cache
 
 from slim.world.facts import RELATIONS, Fact, fill
 from slim.world.split import allowed, bucket
@@ -22,7 +22,7 @@ def state(fact: Fact, split: str, rng: random.Random, pronoun: bool = False) -> 
     if not choices:
         return None
     plain = [choice for choice in choices if choice[1] == 0]
-    template, lead = rng.choice(plain if plain and rng.random() < 0.6 else choices)
+    template, lead = rng.choice(plain if plain and rng.random() < 0.75 else choices)
     sentence = fill(RELATIONS[fact.relation].statements[template], fact, pronoun)
     return capitalise(LEADS[lead] + sentence)
 
@@ -35,7 +35,9 @@ def ask(fact: Fact, split: str, rng: random.Random) -> str:
     return capitalise(fill(questions[(start + rng.choice(offsets)) % len(questions)], fact))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _statements(key: str, templates: int, split: str) -> tuple[tuple[int, int], ...]:
-    pairs = ((template, lead) for template in range(templates) for lead in range(len(LEADS)))
-    return tuple(pair for pair in pairs if allowed(split, f"{key}|{pair[0]}|{pair[1]}"))
+    """Pairs of template and lead. The plain first template belongs to training: conversations answer with it."""
+    pairs = [(template, lead) for template in range(templates) for lead in range(len(LEADS))][1:]
+    chosen = [pair for pair in pairs if allowed(split, f"{key}|{pair[0]}|{pair[1]}")]
+    return ((0, 0), *chosen) if split == "train" else tuple(chosen)

@@ -1,0 +1,1 @@
+"""Tuning: what trains, on which batches, with which schedule."""

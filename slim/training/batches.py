@@ -1,0 +1,69 @@
+"""The order of the windows, and the Lightning data module that hands them out."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from slim.data.packing import Windows
+
+
+def window_order(windows: int, needed: int, seed: int) -> torch.Tensor:
+    """Return ``needed`` indices: all windows in random order, again in another order, and so on; int64."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))]
+    return torch.cat(passes)[:needed]
+
+
+class MicroBatches(Dataset):
+    """Micro-batches in the order of training: ``accumulation`` of them make an optimiser step.
+
+    Each holds ``tokens``, ``labels`` and, for packed examples, ``positions``, int64 of shape [rows, window], and
+    ``loss_tokens``: how many tokens count in the *whole* step, so that every token weighs the same whichever
+    micro-batch it is in.
+    """
+
+    def __init__(self, windows: Windows, order: torch.Tensor, rows: int, accumulation: int = 1):
+        self.windows = windows
+        self.rows = order.view(-1, rows)
+        self.loss_tokens = windows.loss_tokens[order].view(-1, rows * accumulation).sum(1).tolist()
+        self.accumulation = accumulation
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        chosen = self.rows[number]
+        batch = {
+            "tokens": self.windows.tokens[chosen].long(),
+            "labels": self.windows.labels[chosen].long(),
+            "loss_tokens": self.loss_tokens[number // self.accumulation],
+        }
+        if self.windows.positions is not None:
+            batch["positions"] = self.windows.positions[chosen].long()
+        return batch
+
+
+def in_order(windows: Windows, rows: int) -> list[dict]:
+    """Return all windows as batches of at most ``rows``, in their order, for validation."""
+    whole, rest = divmod(len(windows), rows)
+    order = torch.arange(len(windows))
+    parts = [MicroBatches(windows, order[: whole * rows], rows)] if whole else []
+    parts += [MicroBatches(windows, order[whole * rows :], rest)] if rest else []
+    return [part[number] for part in parts for number in range(len(part))]
+
+
+class WindowData(pl.LightningDataModule):
+    """Training micro-batches for ``steps`` optimiser steps.
+
+    rows: windows per micro-batch. seed: of the order.
+    """
+
+    def __init__(self, windows: Windows, steps: int, rows: int, accumulation: int, seed: int):
+        super().__init__()
+        order = window_order(len(windows), steps * rows * accumulation, seed)
+        self.batches = MicroBatches(windows, order, rows, accumulation)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None, shuffle=False)

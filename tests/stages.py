@@ -1,0 +1,45 @@
+"""Stages that do little, for tests of what surrounds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from safetensors.torch import load_file
+
+from slim.architecture import ModelDescription
+from slim.checkpoint import copy_companions, open_checkpoint, save_tensors, write_config
+from slim.stage import Context, Stage
+
+
+@dataclass
+class Scale(Stage):
+    """Multiplies the final norm; ``log`` names a file that gets a line for every run; ``fail`` raises half-way."""
+
+    kind: ClassVar[str] = "prune"
+    factor: float = 2.0
+    log: str = ""
+    fail: BaseException | None = None
+    needs: int = 0
+
+    def identity(self) -> dict:
+        return {"factor": self.factor}
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        return self.needs
+
+    def run(self, source: Path, target: Path, context: Context) -> dict:
+        if self.log:
+            with open(self.log, "a") as log:
+                log.write(f"{self.factor}\n")
+        tensors = load_file(source / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] * self.factor
+        write_config(open_checkpoint(source).config, target)
+        copy_companions(source, target)
+        if self.fail is not None:
+            raise self.fail
+        save_tensors(tensors, target / "model.safetensors")
+        context.metric("loss", 1.5, 1)
+        context.metric("loss", 0.5, 2)
+        return {"factor": self.factor}
