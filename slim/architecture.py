@@ -208,6 +208,6 @@ class ModelDescription:
         per_block = {
             key: [value[index] for index in kept]
             for key, value in self.config.items()
-            if isinstance(value, list) and len(value) == self.blocks
+            if isinstance(value, list) and len(value) == self.blocks and not key.endswith("token_id")
         }
         return self.with_config(num_hidden_layers=len(kept), **per_block)

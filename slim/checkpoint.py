@@ -285,7 +285,9 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu"):
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     checkpoint = open_checkpoint(folder)
     wanted = resolve_dtype(checkpoint.description, dtype, device)
     if checkpoint.description.quantization is not None:

@@ -99,9 +99,18 @@ def draw_run_curve(axes, curve: Sequence[float], candidates: Collection[int], re
             barred, [curve[start] for start in barred], "o", color=KEPT, markerfacecolor="white", label="protected"
         )
     axes.plot(
-        removed[0], curve[removed[0]], "o", color=REMOVED, markersize=9, label=f"removed: {removed[0]} to {removed[-1]}"
+        removed[0],
+        curve[removed[0]],
+        "o",
+        color=REMOVED,
+        markersize=9,
+        label="removed: " + " to ".join(dict.fromkeys((str(removed[0]), str(removed[-1])))),
     )
-    axes.set(xlabel="first block of the run", ylabel="angular distance / π", title=f"runs of {len(removed)} blocks")
+    axes.set(
+        xlabel="first block of the run",
+        ylabel="angular distance / π",
+        title=f"{len(removed)} {'block' if len(removed) == 1 else 'blocks'} in a run",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small", frameon=False)
 

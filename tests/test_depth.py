@@ -106,7 +106,8 @@ def test_taylor_score_of_a_tensor():
     assert taylor_score(big, big) == pytest.approx((big.double() ** 2).sum().item(), rel=1e-6)
 
 
-def test_taylor_equals_plain_backward_with_all_gradients(family_folder):
+def test_taylor_equals_plain_backward_with_all_gradients(family_folder, monkeypatch):
+    monkeypatch.setattr("slim.pruning.forward.LOGITS_AT_ONCE", 7 * 1536)  # logits of 7 tokens at a time
     model, family = load(family_folder)
     tokens = random_tokens(5, 19)
     scores = block_taylor_scores(model, family, tokens)
@@ -375,3 +376,19 @@ def test_settings_answer_without_torch():
         "print([name for name in ('torch', 'transformers', 'matplotlib', 'rich', 'hydra') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_memory_estimates_are_ordered_as_the_methods_are(calibration):
+    model = ModelDescription(
+        {
+            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16",
+        }
+    )  # fmt: skip
+    weights = model.weight_bytes("float32")
+    stages = (Magnitude(), Perplexity(calibration=calibration), Taylor(calibration=calibration))
+    magnitude, ppl, taylor_peak = (stage.peak_bytes(model, "cpu") for stage in stages)
+    assert magnitude < model.weight_bytes() / 8  # streamed
+    assert weights < ppl < taylor_peak < 1.1 * weights  # no second copy
+    assert Taylor(calibration=calibration, remove=[9]).peak_bytes(model, "cpu") < model.weight_bytes() / 8
+    assert stages[2].peak_bytes(model, "cuda") < 0.6 * taylor_peak  # bfloat16 there

@@ -14,6 +14,7 @@ from slim.errors import SlimError
 from slim.evaluation.perplexity import Perplexity
 from slim.evaluation.speed import Speed
 from slim.evaluation.tasks import Tasks
+from slim.machine import fingerprint
 from slim.settings import identity, require_choice, require_number
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.prompts = list(self.prompts or [])
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
-            raise SlimError("eval.prompts takes texts that are not empty, for example eval.prompts=['Once upon a time'].")
+            raise SlimError("eval.prompts takes texts that are not empty, for example eval.prompts=['The town of'].")
         require_number("eval.new_tokens", self.new_tokens, 1, integer=True)
         require_choice("eval.dtype", self.dtype, DTYPES)
 
@@ -119,7 +120,8 @@ class Evaluation:
 
         found = self.speed.measure(model, prompts)
         metrics = {**found["metrics"], "weights_bytes": float(weights_bytes(model))}
-        return {"metrics": metrics, "protocol": {"dtype": dtype_name(model), **found["protocol"]}, "samples": []}
+        protocol = {"dtype": dtype_name(model), **found["protocol"], "machine": fingerprint(model.device.type)}
+        return {"metrics": metrics, "protocol": {"speed": protocol}, "samples": []}
 
     def _speed_text(self) -> Text:
         """The text that prompts for timing are cut from: the one of the perplexity, else the embedded one."""

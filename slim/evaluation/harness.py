@@ -69,7 +69,7 @@ def evaluate(
     batch_size: int,
     max_length: int,
 ) -> dict[str, dict]:
-    """Run the tasks in the YAML files ``paths``; return task -> ``metrics``, ``questions``, ``num_fewshot``, ``version``.
+    """Run the tasks in the YAML files ``paths``; return task -> metrics, questions, num_fewshot, version.
 
     Raises ``SlimError`` if a task cannot be built, which mostly means that its data cannot be reached.
     """
@@ -102,7 +102,7 @@ def build_task(path: Path, num_fewshot: int | None):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SlimError(
             f"The task in {path.name} cannot be set up: {reason}\n"
-            "Its data come from the hub unless they are embedded: without a network, give tasks of your own as YAML files."
+            "Its data come from the hub unless they are embedded: without a network, name YAML files of your own."
         ) from error
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # as on lm-eval's command line, a fixed 0 stays
         task.set_config(key="num_fewshot", value=num_fewshot)

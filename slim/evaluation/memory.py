@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
+import os
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -28,8 +31,11 @@ class MemoryMeter:
         meter.resident  # still held at the end
         meter.peak      # most at any moment
 
-    On a GPU by torch's own counters; on a Linux CPU by the process's resident set, with what malloc keeps for later given
-    back first. Both are None where there is no such counter (macOS, a restricted container).
+    On a GPU by torch's own counters; on a Linux CPU by the process's resident set, with what malloc keeps for later
+    given back first. Both are None where there is no such counter (macOS, a restricted container).
+
+    Inside, transformers loads weights in the calling thread: what its loader threads allocate stays, once freed, in
+    heaps of theirs that cannot be given back, and the next model would seem to need no memory.
     """
 
     def __init__(self, device: str = "cpu"):
@@ -39,12 +45,18 @@ class MemoryMeter:
         self.peak: int | None = None
 
     def __enter__(self) -> MemoryMeter:
+        self._setting = os.environ.get(ONE_THREAD)
+        os.environ[ONE_THREAD] = "1"
         release()
         self._reset = self._reset_peak()
         self._before = self._read("VmRSS")
         return self
 
     def __exit__(self, *_) -> None:
+        if self._setting is None:
+            del os.environ[ONE_THREAD]
+        else:
+            os.environ[ONE_THREAD] = self._setting
         peak = self._read("VmHWM") if self._reset else None
         release()
         now = self._read("VmRSS")
@@ -74,10 +86,8 @@ class MemoryMeter:
 def release() -> None:
     """Collect garbage and give the heap's free pages back to the system, where the C library can."""
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # only glibc has it
-        pass
 
 
 def process_bytes(field: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from slim.evaluation.memory import MemoryMeter, release
@@ -12,11 +13,13 @@ if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
 
 
-def measure(folder: Path, evaluation: Evaluation, device: str = "cpu", quality: bool = True, speed: bool = True) -> dict:
+def measure(
+    folder: Path, evaluation: Evaluation, device: str = "cpu", quality: bool = True, speed: bool = True
+) -> dict[str, dict | None]:
     """Return ``{"quality": ..., "speed": ...}`` for the checkpoint in ``folder``; None for what is not asked for.
 
-    Each holds ``metrics`` (flat name -> float), ``protocol`` and ``samples`` as plain JSON values. Speed comes first, so
-    that the memory it reports is that of loading and generating, not that of scoring batches. The model is freed again.
+    Each holds ``metrics`` (flat name -> float), ``protocol`` and ``samples`` as plain JSON values. Speed comes first,
+    so that the memory it reports is that of loading and generating, not that of scoring batches. The model is freed.
     """
     import torch
 
@@ -42,26 +45,32 @@ def measure(folder: Path, evaluation: Evaluation, device: str = "cpu", quality: 
             found["quality"] = evaluation.measure_quality(model, tokenizer)
     del model
     release()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return found
 
 
 def warm_up(folder: Path, device: str) -> None:
-    """Generate with a minute model of the same family, so that libraries and threads are not counted as its memory."""
+    """Load a minute model of the same family and generate, so that libraries and threads are not counted as memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from slim.architecture import FAMILIES
-    from slim.checkpoint import open_checkpoint
-    from slim.evaluation.speed import timed_run
+    from slim.checkpoint import copy_companions, load_model, open_checkpoint
+    from slim.evaluation.speed import Speed
 
-    model_type = open_checkpoint(folder).config.get("model_type")
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.description.quantization is not None:
+        import slim.quantization.load  # noqa: F401
+    model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:
         return
     sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
     config = AutoConfig.for_model(model_type, vocab_size=8, num_hidden_layers=1, pad_token_id=0, **sizes)
-    model = AutoModelForCausalLM.from_config(config).to(device).eval()
-    with torch.inference_mode():
-        timed_run(model, torch.ones(1, 16, dtype=torch.long, device=device), 4)
+    with TemporaryDirectory() as scratch, MemoryMeter(device):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch)
+        copy_companions(Path(folder), Path(scratch))
+        Speed(repeats=1, new_tokens=4).measure(load_model(scratch, device=device), [[1] * 16])
 
 
 def memory_metrics(meter: MemoryMeter) -> dict[str, float]:

@@ -53,7 +53,7 @@ class Speed:
         for name, low in lowest.items():
             require_number(f"eval.speed.{name}", getattr(self, name), low, integer=True)
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
-            raise SlimError("eval.speed.prompts takes texts that are not empty, for example eval.speed.prompts=['Hello'].")
+            raise SlimError("eval.speed.prompts takes texts that are not empty, such as eval.speed.prompts=['Hello'].")
 
     def check(self, model: ModelDescription) -> None:
         """Raise ``SlimError`` if prompt and answer do not fit into the model's context."""
@@ -61,11 +61,12 @@ class Speed:
         if room < (1 if self.prompts else self.prompt_length):
             raise SlimError(
                 f"eval.speed.prompt_length={self.prompt_length} and new_tokens={self.new_tokens} exceed the context of "
-                f"{model.context_length} tokens of {model.name}. Take prompt_length up to {max(room, 0)}, or fewer new tokens."
+                f"{model.context_length} tokens of {model.name}. "
+                f"Take prompt_length up to {max(room, 0)}, or fewer new tokens."
             )
 
     def prompt_ids(self, tokenizer, text: Text) -> list[list[int]]:
-        """Return the tokens of each prompt. A text that is too short is repeated: speed does not depend on its sense."""
+        """Return the tokens of each prompt. A text that is too short is repeated: speed does not depend on sense."""
         if self.prompts:
             return [tokenizer(prompt)["input_ids"] for prompt in self.prompts]
         needed = self.count * self.prompt_length

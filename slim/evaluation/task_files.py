@@ -1,7 +1,7 @@
 """Finding the YAML file of a task, without lm-eval's index of all tasks, which takes a quarter of a minute to build.
 
-A task is an embedded one (``tiny_facts``), a YAML file of one's own, or one that lm-eval ships. The first two read their
-questions from JSON Lines beside the YAML file. Nothing here imports lm-eval, so a wrong name is answered at once.
+A task is an embedded one (``tiny_facts``), a YAML file of one's own, or one that lm-eval ships. The first two read
+their questions from JSON Lines beside the YAML file. Nothing here imports lm-eval, so a wrong name is answered at once.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _unknown(name: str, files: list[Path]) -> SlimError:
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
     embedded = ", ".join(embedded_tasks()) or "none"
-    return SlimError(f"There is no task '{name}'.{hint} Embedded: {embedded}. A YAML file of your own can be named too.")
+    return SlimError(f"There is no task '{name}'.{hint} Embedded: {embedded}. A YAML file of your own works too.")
 
 
 def _names(path: Path, pattern: re.Pattern) -> list[str]:
@@ -101,7 +101,7 @@ def _names(path: Path, pattern: re.Pattern) -> list[str]:
 def read_plain(path: Path) -> dict:
     """Read a task file with what it includes, its functions as plain text. Raises ``SlimError`` if it is no task."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506: a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SlimError(f"Cannot read the task file {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
@@ -124,8 +124,8 @@ def task_name(path: Path) -> str:
 def data_files(path: Path) -> dict[str, list[Path]]:
     """Return split -> local data files of a task file; empty where its data come from the hub.
 
-    ``data_files`` are relative to the task file, as ``dataset_path: json`` of the datasets library takes them: a name, a
-    list, or one of both per split. Raises ``SlimError`` if a file is missing.
+    ``data_files`` are relative to the task file, and as ``dataset_path: json`` of the datasets library takes them: a
+    name, a list, or one of both per split. Raises ``SlimError`` if a file is missing.
     """
     config = read_plain(path)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
@@ -172,7 +172,7 @@ def fingerprint(name: str) -> dict:
 
 def _included(path: Path) -> set[Path]:
     """Return the YAML and Python files that a task file refers to, at any depth."""
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader) or {}  # noqa: S506: a SafeLoader
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader) or {}
     found = {path.parent / f"{module.replace('.', '/')}.py" for module in _names(path, FUNCTION)}
     for included in _as_list(content.get("include", [])):
         found |= {path.parent / included, *_included(path.parent / included)}

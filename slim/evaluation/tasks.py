@@ -1,8 +1,8 @@
 """Accuracies on question sets through lm-eval, on the model that is already in memory.
 
-An answer is scored by its log-likelihood after the question: ``acc`` takes the highest sum over its tokens, ``acc_norm``
-the highest sum per byte of the answer. The figures are lm-eval's own; slim finds the task, feeds local data from memory,
-and keeps a NaN a NaN.
+An answer is scored by its log-likelihood after the question: ``acc`` takes the highest sum over its tokens,
+``acc_norm`` the highest sum per character of the answer. The figures are lm-eval's own; slim finds the task, hands
+local data over in memory, and keeps a NaN a NaN.
 """
 
 from __future__ import annotations

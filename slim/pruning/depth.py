@@ -17,6 +17,7 @@ from slim.architecture import DTYPE_BYTES, ModelDescription
 from slim.checkpoint import REPORT, Checkpoint, open_checkpoint, resolve_dtype, write_blocks
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
+from slim.pruning.forward import LOGITS_AT_ONCE
 from slim.pruning.rules import block_list, default_blocks, default_ends, removal_order
 from slim.settings import dataclass_identity, require_number
 from slim.stage import Context, Stage
@@ -231,8 +232,8 @@ class CalibratedDepthPruning(DepthPruning):
         return load_model(source.folder, device=context.device), tokens
 
     def forward_bytes(self, model: ModelDescription, device: str, samples: int) -> int:
-        """Estimate weights plus activations of one block and one sample's logits, for ``samples`` windows at a time."""
+        """Estimate weights plus one block's activations and some logits, for ``samples`` windows at a time."""
         width = DTYPE_BYTES.get(resolve_dtype(model, "auto", device), 4)
         length = min(self.windows.length, model.context_length)
         block = samples * length * (8 * model.hidden_size + 4 * model.intermediate_size) * width
-        return model.weight_bytes(resolve_dtype(model, "auto", device)) + block + 3 * 4 * length * model.vocab_size
+        return model.weight_bytes(resolve_dtype(model, "auto", device)) + block + 4 * 4 * LOGITS_AT_ONCE

@@ -19,7 +19,7 @@ else:
     torch = LazyModule("torch")
 
 TOKENS_PER_BATCH = 4096
-LOGITS_AT_ONCE = 2**25  # numbers: bounds the memory of a large vocabulary
+LOGITS_AT_ONCE = 2**23  # numbers: bounds the memory of a large vocabulary
 
 
 class BlockChain:
@@ -65,13 +65,12 @@ class BlockChain:
     def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield summed losses (-log p in nats, float32) of ``tokens`` [batch, length], given the last block's output.
 
-        One sum per few samples, so that few logits exist at once; every token but the first of a sample counts.
+        One sum per some tokens, so that few logits exist at once; every token but the first of a sample counts.
         """
-        rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.head.weight.shape[0]))
-        for states, part in zip(hidden.split(rows), tokens.split(rows), strict=True):
-            logits = self.head(self.norm(states[:, :-1])).float().flatten(0, 1)
-            target = part[:, 1:].flatten().to(logits.device)
-            yield torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        rows = max(1, LOGITS_AT_ONCE // self.head.weight.shape[0])
+        inputs, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().to(hidden.device)
+        for states, target in zip(inputs.split(rows), targets.split(rows), strict=True):
+            yield torch.nn.functional.cross_entropy(self.head(self.norm(states)).float(), target, reduction="sum")
 
 
 def batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -80,7 +80,7 @@ def output_gradient(chain: BlockChain, output: torch.Tensor, tokens: torch.Tenso
     """Return dL/d(output of the last block), [samples, length, hidden], L the mean over all predicted tokens."""
     output = output.to(chain.model.device).requires_grad_()
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    for loss in chain.losses(output, tokens):
+    for loss in chain.losses(output, tokens):  # each has its own logits, freed by its backward
         (loss / predicted).backward()
     return output.grad
 
@@ -136,5 +136,5 @@ class Taylor(CalibratedDepthPruning):
         samples, length = self.windows.samples, min(self.windows.length, model.context_length)
         states = (model.blocks + 1) * samples * length * model.hidden_size * width
         largest = max(rows * columns for rows, columns in model.block_linears().values())
-        # the graph of one block keeps about twice what a plain forward holds
+        # one block's graph and gradients take about twice what its plain forward holds
         return self.forward_bytes(model, device, 2 * samples) + states + largest * width

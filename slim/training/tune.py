@@ -49,7 +49,7 @@ class Tuner(Stage):
 
     data: TrainingData
     trainer: Hardware = field(default_factory=Hardware)
-    steps: int | None = 150
+    steps: int | None = 100
     epochs: float | None = None
     window: int = 256
     batch_tokens: int = 2048
@@ -61,7 +61,7 @@ class Tuner(Stage):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0
-    validate_every: int = 50
+    validate_every: int = 25
     validation_tokens: int = 16384
     seed: int = 0
 
@@ -251,7 +251,7 @@ class Lora(Tuner):
     dropout: float = 0.0
     targets: list[str] | None = None
 
-    width_rate: ClassVar[float] = 0.8
+    width_rate: ClassVar[float] = 1.2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from slim.world import lexicon as lex
 from slim.world.chat import render
 from slim.world.facts import KINDS, PERSON_RELATIONS, Fact, fill, kind_of
 from slim.world.happenings import happening
-from slim.world.pronouns import pronoun_scene
+from slim.world.pronouns import holding_scene, pronoun_scene
 from slim.world.scenes import Maker, Scene
 from slim.world.split import allowed
 from slim.world.wording import ask, capitalise, state
@@ -18,7 +18,7 @@ SHARES = {"biography": 0.20, "things": 0.10, "round": 0.05, "story": 0.13, "sums
 TRAIN_ONLY = ("sums", "chat")
 WORDS = (40, 200)  # shortest and longest document
 JOINED = 0.2  # share of documents that are two, joined by an empty line as in the held-out text files
-SCENES: tuple[tuple[Maker, float], ...] = ((pronoun_scene, 0.55), (happening, 0.45))
+SCENES: tuple[tuple[Maker, float], ...] = ((pronoun_scene, 0.5), (holding_scene, 0.1), (happening, 0.4))
 
 
 class Writer:
@@ -116,7 +116,7 @@ class Writer:
         facts = facts[: self.rng.randint(4, 9)]
         sentences: list[str] = []
         for fact in facts:
-            sentence = state(fact, self.split, self.rng, pronoun=bool(sentences) and self.rng.random() < 0.6)
+            sentence = state(fact, self.split, self.rng, pronoun=bool(sentences) and self.rng.random() < 0.4)
             if sentence:
                 sentences.append(sentence)
         return " ".join(sentences)

@@ -31,6 +31,19 @@ PATTERNS = (
     ("{A} hid from {B}", "was afraid", "looked dangerous"),
 )
 NEUTRAL = ("was there", "had time", "was in the garden", "came by", "was in town that day", "had a day off")
+HOLDINGS = ("{A} had the {x} and {B} had the {y}.", "{A} took the {x}. {B} took the {y}.",
+            "The {x} went to {A}, the {y} went to {B}.")
+
+
+def holding_scene(rng: random.Random) -> Scene:
+    """Who has what: nothing to resolve, only to look up in what was just said. Practice for the harder scenes."""
+    names = rng.sample((*lex.WOMEN, *lex.MEN), 2)
+    things = rng.sample(tuple(lex.THINGS), 2)
+    asked = rng.randrange(2)
+    told = rng.choice(HOLDINGS).format(A=names[0], B=names[1], x=things[0], y=things[1])
+    thing, answer, other = things[asked], names[asked], names[1 - asked]
+    reply = f"{answer} has the {thing}."
+    return Scene("holding", told, told, f"Who has the {thing}?", answer, (other,), reply, reply)
 
 
 def pronoun_scene(rng: random.Random) -> Scene:

@@ -1,0 +1,1 @@
+"""Quantisation: weights as small integers with a scale, and where asymmetric a zero point, per group."""

@@ -1,0 +1,89 @@
+"""One dense bit stream, least significant bit first: how integers of 1 to 8 bits stand in int32 words.
+
+Along a row, code k occupies bits [k b, (k + 1) b) of the stream, whatever b; a code may straddle two words. The last
+word of a row is filled with zeros. This is the layout of compressed-tensors' ``pack-quantized``, and along the other
+dimension that of GPTQ. Eight codes of b bits are exactly b bytes, so both directions work on eight codes at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from slim.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+MAX_BITS = 8
+EIGHT = 8  # codes that together fill whole bytes at every width
+
+
+def words_per_row(codes: int, bits: int) -> int:
+    """Return the number of int32 words that ``codes`` integers of ``bits`` bits take."""
+    return math.ceil(codes * bits / 32)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack unsigned codes [..., n] (any integer dtype, 0 <= code < 2**bits) into int32 [..., ceil(n bits / 32)]."""
+    _require_bits(bits)
+    lead, count = codes.shape[:-1], codes.shape[-1]
+    eights = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % EIGHT)).unflatten(-1, (-1, EIGHT))
+    shifts = torch.arange(EIGHT, device=codes.device) * bits
+    stream = (eights << shifts).sum(-1, keepdim=True)  # bits of different codes do not overlap: a sum is an "or"
+    octets = stream.view(torch.uint8)[..., :bits].reshape(*lead, -1)
+    width = 4 * words_per_row(count, bits)  # bytes
+    if octets.shape[-1] < width:
+        octets = torch.nn.functional.pad(octets, (0, width - octets.shape[-1]))
+    return octets[..., :width].contiguous().view(torch.int32)
+
+
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the first ``count`` codes of each row of int32 ``words`` [..., m] as uint8 [..., count]."""
+    _require_bits(bits)
+    octets = words.contiguous().view(torch.uint8)
+    if bits == MAX_BITS:
+        return octets[..., :count]
+    if MAX_BITS % bits == 0:
+        return _unpack_bytes(octets, bits)[..., :count]
+    lead = octets.shape[:-1]
+    needed = bits * math.ceil(count / EIGHT)
+    if octets.shape[-1] < needed:
+        octets = torch.nn.functional.pad(octets, (0, needed - octets.shape[-1]))
+    stream = _join_bytes(octets[..., :needed].unflatten(-1, (-1, bits)))
+    codes = torch.empty(*stream.shape, EIGHT, dtype=torch.uint8, device=words.device)
+    for index in range(EIGHT):
+        codes[..., index] = (stream >> (bits * index)) & (2**bits - 1)
+    return codes.reshape(*lead, -1)[..., :count]
+
+
+def _unpack_bytes(octets: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unpack widths of which whole numbers fit into a byte: 1, 2, 4."""
+    parts = [(octets >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)
+
+
+def _join_bytes(octets: torch.Tensor) -> torch.Tensor:
+    """Join bytes [..., b] to integers [...], the first byte lowest: int32 where 24 bits suffice, else int64."""
+    wide = torch.int32 if octets.shape[-1] <= 3 else torch.int64
+    stream = octets[..., 0].to(wide)
+    for index in range(1, octets.shape[-1]):
+        stream |= octets[..., index].to(wide) << (8 * index)
+    return stream
+
+
+def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes [n, m] along the first dimension into int32 [ceil(n bits / 32), m]."""
+    return pack(codes.T, bits).T.contiguous()
+
+
+def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Inverse of :func:`pack_columns`: uint8 [count, m]."""
+    return unpack(words.T, bits, count).T.contiguous()
+
+
+def _require_bits(bits: int) -> None:
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"{bits} bits cannot be packed; 1 to {MAX_BITS} can")
