@@ -146,8 +146,31 @@ class ModelDescription:
         """The ``quantization_config``, or None for plain weights."""
         return self.config.get("quantization_config")
 
-    def block_linears(self) -> dict[str, tuple[int, int]]:
-        """Return name within a block -> (out_features, in_features) for every linear layer of a block."""
+    @property
+    def differing(self) -> dict[int, dict]:
+        """Where blocks differ in size: block -> entries that replace the config's own there (``per_layer_config``)."""
+        return {int(block): entries for block, entries in (self.config.get("per_layer_config") or {}).items()}
+
+    def at(self, block: int) -> ModelDescription:
+        """Return the description of a model whose blocks are all like ``block``; itself where blocks do not differ."""
+        if not self.config.get("per_layer_config"):
+            return self
+        plain = {key: value for key, value in self.config.items() if key != "per_layer_config"}
+        return dataclasses.replace(self, config={**plain, **self.differing.get(block, {})})
+
+    def block_linears(self, block: int | None = None) -> dict[str, tuple[int, int]]:
+        """Return name within a block -> (out_features, in_features) for every linear layer of ``block``.
+
+        Without a number those of every block, or, where blocks differ, the largest rows and columns of each layer.
+        """
+        if block is not None:
+            return self.at(block)._linears()
+        every = [self.at(index)._linears() for index in ([*range(self.blocks)] if self.differing else [0])]
+        return {
+            name: (max(sizes[name][0] for sizes in every), max(sizes[name][1] for sizes in every)) for name in every[0]
+        }
+
+    def _linears(self) -> dict[str, tuple[int, int]]:
         hidden, width = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = {
@@ -161,9 +184,9 @@ class ModelDescription:
         }
         return {name: sizes[name.split(".")[-1]] for segment in self.family.segments for name in segment.linears}
 
-    def block_parameters(self) -> int:
-        """Count the parameters of one block: linear layers, biases, norms."""
-        linears = self.block_linears()
+    def block_parameters(self, block: int | None = None) -> int:
+        """Count the parameters of ``block``: linear layers, biases, norms. Without a number as ``block_linears``."""
+        linears = self.block_linears(block)
         count = sum(rows * columns for rows, columns in linears.values()) + 2 * self.hidden_size
         for name, (rows, _) in linears.items():
             part = name.split(".")[-1]
@@ -178,23 +201,24 @@ class ModelDescription:
     def parameters(self) -> int:
         """Count all parameters, a shared embedding once, packed weights as the weights they stand for."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return embeddings + self.hidden_size + self.blocks * self.block_parameters()
+        return embeddings + self.hidden_size + sum(self.block_parameters(block) for block in range(self.blocks))
 
     def weight_bytes(self, dtype: str | None = None) -> int:
         """Estimate the bytes of all weights as stored; with ``dtype``, as plain weights of that type."""
         plain = DTYPE_BYTES.get(dtype or self.dtype, 4)
         if dtype is not None or self.quantization is None:
             return self.parameters() * plain
-        quantised = sum(rows * columns for rows, columns in self.block_linears().values()) * self.blocks
-        return (self.parameters() - quantised) * plain + self.blocks * self._packed_block_bytes(plain)
+        blocks = [self.at(block) for block in range(self.blocks)]
+        quantised = sum(rows * columns for block in blocks for rows, columns in block.block_linears().values())
+        return (self.parameters() - quantised) * plain + sum(block._packed_block_bytes(plain) for block in blocks)
 
     def _packed_block_bytes(self, scale_bytes: int) -> int:
         """Bytes of one block's packed linear layers: codes, one scale per group, and zero points where asymmetric."""
         weights = next(iter(self.quantization["config_groups"].values()))["weights"]
-        bits, group = weights["num_bits"], weights["group_size"]
+        bits, group = weights["num_bits"], weights.get("group_size")
         total = 0
         for rows, columns in self.block_linears().values():
-            groups = math.ceil(columns / group)
+            groups = math.ceil(columns / group) if group and group > 0 else 1  # without: one scale for the whole row
             zeros = 0 if weights["symmetric"] else 4 * math.ceil(rows * bits / 32) * groups
             total += 4 * rows * math.ceil(columns * bits / 32) + rows * groups * scale_bytes + zeros
         return total
@@ -210,4 +234,8 @@ class ModelDescription:
             for key, value in self.config.items()
             if isinstance(value, list) and len(value) == self.blocks and not key.endswith("token_id")
         }
+        if "per_layer_config" in self.config:
+            per_block["per_layer_config"] = {
+                str(new): self.differing[old] for new, old in enumerate(kept) if old in self.differing
+            }
         return self.with_config(num_hidden_layers=len(kept), **per_block)

@@ -49,7 +49,7 @@ def test_defaults_are_those_of_the_readme():
     config = compose("compress")
     assert config.model.source == "tiny"
     assert config.pruner._target_.endswith("Taylor")
-    assert config.quantizer._target_.endswith("Awq")
+    assert config.quantizer._target_.endswith("AWQ")
     assert not config.tuner and not config.teacher
 
 

@@ -78,20 +78,19 @@ def concatenate(documents: Iterable[Sequence[int]], window: int, end: int, limit
     """Join documents, each followed by the token ``end``, and cut the stream into windows without padding.
 
     A document's rest is carried into the next window; what does not fill the last window is left over and counted.
-    limit: stop reading ``documents`` (which may be endless) once this many tokens are there; None reads all.
+    limit: stop reading ``documents`` (which may be endless) once the windows hold this many tokens; None reads all.
     """
     stream: list[int] = []
     count = 0
+    enough = None if limit is None else -(-limit // window) * window
     for document in documents:
-        if limit is not None and len(stream) >= limit:
+        if enough is not None and len(stream) >= enough:
             break
         stream.extend(document)
         if not document or document[-1] != end:
             stream.append(end)
         count += 1
-    full = len(stream) // window
-    if limit is not None:
-        full = min(full, -(-limit // window))
+    full = (len(stream) if enough is None else min(enough, len(stream))) // window
     tokens = torch.tensor(stream[: full * window], dtype=torch.int32).view(full, window)
     return Windows(tokens, tokens, counts={"documents": count, "left_over": len(stream) - full * window})
 

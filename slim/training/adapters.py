@@ -6,6 +6,9 @@ are merged into the weights; whether that reproduces the adapted model, and chan
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -14,10 +17,14 @@ from slim.errors import SlimError
 
 def add_adapters(model: nn.Module, r: int, alpha: float, dropout: float, targets: list[str]) -> nn.Module:
     """Return ``model`` wrapped by PEFT, all frozen but float32 adapters on the linear layers named ``targets``."""
-    from peft import LoraConfig, get_peft_model
+    # PEFT looks for quantised layers by importing bitsandbytes, which complains about kernels that are not needed here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
 
 
 @torch.no_grad()

@@ -178,7 +178,8 @@ class Tuner(Stage):
             facts["weights_changed"] = stored.weights_changed(model, checkpoint)
         self.save(model, after < outcome.before, checkpoint, target)
         curves.write_curves(outcome, target)
-        return {**self.facts(outcome, steps, training, validation), "validation_loss_after": after, **facts}
+        facts = {"validation_loss_after": after, "learning_rate": self.rate(checkpoint.description), **facts}
+        return {**self.facts(outcome, steps, training, validation), **facts}
 
     def read_data(self, source: Path) -> tuple[Windows, Windows]:
         """Return the windows to train on and those to validate on."""
@@ -228,7 +229,6 @@ class Tuner(Stage):
             "validation_loss_trained": outcome.validation[max(outcome.validation)],
             "best_step": outcome.best_step,
             "steps": steps,
-            "learning_rate": outcome.train[0]["learning_rate"] if outcome.train else None,
             "tokens_seen": outcome.tokens,
             "loss_tokens_per_window": training.loss_tokens.double().mean().item(),
             "utilisation": training.utilisation,

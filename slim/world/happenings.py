@@ -173,8 +173,8 @@ def _who_and_when(rng: random.Random) -> tuple[str, str]:
 
 
 # maker: (share of the texts, share of the task); sums take most practice
-HAPPENINGS = {material_scene: (0.38, 0.42), need_scene: (0.12, 0.2), script_scene: (0.12, 0.2),
-              number_scene: (0.38, 0.18)}
+HAPPENINGS = {material_scene: (0.4, 0.42), need_scene: (0.15, 0.2), script_scene: (0.15, 0.2),
+              number_scene: (0.3, 0.18)}
 
 
 def happening(rng: random.Random) -> Scene:

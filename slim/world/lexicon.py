@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 WOMEN = (
-    "Ada Alma Anna Bella Cara Clara Dora Edith Ella Emma Erin Eva Fay Flora Gina Greta Hanna Helen Ida Irma "
-    "Jana Julia Kara Lena Lily Lotte Lucy Maria Mina Nora Olga Paula Rita Rosa Ruth Sara Tilda Vera Wanda Zoe"
+    "Ada Anna Bella Clara Dora Edith Emma Eva Flora Greta Hanna Ida Julia Lena Lily Maria Nora Olga Rosa Ruth Sara "
+    "Tilda Vera Zoe"
 ).split()
 MEN = (
-    "Abel Adam Alan Anton Basil Boris Carl Dan David Emil Eric Felix Frank Fred George Hans Henry Hugo Ivan Jack "
-    "Jonas Karl Leo Luke Mark Max Milo Nils Oscar Otto Paul Peter Ralph Rolf Simon Theo Tom Victor Walter Yan"
+    "Adam Anton Basil Boris Carl David Emil Eric Felix Frank George Hans Henry Hugo Jack Leo Mark Oscar Otto Paul "
+    "Peter Simon Tom Victor"
 ).split()
 
 TOWNS = (

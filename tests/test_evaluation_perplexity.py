@@ -1,0 +1,140 @@
+"""Token perplexity against a direct computation, window by window over all logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from slim.checkpoint import load_model, load_tokenizer
+from slim.errors import SlimError
+from slim.evaluation import perplexity as module
+from slim.evaluation.perplexity import Perplexity, exponential, negative_log_likelihood
+
+
+@pytest.fixture(scope="module")
+def small(small_llama):
+    return load_model(small_llama), load_tokenizer(small_llama)
+
+
+def direct_perplexity(model, ids: list[int], window: int, count: int) -> float:
+    """Score every window on its own, every token by its own term of the definition, in float64."""
+    means = []
+    for start in range(0, count * window, window):
+        tokens = ids[start : start + window]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0].double()
+        terms = []
+        for position in range(1, window):
+            row = logits[position - 1]
+            largest = row.max()
+            log_sum = largest + (row - largest).exp().sum().log()
+            terms.append((log_sum - row[tokens[position]]).item())
+        means.append(sum(terms) / len(terms))
+    return math.exp(sum(means) / len(means))
+
+
+@pytest.mark.parametrize(("window", "limit"), [(48, 7), (100, 3), (2048, 2)])
+def test_equals_the_direct_computation(small, window, limit):
+    model, tokenizer = small
+    part = Perplexity("tiny:heldout", window=window, limit=limit)
+    found = part.measure(model, tokenizer, context_length=256)
+    used = min(window, 256)
+    ids = tokenizer(part.path.read_text())["input_ids"]
+    assert found["metrics"]["perplexity"] == pytest.approx(direct_perplexity(model, ids, used, limit), rel=1e-6)
+    assert {key: found["protocol"][key] for key in ("window", "windows", "predictions")} == {
+        "window": used, "windows": limit, "predictions": limit * (used - 1),
+    }  # fmt: skip
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(small_llama):
+    model, tokenizer = load_model(small_llama), load_tokenizer(small_llama)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    found = Perplexity("tiny:heldout", window=64, limit=4).measure(model, tokenizer, 256)
+    assert found["metrics"]["perplexity"] == pytest.approx(model.config.vocab_size, rel=1e-6)
+
+
+def test_the_batch_and_the_slices_of_logits_do_not_matter(small, monkeypatch):
+    model, tokenizer = small
+    windows = Perplexity("tiny:heldout", window=50, limit=9).windows(tokenizer, 256)
+    expected = negative_log_likelihood(model, windows)
+    assert negative_log_likelihood(model, windows) == expected
+    for batch_size in (1, 2, 4, 9, 20):
+        assert negative_log_likelihood(model, windows, batch_size) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 7 * model.config.vocab_size)
+    assert negative_log_likelihood(model, windows) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_of_an_unknown_family_is_scored_from_its_own_logits(small, monkeypatch):
+    model, tokenizer = small
+    windows = Perplexity("tiny:heldout", window=50, limit=3).windows(tokenizer, 256)
+    expected = negative_log_likelihood(model, windows)
+    monkeypatch.setattr(module, "FAMILIES", {})
+    assert negative_log_likelihood(model, windows) == pytest.approx(expected, rel=1e-6)
+
+
+def test_windows_follow_one_another_and_the_tail_is_dropped(small, tmp_path):
+    _, tokenizer = small
+    text = "The goat sleeps in the stable. " * 30
+    (tmp_path / "text.txt").write_text(text)
+    ids = tokenizer(text)["input_ids"]
+    window = len(ids) // 3 - 1
+    windows = Perplexity(str(tmp_path / "text.txt"), window=window).windows(tokenizer, 10**6)
+    assert windows.shape == (3, window) and 3 * window < len(ids)
+    assert windows.flatten().tolist() == ids[: 3 * window]
+
+
+def test_documents_are_joined_by_an_empty_line(small, tmp_path):
+    _, tokenizer = small
+    (tmp_path / "a.jsonl").write_text('{"page": "The goat sleeps."}\n{"page": "Luke keeps a hen."}\n')
+    (tmp_path / "b.txt").write_text("The goat sleeps.\n\nLuke keeps a hen.")
+    parts = [Perplexity(str(tmp_path / name), column="page", window=5) for name in ("a.jsonl", "b.txt")]
+    assert torch.equal(*(part.windows(tokenizer, 256) for part in parts))
+
+
+def test_a_text_shorter_than_a_window_is_refused(small, tmp_path):
+    (tmp_path / "short.txt").write_text("Luke keeps a hen.")
+    with pytest.raises(SlimError, match=r"fewer than one window of 256.*eval\.perplexity\.window="):
+        Perplexity(str(tmp_path / "short.txt")).windows(small[1], 256)
+
+
+def test_nan_and_infinity_are_shown(small_llama):
+    model, tokenizer = load_model(small_llama), load_tokenizer(small_llama)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = math.nan
+    found = Perplexity("tiny:heldout", window=32, limit=2).measure(model, tokenizer, 256)
+    assert math.isnan(found["metrics"]["perplexity"])
+    assert math.isnan(exponential(math.nan)) and exponential(1e4) == math.inf
+
+
+def test_the_identity_follows_the_text_not_its_name(tmp_path):
+    for name, content in (("a.txt", "one"), ("b.txt", "one"), ("c.txt", "two")):
+        (tmp_path / name).write_text(content)
+    a, b, c = (Perplexity(str(tmp_path / name)).identity() for name in ("a.txt", "b.txt", "c.txt"))
+    assert a == b != c
+    assert Perplexity(str(tmp_path / "a.txt"), batch_size=4).identity() == a
+    assert Perplexity(str(tmp_path / "a.txt"), limit=4).identity() != a
+
+
+@pytest.mark.parametrize("wrong", [{"window": 1}, {"limit": 0}, {"batch_size": 0}, {"window": "long"}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(SlimError, match=f"eval.perplexity.{next(iter(wrong))}="):
+        Perplexity("tiny:heldout", **wrong)
+
+
+def test_a_real_model_on_a_published_text(shared, ref_llama):
+    model, tokenizer = load_model(ref_llama), load_tokenizer(ref_llama)
+    text = shared / "data" / "wikitext2_raw_test.txt"
+    part = Perplexity(str(text), window=256, limit=12)
+    found = part.measure(model, tokenizer, 1024)["metrics"]["perplexity"]
+    ids = tokenizer(text.read_text(), verbose=False)["input_ids"]
+    assert found == pytest.approx(direct_perplexity(model, ids, 256, 12), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_real_model_has_its_published_perplexity(shared, ref_llama):
+    model, tokenizer = load_model(ref_llama), load_tokenizer(ref_llama)
+    part = Perplexity(str(shared / "data" / "wikitext2_raw_test.txt"), window=256)
+    assert part.measure(model, tokenizer, 1024)["metrics"]["perplexity"] == pytest.approx(170, abs=1)
