@@ -99,6 +99,11 @@ class ModelDescription:
         return FAMILIES[model_type]
 
     @property
+    def known(self) -> bool:
+        """Whether there is a description of the family."""
+        return self.config.get("model_type") in FAMILIES
+
+    @property
     def blocks(self) -> int:
         return self.config["num_hidden_layers"]
 

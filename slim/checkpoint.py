@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from slim.architecture import ModelDescription
 from slim.errors import SlimError
+from slim.perlayer import write_card
 
 if TYPE_CHECKING:
     import torch
@@ -152,11 +153,16 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licences unchanged."""
+    """Copy tokenizer, chat template, generation settings and licences unchanged.
+
+    Where the config in ``target`` says that blocks differ, add a model card that says how to load such a model.
+    """
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
+    if (target / "config.json").is_file() and read_json(target / "config.json").get("per_layer_config"):
+        write_card(target)
 
 
 def write_config(config: dict, target: Path) -> None:
@@ -294,6 +300,7 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu"):
         from slim.quantization.load import load_quantized
 
         return load_quantized(checkpoint, wanted, device).eval()
+    check_shapes(checkpoint)
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, wanted), local_files_only=True, use_safetensors=True, output_loading_info=True
     )
@@ -301,6 +308,20 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu"):
     if missing:  # transformers would go on with random values
         raise SlimError(f"{folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'.")
     return model.to(device).eval()
+
+
+def check_shapes(checkpoint: Checkpoint) -> None:
+    """Raise ``SlimError`` if a block's linear layer has another shape in the file than the config says."""
+    model = checkpoint.description
+    for block in range(model.blocks if model.known else 0):
+        for name, shape in model.block_linears(block).items():
+            full = f"{model.family.blocks}.{block}.{name}.weight"
+            found = checkpoint.tensors.get(full, ("", "", shape))[2]
+            if found != shape:
+                raise SlimError(
+                    f"{full} in {checkpoint.folder} is {' x '.join(map(str, found))}, but config.json asks for "
+                    f"{' x '.join(map(str, shape))}. The config and the weights are not of the same model."
+                )
 
 
 def resolve_dtype(description: ModelDescription, dtype: str, device: str) -> str:

@@ -39,7 +39,7 @@ def test_quant_is_short_for_quantizer(typed, meant):
 
 def test_the_compose_api_takes_the_alias_too():
     config = compose("compress", ["quant=rtn", "quant.bits=3"])
-    assert config.quantizer._target_.endswith("Rtn")
+    assert config.quantizer._target_.endswith("RTN")
     assert config.quantizer.bits == 3
 
 

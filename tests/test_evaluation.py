@@ -11,7 +11,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from slim.architecture import ModelDescription
+from slim.architecture import FAMILIES, ModelDescription
 from slim.checkpoint import open_checkpoint
 from slim.errors import SlimError
 from slim.evaluation.evaluation import Evaluation
@@ -19,7 +19,7 @@ from slim.evaluation.perplexity import Perplexity
 from slim.evaluation.run import measure
 from slim.evaluation.speed import Speed
 from slim.evaluation.tasks import Tasks
-from tests.conftest import ROOT
+from tests.conftest import ROOT, build_small
 
 
 def small_evaluation(**changes) -> Evaluation:
@@ -68,6 +68,13 @@ def test_memory_is_at_least_that_of_the_weights(found):
 def test_the_same_again_gives_the_same_quality(found, small_llama):
     again = measure(small_llama, small_evaluation(), speed=False)
     assert again == {"quality": found["quality"], "speed": None}
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "llama"])
+def test_other_families_are_measured_too(model_type, tmp_path):
+    found = measure(build_small(model_type, tmp_path / model_type), small_evaluation(tasks=None))
+    assert found["quality"]["metrics"]["perplexity"] > 1
+    assert found["speed"]["metrics"]["decode_tokens_per_second"] > 1
 
 
 def test_only_what_is_asked_for_is_measured(small_llama):

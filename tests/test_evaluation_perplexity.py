@@ -134,7 +134,17 @@ def test_a_real_model_on_a_published_text(shared, ref_llama):
 
 
 @pytest.mark.slow
-def test_the_real_model_has_its_published_perplexity(shared, ref_llama):
+def test_the_first_200_windows_have_the_figure_stated_with_the_model(shared, ref_llama):
+    """The model's README states 170 in windows of 256, not over how many: the first 200 give 169.9, all 1632 give 185.
+
+    So that figure is only a landmark; what is asserted to every digit is transformers' own loss.
+    """
     model, tokenizer = load_model(ref_llama), load_tokenizer(ref_llama)
-    part = Perplexity(str(shared / "data" / "wikitext2_raw_test.txt"), window=256)
-    assert part.measure(model, tokenizer, 1024)["metrics"]["perplexity"] == pytest.approx(170, abs=1)
+    part = Perplexity(str(shared / "data" / "wikitext2_raw_test.txt"), window=256, limit=200)
+    found = part.measure(model, tokenizer, 1024)["metrics"]["perplexity"]
+    with torch.no_grad():
+        losses = [
+            model(input_ids=window[None], labels=window[None]).loss.item() for window in part.windows(tokenizer, 1024)
+        ]
+    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert found == pytest.approx(170, abs=0.5)

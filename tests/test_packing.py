@@ -89,8 +89,9 @@ def test_separate_packing_keeps_examples_whole_with_their_own_positions(shapes):
     ]
     packed = separate(examples, 16, pad=END)
     seen = {}
-    for row, labels, positions in zip(packed.tokens.tolist(), packed.labels.tolist(), packed.positions.tolist()):
-        for token, label, position, before in zip(row, labels, positions, [None, *row]):
+    columns = (packed.tokens.tolist(), packed.labels.tolist(), packed.positions.tolist())
+    for row, labels, positions in zip(*columns, strict=True):
+        for token, label, position, before in zip(row, labels, positions, [None, *row[:-1]], strict=True):
             assert (position == 0) == (token != before)
             if token:
                 seen.setdefault(token, []).append(label)
@@ -163,17 +164,20 @@ def tokenizer(small_llama):
 
 def test_only_answers_and_their_end_have_labels(tokenizer):
     pairs = [("Where does Anna live?", "She lives in a town."), ("How much is two plus two?", "Four.")]
-    for (prompt, answer), example in zip(pairs, encode_pairs(tokenizer, pairs)):
+    for (prompt, answer), example in zip(pairs, encode_pairs(tokenizer, pairs), strict=True):
         learnt = [label for label in example.labels if label != IGNORE]
         assert tokenizer.decode(learnt).strip() == answer + tokenizer.eos_token
-        ignored = [token for token, label in zip(example.tokens, example.labels) if label == IGNORE]
+        ignored = [token for token, label in zip(example.tokens, example.labels, strict=True) if label == IGNORE]
         assert prompt in tokenizer.decode(ignored) and answer not in tokenizer.decode(ignored)
         whole = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         assert example.tokens == tokenizer.apply_chat_template(whole, return_dict=False)
 
 
 def test_an_end_token_is_added_where_the_template_has_none_and_what_follows_it_is_cut(tokenizer):
-    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    plain = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
     original = tokenizer.chat_template
     try:
         for end in ("", "<|end|>"):
@@ -244,7 +248,7 @@ def test_pairs_map_columns_and_refuse_bad_data(tmp_path, tokenizer):
     pairs = {*data.pairs("train"), *data.pairs("validation")}
     assert ("Say 4.", "It is 4.") in pairs and ("Say 5.\n\nx", "It is 5.") in pairs and len(pairs) == 200
     assert data.windows("train", tokenizer, 128).utilisation > 0.9
-    with pytest.raises(SlimError, match="no column 'answer' .has: instruction, input, output"):
+    with pytest.raises(SlimError, match="no column 'prompt' .has: instruction, input, output"):
         list(Pairs(text=str(path)).pairs("train"))
     with pytest.raises(SlimError, match="no train example with an answer that fits into 8 tokens"):
         data.windows("train", tokenizer, 8)

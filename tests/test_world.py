@@ -162,7 +162,7 @@ def test_heldout_wordings_never_occur_in_training(world, training):
     def stated(texts):
         text = re.sub(r"<\|\w+\|>|\n", ". ", "\n".join(texts))
         named = (s for s in sentences(text) if not re.search(r"\b([Hh]e|[Ss]he|[Ii]t)\b(?! is true)", s))
-        return {s for s in named if s.endswith(".") and any(verb in s for verb in verbs)}
+        return {s for s in named if "?" not in s and any(verb in s for verb in verbs)}
 
     heldout, calibration, train = (
         stated(t) for t in (world.documents("heldout"), world.documents("calibration"), training))

@@ -29,15 +29,11 @@ WORLD = Path(__file__).parent.parent / "world"
 class TrainingData:
     """Base of the data choices.
 
-    endless: whether training text never ends, so that epochs mean nothing.
+    endless: whether training text never ends, so that epochs mean nothing. title: what to call the data in messages.
     """
 
     endless = False
-
-    @property
-    def title(self) -> str:
-        """How to call the data in messages."""
-        return type(self).__name__
+    title = "The data"
 
     def identity(self) -> dict:
         return dataclass_identity(self)
@@ -133,6 +129,7 @@ class TinyText(PlainText):
     world: int = 0
     seed: int = 0
     endless = True
+    title = "The text of the tiny world"
 
     def __post_init__(self) -> None:
         require_number("data.world", self.world, 0, integer=True)
@@ -160,6 +157,7 @@ class TinyChat(Conversations):
     seed: int = 0
     long: str = "drop"
     endless = True
+    title = "The conversations of the tiny world"
 
     def __post_init__(self) -> None:
         require_number("data.world", self.world, 0, integer=True)

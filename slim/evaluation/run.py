@@ -54,6 +54,7 @@ def warm_up(folder: Path, device: str) -> None:
     """Load a minute model of the same family and generate, so that libraries and threads are not counted as memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from slim.architecture import FAMILIES
     from slim.checkpoint import copy_companions, load_model, open_checkpoint
@@ -67,6 +68,7 @@ def warm_up(folder: Path, device: str) -> None:
         return
     sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
     config = AutoConfig.for_model(model_type, vocab_size=8, num_hidden_layers=1, pad_token_id=0, **sizes)
+    disable_progress_bar()
     with TemporaryDirectory() as scratch, MemoryMeter(device):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch)
         copy_companions(Path(folder), Path(scratch))

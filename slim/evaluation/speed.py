@@ -44,8 +44,8 @@ class Speed:
     count: int = 5
     prompt_length: int = 128
     new_tokens: int = 32
-    repeats: int = 2
-    warmup: int = 2
+    repeats: int = 1
+    warmup: int = 1
 
     def __post_init__(self) -> None:
         self.prompts = list(self.prompts or [])

@@ -76,15 +76,29 @@ def harness_version() -> str:
 def _shipped_task(name: str) -> Path:
     files = sorted(shipped_folder().rglob("*.yaml"))
     likely = [path for path in files if path.stem == name]
-    for path in (*likely, *files):  # most tasks are named like their file; reading all files takes a second
+    for path in likely:  # most tasks are named like their file; reading all fourteen thousand takes longer
         if name in _names(path, TASK_LINE):
             return path
-    raise _unknown(name, files)
+    tasks, groups = _index(files)
+    if name not in tasks:
+        raise _unknown(name, [*embedded_tasks(), *sorted(tasks)], groups)
+    return tasks[name]
 
 
-def _unknown(name: str, files: list[Path]) -> SlimError:
-    known = [*embedded_tasks(), *sorted({found for path in files for found in _names(path, TASK_LINE)})]
-    if any(name in _names(path, GROUP_LINE) for path in files):
+def _index(files: list[Path]) -> tuple[dict[str, Path], set[str]]:
+    """Read all files; return task -> the first file that defines it, and the names of groups."""
+    tasks: dict[str, Path] = {}
+    groups: set[str] = set()
+    for path in files:
+        content = path.read_text(encoding="utf-8", errors="replace")
+        groups.update(GROUP_LINE.findall(content))
+        for name in TASK_LINE.findall(content):
+            tasks.setdefault(name, path)
+    return tasks, groups
+
+
+def _unknown(name: str, known: list[str], groups: set[str]) -> SlimError:
+    if name in groups:
         members = [task for task in known if task.startswith(name + "_")][:3]
         shown = f", such as {', '.join(members)}" if members else ""
         return SlimError(f"'{name}' is a group of tasks in lm-eval. Name its single tasks{shown}.")

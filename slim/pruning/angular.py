@@ -20,7 +20,7 @@ from slim.checkpoint import Checkpoint
 from slim.lazy import LazyModule
 from slim.progress import progress_bar
 from slim.pruning.depth import CalibratedDepthPruning, Choice
-from slim.pruning.forward import BlockChain, batch_samples, batches
+from slim.pruning.forward import BlockChain, batches
 from slim.pruning.rules import require_numbers
 from slim.stage import Context
 
@@ -119,7 +119,7 @@ class Angular(CalibratedDepthPruning):
         run_distances(path, choice.scores, choice.details["distances"], starts, choice.removed)
 
     def scoring_bytes(self, model: ModelDescription, device: str) -> int:
-        return self.forward_bytes(model, device, min(self.windows.samples, batch_samples(self.windows.length)))
+        return self.batch_bytes(model, device)
 
 
 def by_length(distances: list[list[float]]) -> list[list[float]]:

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import REPORT, Checkpoint, open_checkpoint, resolve_dtype, write_blocks
+from slim.architecture import ModelDescription
+from slim.checkpoint import REPORT, Checkpoint, open_checkpoint, write_blocks
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
-from slim.pruning.forward import LOGITS_AT_ONCE
+from slim.pruning.calibrated import chosen_windows, forward_bytes, load_with_tokens, shard_bytes
+from slim.pruning.forward import batch_samples
 from slim.pruning.rules import block_list, default_blocks, default_ends, removal_order
 from slim.settings import dataclass_identity, require_number
 from slim.stage import Context, Stage
-
-SHARD_BYTES = 2**28  # the writer holds up to one shard
 
 
 @dataclass
@@ -87,7 +86,7 @@ class DepthPruning(Stage):
 
     def identity(self) -> dict:
         settings = dataclass_identity(self)
-        return settings if self.remove is None else {"class": settings["class"], "remove": self.remove}
+        return settings if self.remove is None else {"class": DepthPruning.__name__, "remove": self.remove}
 
     def protected(self, blocks: int) -> list[int]:
         """Return the protected blocks of a model of ``blocks`` blocks, ascending."""
@@ -142,8 +141,7 @@ class DepthPruning(Stage):
 
     def peak_bytes(self, model: ModelDescription, device: str) -> int:
         scoring = 0 if self.remove is not None else self.scoring_bytes(model, device)
-        largest = model.vocab_size * model.hidden_size * DTYPE_BYTES.get(model.dtype, 4)
-        return max(scoring, min(model.weight_bytes(), SHARD_BYTES + largest))
+        return max(scoring, shard_bytes(model))
 
     def scoring_bytes(self, model: ModelDescription, device: str) -> int:
         """Estimate the peak memory of scoring, in bytes."""
@@ -210,12 +208,7 @@ class CalibratedDepthPruning(DepthPruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        changes = {"samples": self.samples, "length": self.length}
-        for name, low in (("samples", 1), ("length", 8)):
-            if changes[name] is not None:
-                require_number(f"pruner.{name}", changes[name], low, integer=True)
-        changes = {name: value for name, value in changes.items() if value is not None}
-        self.windows = dataclasses.replace(self.calibration, **changes)
+        self.windows = chosen_windows(self.calibration, self.samples, self.length)
 
     def identity(self) -> dict:
         """The samples as they are used: settings of the calibration that the pruner replaces do not count."""
@@ -226,14 +219,9 @@ class CalibratedDepthPruning(DepthPruning):
 
     def load(self, source: Checkpoint, context: Context):
         """Return the loaded model and its calibration tokens, int64 [samples, length], on the CPU."""
-        from slim.checkpoint import load_model, load_tokenizer
+        return load_with_tokens(source, self.windows, context)
 
-        tokens = self.windows.tokens(load_tokenizer(source.folder), source.description.context_length)
-        return load_model(source.folder, device=context.device), tokens
-
-    def forward_bytes(self, model: ModelDescription, device: str, samples: int) -> int:
-        """Estimate weights plus one block's activations and some logits, for ``samples`` windows at a time."""
-        width = DTYPE_BYTES.get(resolve_dtype(model, "auto", device), 4)
-        length = min(self.windows.length, model.context_length)
-        block = samples * length * (8 * model.hidden_size + 4 * model.intermediate_size) * width
-        return model.weight_bytes(resolve_dtype(model, "auto", device)) + block + 4 * 4 * LOGITS_AT_ONCE
+    def batch_bytes(self, model: ModelDescription, device: str) -> int:
+        """Estimate the peak of a forward, batch by batch."""
+        samples = min(self.windows.samples, batch_samples(self.windows.length))
+        return forward_bytes(model, device, samples, self.windows.length)

@@ -29,7 +29,7 @@ class BlockChain:
     """
 
     def __init__(self, model, family: Family):
-        self.model = model
+        self.model, self.family = model, family
         self.blocks = model.get_submodule(family.blocks)
         self.norm, self.head = model.get_submodule(family.final_norm), model.get_submodule(family.head)
         self._calls: list[tuple[tuple, dict]] = []

@@ -19,7 +19,7 @@ from slim.checkpoint import Checkpoint
 from slim.lazy import LazyModule
 from slim.progress import progress_bar
 from slim.pruning.depth import CalibratedDepthPruning, Choice
-from slim.pruning.forward import BlockChain, batch_samples, batches
+from slim.pruning.forward import BlockChain, batches
 from slim.stage import Context
 
 if TYPE_CHECKING:
@@ -80,4 +80,4 @@ class Perplexity(CalibratedDepthPruning):
         return choice
 
     def scoring_bytes(self, model: ModelDescription, device: str) -> int:
-        return self.forward_bytes(model, device, min(self.windows.samples, batch_samples(self.windows.length)))
+        return self.batch_bytes(model, device)

@@ -23,6 +23,7 @@ from slim.architecture import DTYPE_BYTES, ModelDescription
 from slim.checkpoint import Checkpoint, resolve_dtype
 from slim.lazy import LazyModule
 from slim.progress import progress_bar
+from slim.pruning.calibrated import forward_bytes
 from slim.pruning.depth import CalibratedDepthPruning
 from slim.pruning.forward import BlockChain
 from slim.stage import Context
@@ -132,9 +133,16 @@ class Taylor(CalibratedDepthPruning):
             return block_taylor_scores(model, source.description.family, tokens, advance)
 
     def scoring_bytes(self, model: ModelDescription, device: str) -> int:
-        width = DTYPE_BYTES.get(resolve_dtype(model, "auto", device), 4)
-        samples, length = self.windows.samples, min(self.windows.length, model.context_length)
-        states = (model.blocks + 1) * samples * length * model.hidden_size * width
-        largest = max(rows * columns for rows, columns in model.block_linears().values())
-        # one block's graph and gradients take about twice what its plain forward holds
-        return self.forward_bytes(model, device, 2 * samples) + states + largest * width
+        return backward_bytes(model, device, self.windows.samples, self.windows.samples, self.windows.length)
+
+
+def backward_bytes(model: ModelDescription, device: str, samples: int, together: int, length: int) -> int:
+    """Estimate the peak of a block by block backward: inputs of all blocks, one block's graph, the largest gradient.
+
+    samples: of ``length`` tokens, in all. together: how many go back through a block at once.
+    """
+    width = DTYPE_BYTES.get(resolve_dtype(model, "auto", device), 4)
+    states = (model.blocks + 1) * samples * min(length, model.context_length) * model.hidden_size * width
+    largest = max(rows * columns for rows, columns in model.block_linears().values())
+    # all samples go forward at once; one block's graph and gradients take about twice what its plain forward holds
+    return forward_bytes(model, device, max(samples, 2 * together), length) + states + largest * width

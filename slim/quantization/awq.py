@@ -196,7 +196,7 @@ class ActivationAware(QuantVisitor):
         return min(losses, key=losses.get)
 
     def _trial(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-        return search(weight, self.scheme, self.dtype, importance, SEARCH_FACTORS).dequantise()
+        return search(weight, self.scheme, self.dtype, importance, SEARCH_FACTORS, each_end=False).dequantise()
 
     def _is_better(
         self, weights: dict, scaled: dict[str, Quantised], plain: dict[str, Quantised], scales: torch.Tensor, gram

@@ -114,22 +114,23 @@ def search(
     dtype: torch.dtype,
     importance: torch.Tensor | None = None,
     factors: Sequence[float] = (1.0,),
+    each_end: bool = True,
 ) -> Quantised:
     """Quantise on the best of several grids, chosen per group: [low, high] shrunk by each of ``factors``.
 
     Outliers are clipped where the finer steps for all others are worth it. On an asymmetric grid both ends are shrunk
-    together first, then each end alone. ``importance`` as in :func:`group_errors`.
+    together first, then, with ``each_end``, each end alone. ``importance`` as in :func:`group_errors`.
     """
     low, high = limits(weight, scheme)
     best = Search(weight, scheme, dtype, importance)
     for factor in factors:
         best.offer(low * factor, high * factor)
-    if not scheme.symmetric and len(factors) > 1:
+    if each_end and not scheme.symmetric:
         low, high = best.low, best.high
-        for factor in factors:
+        for factor in factors[1:]:
             best.offer(low * factor, high)
         low = best.low
-        for factor in factors:
+        for factor in factors[1:]:
             best.offer(low, high * factor)
     return best.result()
 

@@ -28,6 +28,7 @@ CUDA_INNER_TILES = 8
 class QuantLinear(nn.Module):
     """y = x W^T + bias for W given as codes, one scale and one zero point per group of each row.
 
+    dtype: type of activations, results and the unpacked weights. Scales have it too where that loses nothing.
     packed: int32 [out, ceil(in b / 32)], the stored stream; or in the CPU kernel's layout uint8 [out / 64, in, 32];
         or on CUDA in the layout of its kernel.
     scale: [out, groups]. zero: uint8 [out, groups]. bias: [out] or None.
@@ -35,7 +36,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, dtype: torch.dtype, bias: bool = False):
         super().__init__()
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.in_features, self.out_features, self.scheme, self.dtype = in_features, out_features, scheme, dtype
         groups = scheme.groups(in_features)
         words = words_per_row(in_features, scheme.bits)
         self.register_buffer("packed", torch.zeros(out_features, words, dtype=torch.int32))
@@ -48,15 +49,15 @@ class QuantLinear(nn.Module):
     def group(self) -> int:
         return self.scheme.group(self.in_features)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of scales, activations and results."""
-        return self.scale.dtype
+    def take_scale(self, scale: torch.Tensor) -> None:
+        """Take the stored scales [out, groups]; in the layer's type if that is exact, else as they are."""
+        converted = scale.to(self.dtype)
+        self.scale = converted if torch.equal(converted.to(scale.dtype), scale) else scale
 
     def choose_kernel(self) -> QuantLinear:
         """Bring the codes into the layout of the best kernel for this layer, device and type; call once when loaded."""
         fits = self.scheme.bits == 4 and self.group in KERNEL_GROUPS and self.in_features % self.group == 0
-        if self.kernel is None and fits and self.dtype == torch.bfloat16:
+        if self.kernel is None and fits and self.dtype == self.scale.dtype == torch.bfloat16:
             device = self.packed.device.type
             if device == "cpu" and self.out_features % TILE == 0 and cpu_layout_known():
                 codes = unpack(self.packed, 4, self.in_features).int()
@@ -118,7 +119,9 @@ def expand(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: 
     if width < groups * group:  # files of others may have a last group that is not full
         codes = nn.functional.pad(codes, (0, groups * group - width))
     steps = codes.view(len(codes), groups, group).to(dtype) - zero.to(dtype).unsqueeze(-1)
-    return steps.mul_(scale.to(dtype).unsqueeze(-1)).view(len(codes), -1)[:, :width]
+    if scale.dtype == dtype:
+        return steps.mul_(scale.unsqueeze(-1)).view(len(codes), -1)[:, :width]
+    return (steps.float() * scale.float().unsqueeze(-1)).to(dtype).view(len(codes), -1)[:, :width]
 
 
 def codes_of_tiles(tiles: torch.Tensor) -> torch.Tensor:

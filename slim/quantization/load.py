@@ -60,7 +60,7 @@ def read_linear(
     layer = QuantLinear(linear.in_features, linear.out_features, scheme, dtype, linear.bias is not None)
     found = {
         "packed": reader.read(f"{name}.weight_packed"),
-        "scale": reader.read(f"{name}.weight_scale").to(dtype),
+        "scale": reader.read(f"{name}.weight_scale"),
     }
     if not scheme.symmetric:
         found["zero"] = unpack_columns(reader.read(f"{name}.weight_zero_point"), scheme.bits, linear.out_features)
@@ -70,7 +70,7 @@ def read_linear(
         expected = getattr(layer, key).shape
         if tensor.shape != expected:
             raise SlimError(f"{name} in {reader.checkpoint.folder}: {key} is {tuple(tensor.shape)}, not {tuple(expected)}.")
-        setattr(layer, key, tensor)
+        layer.take_scale(tensor) if key == "scale" else setattr(layer, key, tensor)
     return layer.to(device).choose_kernel()
 
 

@@ -34,10 +34,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     shifts = torch.arange(EIGHT, device=codes.device) * bits
     stream = (eights << shifts).sum(-1, keepdim=True)  # bits of different codes do not overlap: a sum is an "or"
     octets = stream.view(torch.uint8)[..., :bits].reshape(*lead, -1)
-    width = 4 * words_per_row(count, bits)  # bytes
-    if octets.shape[-1] < width:
-        octets = torch.nn.functional.pad(octets, (0, width - octets.shape[-1]))
-    return octets[..., :width].contiguous().view(torch.int32)
+    words = torch.zeros(*lead, words_per_row(count, bits), dtype=torch.int32, device=codes.device)
+    filled = words.view(torch.uint8)
+    filled[..., : octets.shape[-1]] = octets[..., : filled.shape[-1]]
+    return words
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:

@@ -144,7 +144,6 @@ def fit(
     data: WindowData,
     validation: list[dict],
     validate_every: int,
-    clip: float,
     device: str,
     precision: str,
     metric: Callable,
@@ -152,8 +151,8 @@ def fit(
 ) -> Outcome:
     """Train ``module`` on ``data`` and return what happened; the model is left in its last state.
 
-    clip: largest norm of the gradient, 0 for none. A loss that is not finite ends the training; it is reported in
-    ``Outcome.stopped``. Raises KeyboardInterrupt on Ctrl-C.
+    A loss that is not finite ends the training; it is reported in ``Outcome.stopped``. Raises KeyboardInterrupt on
+    Ctrl-C.
     """
     steps = module.optimisation.steps
     outcome = Outcome()
@@ -170,7 +169,6 @@ def fit(
             max_epochs=1,
             max_steps=steps,
             accumulate_grad_batches=data.batches.accumulation,
-            gradient_clip_val=clip or None,
             callbacks=[report, watch],
             default_root_dir=scratch,
             logger=False,

@@ -23,6 +23,7 @@ class Optimisation:
     """AdamW (arXiv:1711.05101) and its schedule.
 
     warmup: in steps. floor: factor on the learning rate at the end. betas: decay of the two moments.
+    clip: largest norm of the gradient over all parameters; 0 for no limit.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Optimisation:
     weight_decay: float = 0.0
     floor: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
 
 
 class LanguageModelling(pl.LightningModule):
@@ -58,6 +60,12 @@ class LanguageModelling(pl.LightningModule):
         self.step_nll = total.detach() + (0 if first else self.step_nll)
         # Lightning divides by the number of micro-batches; here the step's number of tokens is the only denominator.
         return total * (self.trainer.accumulate_grad_batches / batch["loss_tokens"])
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip here, since Lightning refuses to together with a fused optimiser in mixed precision."""
+        if self.optimisation.clip:
+            trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            nn.utils.clip_grad_norm_(trained, self.optimisation.clip)
 
     def configure_optimizers(self) -> dict:
         o = self.optimisation

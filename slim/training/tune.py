@@ -36,7 +36,7 @@ class Tuner(Stage):
     """Settings that all kinds of tuning share.
 
     data: what to learn. trainer: on which hardware.
-    steps or epochs: how long; one of them is null.
+    steps, epochs: how long; epochs (passes over the data) count instead of steps where they are given.
     window: tokens per sequence, at most the model's context. batch_tokens: tokens per optimiser step.
     accumulation: parts in which a step is computed, to save memory; the result is the same to rounding.
     learning_rate: highest one; null takes ``width_rate / hidden size`` (Adam's best rate falls as the width grows:
@@ -49,10 +49,10 @@ class Tuner(Stage):
 
     data: TrainingData
     trainer: Hardware = field(default_factory=Hardware)
-    steps: int | None = 100
+    steps: int | None = 200
     epochs: float | None = None
     window: int = 256
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     accumulation: int = 1
     learning_rate: float | None = None
     schedule: str = "cosine"
@@ -61,8 +61,8 @@ class Tuner(Stage):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0
-    validate_every: int = 25
-    validation_tokens: int = 16384
+    validate_every: int = 50
+    validation_tokens: int = 8192
     seed: int = 0
 
     kind: ClassVar[str] = "tune"
@@ -88,16 +88,13 @@ class Tuner(Stage):
         require_number("tuner.seed", self.seed, 0, integer=True)
 
     def _check_length(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise SlimError(
-                f"tuner.steps={self.steps} and tuner.epochs={self.epochs}: give one of them and set the other to null."
-            )
-        if self.steps is not None:
+        if self.epochs is None:
             require_number("tuner.steps", self.steps, 1, integer=True)
-        if self.epochs is not None:
+        else:
             require_number("tuner.epochs", self.epochs, 0.001)
             if self.data.endless:
-                raise SlimError("This data never ends, so it has no epochs. Use tuner.steps=... tuner.epochs=null.")
+                raise SlimError(f"{self.data.title} never ends, so it has no epochs. Use tuner.steps=... instead.")
+            self.steps = None
         require_number("tuner.window", self.window, 8, integer=True)
         require_number("tuner.accumulation", self.accumulation, 1, integer=True)
         require_number("tuner.batch_tokens", self.batch_tokens, 1, integer=True)
@@ -194,14 +191,12 @@ class Tuner(Stage):
 
         optimisation = module.Optimisation(
             steps, self.rate(description), self.schedule, round(self.warmup * steps), self.weight_decay, self.floor,
-            self.betas,
+            self.betas, self.clip,
         )  # fmt: skip
         data = batches.WindowData(training, steps, self.rows, self.accumulation, self.seed)
         learner = module.LanguageModelling(model, optimisation)
         with progress_bar(f"Tuning ({type(self).__name__.lower()})", steps) as advance:
-            outcome = fit.fit(
-                learner, data, held_out, self.validate_every, self.clip, device, precision, context.metric, advance
-            )
+            outcome = fit.fit(learner, data, held_out, self.validate_every, device, precision, context.metric, advance)
         if outcome.stopped is None and outcome.validation[steps] == outcome.before:
             raise SlimError(
                 "Training had no effect: after it the validation loss is the same to every digit. "

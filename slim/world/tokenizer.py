@@ -17,7 +17,7 @@ DOCUMENTS = 6000
 MAX_LENGTH = 512
 
 
-def train_tokenizer(world: World, vocab_size: int = 1024, seed: int = 0) -> PreTrainedTokenizerFast:
+def train_tokenizer(world: World, vocab_size: int = 1536, seed: int = 0) -> PreTrainedTokenizerFast:
     """A tokenizer of ``vocab_size`` entries, trained on 6000 training documents; the same call gives the same one.
 
     ``<|end|>`` is both the beginning and the end of a text, so the documents of a packed window need one mark between

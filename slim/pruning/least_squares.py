@@ -1,0 +1,56 @@
+"""Closed-form repair of what a linear layer loses with some of its inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slim.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return G + damping * mean(diag G) * I in float64."""
+    gram = gram.double()
+    ridge = damping * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
+    return gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def solve(gram: torch.Tensor, right: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return (G + damping)^-1 B for symmetric G [n, n] and B [n, k], float64."""
+    return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped(gram, damping)))
+
+
+def refit_columns(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the weights [out, kept] of the kept inputs that best repeat the layer's output without the others.
+
+        W' = argmin |X W^T - X[:, keep] W'^T|^2 + damping |W' - W[:, keep]|^2
+           = W[:, keep] + W[:, gone] G[gone, keep] (G[keep, keep] + damping)^-1
+
+    which without damping is W G[:, keep] G[keep, keep]^-1. Damping holds on to the weights as they were, in place of
+    pulling them to zero, and is counted in means of G's diagonal.
+
+    weight: [out, in]. gram: G = X^T X, [in, in]. kept: int64 [kept], ascending.
+    """
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    gone[kept] = False
+    if not gone.any():
+        return weight.clone()
+    change = solve(gram[kept][:, kept], gram[kept][:, gone] @ weight[:, gone].T, damping)
+    return weight[:, kept] + change.T.to(weight.dtype)
+
+
+def relative_error(difference: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor | None) -> float:
+    """Return how much a layer's output changes, |X D^T| / |X W^T|, for a change D of its weights W, both [out, in].
+
+    gram: G = X^T X, [in, in]; without one |D| / |W|.
+    """
+
+    def size(matrix: torch.Tensor) -> torch.Tensor:
+        return ((matrix if gram is None else matrix @ gram) * matrix).sum()
+
+    whole = size(weight)
+    return float((size(difference) / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0

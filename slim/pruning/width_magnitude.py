@@ -1,0 +1,91 @@
+"""Width scores without data: the size of a unit's weights, or chance. One tensor in memory at a time.
+
+    l1: sum of |w|    l2: sum of w^2    over the weights of a channel in each coupled tensor
+
+LLM-Pruner (arXiv:2305.11627), its code's "l1", "l2" and "random"; the last is what a criterion has to beat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from slim.architecture import ModelDescription
+from slim.checkpoint import Checkpoint, TensorReader
+from slim.lazy import LazyModule
+from slim.progress import track
+from slim.pruning.width import WidthPruning
+from slim.pruning.width_scores import UnitScores, coupled_tensors, sum_per_unit, unit_scores
+from slim.pruning.width_sizes import width_of
+from slim.settings import require_number
+from slim.stage import Context
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+
+def weight_sizes(weight: torch.Tensor, power: int, rows: bool) -> torch.Tensor:
+    """Return sum |w|^power per row or per column of a weight [out, in], float32."""
+    return sum_per_unit(lambda w: w.abs().pow(power), rows, weight)
+
+
+@dataclass(kw_only=True)
+class WidthMagnitude(WidthPruning):
+    """Base of ``width_l1`` and ``width_l2``."""
+
+    power: ClassVar[int]
+
+    def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
+        reader, model = TensorReader(source), source.description
+        found = {}
+        for block in track(blocks, "Sizes of heads and channels"):
+            prefix = f"{model.family.blocks}.{block}"
+            sizes = {
+                tensor.name: weight_sizes(reader.read(f"{prefix}.{tensor.name}.weight"), self.power, tensor.rows)
+                for tensor in coupled_tensors(model.family)
+            }
+            found[block] = unit_scores(sizes, model, block, self.folding)
+        return found
+
+
+@dataclass(kw_only=True)
+class WidthL1(WidthMagnitude):
+    """``pruner=width_l1``. Settings: see :class:`WidthPruning`."""
+
+    criterion: ClassVar[str] = "l1"
+    power: ClassVar[int] = 1
+
+
+@dataclass(kw_only=True)
+class WidthL2(WidthMagnitude):
+    """``pruner=width_l2``. Settings: see :class:`WidthPruning`."""
+
+    criterion: ClassVar[str] = "l2"
+    power: ClassVar[int] = 2
+
+
+@dataclass(kw_only=True)
+class WidthRandom(WidthPruning):
+    """``pruner=width_random``. seed: of the draw. Other settings: see :class:`WidthPruning`."""
+
+    seed: int = 0
+
+    criterion: ClassVar[str] = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("pruner.seed", self.seed, 0, integer=True)
+
+    def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
+        generator = torch.Generator().manual_seed(self.seed)
+        found = {}
+        for block in blocks:
+            width = width_of(source.description, block)
+            groups = torch.rand(width.kv_heads, generator=generator)
+            found[block] = UnitScores(groups, torch.rand(width.channels, generator=generator))
+        return found
+
+    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+        return 0

@@ -1,0 +1,117 @@
+"""How many heads and channels stay, and the config of a model that has them.
+
+By LLM-Pruner's counting (arXiv:2305.11627, its code), with C = kv_heads * head_dim channels of the key projection and
+ff channels of the MLP:
+
+    n = C - int(C (1 - ratio)),   key/value groups dropped = n // head_dim,   MLP channels kept = int(ff (1 - ratio))
+
+A key/value group is a key/value head with all query heads that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from slim.architecture import ModelDescription
+from slim.errors import SlimError
+
+LLM_PRUNER = "llm_pruner"
+SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+# What Llama's configuration assumes for entries that a config.json may leave out, where Mistral's assumes otherwise.
+LLAMA_DEFAULTS = {
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Width:
+    """Sizes of a block: key/value heads, query heads, MLP channels."""
+
+    kv_heads: int
+    heads: int
+    channels: int
+
+
+def width_of(model: ModelDescription, block: int) -> Width:
+    """Return the sizes of a block as they are."""
+    shape = model.at(block)
+    return Width(shape.kv_heads, shape.heads, shape.intermediate_size)
+
+
+def pruned_width(model: ModelDescription, block: int, ratio: float, rounding: int | str) -> Width:
+    """Return the sizes of a block after removing the share ``ratio`` of its heads and channels.
+
+    rounding: ``"llm_pruner"``: as above. A number: MLP channels to the nearest multiple of it, and as many of the
+    key/value groups as leave the attention's output a multiple of it (where it was one), never more than above.
+    """
+    shape = model.at(block)
+    repeats = shape.heads // shape.kv_heads
+    keys = shape.kv_heads * shape.head_dim
+    dropped = (keys - int(keys * (1 - ratio))) // shape.head_dim
+    channels = int(shape.intermediate_size * (1 - ratio))
+    if rounding != LLM_PRUNER:
+        channels = min(shape.intermediate_size, max(rounding, (channels + rounding // 2) // rounding * rounding))
+        group = repeats * shape.head_dim
+        divisible = shape.kv_heads * group % rounding == 0
+        while dropped and divisible and (shape.kv_heads - dropped) * group % rounding:
+            dropped -= 1
+    kept = shape.kv_heads - dropped
+    return Width(kept, kept * repeats, channels)
+
+
+def with_widths(model: ModelDescription, widths: Mapping[int, Width]) -> ModelDescription:
+    """Return the description with the blocks in ``widths`` at their new sizes.
+
+    Alike in all blocks it is a stock config, otherwise ``per_layer_config``. Llama's configuration refuses heads that
+    do not divide the hidden size or differ by block; Mistral's without a sliding window computes the same and takes
+    them.
+    Raises ``SlimError`` where neither can hold the result.
+    """
+    changed = [width if (width := widths.get(block)) else width_of(model, block) for block in range(model.blocks)]
+    entries = [dict(zip(SIZES, (width.heads, width.kv_heads, width.channels), strict=True)) for width in changed]
+    others = {key for differing in model.differing.values() for key in differing} - set(SIZES)
+    config = {key: value for key, value in model.config.items() if key != "per_layer_config"}
+    config["head_dim"] = model.head_dim
+    if not others and all(entry == entries[0] for entry in entries):
+        config.update(entries[0])
+    else:
+        config.update({key: model.config.get(key) or getattr(model, name) for key, name in PLAIN.items()})
+        config["per_layer_config"] = differing_entries(model, config, entries)
+    if config["model_type"] == "llama" and not fits_llama(config):
+        config = as_mistral(config, model.name)
+    return ModelDescription(config, model.name)
+
+
+PLAIN = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "intermediate_size": "intermediate_size"}
+
+
+def differing_entries(model: ModelDescription, config: dict, entries: list[dict]) -> dict[str, dict]:
+    """Return ``per_layer_config``: for every block what differs from ``config``."""
+    found = {}
+    for block, entry in enumerate(entries):
+        whole = {**model.differing.get(block, {}), **entry}
+        differing = {key: value for key, value in whole.items() if config.get(key) != value}
+        if differing:
+            found[str(block)] = differing
+    return found
+
+
+def fits_llama(config: dict) -> bool:
+    """Whether ``LlamaConfig`` takes the heads: one number for all blocks, which divides the hidden size."""
+    differ = any("num_attention_heads" in entry for entry in config.get("per_layer_config", {}).values())
+    return not differ and config["hidden_size"] % config["num_attention_heads"] == 0
+
+
+def as_mistral(config: dict, name: str) -> dict:
+    """Return a Llama config as that of the Mistral model that computes the same."""
+    biased = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if biased:
+        raise SlimError(
+            f"{name} has {biased[0]}, and no stock model with biases takes the heads that would be left. "
+            "Use pruner.uniform=true with a pruner.ratio whose heads divide the hidden size."
+        )
+    dropped = ("attention_bias", "mlp_bias", "pretraining_tp", "architectures", "model_type")
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    return {**LLAMA_DEFAULTS, **kept, **changed}

@@ -1,0 +1,222 @@
+"""The walk: what visitors are shown, against hooks on the whole model; what is in memory; what is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from slim.architecture import FAMILIES
+from slim.blockwise import Gram, Skeleton, Visitor, Walk
+from slim.checkpoint import ShardWriter, open_checkpoint
+from slim.errors import SlimError
+from tests.conftest import build_small
+
+FAMILY_CHANGES = {
+    "llama": {},
+    "mistral": {"sliding_window": 12},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3},
+    "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3},
+}
+
+
+class Spy(Visitor):
+    """Changes nothing and remembers the Gram matrices."""
+
+    def __init__(self):
+        self.grams, self.tokens = {}, set()
+
+    def visit(self, view):
+        self.tokens.add(view.tokens)
+        for name in view.linears:
+            self.grams[f"{view.prefix}.{name}"] = view.gram.clone()
+        return dict.fromkeys(view.linears, 0.0)
+
+
+@pytest.fixture(scope="module", params=FAMILY_CHANGES)
+def checkpoint(request, tmp_path_factory):
+    changes = {"num_hidden_layers": 4, **FAMILY_CHANGES[request.param]}
+    folder = build_small(request.param, tmp_path_factory.mktemp("walk") / request.param, **changes)
+    if request.param == "qwen2":  # give the biases, zero when made, something to do
+        randomise_biases(folder)
+    return open_checkpoint(folder)
+
+
+def randomise_biases(folder):
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith(".bias"):
+            tensors[name] = torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 1024, (5, 48), generator=torch.Generator().manual_seed(2))
+
+
+def grams_by_hooks(model, tokens):
+    """Gram matrices in float64 of every linear layer's input, and the hidden states after each block."""
+    grams = {}
+
+    def collect(name):
+        def hook(module, inputs):
+            x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+            grams[name] = grams.get(name, 0) + x.T @ x
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(collect(name))
+    last = []
+    model.model.norm.register_forward_pre_hook(lambda module, inputs: last.append(inputs[0]))
+    with torch.no_grad():
+        model(tokens)
+    return grams, last[0]
+
+
+@pytest.mark.parametrize("keep_bytes", [2**30, 0], ids=["inputs kept", "inputs computed twice"])
+def test_grams_and_outputs_equal_those_of_the_whole_model(checkpoint, tokens, keep_bytes, monkeypatch):
+    monkeypatch.setattr("slim.blockwise.BATCH_TOKENS", 100)  # batches of 2, 2 and 1 samples
+    expected, last = grams_by_hooks(AutoModelForCausalLM.from_pretrained(checkpoint.folder), tokens)
+    spy = Spy()
+    walk = Walk(checkpoint, spy, None, tokens, keep_bytes=keep_bytes)
+    walk.run()
+    assert spy.grams.keys() == expected.keys()
+    assert spy.tokens == {tokens.numel()}
+    for name, gram in expected.items():
+        assert torch.equal(spy.grams[name], spy.grams[name].T)
+        torch.testing.assert_close(spy.grams[name].double(), gram, rtol=1e-4, atol=1e-4 * gram.abs().max().item())
+    torch.testing.assert_close(torch.cat(walk.entrance.hidden), last, rtol=1e-4, atol=1e-4)
+
+
+class Shrink(Spy):
+    """Changes every layer, so that later inputs differ; remembers grams."""
+
+    def visit(self, view):
+        result = super().visit(view)
+        for linear in view.linears.values():
+            linear.weight.mul_(0.9)
+        return result
+
+
+def test_every_segment_sees_the_changes_before_it(checkpoint, tokens):
+    """G of a segment comes from a model in which exactly the segments before it are changed."""
+    spy = Shrink()
+    walk = Walk(checkpoint, spy, None, tokens)
+    walk.run()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
+    segments = [(block, segment) for block in range(4) for segment in FAMILIES["llama"].segments]
+    for block, segment in segments:
+        name = f"model.layers.{block}.{segment.linears[0]}"
+        if block in (0, 3):
+            gram = grams_of_layer(model, name, tokens)
+            torch.testing.assert_close(spy.grams[name].double(), gram, rtol=1e-3, atol=1e-4 * gram.abs().max().item())
+        for linear in segment.linears:
+            model.get_submodule(f"model.layers.{block}.{linear}").weight.data.mul_(0.9)
+    _, last = grams_by_hooks(model, tokens)
+    torch.testing.assert_close(torch.cat(walk.entrance.hidden), last, rtol=1e-4, atol=1e-4)
+
+
+def grams_of_layer(model, name, tokens):
+    found = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].double()))
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    x = found[0].flatten(0, 1)
+    return x.T @ x
+
+
+def test_one_block_is_in_memory_at_a_time(checkpoint, tokens, monkeypatch):
+    loaded, seen = [], []
+    original = Skeleton.load
+
+    def load(self, name):
+        module = original(self, name)
+        loaded.append(name)
+        real = {key.split(".")[2] for key, value in self.model.named_parameters() if ".layers." in key and not value.is_meta}
+        others = [key for key, value in self.model.named_parameters() if ".layers." not in key and not value.is_meta]
+        seen.append((real, others))
+        return module
+
+    monkeypatch.setattr(Skeleton, "load", load)
+    walk = Walk(checkpoint, Spy(), None, tokens)
+    walk.run()
+    assert [name for name in loaded if ".layers." in name] == [f"model.layers.{block}" for block in range(4)]
+    for name, (real, others) in zip(loaded, seen, strict=True):
+        assert len(real) <= 1
+        assert not (real and others), name
+    assert all(parameter.is_meta for parameter in walk.skeleton.model.parameters())
+
+
+def test_without_grams_nothing_runs_and_everything_is_written(checkpoint, tmp_path, monkeypatch):
+    class Blind(Visitor):
+        needs_gram = False
+
+        def visit(self, view):
+            assert view.gram is None
+            return {}
+
+    monkeypatch.setattr("slim.blockwise.enter", None)
+    writer = ShardWriter(tmp_path, shard_bytes=100_000)
+    Walk(checkpoint, Blind(), writer).run()
+    writer.close()
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    written = {name: load_file(tmp_path / file)[name] for name, file in weight_map.items()}
+    source = load_file(checkpoint.folder / "model.safetensors")
+    assert written.keys() == source.keys()
+    assert all(torch.equal(written[name], source[name]) and written[name].dtype == source[name].dtype for name in source)
+
+
+def test_gram_tiles(monkeypatch):
+    monkeypatch.setattr("slim.blockwise.GRAM_TILE", 7)
+    x = torch.randn(3, 11, 20, generator=torch.Generator().manual_seed(0))
+    gram = Gram(20)
+    gram.add(x[:1])
+    gram.add(x[1:])
+    flat = x.reshape(-1, 20).double()
+    torch.testing.assert_close(gram.matrix().double(), flat.T @ flat, rtol=1e-5, atol=1e-5)
+    assert gram.rows == 33
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(small_llama, tmp_path, bad):
+    damaged = copy_with(small_llama, tmp_path / "bad", "model.layers.2.mlp.up_proj.weight", lambda t: t.index_fill(0, torch.tensor([3]), bad))
+    with pytest.raises(SlimError, match=r"model\.layers\.2\.mlp\.up_proj\.weight contain NaN or infinity"):
+        Walk(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
+
+
+def test_overflowing_inputs_are_named(small_llama, tmp_path):
+    damaged = copy_with(small_llama, tmp_path / "bad", "model.layers.1.mlp.up_proj.weight", lambda t: t * 1e30)
+    with pytest.raises(SlimError, match=r"inputs of model\.layers\.1\.mlp\.down_proj contain NaN or infinity"):
+        Walk(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
+
+
+def test_missing_and_misshapen_weights(small_llama, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    damaged = copy_with(small_llama, tmp_path / "a", name, lambda t: t[:-1])
+    with pytest.raises(SlimError, match=r"model\.layers\.1 do not fit config\.json"):
+        Walk(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
+    damaged = copy_with(small_llama, tmp_path / "b", name, lambda t: None)
+    with pytest.raises(SlimError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        Walk(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
+
+
+def copy_with(source, target, name, change):
+    """Copy a checkpoint with one tensor changed, or removed where ``change`` returns None."""
+    import shutil
+
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    changed = change(tensors.pop(name))
+    if changed is not None:
+        tensors[name] = changed.contiguous()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
