@@ -291,9 +291,8 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu"):
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    hide_library_bars()
     checkpoint = open_checkpoint(folder)
     wanted = resolve_dtype(checkpoint.description, dtype, device)
     if checkpoint.description.quantization is not None:
@@ -324,6 +323,13 @@ def check_shapes(checkpoint: Checkpoint) -> None:
                 )
 
 
+def hide_library_bars() -> None:
+    """Switch off transformers' bars for reading and writing shards, which would break up our own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def resolve_dtype(description: ModelDescription, dtype: str, device: str) -> str:
     """Return the type to compute in: ``"auto"`` is float32 on a CPU and the stored type elsewhere."""
     if dtype != "auto":
@@ -338,6 +344,7 @@ def save_model(model, source: Path, target: Path, dtype: str | None = None) -> N
     """
     import torch
 
+    hide_library_bars()
     stored = getattr(torch, dtype or open_checkpoint(source).description.dtype)
     model.to(stored).save_pretrained(target)
     copy_companions(Path(source), target)

@@ -42,8 +42,21 @@ def launch(config_name: str, task: Callable[[DictConfig], None]) -> None:
 
     sys.argv[1:] = expand_alias(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to us
+
+    def job(config: DictConfig) -> None:
+        try:
+            task(config)
+        except Exception as error:
+            message = explain(error, config_name, sys.argv[1:])
+            if message is None:
+                raise
+            if is_sweep():  # Hydra goes on with the other points and raises the first error at the end
+                print(f"slim: {message}", file=sys.stderr)
+                raise
+            fail(message, 2)
+
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except KeyboardInterrupt:
         fail("Interrupted. Finished stages are kept; the same command goes on from there.", 130)
     except Exception as error:
@@ -51,6 +64,14 @@ def launch(config_name: str, task: Callable[[DictConfig], None]) -> None:
         if message is None:
             raise
         fail(message, 2)
+
+
+def is_sweep() -> bool:
+    """Whether this process runs a point of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def fail(message: str, code: int) -> None:

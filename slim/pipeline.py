@@ -98,7 +98,7 @@ class Pipeline:
             name = digest([self.model.identity(), self.model.version])
             folder = self.store.stage_folder(self.model.kind, name)
             peak = self.model.peak_bytes(description, self.device)
-            return Step(self.model.label, self.model, description, name, folder, folder.is_dir(), peak)
+            return Step(label(self.model), self.model, description, name, folder, folder.is_dir(), peak)
         local = self.model.local_folder()
         if local is None:
             return Step(self.model.label, self.model, description)

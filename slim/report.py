@@ -119,12 +119,13 @@ def plan_table(steps: list[Step]):
     from rich.table import Table
 
     from slim.pipeline import gigabytes
+    from slim.stage import Stage
 
     table = Table(title="Plan: nothing has been run", title_justify="left")
     for heading in ("stage", "result", "parameters", "on disk", "peak memory", "folder"):
         table.add_column(heading, justify="right" if heading in ("parameters", "on disk", "peak memory") else "left")
     for step in steps:
-        state = "there already" if step.cached else "to be made" if step.stage is not steps[0].stage else "to be fetched"
+        state = "there already" if step.cached else "to be made" if isinstance(step.stage, Stage) else "to be fetched"
         peak = "-" if step.cached or not step.peak_bytes else gigabytes(step.peak_bytes)
         size = gigabytes(step.description.weight_bytes())
         folder = step.folder.name if step.folder else "-"

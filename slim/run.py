@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -11,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from slim.errors import SlimError
 from slim.pipeline import Pipeline, Result
-from slim.progress import console
 from slim.stage import Stage
 from slim.store import Store, reraise_full_disk
 
@@ -147,4 +147,4 @@ def quiet_libraries() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }.items():
         os.environ.setdefault(name, value)
-    console()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is reported by us

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from slim.architecture import ModelDescription
-from slim.checkpoint import MANIFEST, Checkpoint, checksums, open_checkpoint, read_json, write_config
+from slim.checkpoint import (
+    MANIFEST, Checkpoint, checksums, hide_library_bars, open_checkpoint, read_json, write_config,
+)  # fmt: skip
 from slim.errors import SlimError
-from slim.settings import require_number
+from slim.settings import require_flag, require_number
 from slim.stage import Context, Stage
 
 ASSETS = Path(__file__).parent / "assets"
@@ -117,17 +119,22 @@ class Untrained(Stage):
     """A fresh Llama-architecture model with random weights and a tokenizer trained on the tiny world's text.
 
     vocab_size: tokens of the byte-level BPE tokenizer. hidden_size, intermediate_size, blocks, heads, kv_heads: shape.
-    context_length: longest input in tokens. seed: of the weights; the world has its own, ``world_seed``.
+    context_length: longest input in tokens. tied: whether the head shares the embedding's weights.
+    matrix_std, embedding_std: standard deviations of the random weights; norms begin at 1.
+    seed: of the weights; the world has its own, ``world_seed``.
     """
 
     kind: ClassVar[str] = "initialise"
-    vocab_size: int = 1024
+    vocab_size: int = 1536
     hidden_size: int = 128
     intermediate_size: int = 384
-    blocks: int = 10
+    blocks: int = 8
     heads: int = 4
     kv_heads: int = 2
     context_length: int = 512
+    tied: bool = False
+    matrix_std: float = 0.06
+    embedding_std: float = 1.0
     world_seed: int = 0
     seed: int = 0
 
@@ -137,10 +144,9 @@ class Untrained(Stage):
             require_number(f"model.{name}", getattr(self, name), 1, integer=True)
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
             raise SlimError("model.heads must divide model.hidden_size, and model.kv_heads must divide model.heads.")
-
-    @property
-    def label(self) -> str:
-        return "untrained"
+        require_flag("model.tied", self.tied)
+        for name in ("matrix_std", "embedding_std"):
+            require_number(f"model.{name}", getattr(self, name), 0, 100)
 
     @property
     def config(self) -> dict:
@@ -158,10 +164,10 @@ class Untrained(Stage):
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
             "attention_bias": False,
             "mlp_bias": False,
-            "initializer_range": 0.02,
+            "initializer_range": self.matrix_std,
             "dtype": "bfloat16",
         }
 
@@ -183,8 +189,14 @@ class Untrained(Stage):
         save_tokenizer(tokenizer, target)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         config = {**self.config, **ids, "vocab_size": len(tokenizer)}
-        torch.manual_seed(self.seed)
+        hide_library_bars()
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 2:
+                    std = self.embedding_std if "embed_tokens" in name else self.matrix_std
+                    weight.normal_(0, std, generator=generator)
         model.to(torch.bfloat16).save_pretrained(target)
         write_config({**read_json(target / "config.json"), **config}, target)
         return {}

@@ -158,5 +158,5 @@ def test_an_existing_output_is_refused_before_work(tmp_path):
 def test_every_choice_of_every_group_composes():
     for path in sorted((ROOT / "conf").glob("*/*.yaml")):
         group, choice = path.parent.name, path.stem
-        config = compose("compress", [f"{'+' if group == 'experiment' else ''}{group}={choice}"])
+        config = compose("compress", [f"{group}={choice}"])
         assert group in config or group == "experiment"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slim.quantization.packing import pack, pack_columns, unpack, unpack_columns, words_per_row
+from slim.quantization.packing import pack, pack_columns, unpack, unpack_as, unpack_columns, words_per_row
 
 
 def pack_bit_by_bit(codes: list[int], bits: int) -> list[int]:
@@ -39,6 +39,8 @@ def test_stream_equals_the_reference_and_comes_back(case):
     for row, packed in zip(codes.tolist(), words.tolist(), strict=True):
         assert [word % 2**32 for word in packed] == pack_bit_by_bit(row, bits)
     assert torch.equal(unpack(words, bits, codes.shape[1]), codes)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(unpack_as(words, bits, codes.shape[1], dtype), codes.to(dtype))
 
 
 @settings(max_examples=50, deadline=None)

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from slim.accounting import MACS_TOKENS, before_and_after
 from slim.architecture import ModelDescription
 from slim.checkpoint import REPORT, Checkpoint, open_checkpoint, write_blocks
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
-from slim.pruning.calibrated import chosen_windows, forward_bytes, load_with_tokens, shard_bytes
+from slim.pruning.calibrated import SHARD_BYTES, chosen_windows, forward_bytes, load_with_tokens, shard_bytes
 from slim.pruning.forward import batch_samples
 from slim.pruning.rules import block_list, default_blocks, default_ends, removal_order
-from slim.settings import dataclass_identity, require_number
+from slim.settings import dataclass_identity, identity, require_flag, require_number
 from slim.stage import Context, Stage
 
 
@@ -46,6 +47,10 @@ class DepthPruning(Stage):
         blocks and more, in proportion below, at least 1.
     protect: the protected blocks as a list, in place of the two numbers.
     remove: the blocks to remove as a list: nothing is scored.
+    reconstruct: fit a linear map over each gap on calibration text and fold it into the projection in front of it.
+    damping: ridge of that fit, in means of the Gram matrix's diagonal.
+    macs_tokens: length of the forward whose multiply-accumulates are reported.
+    calibration: the text for ``reconstruct``.
     """
 
     blocks: int | None = None
@@ -53,6 +58,10 @@ class DepthPruning(Stage):
     protect_last: int | None = None
     protect: list[int] | None = None
     remove: list[int] | None = None
+    reconstruct: bool = False
+    damping: float = 0.01
+    macs_tokens: int = MACS_TOKENS
+    calibration: Calibration | None = None
 
     kind: ClassVar[str] = "prune"
     criterion: ClassVar[str]  # name in facts and plots
@@ -63,6 +72,11 @@ class DepthPruning(Stage):
         for name, low in (("blocks", 1), ("protect_first", 0), ("protect_last", 0)):
             if getattr(self, name) is not None:
                 require_number(f"pruner.{name}", getattr(self, name), low, integer=True)
+        require_flag("pruner.reconstruct", self.reconstruct)
+        require_number("pruner.damping", self.damping, 0)
+        require_number("pruner.macs_tokens", self.macs_tokens, 1, integer=True)
+        if self.reconstruct and self.calibration is None:
+            raise SlimError("pruner.reconstruct=true needs a text: pruner.calibration=${calibration}.")
         self.protect = block_list("pruner.protect", self.protect)
         self.remove = block_list("pruner.remove", self.remove)
         self._check_lists()
@@ -85,8 +99,17 @@ class DepthPruning(Stage):
             raise SlimError(f"pruner.remove and pruner.protect both name block {both[0]}. Take it out of one of them.")
 
     def identity(self) -> dict:
-        settings = dataclass_identity(self)
-        return settings if self.remove is None else {"class": DepthPruning.__name__, "remove": self.remove}
+        if self.remove is None:
+            settings = {**dataclass_identity(self), **self.scoring_identity()}
+        else:  # the same blocks whatever the criterion's name
+            settings = {"class": DepthPruning.__name__, "remove": self.remove, "macs_tokens": self.macs_tokens}
+        fitted = {"damping": self.damping, "calibration": identity(self.calibration)} if self.reconstruct else {}
+        unused = ("reconstruct", "damping", "calibration")
+        return {**{key: value for key, value in settings.items() if key not in unused}, **fitted}
+
+    def scoring_identity(self) -> dict:
+        """Return what determines the scores beside the fields."""
+        return {}
 
     def protected(self, blocks: int) -> list[int]:
         """Return the protected blocks of a model of ``blocks`` blocks, ascending."""
@@ -141,7 +164,16 @@ class DepthPruning(Stage):
 
     def peak_bytes(self, model: ModelDescription, device: str) -> int:
         scoring = 0 if self.remove is not None else self.scoring_bytes(model, device)
-        return max(scoring, shard_bytes(model))
+        return max(scoring, shard_bytes(model) + (self.fitting_bytes(model) if self.reconstruct else 0))
+
+    def fitting_bytes(self, model: ModelDescription) -> int:
+        """Estimate the peak memory of ``reconstruct``: a block, both hidden states, one projection's inputs, the fit."""
+        from slim.blockwise import walk_bytes
+
+        samples, length = self.calibration.samples, min(self.calibration.length, model.context_length)
+        inputs = 4 * samples * length * (model.intermediate_size + model.hidden_size)
+        fit = 3 * 8 * model.intermediate_size**2
+        return 2 * 4 * model.block_parameters() + walk_bytes(model, samples, length) + inputs + fit
 
     def scoring_bytes(self, model: ModelDescription, device: str) -> int:
         """Estimate the peak memory of scoring, in bytes."""
@@ -166,16 +198,37 @@ class DepthPruning(Stage):
         choice = Choice(self.remove) if self.remove is not None else self.choose(checkpoint, context)
         depth = checkpoint.description.blocks
         kept = [block for block in range(depth) if block not in choice.removed]
-        write_blocks(checkpoint, target, kept)
+        fitted = self._write(checkpoint, target, choice.removed, kept, context)
         facts = {
             "criterion": self.criterion if self.remove is None else "list",
             "removed_blocks": choice.removed,
             "kept_blocks": kept,
             "scores": choice.scores,
+            **fitted,
         }
+        account = before_and_after(checkpoint.description, open_checkpoint(target).description, self.macs_tokens)
         if choice.scores:
-            self._report(target / REPORT, facts, choice, depth)
-        return facts
+            self._report(target / REPORT, {**facts, **account}, choice, depth)
+        return {**facts, **{key: value for key, value in account.items() if not key.startswith("blocks_")}}
+
+    def _write(self, source: Checkpoint, target: Path, removed: list[int], kept: list[int], context: Context) -> dict:
+        """Write the shorter model; with ``reconstruct`` return facts about its gaps."""
+        if not self.reconstruct:
+            write_blocks(source, target, kept)
+            return {}
+        from slim.checkpoint import load_tokenizer
+        from slim.progress import progress_bar
+        from slim.pruning.bridge import Bridging
+
+        tokens = self.calibration.tokens(load_tokenizer(source.folder), source.description.context_length)
+        bridging = Bridging(source, removed, tokens, self.damping, context.device)
+        with progress_bar("Bridging gaps", total=source.description.blocks) as advance:
+            gaps = bridging.write(target, SHARD_BYTES, advance)
+        bridged = [block for gap in gaps for block in gap.removed]
+        return {
+            "gaps": [dataclasses.asdict(gap) for gap in gaps],
+            "unbridged_blocks": [block for block in removed if block not in bridged],  # nothing is in front of them
+        }
 
     def _report(self, folder: Path, facts: dict, choice: Choice, depth: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,24 +251,22 @@ class DepthPruning(Stage):
 class CalibratedDepthPruning(DepthPruning):
     """A depth criterion that looks at calibration samples.
 
-    calibration: the text the samples are taken from.
-    samples, length: windows and tokens per window, in place of the calibration's own; None: the calibration's.
+    samples, length: windows and tokens per window for the scores, in place of the calibration's own; None: the
+        calibration's, which ``reconstruct`` always uses.
     """
 
-    calibration: Calibration
     samples: int | None = None
     length: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.calibration is None:
+            raise SlimError(f"pruner={self.criterion} needs a text: pruner.calibration=${{calibration}}.")
         self.windows = chosen_windows(self.calibration, self.samples, self.length)
 
-    def identity(self) -> dict:
+    def scoring_identity(self) -> dict:
         """The samples as they are used: settings of the calibration that the pruner replaces do not count."""
-        if self.remove is not None:
-            return super().identity()
-        settings = dataclasses.replace(self, calibration=self.windows, samples=None, length=None)
-        return dataclass_identity(settings)
+        return {"samples": None, "length": None, "windows": self.windows.identity()}
 
     def load(self, source: Checkpoint, context: Context):
         """Return the loaded model and its calibration tokens, int64 [samples, length], on the CPU."""

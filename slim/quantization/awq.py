@@ -9,7 +9,7 @@ norm, or the rows of the linear layer before it). Per group of layers with one i
 and alpha is the one with the smallest loss |X (W^ - W)^T|^2 = tr(D G D^T), D = W^ - W: no forward is needed to try one.
 Where the paper takes the mean of |X| for m, this takes the root mean square, which G holds. Then, as there, every group
 of weights is clipped to the interval with the smallest loss of that group, e G_gg e^T; and, beyond the paper, scales are
-refitted by least squares under G with the codes as they are, and rows where that is no gain are left.
+refitted by least squares under G for the codes as they are, weights rounded again, and so on, keeping each row's best.
 
 alpha = 0 with the plain grid is round to nearest and always among the candidates, so no layer's loss is above RTN's.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 from slim.blockwise import SegmentView
 from slim.data.calibration import Calibration
 from slim.lazy import LazyModule
-from slim.quantization.grid import Quantised, grouped, layer_loss, minmax, search, shrink_factors
+from slim.quantization.grid import Quantised, encode, grouped, layer_loss, minmax, search, shrink_factors
 from slim.quantization.method import Quantization
 from slim.quantization.scheme import Scheme
 from slim.quantization.visitor import QuantVisitor
@@ -37,6 +37,7 @@ else:
     torch = LazyModule("torch")
 
 SEARCH_ROWS = 512  # rows of a layer that the search for alpha looks at; the loss is a sum over rows
+REFITS = 3  # rounds of refitting scales and rounding again
 SEARCH_FACTORS = (1.0, 0.85, 0.7)  # intervals tried while searching alpha; the final grid is searched finely
 
 
@@ -147,21 +148,17 @@ class ActivationAware(QuantVisitor):
 
     def quantise(self, view: SegmentView) -> dict[str, torch.Tensor]:
         weights = {name: linear.weight for name, linear in view.linears.items()}
-        plain = {name: self._plain(weight, view.gram) for name, weight in weights.items()}
-        chosen, fold = plain, None
+        chosen, scales = {name: self._plain(weight, view.gram) for name, weight in weights.items()}, None
         alpha = self._search_alpha(view, weights)
         if alpha > 0:
             fold = self._fold(view, channel_scales(view.gram, view.tokens, view.feeds, alpha))
             scaled = self._scaled(weights, view.gram, fold[view.feeds])
-            if self._is_better(weights, scaled, plain, fold[view.feeds], view.gram):
-                chosen = scaled
-            else:
-                fold = None
-        if fold is not None:
-            self._store_fold(view, fold)
+            if self._is_better(weights, scaled, chosen, fold[view.feeds], view.gram):
+                chosen, scales = scaled, fold[view.feeds]
+                self._store_fold(view, fold)
         self.done.update(chosen)
-        divisor = fold[view.feeds] if fold is not None else 1.0
-        return {name: layer.dequantise() / divisor for name, layer in chosen.items()}
+        dense = {name: layer.dequantise() for name, layer in chosen.items()}
+        return dense if scales is None else {name: weight / scales for name, weight in dense.items()}
 
     def _plain(self, weight: torch.Tensor, gram: torch.Tensor) -> Quantised:
         """Quantise without scaling: row by row the best of round to nearest, clipped, and refitted."""
@@ -178,8 +175,12 @@ class ActivationAware(QuantVisitor):
 
     def _clipped(self, weight: torch.Tensor, gram: torch.Tensor) -> list[Quantised]:
         blocks = diagonal_blocks(gram, self.scheme.group(weight.shape[-1]))
-        clipped = search(weight, self.scheme, self.dtype, blocks, self.factors)
-        return [clipped, refit_scales(weight, clipped, gram)] if self.refit else [clipped]
+        candidates = [search(weight, self.scheme, self.dtype, blocks, self.factors)]
+        for _ in range(REFITS if self.refit else 0):
+            last = candidates[-1]
+            codes = encode(weight, last.scale, last.zero, self.scheme.levels)
+            candidates.append(refit_scales(weight, Quantised(codes, last.scale, last.zero, self.scheme), gram))
+        return candidates
 
     def _search_alpha(self, view: SegmentView, weights: dict[str, torch.Tensor]) -> float:
         """Return the alpha with the smallest summed loss over a sample of rows of the segment's layers."""
@@ -201,12 +202,15 @@ class ActivationAware(QuantVisitor):
     def _is_better(
         self, weights: dict, scaled: dict[str, Quantised], plain: dict[str, Quantised], scales: torch.Tensor, gram
     ) -> bool:
-        """Whether scaling lowers the summed loss, and leaves no single layer above its loss without scaling."""
-        with_scaling, without = [], []
+        """Whether scaling lowers the summed loss, and leaves no single layer above round to nearest."""
+        total = 0.0
         for name, weight in weights.items():
-            with_scaling.append(float(layer_loss(scaled[name].dequantise() / scales - weight, gram).sum()))
-            without.append(float(layer_loss(plain[name].dequantise() - weight, gram).sum()))
-        return all(a <= b for a, b in zip(with_scaling, without, strict=True)) and sum(with_scaling) < sum(without)
+            rounded = minmax(weight, self.scheme, self.dtype).dequantise()
+            loss = float(layer_loss(scaled[name].dequantise() / scales - weight, gram).sum())
+            if loss > float(layer_loss(rounded - weight, gram).sum()):
+                return False
+            total += loss - float(layer_loss(plain[name].dequantise() - weight, gram).sum())
+        return total < 0
 
     def _fold(self, view: SegmentView, scales: torch.Tensor) -> torch.Tensor:
         """Return the scales that the feeder really divides by once 1/s is folded into it and rounded.

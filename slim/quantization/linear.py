@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from slim.quantization.packing import unpack, words_per_row
+from slim.quantization.packing import lookup, unpack, unpack_as, words_per_row
 from slim.quantization.scheme import Scheme
 
 KERNEL_GROUPS = (32, 64, 128, 256)  # group sizes torch's int4 kernels take
@@ -94,34 +94,57 @@ class QuantLinear(nn.Module):
         step = max(TILE, CHUNK // self.in_features // TILE * TILE)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            result[:, start:stop] = rows @ self.dense_rows(start, stop, rows.dtype).T
+            if self.kernel == "cpu":
+                result[:, start:stop] = self._multiply_tiles(rows, start, stop)
+            else:
+                result[:, start:stop] = rows @ self.dense_rows(start, stop, rows.dtype).T
         return result
+
+    def _multiply_tiles(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Multiply with output features ``start`` to ``stop``, whole tiles; the tiles hold W^T, so that is unpacked."""
+        scale, zero = in_tiles(self.scale[start:stop]), in_tiles(self.zero[start:stop]).to(rows.dtype)
+        dense = lookup(self.packed[start // TILE : stop // TILE], 4, 8, rows.dtype).view(len(scale), -1, self.group, TILE)
+        dense = dense.sub_(zero).mul_(scale).view(len(scale), self.in_features, TILE)
+        return out_of_tiles(rows @ dense)
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Return rows ``start`` to ``stop`` of the weight matrix, [stop - start, in]."""
         if self.kernel == "cpu":
-            codes = codes_of_tiles(self.packed[start // TILE : -(-stop // TILE)])[: stop - start]
+            codes = codes_of_tiles(self.packed[start // TILE : -(-stop // TILE)])[: stop - start].to(dtype)
         else:
-            codes = unpack(self.packed[start:stop], self.scheme.bits, self.in_features)
-        return expand(codes, self.scale[start:stop], self.zero[start:stop], self.group, dtype)
+            codes = unpack_as(self.packed[start:stop], self.scheme.bits, self.in_features, dtype)
+        return expand(codes, self.scale[start:stop], self.zero[start:stop], self.group)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the whole weight matrix [out, in]: for tests and for merging, not for running."""
+        if self.kernel == "cuda":
+            raise NotImplementedError("codes in the layout of the CUDA kernel are not turned back")
         return self.dense_rows(0, self.out_features, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.scheme.bits}, group={self.group}, kernel={self.kernel}"
 
 
-def expand(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return scale (c - zero) in ``dtype``, [rows, in]: exact but for the rounding of the product."""
-    groups, width = scale.shape[-1], codes.shape[-1]
+def expand(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int) -> torch.Tensor:
+    """Return scale (c - zero) in the type of ``codes`` [rows, in], exact but for the rounding of the product."""
+    dtype, groups, width = codes.dtype, scale.shape[-1], codes.shape[-1]
     if width < groups * group:  # files of others may have a last group that is not full
         codes = nn.functional.pad(codes, (0, groups * group - width))
-    steps = codes.view(len(codes), groups, group).to(dtype) - zero.to(dtype).unsqueeze(-1)
+    steps = codes.view(len(codes), groups, group).sub_(zero.to(dtype).unsqueeze(-1))
     if scale.dtype == dtype:
         return steps.mul_(scale.unsqueeze(-1)).view(len(codes), -1)[:, :width]
     return (steps.float() * scale.float().unsqueeze(-1)).to(dtype).view(len(codes), -1)[:, :width]
+
+
+def in_tiles(per_group: torch.Tensor) -> torch.Tensor:
+    """Return scales or zero points [64 n, groups] as [n, groups, 1, 64], features in a tile's order 0, 32, 1, 33, ..."""
+    halves = per_group.unflatten(0, (-1, 2, TILE // 2))
+    return halves.permute(0, 3, 2, 1).flatten(-2).unsqueeze(2)
+
+
+def out_of_tiles(results: torch.Tensor) -> torch.Tensor:
+    """Return results [n, rows, 64] with features in a tile's order as [rows, 64 n] in their own."""
+    return results.unflatten(-1, (TILE // 2, 2)).permute(1, 0, 3, 2).reshape(results.shape[1], -1)
 
 
 def codes_of_tiles(tiles: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,15 @@
 Along a row, code k occupies bits [k b, (k + 1) b) of the stream, whatever b; a code may straddle two words. The last
 word of a row is filled with zeros. This is the layout of compressed-tensors' ``pack-quantized``, and along the other
 dimension that of GPTQ. Eight codes of b bits are exactly b bytes, so both directions work on eight codes at a time.
+
+For running, codes are wanted as floating-point numbers and fast: 8 or 12 bits of the stream, a whole number of codes,
+are one index into a small table whose entries are those codes side by side (:func:`unpack_as`).
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING
 
 from slim.lazy import LazyModule
@@ -72,6 +76,33 @@ def _join_bytes(octets: torch.Tensor) -> torch.Tensor:
     for index in range(1, octets.shape[-1]):
         stream |= octets[..., index].to(wide) << (8 * index)
     return stream
+
+
+def unpack_as(words: torch.Tensor, bits: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return what :func:`unpack` does in a floating-point ``dtype``: contiguous [rows, count] for ``words`` [rows, m]."""
+    if bits in (2, 4) and count * bits % 32 == 0:  # otherwise padding would have to be cut out of every row
+        return lookup(words.contiguous().view(torch.uint8), bits, 8, dtype).view(len(words), count)
+    if bits == 3 and count % EIGHT == 0:
+        octets = words.contiguous().view(torch.uint8)[:, : 3 * count // EIGHT].unflatten(-1, (-1, 3))
+        stream = _join_bytes(octets)
+        fields = torch.stack((stream & 4095, stream >> 12), dim=-1)
+        return lookup(fields, bits, 12, dtype).view(len(words), count)
+    return unpack(words, bits, count).to(dtype)
+
+
+def lookup(fields: torch.Tensor, bits: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the codes in ``fields`` (integers of ``width`` bits) as ``dtype``, one-dimensional, in their order."""
+    table = _table(bits, width, dtype, str(fields.device))
+    return table.index_select(0, fields.reshape(-1).to(torch.int32)).view(dtype)
+
+
+@cache
+def _table(bits: int, width: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Return all 2**width fields decoded; one entry is one element of a type as wide as its codes together."""
+    fields = torch.arange(2**width, device=device)
+    codes = torch.stack([(fields >> shift) & (2**bits - 1) for shift in range(0, width, bits)], dim=-1)
+    element = {4: torch.int32, 8: torch.int64, 16: torch.complex128}[codes.shape[-1] * dtype.itemsize]
+    return codes.to(dtype).contiguous().view(element).view(-1)
 
 
 def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:

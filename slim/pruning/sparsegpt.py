@@ -1,0 +1,68 @@
+"""SparseGPT: one row's weights become zero column by column, the columns behind make up for it.
+
+With H = G + damping (G = X^T X) and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for column j of some columns:
+
+    score    w_j^2 / U_jj^2            the smallest of the block go (or all but n of every m)
+    error    e = (w_j - 0) / U_jj      where w_j goes, 0 where it stays
+    update   w_k -= e U_jk             for all k >= j
+
+Frantar & Alistarh, "SparseGPT" (arXiv:2301.00774), section 3 and its code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slim.lazy import LazyModule
+from slim.pruning.least_squares import damped
+from slim.pruning.masks import largest_kept, n_of_m_kept
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+BLOCK = 128  # columns whose mask is chosen together, as in the paper
+
+
+def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return U, the upper Cholesky factor of (G + damping mean(diag G))^-1, float32 [in, in]."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
+    return torch.linalg.cholesky(inverse, upper=True).to(gram.dtype)
+
+
+def sparsegpt(
+    weight: torch.Tensor, gram: torch.Tensor, damping: float, sparsity: float, n_of_m: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Return pruned and updated weights, [out, in].
+
+    weight: float32 [out, in]. gram: G, [in, in]. sparsity: share that goes of every block of columns; with ``n_of_m``
+    n of every m successive weights of a row stay instead.
+    """
+    weight, factor = weight.clone(), inverse_factor(gram, damping)
+    width = BLOCK if n_of_m is None else max(1, BLOCK // n_of_m[1]) * n_of_m[1]
+    for start in range(0, weight.shape[1], width):
+        stop = min(start + width, weight.shape[1])
+        errors = prune_columns(weight[:, start:stop], factor[start:stop, start:stop], sparsity, n_of_m)
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return weight
+
+
+def prune_columns(
+    weight: torch.Tensor, factor: torch.Tensor, sparsity: float, n_of_m: tuple[int, int] | None
+) -> torch.Tensor:
+    """Prune a block of columns in place and return its errors e, both [out, columns]. factor: U of the block."""
+    diagonal = factor.diagonal()
+    kept = torch.ones_like(weight, dtype=torch.bool)
+    if n_of_m is None:
+        kept = largest_kept((weight / diagonal).square().flatten()[None], sparsity).view_as(weight)
+    errors = torch.zeros_like(weight)
+    for column in range(weight.shape[1]):
+        if n_of_m is not None and column % n_of_m[1] == 0:
+            group = slice(column, column + n_of_m[1])
+            kept[:, group] = n_of_m_kept((weight[:, group] / diagonal[group]).square(), *n_of_m)
+        gone = ~kept[:, column]
+        errors[:, column] = torch.where(gone, weight[:, column] / diagonal[column], 0)
+        weight[:, column:] -= errors[:, column, None] * factor[column, column:]
+        weight[gone, column] = 0
+    return errors

@@ -1,0 +1,258 @@
+"""Weight pruning: single weights of the blocks' linear layers become zero, anywhere or in an n:m pattern.
+
+    magnitude_weights   score |W_ij|                the smallest of a layer
+    wanda               score |W_ij| * |X_j|        the smallest of a row; |X_j|^2 = G_jj (Sun et al., arXiv:2306.11695)
+    sparsegpt           see sparsegpt.py            the smallest of 128 columns, the others are updated
+
+All on the walk: each segment of a block sees the pruned ones before it. Zeros are stored like other numbers: they save
+neither memory nor time without an engine that uses them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from slim.architecture import ModelDescription
+from slim.blockwise import SegmentView, Visitor
+from slim.checkpoint import Checkpoint, ShardWriter, copy_companions, open_checkpoint, write_config
+from slim.data.calibration import Calibration
+from slim.errors import SlimError
+from slim.lazy import LazyModule
+from slim.pruning import calibrated
+from slim.pruning.least_squares import relative_error
+from slim.pruning.masks import largest_kept, n_of_m_kept
+from slim.pruning.sparsegpt import sparsegpt
+from slim.settings import dataclass_identity, require_number
+from slim.stage import Context, Stage
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+NOTE = "Zeros are stored like other weights: they save neither memory nor time without an engine that uses them."
+
+
+class SparsityVisitor(Visitor):
+    """A weight pruning method on the walk, with the settings of its stage. dtype: type in which weights are stored."""
+
+    def __init__(self, stage: WeightPruning, dtype: torch.dtype):
+        self.sparsity, self.n_of_m, self.dtype = stage.share, stage.n_of_m, dtype
+        self.zeros: list[dict] = []  # per layer: how many of its weights are zero
+
+    def visit(self, view: SegmentView) -> dict[str, float]:
+        errors = {}
+        for name, linear in view.linears.items():
+            pruned = self.prune(linear.weight, view).to(self.dtype).float()
+            errors[name] = relative_error(pruned - linear.weight, linear.weight, view.gram)
+            linear.weight.copy_(pruned)
+            zeros = pruned.numel() - int(torch.count_nonzero(pruned))
+            self.zeros.append({"zeros": zeros, "weights": pruned.numel()})
+        return errors
+
+    def prune(self, weight: torch.Tensor, view: SegmentView) -> torch.Tensor:
+        """Return the pruned weights of one layer of the segment, [out, in]."""
+        raise NotImplementedError
+
+    def masked(self, weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the weights with zeros in place of those with the smallest scores, row by row or n of m."""
+        kept = n_of_m_kept(scores, *self.n_of_m) if self.n_of_m else largest_kept(scores, self.sparsity)
+        return weight.masked_fill(~kept, 0)
+
+
+class MagnitudeVisitor(SparsityVisitor):
+    """The smallest weights of a layer, or of every m, go."""
+
+    needs_gram = False
+
+    def prune(self, weight: torch.Tensor, view: SegmentView) -> torch.Tensor:
+        if self.n_of_m:
+            return self.masked(weight, weight.abs())
+        return self.masked(weight.view(1, -1), weight.abs().view(1, -1)).view_as(weight)
+
+
+class WandaVisitor(SparsityVisitor):
+    """The weights with the smallest share in their row's output go."""
+
+    def prune(self, weight: torch.Tensor, view: SegmentView) -> torch.Tensor:
+        return self.masked(weight, weight.abs() * view.gram.diagonal().sqrt())
+
+
+class SparseGPTVisitor(SparsityVisitor):
+    """The cheapest weights go, and the others of their row make up for them."""
+
+    def __init__(self, stage: SparseGPT, dtype: torch.dtype):
+        super().__init__(stage, dtype)
+        self.damping = stage.damping
+
+    def prune(self, weight: torch.Tensor, view: SegmentView) -> torch.Tensor:
+        return sparsegpt(weight, view.gram, self.damping, self.sparsity, self.n_of_m)
+
+
+@dataclass(kw_only=True)
+class WeightPruning(Stage):
+    """Settings and steps of every method.
+
+    sparsity: share of the weights that become zero, between 0 and 1; None: 0.5, or what ``n`` and ``m`` give.
+    n, m: of every ``m`` successive inputs of a row ``n`` weights stay (2:4 and 4:8 are what hardware knows).
+    """
+
+    sparsity: float | None = None
+    n: int | None = None
+    m: int | None = None
+
+    kind: ClassVar[str] = "prune"
+    criterion: ClassVar[str]  # name in facts and pictures
+    visitor: ClassVar[type[SparsityVisitor]]
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.sparsity, (int, float)) and not isinstance(self.sparsity, bool)
+        if self.sparsity is not None and not (number and 0 < self.sparsity < 1):
+            raise SlimError(
+                f"pruner.sparsity={self.sparsity} is not possible. It takes a number between 0 and 1, such as 0.5: the "
+                "share of weights that become zero. Use pruner=none to leave the model as it is."
+            )
+        if (self.n is None) != (self.m is None):
+            raise SlimError("pruner.n and pruner.m belong together: n of every m weights stay, as in n=2, m=4.")
+        if self.n is not None:
+            self._check_n_of_m()
+
+    def _check_n_of_m(self) -> None:
+        require_number("pruner.m", self.m, 2, 256, integer=True)
+        require_number("pruner.n", self.n, 1, integer=True)
+        if self.n >= self.m:
+            raise SlimError(
+                f"pruner.n={self.n} of every pruner.m={self.m} weights are to stay, so nothing would go. "
+                f"n must be smaller than m, from 1 to {self.m - 1}."
+            )
+        if self.sparsity is not None and abs(self.sparsity - self.share) > 1e-9:
+            raise SlimError(
+                f"pruner.n={self.n} pruner.m={self.m} gives a sparsity of {1 - self.n / self.m:g}, but "
+                f"pruner.sparsity={self.sparsity}. Leave pruner.sparsity out."
+            )
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        return None if self.n is None else (self.n, self.m)
+
+    @property
+    def share(self) -> float:
+        """The share of weights that go."""
+        if self.n is not None:
+            return 1 - self.n / self.m
+        return 0.5 if self.sparsity is None else self.sparsity
+
+    def identity(self) -> dict:
+        return {**dataclass_identity(self), "sparsity": self.share}
+
+    def check(self, model: ModelDescription) -> None:
+        model.family  # noqa: B018 - refuses families whose parts are unknown
+        if model.quantization is not None:
+            raise SlimError(
+                f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
+            )
+        for block in range(model.blocks if self.m else 0):
+            for name, (_, columns) in model.block_linears(block).items():
+                if columns % self.m:
+                    raise SlimError(
+                        f"pruner.m={self.m} does not divide the {columns} inputs of {name} in block {block} of "
+                        f"{model.name}. Use one that does, such as 4."
+                    )
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        largest = max(rows * columns for rows, columns in model.block_linears().values())
+        block = 2 * 4 * model.block_parameters() + 4 * 4 * largest
+        return calibrated.LIBRARY_BYTES + block + calibrated.shard_bytes(model)
+
+    def tokens(self, source: Checkpoint):
+        """Return calibration tokens, int64 [samples, length], or None for a method without calibration."""
+        return None
+
+    def run(self, source: Path, target: Path, context: Context) -> dict:
+        from slim.blockwise import Walk
+        from slim.progress import console
+
+        checkpoint = open_checkpoint(source)
+        model = checkpoint.description
+        self.check(model)
+        writer = ShardWriter(target, calibrated.SHARD_BYTES)
+        visitor = self.visitor(self, getattr(torch, model.dtype))
+
+        def report(block: int, errors: list) -> None:
+            context.metric("layer_error", sum(item.error for item in errors) / len(errors), block)
+
+        errors = Walk(checkpoint, visitor, writer, self.tokens(checkpoint), context.device, on_block=report).run()
+        writer.close()
+        write_config(model.config, target)
+        copy_companions(source, target)
+        console().print(NOTE, highlight=False)
+        return self._facts(model, visitor, errors, target)
+
+    def _facts(self, model: ModelDescription, visitor: SparsityVisitor, errors: list, target: Path) -> dict:
+        from slim.pruning.weights_report import write_report
+
+        write_report(target, self.criterion, self.share, visitor.zeros, errors)
+        zeros, weights = (sum(row[key] for row in visitor.zeros) for key in ("zeros", "weights"))
+        return {
+            "criterion": self.criterion,
+            "sparsity": zeros / weights,
+            "sparsity_of_all_parameters": zeros / model.parameters(),
+            "mask": {"kind": "n:m" if self.n else "unstructured", "n": self.n, "m": self.m},
+            "layer_error_mean": sum(item.error for item in errors) / len(errors),
+            "layer_error_max": max(item.error for item in errors),
+            "note": NOTE,
+        }
+
+
+@dataclass(kw_only=True)
+class MagnitudeWeights(WeightPruning):
+    """``pruner=magnitude_weights``. Settings: see :class:`WeightPruning`."""
+
+    criterion: ClassVar[str] = "magnitude"
+    visitor: ClassVar[type[SparsityVisitor]] = MagnitudeVisitor
+
+
+@dataclass(kw_only=True)
+class CalibratedWeightPruning(WeightPruning):
+    """A method that looks at calibration samples. calibration: the text they are taken from."""
+
+    calibration: Calibration
+
+    def tokens(self, source: Checkpoint):
+        from slim.checkpoint import load_tokenizer
+
+        return self.calibration.tokens(load_tokenizer(source.folder), source.description.context_length)
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        from slim.blockwise import walk_bytes
+
+        length = min(self.calibration.length, model.context_length)
+        return super().peak_bytes(model, device) + walk_bytes(model, self.calibration.samples, length)
+
+
+@dataclass(kw_only=True)
+class Wanda(CalibratedWeightPruning):
+    """``pruner=wanda``. Settings: see :class:`CalibratedWeightPruning`."""
+
+    criterion: ClassVar[str] = "wanda"
+    visitor: ClassVar[type[SparsityVisitor]] = WandaVisitor
+
+
+@dataclass(kw_only=True)
+class SparseGPT(CalibratedWeightPruning):
+    """``pruner=sparsegpt``. damping: ridge, in means of the Gram matrix's diagonal."""
+
+    damping: float = 0.01
+
+    criterion: ClassVar[str] = "sparsegpt"
+    visitor: ClassVar[type[SparsityVisitor]] = SparseGPTVisitor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("pruner.damping", self.damping, 1e-9)
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        widest = max(columns for _, columns in model.block_linears().values())
+        return super().peak_bytes(model, device) + 3 * 8 * widest**2
