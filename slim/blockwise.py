@@ -302,7 +302,9 @@ class BlockPass:
         hook = None
         if before or after:
             module = self.block.get_submodule(before or after)
-            hook = module.register_forward_pre_hook(catch_input) if before else module.register_forward_hook(catch_output)
+            hook = (
+                module.register_forward_pre_hook(catch_input) if before else module.register_forward_hook(catch_output)
+            )
         try:
             with torch.no_grad(), replaced_forwards(self._finished_parts(batch)):
                 output = self.block(hidden.to(self.device), *args, **kwargs)
@@ -428,9 +430,7 @@ def require_finite(view: SegmentView) -> None:
         )
 
 
-def feeding_channels(
-    description: ModelDescription, family: Family, block: nn.Module, segment: Segment
-) -> torch.Tensor:
+def feeding_channels(description: ModelDescription, family: Family, block: nn.Module, segment: Segment) -> torch.Tensor:
     """Return for each input channel of a segment the output channel of ``fed_by`` it comes from, int64 [in].
 
     They are the same but where values feed the attention's output: under grouped-query attention several query heads

@@ -141,7 +141,9 @@ def test_one_block_is_in_memory_at_a_time(checkpoint, tokens, monkeypatch):
     def load(self, name):
         module = original(self, name)
         loaded.append(name)
-        real = {key.split(".")[2] for key, value in self.model.named_parameters() if ".layers." in key and not value.is_meta}
+        real = {
+            key.split(".")[2] for key, value in self.model.named_parameters() if ".layers." in key and not value.is_meta
+        }
         others = [key for key, value in self.model.named_parameters() if ".layers." not in key and not value.is_meta]
         seen.append((real, others))
         return module
@@ -172,7 +174,9 @@ def test_without_grams_nothing_runs_and_everything_is_written(checkpoint, tmp_pa
     written = {name: load_file(tmp_path / file)[name] for name, file in weight_map.items()}
     source = load_file(checkpoint.folder / "model.safetensors")
     assert written.keys() == source.keys()
-    assert all(torch.equal(written[name], source[name]) and written[name].dtype == source[name].dtype for name in source)
+    assert all(
+        torch.equal(written[name], source[name]) and written[name].dtype == source[name].dtype for name in source
+    )
 
 
 def test_gram_tiles(monkeypatch):
@@ -188,7 +192,12 @@ def test_gram_tiles(monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_damaged_weights_are_named(small_llama, tmp_path, bad):
-    damaged = copy_with(small_llama, tmp_path / "bad", "model.layers.2.mlp.up_proj.weight", lambda t: t.index_fill(0, torch.tensor([3]), bad))
+    damaged = copy_with(
+        small_llama,
+        tmp_path / "bad",
+        "model.layers.2.mlp.up_proj.weight",
+        lambda t: t.index_fill(0, torch.tensor([3]), bad),
+    )
     with pytest.raises(SlimError, match=r"model\.layers\.2\.mlp\.up_proj\.weight contain NaN or infinity"):
         Walk(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
 

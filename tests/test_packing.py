@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from itertools import count
 
@@ -261,6 +262,20 @@ def test_pairs_map_columns_and_refuse_bad_data(tmp_path, tokenizer):
     path.write_text("[1]\n")
     with pytest.raises(SlimError, match="line 1: list where an object"):
         list(Pairs(**columns).pairs("train"))
+
+
+def test_data_sets_have_splits_of_their_own(tmp_path):
+    """A local folder in the hub's layout takes the same way as a data set of the hub."""
+    for split, size in (("train", 30), ("validation", 7)):
+        rows = (json.dumps({"text": f" {split} line {n} \n", "q": f"{split} {n}?", "a": f"{n}."}) for n in range(size))
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    text = TextData(text=str(tmp_path), validation_split="validation", passage=60)
+    joined = "".join(sorted(text.documents("train")))
+    assert len(list(text.documents("train"))) == 8 and "validation" not in joined and joined.count("line") == 30
+    assert all("train" not in passage for passage in text.documents("validation"))
+    pairs = Pairs(text=str(tmp_path), prompt="q", answer="a", validation_split="validation")
+    assert sorted(pairs.pairs("validation")) == [(f"validation {n}?", f"{n}.") for n in range(7)]
+    assert len(list(pairs.pairs("train"))) == 30
 
 
 def test_empty_text_is_refused(tmp_path, tokenizer):

@@ -67,7 +67,9 @@ def unpacked_copy(quantised, source, target):
     """Write plain float32 weights for a packed checkpoint, decoded here by the layout's definition."""
     shutil.copytree(source, target)
     packed = load_file(quantised / "model.safetensors")
-    weights = json.loads((quantised / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights = json.loads((quantised / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"][
+        "weights"
+    ]
     bits, plain = weights["num_bits"], {}
     for name, tensor in packed.items():
         layer, _, kind = name.rpartition(".")
@@ -128,7 +130,9 @@ def test_plain_transformers_reads_the_files(bits, group_size, symmetric, small_l
             theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
         else:
             config = CompressedTensorsConfig(dequantize=True)
-            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32, quantization_config=config)
+            theirs = AutoModelForCausalLM.from_pretrained(
+                tmp_path / "q", dtype=torch.float32, quantization_config=config
+            )
     assert relative(logits(theirs, tokens), expected) < 1e-4
 
 
@@ -150,7 +154,11 @@ def test_files_of_others_are_read(symmetric, small_llama, tmp_path):
         if "_proj" in name and ".0." not in name:
             layer = name.removesuffix(".weight")
             ours = minmax(tensor, Scheme(4, 32, symmetric), torch.float32)
-            state = {"weight": tensor, "weight_scale": ours.scale, "weight_zero_point": (ours.zero.int() - 8).to(torch.int8)}
+            state = {
+                "weight": tensor,
+                "weight_scale": ours.scale,
+                "weight_zero_point": (ours.zero.int() - 8).to(torch.int8),
+            }
             del packed[name]
             compressed = PackedQuantizationCompressor.compress(state, theirs)
             packed.update({f"{layer}.{key}": value.contiguous() for key, value in compressed.items()})
@@ -376,7 +384,9 @@ def test_refusals(small_llama, tmp_path):
         RTN(4, 48)
     with pytest.raises(SlimError, match=r"symmetric"):
         RTN(4, 128, "yes")
-    with pytest.raises(SlimError, match=r"group_size=128 does not divide the 64 inputs of self_attn\.q_proj.*: 32, 64, -1"):
+    with pytest.raises(
+        SlimError, match=r"group_size=128 does not divide the 64 inputs of self_attn\.q_proj.*: 32, 64, -1"
+    ):
         RTN(4, 128).check(model)
     with pytest.raises(SlimError, match="already quantised"):
         RTN(4, 32).check(RTN(4, 32).expect(model))
@@ -392,7 +402,11 @@ def test_refusals(small_llama, tmp_path):
         {"quant_method": "gptq"},
         {"format": "int-quantized"},
         {"config_groups": {}},
-        {"config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}}}},
+        {
+            "config_groups": {
+                "group_0": {"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}}
+            }
+        },
     ],
 )
 def test_unknown_formats_are_refused(change, small_llama, tmp_path):
@@ -458,7 +472,11 @@ def test_cpu_kernel_and_unpacking_agree(group_size, symmetric):
 
 
 def test_layers_the_kernel_does_not_take_unpack():
-    for rows, columns, scheme in ((80, 512, Scheme(4, 128, True)), (64, 96, Scheme(4, -1, True)), (64, 128, Scheme(3, 32, True))):
+    for rows, columns, scheme in (
+        (80, 512, Scheme(4, 128, True)),
+        (64, 96, Scheme(4, -1, True)),
+        (64, 128, Scheme(3, 32, True)),
+    ):
         layer, dense = layer_of(rows, columns, scheme, torch.bfloat16)
         assert layer.kernel is None
         x = torch.randn(2, columns).bfloat16()

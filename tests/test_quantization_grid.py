@@ -49,7 +49,9 @@ def test_every_code_is_the_nearest_point_of_its_stored_grid(weight, scheme, dtyp
             distance = (points - weight[row, column]).abs()
             chosen = distance[int(layer.codes[row, column])]
             assert chosen <= distance.min() + 1e-5 * scale  # float32 decides ties
-            assert layer.dequantise()[row, column].double() == pytest.approx(points[int(layer.codes[row, column])].item(), rel=1e-6)
+            assert layer.dequantise()[row, column].double() == pytest.approx(
+                points[int(layer.codes[row, column])].item(), rel=1e-6
+            )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -72,7 +74,9 @@ def test_zero_and_constant_groups():
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("weighting", ["plain", "diagonal", "blocks"])
 def test_search_is_never_worse_than_minmax_in_any_group(weight, gram, scheme, weighting):
-    importance = {"plain": None, "diagonal": gram.diagonal(), "blocks": diagonal_blocks(gram, scheme.group(48))}[weighting]
+    importance = {"plain": None, "diagonal": gram.diagonal(), "blocks": diagonal_blocks(gram, scheme.group(48))}[
+        weighting
+    ]
     groups = scheme.groups(48)
     plain = minmax(weight, scheme, torch.bfloat16)
     found = search(weight, scheme, torch.bfloat16, importance, shrink_factors(10))

@@ -392,6 +392,19 @@ def test_healing_a_pruned_model(ref_llama, shared, tmp_path):
         run(Lora(data=TinyChat(), **QUICK), pruned, tmp_path / "chat")
 
 
+@pytest.mark.parametrize("tuner", [Full, Lora])
+def test_blocks_of_different_sizes_are_tuned(small_llama, tmp_path, tuner):
+    sizes = {"0": {"intermediate_size": 32}, "1": {"num_key_value_heads": 1}}
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, per_layer_config=sizes)
+    source = build_small("llama", tmp_path / "uneven", vocab_size=len(load_tokenizer(small_llama)), **small)
+    facts = run(tuner(data=TinyText(), **QUICK, learning_rate=0.01), source, tmp_path / "out")
+    assert facts["validation_loss_after"] < facts["validation_loss_before"]
+    before, after = tensors(source), tensors(tmp_path / "out")
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    assert open_checkpoint(tmp_path / "out").description.differing == open_checkpoint(source).description.differing
+    load_model(tmp_path / "out")
+
+
 # Settings
 
 
@@ -458,7 +471,7 @@ def test_expected_memory_grows_with_what_is_trained(little):
     lora, full = Lora(data=TinyText()), Full(data=TinyText())
     assert model.weight_bytes("float32") < lora.peak_bytes(model, "cpu") < full.peak_bytes(model, "cpu")
     assert lora.peak_bytes(model, "cpu") < Lora(data=TinyText(), r=64).peak_bytes(model, "cpu")
-    assert Lora(data=TinyText(), accumulation=8).peak_bytes(model, "cpu") < lora.peak_bytes(model, "cpu")
+    assert Lora(data=TinyText(), accumulation=4).peak_bytes(model, "cpu") < lora.peak_bytes(model, "cpu")
 
 
 def test_settings_are_checked_without_heavy_imports():

@@ -7,9 +7,9 @@ hidden state there. So W is refitted to give what the gap lacks:
     W' = argmin |r + z W'^T - x|^2 + damping |W' - W|^2 = W + (x - r - z W^T)^T Z (Z^T Z + damping)^-1
 
 in sums over the calibration tokens. r and z are taken from the model with all earlier gaps already closed, x from the
-dense one, so each gap also makes up for what the ones before it left. Nothing is added to the model. The idea of folding
-a map into that projection is ReplaceMe's (Shopkhoev et al., arXiv:2505.02819), whose map starts at the projection's
-output.
+dense one, so each gap also makes up for what the ones before it left. Nothing is added to the model. The idea of
+folding a map into that projection is ReplaceMe's (Shopkhoev et al., arXiv:2505.02819), whose map starts at the
+projection's output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from slim.pruning.least_squares import solve
 
 @dataclass
 class Gap:
-    """A run of removed blocks. block: the kept one in front. error_cut, error_bridged: |x' - x| / |x| behind the gap."""
+    """A run of removed blocks.
+
+    block: the kept one in front. error_cut, error_bridged: |x' - x| / |x| behind the gap, without and with the fit.
+    """
 
     block: int
     removed: list[int]
@@ -38,7 +41,10 @@ class Gap:
 
 @dataclass
 class Pending:
-    """The block in front of a gap, until the gap's end is known: its tensors, and the inputs z of its last projection."""
+    """The block in front of a gap, until the gap's end is known.
+
+    tensors: of the block. inputs: z of its last projection, one tensor per batch, on the CPU.
+    """
 
     tensors: dict[str, torch.Tensor]
     inputs: list[torch.Tensor] = field(default_factory=list)
@@ -56,7 +62,10 @@ def find_gaps(removed: list[int]) -> list[Gap]:
 
 
 class Bridging:
-    """Writes a checkpoint without some blocks, gaps bridged. One block in memory at a time; hidden states on the CPU."""
+    """Writes a checkpoint without some blocks, gaps bridged; one block in memory at a time, hidden states on the CPU.
+
+    removed: blocks, ascending. tokens: int64 [samples, length]. damping: in means of the Gram matrix's diagonal.
+    """
 
     def __init__(self, source: Checkpoint, removed: list[int], tokens: torch.Tensor, damping: float, device: str):
         self.source, self.removed, self.damping, self.device = source, removed, damping, device
@@ -142,7 +151,7 @@ class Bridging:
         return tensors
 
     def _error(self) -> float:
-        """Return |x' - x| / |x| over all calibration tokens, x' the pruned model's and x the dense one's hidden state."""
+        """Return |x' - x| / |x| over all calibration tokens: x' of the pruned model, x of the dense one."""
         pairs = list(zip(self.pruned, self.entrance.hidden, strict=True))
         difference = sum((here - there).double().square().sum() for here, there in pairs)
         return float((difference / sum(there.double().square().sum() for _, there in pairs)).sqrt())

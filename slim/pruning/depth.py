@@ -167,7 +167,7 @@ class DepthPruning(Stage):
         return max(scoring, shard_bytes(model) + (self.fitting_bytes(model) if self.reconstruct else 0))
 
     def fitting_bytes(self, model: ModelDescription) -> int:
-        """Estimate the peak memory of ``reconstruct``: a block, both hidden states, one projection's inputs, the fit."""
+        """Estimate the peak memory of ``reconstruct``: a block, both hidden states, a projection's inputs, the fit."""
         from slim.blockwise import walk_bytes
 
         samples, length = self.calibration.samples, min(self.calibration.length, model.context_length)

@@ -146,7 +146,7 @@ class Perplexity(CalibratedDepthPruning):
         return choice
 
     def choose_greedily(self, greedy: Greedy, depth: int) -> Choice:
-        """Remove the wanted number of blocks one by one. The scores shown for all blocks are those of the first step."""
+        """Remove the wanted number of blocks one by one; the scores of all blocks are those of the first step."""
         protected, steps = self.protected(depth), []
         with progress_bar("Greedy removal", total=self.wanted(depth) * len(greedy.batches)) as advance:
             for step in range(self.wanted(depth)):

@@ -73,7 +73,9 @@ def refit_scales(weight: torch.Tensor, layer: Quantised, gram: torch.Tensor) -> 
     size = steps.shape[-1]
     normal = torch.stack(
         [
-            torch.einsum("rgi,rgi->rg", (steps[:, h] @ gram[h * size : (h + 1) * size]).unflatten(-1, (groups, size)), steps)
+            torch.einsum(
+                "rgi,rgi->rg", (steps[:, h] @ gram[h * size : (h + 1) * size]).unflatten(-1, (groups, size)), steps
+            )
             for h in range(groups)
         ],
         dim=1,

@@ -19,7 +19,7 @@ from slim.quantization.packing import lookup, unpack, unpack_as, words_per_row
 from slim.quantization.scheme import Scheme
 
 KERNEL_GROUPS = (32, 64, 128, 256)  # group sizes torch's int4 kernels take
-KERNEL_ROWS = 16  # up to this many rows the CPU kernel wins; see docs/methods/rtn.md for the measurement
+KERNEL_ROWS = 32  # up to this many rows the CPU kernel wins; measured in docs/methods/rtn.md
 TILE = 64  # output features in a tile of the CPU kernel's layout
 CHUNK = 2**20  # weights that are unpacked at once
 CUDA_INNER_TILES = 8
@@ -103,9 +103,10 @@ class QuantLinear(nn.Module):
     def _multiply_tiles(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Multiply with output features ``start`` to ``stop``, whole tiles; the tiles hold W^T, so that is unpacked."""
         scale, zero = in_tiles(self.scale[start:stop]), in_tiles(self.zero[start:stop]).to(rows.dtype)
-        dense = lookup(self.packed[start // TILE : stop // TILE], 4, 8, rows.dtype).view(len(scale), -1, self.group, TILE)
+        dense = lookup(self.packed[start // TILE : stop // TILE], 4, 8, rows.dtype)
+        dense = dense.view(*scale.shape[:2], -1, scale.shape[-1])
         dense = dense.sub_(zero).mul_(scale).view(len(scale), self.in_features, TILE)
-        return out_of_tiles(rows @ dense)
+        return out_of_tiles(rows @ dense.transpose(0, 1).reshape(self.in_features, -1))
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Return rows ``start`` to ``stop`` of the weight matrix, [stop - start, in]."""
@@ -137,14 +138,17 @@ def expand(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: 
 
 
 def in_tiles(per_group: torch.Tensor) -> torch.Tensor:
-    """Return scales or zero points [64 n, groups] as [n, groups, 1, 64], features in a tile's order 0, 32, 1, 33, ..."""
+    """Return scales or zero points [64 n, groups] as [n, groups, 1, 512], features in a tile's order 0, 32, 1, 33, ...
+
+    The 64 features are there eight times, for as many columns: short inner loops cost more than the copies.
+    """
     halves = per_group.unflatten(0, (-1, 2, TILE // 2))
-    return halves.permute(0, 3, 2, 1).flatten(-2).unsqueeze(2)
+    return halves.permute(0, 3, 2, 1).flatten(-2).repeat(1, 1, 8).unsqueeze(2)
 
 
 def out_of_tiles(results: torch.Tensor) -> torch.Tensor:
-    """Return results [n, rows, 64] with features in a tile's order as [rows, 64 n] in their own."""
-    return results.unflatten(-1, (TILE // 2, 2)).permute(1, 0, 3, 2).reshape(results.shape[1], -1)
+    """Return results [rows, 64 n] with features in a tile's order with them in their own."""
+    return results.unflatten(-1, (-1, TILE // 2, 2)).transpose(2, 3).flatten(1)
 
 
 def codes_of_tiles(tiles: torch.Tensor) -> torch.Tensor:
@@ -162,7 +166,9 @@ def cpu_layout_known() -> bool:
 
     The layout depends on the instruction set (AVX-512 has the one read here), so it is tried out once.
     """
-    codes = torch.arange(TILE * 64, dtype=torch.int32).view(TILE, 64).mul_(2654435761 % 2**31).bitwise_right_shift_(7) & 15
+    codes = (
+        torch.arange(TILE * 64, dtype=torch.int32).view(TILE, 64).mul_(2654435761 % 2**31).bitwise_right_shift_(7) & 15
+    )
     try:
         tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (RuntimeError, AttributeError, NotImplementedError):

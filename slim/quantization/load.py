@@ -69,7 +69,9 @@ def read_linear(
     for key, tensor in found.items():
         expected = getattr(layer, key).shape
         if tensor.shape != expected:
-            raise SlimError(f"{name} in {reader.checkpoint.folder}: {key} is {tuple(tensor.shape)}, not {tuple(expected)}.")
+            raise SlimError(
+                f"{name} in {reader.checkpoint.folder}: {key} is {tuple(tensor.shape)}, not {tuple(expected)}."
+            )
         layer.take_scale(tensor) if key == "scale" else setattr(layer, key, tensor)
     return layer.to(device).choose_kernel()
 
@@ -81,12 +83,16 @@ def load_plain(model: nn.Module, reader: TensorReader, dtype: torch.dtype, devic
             module, _, attribute = name.rpartition(".")
             tensor = reader.read(name)
             if tensor.shape != parameter.shape:
-                raise SlimError(f"{name} in {reader.checkpoint.folder} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}.")
+                raise SlimError(
+                    f"{name} in {reader.checkpoint.folder} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}."
+                )
             setattr(model.get_submodule(module), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
     model.tie_weights()
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
-        raise SlimError(f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'.")
+        raise SlimError(
+            f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'."
+        )
 
 
 def load_generation_config(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from slim.checkpoint import REPORT
+from slim.plots import KEPT, REMOVED, new_figure, save_figure
 from slim.training.fit import Outcome
 
 
@@ -20,16 +21,12 @@ def write_curves(outcome: Outcome, target: Path) -> None:
 
 
 def _draw(curves: dict, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, style in (("train", "-"), ("validation", "o-")):
+    figure = new_figure(7.0, 4.0)
+    axes = figure.subplots()
+    for name, style, colour in (("train", "-", KEPT), ("validation", "o-", REMOVED)):
         steps, losses = ([point[key] for point in curves[name]] for key in ("step", "loss"))
-        axes.plot(steps, losses, style, label=name)
-    axes.axvline(curves["best_step"], linestyle=":", color="grey", label="best (kept)")
+        axes.plot(steps, losses, style, color=colour, label=name)
+    axes.axvline(curves["best_step"], linestyle=":", color="grey", label="best, kept")
     axes.set(xlabel="step", ylabel="loss per token (nats)")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    axes.legend(fontsize="small", frameon=False)
+    save_figure(figure, path)

@@ -49,7 +49,7 @@ class Tuner(Stage):
 
     data: TrainingData
     trainer: Hardware = field(default_factory=Hardware)
-    steps: int | None = 200
+    steps: int | None = 150
     epochs: float | None = None
     window: int = 256
     batch_tokens: int = 1024
