@@ -73,7 +73,7 @@ def unstructured(model: ModelDescription, blocks: int, text: Calibration) -> lis
     """Return (name, stage, settings) of weight pruning with as many zeros as the others remove, and of 2:4."""
     patterns = ((f"{blocks / model.blocks:.0%}", {"sparsity": blocks / model.blocks}), ("2:4", {"n": 2, "m": 4}))
     return [
-        (f"weights {name}, {label}", stage, {**settings, **({} if stage is MagnitudeWeights else {"calibration": text})})
+        (f"weights {name}, {label}", stage, settings | ({} if stage is MagnitudeWeights else {"calibration": text}))
         for label, settings in patterns
         for name, stage in (("magnitude", MagnitudeWeights), ("wanda", Wanda), ("sparsegpt", SparseGPT))
     ]

@@ -58,9 +58,8 @@ def table(options: argparse.Namespace) -> None:
     ids = torch.tensor(tokenizer(options.test.read_text(encoding="utf-8"), verbose=False)["input_ids"])
     count = min(options.windows, len(ids) // options.length)
     windows = ids[: count * options.length].view(count, options.length)
-    print(
-        f"{tokens.shape[0]} x {tokens.shape[1]} calibration tokens, {count} test windows, {torch.get_num_threads()} threads"
-    )
+    samples, length = tokens.shape
+    print(f"{samples} x {length} calibration tokens, {count} test windows, {torch.get_num_threads()} threads")
     print(f"one forward over the calibration tokens: {forward_seconds(options.model, tokens):.1f} s")
     print(f"{'method':8} {'bits':>4} {'seconds':>8} {'perplexity':>11} {'bits/weight':>12}")
     print(f"{'none':8} {'':4} {'':8} {perplexity(options.model, windows):11.3f}")

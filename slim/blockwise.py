@@ -14,7 +14,7 @@ the block that are finished answer with their stored output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -204,10 +204,8 @@ def enter(skeleton: Skeleton, tokens: torch.Tensor) -> Entrance:
     with torch.no_grad(), replaced_forwards(dict.fromkeys(blocks, record)):
         for batch in batches(tokens):
             calls.clear()
-            try:
+            with suppress(_Stop):
                 skeleton.model.base_model(batch.to(skeleton.device), use_cache=False)
-            except _Stop:
-                pass
             entrance.calls.setdefault(len(batch), list(calls))
     skeleton.drop(skeleton.family.embeddings)
     return entrance
@@ -286,7 +284,7 @@ class BlockPass:
                 outputs[batch] = torch.empty(0)
 
     def _run(self, batch: int, before: str | None = None, after: str | None = None) -> torch.Tensor:
-        """Run the block on one batch: return the input of layer ``before``, the output of part ``after``, or its output."""
+        """Run the block on one batch: return the input of layer ``before``, the output of part ``after``, or its own."""
         hidden = self.entrance.hidden[batch]
         args, kwargs = self.entrance.calls[len(hidden)][self.index]
         caught = []

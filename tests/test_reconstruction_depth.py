@@ -101,7 +101,8 @@ def test_reconstruction_lowers_the_loss_on_other_text(calibration, tmp_path):
         with torch.no_grad():
             losses[fit] = load_model(tmp_path / str(fit))(tokens, labels=tokens).loss.item()
     assert losses[True] < losses[False] - 0.01
-    assert load_file(tmp_path / "True" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
+    stored = load_file(tmp_path / "True" / "model.safetensors")
+    assert stored["model.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
 
 
 def test_reconstruct_needs_a_text_and_is_part_of_the_identity(calibration):
@@ -123,7 +124,8 @@ def direct_perplexity(folder: Path, kept: list[int], tokens: torch.Tensor) -> fl
     model = load_model(folder)
     model.model.layers = torch.nn.ModuleList(model.model.layers[index] for index in kept)
     with torch.no_grad():
-        return math.exp(sum(model(row[None], labels=row[None], use_cache=False).loss.item() for row in tokens) / len(tokens))
+        losses = [model(row[None], labels=row[None], use_cache=False).loss.item() for row in tokens]
+    return math.exp(sum(losses) / len(losses))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

@@ -18,7 +18,14 @@ from slim.architecture import ModelDescription
 from slim.checkpoint import REPORT, Checkpoint, open_checkpoint, write_blocks
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
-from slim.pruning.calibrated import SHARD_BYTES, chosen_windows, forward_bytes, load_with_tokens, shard_bytes
+from slim.pruning.calibrated import (
+    LIBRARY_BYTES,
+    SHARD_BYTES,
+    chosen_windows,
+    forward_bytes,
+    load_with_tokens,
+    shard_bytes,
+)
 from slim.pruning.forward import batch_samples
 from slim.pruning.rules import block_list, default_blocks, default_ends, removal_order
 from slim.settings import dataclass_identity, identity, require_flag, require_number
@@ -164,7 +171,8 @@ class DepthPruning(Stage):
 
     def peak_bytes(self, model: ModelDescription, device: str) -> int:
         scoring = 0 if self.remove is not None else self.scoring_bytes(model, device)
-        return max(scoring, shard_bytes(model) + (self.fitting_bytes(model) if self.reconstruct else 0))
+        fitting = self.fitting_bytes(model) if self.reconstruct else 0
+        return max(scoring, LIBRARY_BYTES + shard_bytes(model) + fitting)
 
     def fitting_bytes(self, model: ModelDescription) -> int:
         """Estimate the peak memory of ``reconstruct``: a block, both hidden states, a projection's inputs, the fit."""

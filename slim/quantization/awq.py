@@ -1,4 +1,4 @@
-"""Activation-aware weight quantisation: scale input channels before rounding, clip, refit. Lin et al., arXiv:2306.00978.
+"""Activation-aware weight quantisation: scale input channels, clip, refit. Lin et al., arXiv:2306.00978.
 
 Weights that meet large inputs matter most. Multiplying their columns by s > 1, and dividing the input channel by s,
 leaves the function as it is but makes their rounding error smaller by s; 1/s is folded into whatever feeds the input (a
@@ -6,7 +6,7 @@ norm, or the rows of the linear layer before it). Per group of layers with one i
 
     W^ = Q(W diag(s)) diag(s)^-1,    s = m^alpha,  m = sqrt(diag(G) / n),  G = X^T X
 
-and alpha is the one with the smallest loss |X (W^ - W)^T|^2 = tr(D G D^T), D = W^ - W: no forward is needed to try one.
+and alpha is the one with the smallest loss |X (W^ - W)^T|^2 = tr(D G D^T), D = W^ - W: to try one takes no forward.
 Where the paper takes the mean of |X| for m, this takes the root mean square, which G holds. Then, as there, every group
 of weights is clipped to the interval with the smallest loss of that group, e G_gg e^T; and, beyond the paper, scales are
 refitted by least squares under G for the codes as they are, weights rounded again, and so on, keeping each row's best.

@@ -123,7 +123,8 @@ class QuantLinear(nn.Module):
         return self.dense_rows(0, self.out_features, dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.scheme.bits}, group={self.group}, kernel={self.kernel}"
+        sizes = f"{self.in_features}, {self.out_features}"
+        return f"{sizes}, bits={self.scheme.bits}, group={self.group}, kernel={self.kernel}"
 
 
 def expand(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int) -> torch.Tensor:

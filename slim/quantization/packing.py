@@ -79,7 +79,7 @@ def _join_bytes(octets: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_as(words: torch.Tensor, bits: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return what :func:`unpack` does in a floating-point ``dtype``: contiguous [rows, count] for ``words`` [rows, m]."""
+    """Return what :func:`unpack` does, as a floating-point ``dtype``: new [rows, count] for ``words`` [rows, m]."""
     if bits in (2, 4) and count * bits % 32 == 0:  # otherwise padding would have to be cut out of every row
         return lookup(words.contiguous().view(torch.uint8), bits, 8, dtype).view(len(words), count)
     if bits == 3 and count % EIGHT == 0:
