@@ -284,7 +284,7 @@ class BlockPass:
                 outputs[batch] = torch.empty(0)
 
     def _run(self, batch: int, before: str | None = None, after: str | None = None) -> torch.Tensor:
-        """Run the block on one batch: return the input of layer ``before``, the output of part ``after``, or its own."""
+        """Run the block on a batch: return the input of layer ``before``, the output of part ``after``, or its own."""
         hidden = self.entrance.hidden[batch]
         args, kwargs = self.entrance.calls[len(hidden)][self.index]
         caught = []

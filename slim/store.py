@@ -129,9 +129,13 @@ def reraise_full_disk(error: BaseException, path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Flush files to the disk before the folder gets its final name, so that a power cut leaves no hollow result."""
+    """Flush files to the disk before the folder gets its final name, so that a power cut leaves no hollow result.
+
+    Also gives them the usual permissions: safetensors writes files that only their owner can read.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o444)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 

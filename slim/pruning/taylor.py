@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-CHUNK = 2**22  # numbers per product, so that scoring a tensor needs no further copy of it
+CHUNK = 2**20  # numbers per product, so that scoring a tensor needs no further copy of it
 
 
 def taylor_score(weight: torch.Tensor, grad: torch.Tensor) -> float:

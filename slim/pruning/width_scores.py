@@ -26,7 +26,7 @@ else:
     torch = LazyModule("torch")
 
 OWN, LLM_PRUNER = FOLDINGS = ("own", "llm_pruner")
-CHUNK = 2**22  # numbers per product, so that a score needs no second copy of its tensor
+CHUNK = 2**20  # numbers per product, so that a score needs no second copy of its tensor
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ norm, or the rows of the linear layer before it). Per group of layers with one i
 
 and alpha is the one with the smallest loss |X (W^ - W)^T|^2 = tr(D G D^T), D = W^ - W: to try one takes no forward.
 Where the paper takes the mean of |X| for m, this takes the root mean square, which G holds. Then, as there, every group
-of weights is clipped to the interval with the smallest loss of that group, e G_gg e^T; and, beyond the paper, scales are
-refitted by least squares under G for the codes as they are, weights rounded again, and so on, keeping each row's best.
+of weights is clipped to the interval with the smallest loss of that group, e G_gg e^T. Beyond the paper, scales are
+refitted by least squares under G for the codes as they are, weights are rounded again, and so on; each row keeps its
+best state.
 
 alpha = 0 with the plain grid is round to nearest and always among the candidates, so no layer's loss is above RTN's.
 """

@@ -52,12 +52,13 @@ def check_model(model: ModelDescription, scheme: Scheme) -> None:
     if model.quantization is not None:
         method = model.quantization.get("quant_method", "an unknown method")
         raise SlimError(f"{model.name} is already quantised ({method}). Quantise the model it was made from.")
-    widths = {name: columns for name, (_, columns) in model.block_linears().items()}
-    bad = [name for name, columns in widths.items() if columns % scheme.group(columns)]
+    every = [model.block_linears(block).items() for block in range(model.blocks)]  # blocks may differ in size
+    widths = dict.fromkeys((name, columns) for layers in every for name, (_, columns) in layers)
+    bad = [(name, columns) for name, columns in widths if columns % scheme.group(columns)]
     if bad:
-        fits = [size for size in GROUP_SIZES if all(columns % size == 0 for columns in widths.values())]
+        fits = [size for size in GROUP_SIZES if all(columns % size == 0 for _, columns in widths)]
         raise SlimError(
-            f"quant.group_size={scheme.group_size} does not divide the {widths[bad[0]]} inputs of {bad[0]} "
+            f"quant.group_size={scheme.group_size} does not divide the {bad[0][1]} inputs of {bad[0][0]} "
             f"in {model.name}. Sizes that fit all layers: {', '.join(map(str, [*fits, WHOLE_ROW]))}."
         )
 
