@@ -1,0 +1,40 @@
+"""A shortened pretraining of the embedded model, and the shipped one's knowledge of its world."""
+
+from __future__ import annotations
+
+import pytest
+
+from slim.checkpoint import open_checkpoint
+from slim.source import EMBEDDED, verified_checksums
+from tests.test_chain import results, run
+
+
+def test_the_shipped_model_is_small_intact_and_as_described():
+    checkpoint = open_checkpoint(EMBEDDED["tiny"])
+    model = checkpoint.description
+    verified_checksums(checkpoint)
+    assert sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file()) < 6e6
+    assert 1.5e6 < model.parameters() < 2.5e6
+    assert model.blocks >= 8 and model.kv_heads < model.heads
+    assert model.hidden_size % 128 == model.intermediate_size % 128 == 0
+    assert checkpoint.manifest["lineage"][0]["label"] == "initialise untrained"
+
+
+def test_the_shipped_model_knows_its_world(tmp_path):
+    code, _, err = run(tmp_path / "runs", "eval.tasks.limit=100", "eval.speed=null", script="evaluate.py")
+    assert code == 0, err
+    metrics = results(tmp_path / "runs")[0]["metrics"]
+    assert all(metrics[f"tiny_{task}/acc"] > 0.95 for task in ("facts", "pronouns", "next"))
+    assert metrics["perplexity"] < 2.4
+
+
+@pytest.mark.slow  # about 3 minutes on two cores: pytest -m slow tests/test_pretraining.py
+@pytest.mark.timeout(1800)
+def test_a_shortened_pretraining_begins_to_know_its_world(tmp_path):
+    code, _, err = run(tmp_path / "runs", "experiment=pretrain_tiny", "tuner.steps=1000", "eval.speed=null", script="train.py")
+    assert code == 0, err
+    before, after = (row["metrics"] for row in results(tmp_path / "runs"))
+    assert before["perplexity"] > 500 and after["perplexity"] < 3.2
+    # a trial reached 0.64, 0.73 and 0.85 after 1000 of 5000 steps; here the learning rate has fallen to its end
+    assert after["tiny_facts/acc"] > 0.45
+    assert after["tiny_next/acc"] > 0.7
