@@ -9,7 +9,13 @@ from typing import ClassVar
 
 from slim.architecture import ModelDescription
 from slim.checkpoint import (
-    MANIFEST, Checkpoint, checksums, hide_library_bars, open_checkpoint, read_json, write_config,
+    MANIFEST,
+    Checkpoint,
+    checksums,
+    hide_library_bars,
+    open_checkpoint,
+    read_json,
+    write_config,
 )  # fmt: skip
 from slim.errors import SlimError
 from slim.settings import require_flag, require_number
@@ -73,7 +79,12 @@ class Source:
         return open_checkpoint(folder)
 
     def _from_hub(self, fetch):
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
 
         try:
             return fetch()

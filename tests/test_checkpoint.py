@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from slim.architecture import ModelDescription
 from slim.checkpoint import (
-    ShardWriter, TensorReader, checksums, load_model, load_tokenizer, open_checkpoint, write_blocks,
+    ShardWriter,
+    TensorReader,
+    checksums,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    write_blocks,
 )  # fmt: skip
 from slim.errors import SlimError
 from tests.conftest import build_small

@@ -101,7 +101,12 @@ def truncate(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_bytes, truncate, lambda folder: (folder / "slim.json").write_text("{"), lambda folder: (folder / "config.json").unlink()],
+    [
+        damage_bytes,
+        truncate,
+        lambda folder: (folder / "slim.json").write_text("{"),
+        lambda folder: (folder / "config.json").unlink(),
+    ],
 )
 def test_a_damaged_result_is_made_again(source, tmp_path, damage, capsys):
     log = tmp_path / "log"

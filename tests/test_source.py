@@ -80,3 +80,29 @@ def make_folders(tmp_path, *names):
     for folder in folders:
         folder.mkdir()
     return folders
+
+
+def test_texts_are_read_and_mistakes_in_them_named(tmp_path):
+    from slim.data.text import Text
+
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one", "page": "x"}\n\n{"text": "two", "page": "y"}\n')
+    assert list(Text(str(path)).documents()) == ["one", "two"]
+    assert Text(str(path), column="page").joined() == "x\n\ny"
+    before = Text(str(path)).text_identity()
+    with pytest.raises(SlimError, match=r"row 1: no column 'body' \(has: text, page\)"):
+        list(Text(str(path), column="body").documents())
+    path.write_text('{"text": "one"}\nnot json\n')
+    assert Text(str(path)).text_identity() != before
+    with pytest.raises(SlimError, match="line 2: not JSON"):
+        list(Text(str(path)).documents())
+    path.write_text('["one"]\n')
+    with pytest.raises(SlimError, match="line 1: list where an object with columns is needed"):
+        list(Text(str(path)).documents())
+    with pytest.raises(SlimError, match="There is no text"):
+        Text(str(tmp_path / "missing.txt"))
+    (tmp_path / "text.csv").write_text("a")
+    with pytest.raises(SlimError, match="Allowed endings"):
+        Text(str(tmp_path / "text.csv"))
+    with pytest.raises(SlimError, match="cannot be loaded"):
+        list(Text("org/not-here").documents())

@@ -8,7 +8,6 @@ document and its copies are always on the same side.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from slim.checkpoint import sha256
 from slim.data.encoding import encode_documents, encode_pairs, end_token
 from slim.data.packing import Windows, concatenate, fit_length, separate
-from slim.data.text import Text, load_dataset
+from slim.data.text import Text
 from slim.errors import SlimError
 from slim.settings import dataclass_identity, require_choice, require_number
 
@@ -282,7 +281,7 @@ class Pairs(Conversations):
 
     def pairs(self, part: str) -> Iterator[tuple[str, str]]:
         split = self.validation_split if part == VALIDATION and self.validation_split else self.split
-        found = [self._pair(row) for row in rows(self.source(split))]
+        found = [self._pair(row) for row in self.source(split).rows()]
         if not any(answer.strip() for _, answer in found):
             raise SlimError(f"{self.title} has no answers: column '{self.answer}' is empty in all {len(found)} rows.")
         if not self.validation_split:
@@ -303,25 +302,6 @@ class Pairs(Conversations):
         prompt, answer = (str(row[column] or "") for column in (self.prompt, self.answer))
         context = str(row[self.context] or "").strip() if self.context else ""
         return (f"{prompt}\n\n{context}" if context else prompt), answer
-
-
-def rows(source: Text) -> Iterator[dict]:
-    """Yield the rows of a JSONL file or a data set. Raises ``SlimError`` naming the line that is no JSON object."""
-    path = source.path
-    if path is None or path.is_dir():
-        yield from load_dataset(source.text, source.subset, source.split)
-        return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SlimError(f"{path}, line {number}: not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise SlimError(f"{path}, line {number}: {type(row).__name__} where an object with columns is needed.")
-            yield row
 
 
 def passages(documents: Iterable[str], length: int) -> Iterator[str]:

@@ -36,7 +36,9 @@ class Text:
     def __post_init__(self) -> None:
         path = self.path
         if path is None and (str(self.text).endswith(FILE_ENDINGS) or str(self.text).startswith((".", "/", "~"))):
-            raise SlimError(f"There is no text {self.text}. Give a .txt or .jsonl file, {', '.join(EMBEDDED)}, or a hub data set.")
+            raise SlimError(
+                f"There is no text {self.text}. Give a .txt or .jsonl file, {', '.join(EMBEDDED)}, or a hub data set."
+            )
         if path is not None and path.is_file() and not path.name.endswith(FILE_ENDINGS):
             raise SlimError(f"{self.text} is not a text slim reads. Allowed endings: {', '.join(FILE_ENDINGS)}.")
 
@@ -62,36 +64,47 @@ class Text:
         path = self.path
         if path is not None and path.suffix == ".txt":
             yield path.read_text(encoding="utf-8")
-        elif path is not None and path.is_file():
-            yield from self._json_lines(path)
         else:
-            yield from self._dataset()
+            yield from self._column()
 
     def joined(self) -> str:
         """Return all documents as one text, empty lines between them, as the GPTQ and AWQ papers do."""
         return "\n\n".join(self.documents())
 
-    def _json_lines(self, path: Path) -> Iterator[str]:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield self._field(path, number, line)
+    def rows(self) -> Iterator[dict]:
+        """Yield the rows of the JSONL file or of the data set. Raises ``SlimError`` if they cannot be read."""
+        path = self.path
+        if path is None or path.is_dir():
+            yield from load_dataset(self.text, self.subset, self.split)
+        else:
+            yield from (row for _, row in json_lines(path))
 
-    def _field(self, path: Path, number: int, line: str) -> str:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise SlimError(f"{path}, line {number}: not JSON ({error}).") from error
-        if not isinstance(row, dict) or self.column not in row:
-            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise SlimError(f"{path}, line {number}: no field '{self.column}' (has: {has}). Set column=... to one of them.")
-        return str(row[self.column])
-
-    def _dataset(self) -> Iterator[str]:
-        for row in load_dataset(self.text, self.subset, self.split):
+    def _column(self) -> Iterator[str]:
+        for number, row in enumerate(self.rows(), 1):
             if self.column not in row:
-                raise SlimError(f"Data set {self.text} has no column '{self.column}'. It has: {', '.join(row)}.")
+                raise SlimError(
+                    f"{self.text}, row {number}: no column '{self.column}' (has: {', '.join(row)}). "
+                    "Set column=... to one of them."
+                )
             yield str(row[self.column])
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield line number and object for every line of a JSONL file, empty ones left out.
+
+    Raises ``SlimError`` naming the line that holds no JSON object.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SlimError(f"{path}, line {number}: not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise SlimError(f"{path}, line {number}: {type(row).__name__} where an object with columns is needed.")
+            yield number, row
 
 
 def load_dataset(name: str, subset: str | None, split: str):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
-import json
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -18,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from slim.checkpoint import sha256
-from slim.data.text import ASSETS
+from slim.data.text import ASSETS, json_lines
 from slim.errors import SlimError
 
 EMBEDDED = ASSETS / "tiny_world"
@@ -156,16 +155,9 @@ def read_rows(files: Iterable[Path]) -> list[dict]:
     """Return the rows of JSON Lines files. Raises ``SlimError`` naming file and line of what is no JSON object."""
     rows: list[dict] = []
     for path in files:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SlimError(f"{path}, line {number}: not JSON ({error}).") from error
-            if not isinstance(row, dict) or (rows and row.keys() != rows[0].keys()):
-                fields = ", ".join(rows[0]) if rows else "at least one"
-                raise SlimError(f"{path}, line {number}: expected a JSON object with the fields: {fields}.")
+        for number, row in json_lines(path):
+            if rows and row.keys() != rows[0].keys():
+                raise SlimError(f"{path}, line {number}: expected a JSON object with the fields: {', '.join(rows[0])}.")
             rows.append(row)
     if not rows:
         raise SlimError(f"There are no questions in {', '.join(str(path) for path in files)}.")

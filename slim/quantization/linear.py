@@ -19,7 +19,7 @@ from slim.quantization.packing import lookup, unpack, unpack_as, words_per_row
 from slim.quantization.scheme import Scheme
 
 KERNEL_GROUPS = (32, 64, 128, 256)  # group sizes torch's int4 kernels take
-KERNEL_ROWS = 32  # up to this many rows the CPU kernel wins; measured in docs/methods/rtn.md
+KERNEL_ROWS = 48  # up to this many rows the CPU kernel wins; measured in docs/methods/rtn.md
 TILE = 64  # output features in a tile of the CPU kernel's layout
 CHUNK = 2**20  # weights that are unpacked at once
 CUDA_INNER_TILES = 8
