@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "slim.json"
 INDEX = "model.safetensors.index.json"
-REPORT = "slim"  # folder inside a checkpoint with plots and tables for people
+REPORT = "report"  # folder inside a checkpoint with plots and tables for people
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Files that belong to a model but hold neither weights nor its configuration: copied along unchanged.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slim.architecture import ModelDescription
-from slim.checkpoint import Checkpoint, resolve_dtype
+from slim.checkpoint import Checkpoint
 from slim.errors import SlimError
 from slim.machine import available_memory, fingerprint, free_disk, git_commit, versions
 from slim.progress import console
@@ -135,7 +135,7 @@ class Pipeline:
         if memory is not None and worst.peak_bytes > memory:
             raise SlimError(
                 f"'{worst.label}' needs about {gigabytes(worst.peak_bytes)} of memory, and {gigabytes(memory)} are free "
-                f"on {self.device}. Use a smaller model or batch, or add ignore_limits=true to try all the same."
+                f"on {self.device}: {gigabytes(worst.peak_bytes - memory)} are missing. Use a smaller model or batch, or add ignore_limits=true to try all the same."
             )
 
     def run(self, tracker: Tracker | None = None, finished: Callable[[Result], None] | None = None) -> list[Result]:
@@ -200,11 +200,12 @@ class Pipeline:
         """Fill in quality (a fact about a checkpoint) and speed (one about a checkpoint on a machine)."""
         if self.evaluation is None:
             return
-        dtype = resolve_dtype(result.checkpoint.description, self.evaluation.dtype, self.device)
-        place = {"device": self.device, "dtype": dtype}
+        evaluation, model = self.evaluation, result.checkpoint.description
+        quality = [evaluation.quality_identity(), self.device, evaluation.quality_dtype(model, self.device)]
+        speed = [evaluation.speed_identity(), evaluation.speed_dtype(model, self.device), fingerprint(self.device)]
         keys = {
-            "quality": digest(["quality", result.content, self.evaluation.quality_identity(), place]),
-            "speed": digest(["speed", result.content, self.evaluation.speed_identity(), place, fingerprint(self.device)]),
+            "quality": digest(["quality", result.content, *quality]),
+            "speed": digest(["speed", result.content, self.device, *speed]),
         }
         files = {part: self.store.evaluation_file(key) for part, key in keys.items()}
         with self.store.lock(files["quality"]):
@@ -215,7 +216,7 @@ class Pipeline:
 
                 console().print(f"[dim]evaluating {result.label} ...[/]", highlight=False)
                 measured = measure(
-                    result.checkpoint.folder, self.evaluation, self.device,
+                    result.checkpoint.folder, evaluation, self.device,
                     quality="quality" in missing, speed="speed" in missing,
                 )  # fmt: skip
                 for part in missing:

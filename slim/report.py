@@ -95,7 +95,7 @@ def json_table(results: list[Result]) -> str:
             "cached": result.cached,
             "metrics": result.metrics,
             "facts": result.facts,
-            "protocol": {**result.quality.get("protocol", {}), **result.speed.get("protocol", {})},
+            "protocol": {"quality": result.quality.get("protocol"), "speed": result.speed.get("protocol")},
         }
         for result in results
     ]

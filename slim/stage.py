@@ -62,7 +62,7 @@ class Stage:
     def run(self, source: Path, target: Path, context: Context) -> dict:
         """Read the checkpoint in ``source``, write the new one into the existing, empty folder ``target``.
 
-        Files for people (plots, score tables) go to ``target / "slim"``; the pipeline hands them to the tracker.
+        Files for people (plots, score tables) go to ``target / "report"``; the pipeline hands them to the tracker.
         Returns facts for the manifest as plain JSON values (what was removed, losses, errors); numbers at its top
         level are also logged as metrics.
         """

@@ -248,9 +248,9 @@ def test_result_is_the_source_without_the_removed_blocks(small_llama, calibratio
 
     description = stage.expect(open_checkpoint(small_llama).description)
     assert description.parameters() == open_checkpoint(tmp_path).description.parameters()
-    report = json.loads((tmp_path / "slim" / "block_scores.json").read_text())
+    report = json.loads((tmp_path / "report" / "block_scores.json").read_text())
     assert report["scores"] == facts["scores"] and report["removed_blocks"] == facts["removed_blocks"]
-    assert (tmp_path / "slim" / "block_scores.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report" / "block_scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("index", range(4), ids=["taylor", "ppl", "angular", "magnitude"])
@@ -273,7 +273,7 @@ def test_choice_follows_the_scores(small_llama, calibration, tmp_path):
 def test_angular_removes_one_allowed_run(small_llama, calibration, tmp_path):
     facts = Angular(calibration=calibration, blocks=2, protect=[0, 3]).run(small_llama, tmp_path, Context())
     assert facts["removed_blocks"] in ([1, 2], [4, 5])
-    report = json.loads((tmp_path / "slim" / "block_scores.json").read_text())
+    report = json.loads((tmp_path / "report" / "block_scores.json").read_text())
     assert [len(row) for row in report["distances"]] == [6, 5, 4, 3, 2, 1]
     assert report["distances"][1] == facts["scores"]
     assert min((d, s) for s, _, d in report["runs"])[1] == facts["removed_blocks"][0]
@@ -282,7 +282,7 @@ def test_angular_removes_one_allowed_run(small_llama, calibration, tmp_path):
 def test_explicit_list_needs_no_scores(small_llama, calibration, tmp_path):
     facts = Taylor(calibration=calibration, remove=[4, 1]).run(small_llama, tmp_path, Context())
     assert (facts["removed_blocks"], facts["kept_blocks"], facts["scores"]) == ([1, 4], [0, 2, 3, 5], [])
-    assert not (tmp_path / "slim").exists()
+    assert not (tmp_path / "report").exists()
 
 
 def test_pruner_takes_its_own_number_of_samples(small_llama, calibration):

@@ -367,11 +367,11 @@ def test_facts_report_and_expected_size(small_llama, calibration, tmp_path):
     facts = stage.run(small_llama, tmp_path / "q", Context(metric=lambda *entry: curve.append(entry)))
     source = open_checkpoint(small_llama).description
     result = open_checkpoint(tmp_path / "q")
-    table = json.loads((tmp_path / "q" / "slim" / "layer_errors.json").read_text())
+    table = json.loads((tmp_path / "q" / "report" / "layer_errors.json").read_text())
     assert len(table) == 6 * 7
     assert facts["layer_error_max"] == max(row["error"] for row in table)
     assert 0 < facts["layer_error_mean"] < 0.2
-    assert (tmp_path / "q" / "slim" / "layer_errors.png").stat().st_size > 5000
+    assert (tmp_path / "q" / "report" / "layer_errors.png").stat().st_size > 5000
     assert [entry[2] for entry in curve] == list(range(6))
     assert facts["bits_per_weight"] == pytest.approx(4 + 32 / 32 + 4 / 32)  # float32 scales, 4-bit zero points
     sizes = {name: shape for name, (_, _, shape) in result.tensors.items()}

@@ -135,7 +135,7 @@ def test_every_step_removes_the_block_without_which_the_shorter_model_is_best(tm
     text = Calibration("tiny:calibration", samples=5, length=24)
     stage = Perplexity(calibration=text, blocks=3, iterative=True, protect=[4], samples=5, length=24)
     facts = run(stage, source, tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "slim" / "block_scores.json").read_text())
+    report = json.loads((tmp_path / "out" / "report" / "block_scores.json").read_text())
     tokens, kept = text.tokens(load_tokenizer(source), 256), list(range(6))
     for number, step in enumerate(report["steps"]):
         found = dict(map(tuple, step["scores"]))

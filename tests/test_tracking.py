@@ -31,8 +31,8 @@ def test_a_run_has_nested_runs_with_settings_figures_and_plots(small_llama, tmp_
     class Plotting(Scale):
         def run(self, source, target, context):
             facts = super().run(source, target, context)
-            (target / "slim").mkdir()
-            (target / "slim" / "scores.txt").write_text("1 2 3")
+            (target / "report").mkdir()
+            (target / "report" / "scores.txt").write_text("1 2 3")
             return {**facts, "broken": float("nan")}
 
     pipeline = Pipeline(Source(str(small_llama)), [Plotting(3.0)], None, Store(tmp_path))

@@ -134,7 +134,7 @@ def test_accumulation_does_not_change_the_result(little, tmp_path, tuner):
     one, four = tensors(tmp_path / "one"), tensors(tmp_path / "four")
     for name in one:
         torch.testing.assert_close(one[name], four[name], rtol=1e-3, atol=1e-4)
-    curves = [json.loads((tmp_path / name / "slim" / "loss.json").read_text())["train"] for name in ("one", "four")]
+    curves = [json.loads((tmp_path / name / "report" / "loss.json").read_text())["train"] for name in ("one", "four")]
     assert [p["loss"] for p in curves[0]] == pytest.approx([p["loss"] for p in curves[1]], rel=1e-4)
 
 
@@ -207,10 +207,10 @@ def test_result_is_a_checkpoint_with_curves_and_nothing_else(little, tmp_path, m
     assert "Tip" not in err and "GPU available" not in err and "warn" not in err.lower() and not out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"slim", "config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert {"report", "config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not [name for name in names if "adapter" in name or "lightning" in name]
-    assert {path.name for path in (tmp_path / "out" / "slim").iterdir()} == {"loss.json", "loss.png"}
-    assert (tmp_path / "out" / "slim" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "out" / "report").iterdir()} == {"loss.json", "loss.png"}
+    assert (tmp_path / "out" / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_validation_loss_after_is_that_of_the_saved_weights(tmp_path, little):
@@ -494,3 +494,26 @@ def test_healing_reaches_further_with_more_steps(ref_llama, shared, tmp_path):
         run(Lora(data=data, steps=steps), pruned, tmp_path / str(steps))["validation_loss_after"] for steps in (15, 120)
     ]
     assert losses[1] < losses[0] - 0.1
+
+
+# Weight-pruned sources
+
+
+@pytest.mark.parametrize("kind", [Lora, Full])
+def test_zeros_of_a_weight_pruned_source_stay_zero(little, tmp_path, kind, capsys):
+    from slim.pipeline import Pipeline
+    from slim.pruning.weights import MagnitudeWeights
+    from slim.source import Source
+    from slim.store import Store
+
+    tune = kind(data=TinyText(), learning_rate=0.02, **QUICK)
+    results = Pipeline(Source(str(little)), [MagnitudeWeights(n=2, m=4), tune], None, Store(tmp_path / "runs")).run()
+    pruned, tuned = (tensors(result.checkpoint.folder) for result in results[1:])
+    linears = [name for name in pruned if "_proj" in name]
+    assert len(linears) == 14
+    for name in linears:
+        assert (tuned[name][pruned[name] == 0] == 0).all(), name
+        assert not torch.equal(tuned[name], pruned[name])
+    facts = results[-1].facts
+    assert facts["mask"] == results[1].facts["mask"] and facts["zeros_restored"] > 0
+    assert "set back to zero" in " ".join(capsys.readouterr().err.split())

@@ -203,9 +203,9 @@ def test_result_has_the_pattern_and_loads_anywhere(calibration, tmp_path, capsys
         if name.endswith("_proj.weight"):
             assert ((tensor != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
     assert sum(p.numel() for p in model.parameters()) == open_checkpoint(TINY).description.parameters()
-    table = json.loads((tmp_path / "out" / "slim" / "layer_sparsity.json").read_text())
+    table = json.loads((tmp_path / "out" / "report" / "layer_sparsity.json").read_text())
     assert len(table) == 8 * 7 and all(row["sparsity"] == 0.5 and 0 < row["error"] < 1 for row in table)
-    assert (tmp_path / "out" / "slim" / "layer_sparsity.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "report" / "layer_sparsity.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("index", range(3), ids=["magnitude", "wanda", "sparsegpt"])

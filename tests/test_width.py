@@ -86,7 +86,7 @@ def run(stage, source: Path, target: Path) -> dict:
 
 
 def report(folder: Path) -> dict:
-    return json.loads((folder / "slim" / "width_scores.json").read_text())
+    return json.loads((folder / "report" / "width_scores.json").read_text())
 
 
 # --- scores against slow implementations ----------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_result_computes_what_the_model_does_without_the_removed_units(family_fo
     assert stage.expect(open_checkpoint(family_folder).description).config == description.config
     assert (tmp_path / "out" / "README.md").exists() != uniform
     for picture in ("width_kept.png", "head_scores.png"):
-        assert (tmp_path / "out" / "slim" / picture).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "out" / "report" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from slim.checkpoint import resolve_dtype
 from slim.data.text import Text
 from slim.errors import SlimError
 from slim.evaluation.perplexity import Perplexity
@@ -29,7 +30,8 @@ class Evaluation:
     """The parts of an evaluation; a part that is None is left out.
 
     prompts: texts that the model continues greedily, by up to ``new_tokens`` tokens each; shown as sample generations.
-    dtype: type to compute in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, the stored
+    dtype: type to compute in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU (bfloat16 where
+        the speed of 4-bit weights is measured), the stored
         type elsewhere.
     """
 
@@ -42,7 +44,7 @@ class Evaluation:
 
     # Raised whenever the same settings begin to give different figures, so that kept results are not reused.
     quality_version: ClassVar[int] = 1
-    speed_version: ClassVar[int] = 1
+    speed_version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         self.prompts = list(self.prompts or [])
@@ -60,6 +62,21 @@ class Evaluation:
     def has_speed(self) -> bool:
         """Whether speed and memory are measured."""
         return self.speed is not None
+
+    def quality_dtype(self, model: ModelDescription, device: str) -> str:
+        """Return the type quality is measured in, such as ``"float32"``."""
+        return resolve_dtype(model, self.dtype, device)
+
+    def speed_dtype(self, model: ModelDescription, device: str) -> str:
+        """Return the type speed and memory are measured in: with ``dtype="auto"`` the fastest one for the checkpoint.
+
+        On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel takes no other.
+        """
+        if self.dtype == "auto" and device == "cpu" and model.quantization is not None:
+            groups = model.quantization.get("config_groups", {}).values()
+            if all((group.get("weights") or {}).get("num_bits") == 4 for group in groups):
+                return "bfloat16"
+        return self.quality_dtype(model, device)
 
     def check(self, model: ModelDescription) -> None:
         """Raise ``SlimError`` for what cannot work on ``model``. Reads no weights and takes well under a second."""

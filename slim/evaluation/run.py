@@ -19,35 +19,55 @@ def measure(
     """Return ``{"quality": ..., "speed": ...}`` for the checkpoint in ``folder``; None for what is not asked for.
 
     Each holds ``metrics`` (flat name -> float), ``protocol`` and ``samples`` as plain JSON values. Speed comes first,
-    so that the memory it reports is that of loading and generating, not that of scoring batches. The model is freed.
+    so that the memory it reports is that of loading and generating, not that of scoring batches. The model is freed,
+    and loaded a second time only where speed and quality are measured in different types.
     """
-    import torch
-
-    from slim.checkpoint import load_model, load_tokenizer
+    from slim.checkpoint import load_tokenizer, open_checkpoint
 
     quality, speed = quality and evaluation.has_quality, speed and evaluation.has_speed
     found: dict[str, dict | None] = {"quality": None, "speed": None}
     if not quality and not speed:
         return found
-    tokenizer = load_tokenizer(folder)
-    if speed:
-        prompts = evaluation.speed_prompts(tokenizer)  # outside the meter: tokenising a long text takes memory too
-        warm_up(folder, device)
+    tokenizer, description, model = load_tokenizer(folder), open_checkpoint(folder).description, None
+    quality_type, speed_type = evaluation.quality_dtype(description, device), evaluation.speed_dtype(description, device)
     seed_everything()
-    with MemoryMeter(device) as meter:
-        model = load_model(folder, evaluation.dtype, device)
-        if speed:
-            found["speed"] = evaluation.measure_speed(model, prompts)
     if speed:
-        found["speed"]["metrics"].update(memory_metrics(meter))
+        model, found["speed"] = _measure_speed(folder, evaluation, tokenizer, speed_type, device)
+        if speed_type != quality_type:
+            model = None
+            release()
     if quality:
-        with torch.inference_mode():
-            found["quality"] = evaluation.measure_quality(model, tokenizer)
+        found["quality"] = _measure_quality(model, folder, evaluation, tokenizer, quality_type, device)
     del model
     release()
-    if torch.cuda.is_available():
+    if device == "cuda":
+        import torch
+
         torch.cuda.empty_cache()
     return found
+
+
+def _measure_speed(folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str) -> tuple:
+    """Return the loaded model and its speed and memory."""
+    from slim.checkpoint import load_model
+
+    prompts = evaluation.speed_prompts(tokenizer)  # outside the meter: tokenising a long text takes memory too
+    warm_up(folder, device)
+    with MemoryMeter(device) as meter:
+        model = load_model(folder, dtype, device)
+        figures = evaluation.measure_speed(model, prompts)
+    figures["metrics"].update(memory_metrics(meter))
+    return model, figures
+
+
+def _measure_quality(model, folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str) -> dict:
+    """Return quality of ``model``, loading it first where it is None."""
+    import torch
+
+    from slim.checkpoint import load_model
+
+    with torch.inference_mode():
+        return evaluation.measure_quality(model or load_model(folder, dtype, device), tokenizer)
 
 
 def warm_up(folder: Path, device: str) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from slim.checkpoint import Checkpoint, TensorReader
+from slim.progress import console
+from slim.pruning.masks import mask_of, restore_zeros
 
 
 @torch.no_grad()
@@ -28,3 +30,22 @@ def weights_changed(model: nn.Module, source: Checkpoint) -> float:
         changed += int((parameter.detach().cpu().to(before.dtype) != before).sum())
         total += before.numel()
     return changed / total
+
+
+def mask_facts(source: Checkpoint) -> dict:
+    """Return what the facts of a checkpoint say of its zeros, for the checkpoint made from it; empty for a dense one."""
+    mask = mask_of(source)
+    return {} if mask is None else {"mask": mask, "sparsity": source.manifest["facts"]["sparsity"]}
+
+
+def keep_zeros(model: nn.Module, source: Checkpoint) -> dict:
+    """Where ``source`` is pruned weight by weight, set its zeros to zero again; return how many had moved.
+
+    Training moves every weight. The zeros are put back before the result is measured, so the loss reported is that of
+    the pruned model.
+    """
+    if mask_of(source) is None:
+        return {}
+    restored = restore_zeros(model, source)
+    console().print(f"The source is pruned weight by weight: {restored:,} trained weights were set back to zero.")
+    return {"zeros_restored": restored}

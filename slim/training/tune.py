@@ -169,6 +169,7 @@ class Tuner(Stage):
         if outcome.best_state is not None:
             fit.restore(model, outcome.best_state)
             model, facts = self.finish(model, held_out[0]["tokens"][:1].to(device))
+            facts |= stored.keep_zeros(model, checkpoint)
             stored.round_to(model, checkpoint.description.dtype)
             with fit.autocast(device, precision)():
                 after = module.mean_nll(model, held_out, device)
@@ -176,6 +177,7 @@ class Tuner(Stage):
         self.save(model, after < outcome.before, checkpoint, target)
         curves.write_curves(outcome, target)
         facts = {"validation_loss_after": after, "learning_rate": self.rate(checkpoint.description), **facts}
+        facts |= stored.mask_facts(checkpoint)
         return {**self.facts(outcome, steps, training, validation), **facts}
 
     def read_data(self, source: Path) -> tuple[Windows, Windows]:
