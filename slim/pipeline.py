@@ -122,21 +122,28 @@ class Pipeline:
 
     def check_limits(self, steps: list[Step]) -> None:
         """Raise ``SlimError`` if the stages still to run need more disk or memory than there is."""
+        problem = None if self.ignore_limits else self.limit_problem(steps)
+        if problem:
+            raise SlimError(f"{problem} Use less, or add ignore_limits=true to try all the same.")
+
+    def limit_problem(self, steps: list[Step]) -> str | None:
+        """Say what the stages still to run lack: disk or memory, how much is needed, free and missing; None if nothing."""
         missing = [step for step in steps if isinstance(step.stage, Stage) and not step.cached]
-        if not missing or self.ignore_limits:
-            return
+        if not missing:
+            return None
         disk, free = sum(step.description.weight_bytes() for step in missing), free_disk(self.store.root)
         if disk > free:
-            raise SlimError(
-                f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free at {self.store.root}. "
-                "Free some space, choose store=FOLDER, or add ignore_limits=true."
+            return (
+                f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free at {self.store.root}: "
+                f"{gigabytes(disk - free)} are missing (store=FOLDER chooses another place)."
             )
         worst, memory = max(missing, key=lambda step: step.peak_bytes), available_memory(self.device)
         if memory is not None and worst.peak_bytes > memory:
-            raise SlimError(
-                f"'{worst.label}' needs about {gigabytes(worst.peak_bytes)} of memory, and {gigabytes(memory)} are free "
-                f"on {self.device}: {gigabytes(worst.peak_bytes - memory)} are missing. Use a smaller model or batch, or add ignore_limits=true to try all the same."
+            return (
+                f"'{worst.label}' needs about {gigabytes(worst.peak_bytes)} of memory, and {gigabytes(memory)} are free on "
+                f"{self.device}: {gigabytes(worst.peak_bytes - memory)} are missing."
             )
+        return None
 
     def run(self, tracker: Tracker | None = None, finished: Callable[[Result], None] | None = None) -> list[Result]:
         """Run what is not there yet, evaluate every checkpoint, and return the source and all results in order.

@@ -62,7 +62,10 @@ def execute(config: DictConfig) -> list[Result]:
 
         from slim.report import plan_table
 
-        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(steps))
+        out = Console(width=None if sys.stdout.isatty() else 160)
+        out.print(plan_table(steps))
+        problem = pipeline.limit_problem(steps)
+        out.print(f"This would not fit: {problem}" if problem else "Disk and memory suffice.", highlight=False)
         return []
     pipeline.check_limits(steps)
     return run_tracked(pipeline, config, output)

@@ -143,6 +143,7 @@ def test_the_plan_prints_what_would_run_and_does_nothing(tmp_path, script):
     result = run("plan=true", script=script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "nothing has been run" in result.stdout
+    assert "Disk and memory suffice." in result.stdout
     expected = {"compress.py": ["prune taylor", "quantize awq"], "train.py": ["tune lora"], "evaluate.py": []}[script]
     assert all(re.search(rf"{stage}.*to be made.* [\d,]+ .*[MG]B", result.stdout) for stage in expected), result.stdout
     assert list(tmp_path.iterdir()) == []
@@ -160,3 +161,12 @@ def test_every_choice_of_every_group_composes():
         group, choice = path.parent.name, path.stem
         config = compose("compress", [f"{group}={choice}"])
         assert group in config or group == "experiment"
+
+
+def test_the_plan_says_how_much_memory_is_missing(tmp_path):
+    options = ["plan=true", "pruner.samples=100000", "pruner.length=512"]
+    result = run(*options, f"store={tmp_path / 'runs'}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"This would not fit: 'prune taylor' needs about [\d.]+ GB of memory.*GB are missing", result.stdout), (
+        result.stdout
+    )
