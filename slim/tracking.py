@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ class Tracker:
     @property
     def ui_command(self) -> str:
         """The one command that opens the browser's view of the runs."""
-        return f"mlflow ui --backend-store-uri {self.uri}" if "://" in self.uri and not self.remote else self.uri
+        return self.uri if self.remote else f"{sys.executable} -m mlflow ui --backend-store-uri {self.uri}"
 
     @property
     def remote(self) -> bool:
