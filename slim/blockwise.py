@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slim.architecture import Family, ModelDescription, Segment
-from slim.checkpoint import Checkpoint, ShardWriter, TensorReader
+from slim.checkpoint import Checkpoint, ShardWriter, TensorReader, copy_companions, write_config
 from slim.errors import SlimError
 from slim.lazy import LazyModule
+from slim.stage import Context
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +87,19 @@ class LayerError:
     block: int
     layer: str
     error: float
+
+
+def relative_error(difference: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor | None) -> float:
+    """Return how much a layer's output changes, |X D^T| / |X W^T|, for a change D of its weights W, both [out, in].
+
+    gram: G = X^T X, [in, in]; without one |D| / |W|.
+    """
+
+    def size(matrix: torch.Tensor) -> torch.Tensor:
+        return ((matrix if gram is None else matrix @ gram) * matrix).sum()
+
+    whole = size(weight)
+    return float((size(difference) / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0
 
 
 @dataclass
@@ -455,3 +470,24 @@ def walk_bytes(model: ModelDescription, samples: int, length: int) -> int:
     kept = 4 * samples * length * widest
     batch = 4 * 6 * max(BATCH_TOKENS, length) * widest
     return 2 * hidden + (kept if kept <= KEEP_BYTES else 0) + batch + 3 * 4 * widest**2
+
+
+def rewrite(
+    source: Checkpoint, target: Path, visitor: Visitor, config: dict, context: Context, tokens: torch.Tensor | None = None
+) -> list[LayerError]:
+    """Walk ``visitor`` through ``source`` and write the whole changed checkpoint to ``target``; return its errors.
+
+    config: the result's ``config.json``. tokens: as for :class:`Walk`. The mean error of every block with errors is
+    recorded as the curve ``layer_error``.
+    """
+
+    def report(block: int, errors: list[LayerError]) -> None:
+        if errors:
+            context.metric("layer_error", sum(item.error for item in errors) / len(errors), block)
+
+    writer = ShardWriter(target)
+    errors = Walk(source, visitor, writer, tokens, context.device, on_block=report).run()
+    writer.close()
+    write_config(config, target)
+    copy_companions(source.folder, target)
+    return errors

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "slim.json"
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2**28  # a shard is written as soon as it holds this many bytes; so much is in memory at most
 REPORT = "report"  # folder inside a checkpoint with plots and tables for people
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -203,7 +204,7 @@ class ShardWriter:
     shard_bytes: a shard is written as soon as it holds this many bytes.
     """
 
-    def __init__(self, target: Path, shard_bytes: int = 2**28):
+    def __init__(self, target: Path, shard_bytes: int = SHARD_BYTES):
         self.target, self.shard_bytes = target, shard_bytes
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0

@@ -7,7 +7,6 @@ parent's hash, so the same stage after the same parent is never computed twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,26 +144,21 @@ class Pipeline:
             )
         return None
 
-    def run(self, tracker: Tracker | None = None, finished: Callable[[Result], None] | None = None) -> list[Result]:
-        """Run what is not there yet, evaluate every checkpoint, and return the source and all results in order.
-
-        finished: called with each result as soon as it has been evaluated.
-        """
+    def run(self, tracker: Tracker | None = None) -> list[Result]:
+        """Run what is not there yet, evaluate every checkpoint, and return the source and all results in order."""
         self.check_limits(self.plan())
         results: list[Result] = []
         for stage in [self.model, *self.stages]:
             started = time.monotonic()
-            result, curves = self._make(stage, results[-1] if results else None, tracker)
+            result, curves = self._make(stage, results[-1] if results else None)
             result.seconds = time.monotonic() - started
             self._evaluate(result)
             results.append(result)
             if tracker is not None:
                 tracker.log_result(result, stage, curves)
-            if finished is not None:
-                finished(result)
         return results
 
-    def _make(self, stage: Source | Stage, parent: Result | None, tracker: Tracker | None) -> tuple[Result, list]:
+    def _make(self, stage: Source | Stage, parent: Result | None) -> tuple[Result, list]:
         if isinstance(stage, Source):
             checkpoint = stage.resolve()
             name = self._source_digest(checkpoint)

@@ -9,7 +9,6 @@ import logging
 import os
 import sqlite3
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,13 +90,6 @@ class Tracker:
         self._log(self.run_id, {}, metrics, {})
         for name, text in files.items():
             self._client.log_text(self.run_id, text, name)
-
-    def log_figure(self, figure, name: str) -> None:
-        """Record a matplotlib figure."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / name
-            figure.savefig(path, dpi=120, bbox_inches="tight")
-            self._client.log_artifact(self.run_id, str(path))
 
     def _open_experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

@@ -10,6 +10,17 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+# Families of build_small with what makes their masks differ from block to block.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {
+        "layer_types": ["full_attention", "sliding_attention"] * 3,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+    },
+    "qwen3": {"layer_types": ["full_attention"] * 6},
+}
 
 
 @pytest.fixture(scope="session")

@@ -24,18 +24,7 @@ from slim.pruning.magnitude import Magnitude
 from slim.pruning.ppl import Perplexity, perplexities_without
 from slim.pruning.taylor import Taylor, block_taylor_scores, taylor_score
 from slim.stage import Context
-from tests.conftest import build_small
-
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": 7},
-    "qwen2": {
-        "layer_types": ["full_attention", "sliding_attention"] * 3,
-        "use_sliding_window": True,
-        "sliding_window": 7,
-    },
-    "qwen3": {"layer_types": ["full_attention"] * 6},
-}
+from tests.conftest import FAMILIES, build_small
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

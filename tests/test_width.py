@@ -22,18 +22,8 @@ from slim.pruning.width_activation import WidthActivation
 from slim.pruning.width_magnitude import WidthL1, WidthL2, WidthRandom
 from slim.pruning.width_taylor import ORDERS, WidthTaylor
 from slim.stage import Context
-from tests.conftest import ROOT, build_small
+from tests.conftest import FAMILIES, ROOT, build_small
 
-FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": 7},
-    "qwen2": {
-        "layer_types": ["full_attention", "sliding_attention"] * 3,
-        "use_sliding_window": True,
-        "sliding_window": 7,
-    },
-    "qwen3": {"layer_types": ["full_attention"] * 6},
-}
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8)  # two query heads per key/value head
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import Checkpoint, resolve_dtype
+from slim.checkpoint import SHARD_BYTES, Checkpoint, resolve_dtype
 from slim.data.calibration import Calibration
 from slim.pruning.forward import LOGITS_AT_ONCE
 from slim.settings import require_number
 from slim.stage import Context
 
-SHARD_BYTES = 2**28  # the writer holds up to one shard
 # What torch, transformers and a picture take by themselves on a CPU (measured: 450 to 500 MB over the interpreter).
 LIBRARY_BYTES = 500_000_000
 

@@ -41,16 +41,3 @@ def refit_columns(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, 
         return weight.clone()
     change = solve(gram[kept][:, kept], gram[kept][:, gone] @ weight[:, gone].T, damping)
     return weight[:, kept] + change.T.to(weight.dtype)
-
-
-def relative_error(difference: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """Return how much a layer's output changes, |X D^T| / |X W^T|, for a change D of its weights W, both [out, in].
-
-    gram: G = X^T X, [in, in]; without one |D| / |W|.
-    """
-
-    def size(matrix: torch.Tensor) -> torch.Tensor:
-        return ((matrix if gram is None else matrix @ gram) * matrix).sum()
-
-    whole = size(weight)
-    return float((size(difference) / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0

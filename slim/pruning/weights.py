@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slim.architecture import ModelDescription
-from slim.blockwise import SegmentView, Visitor
-from slim.checkpoint import Checkpoint, ShardWriter, copy_companions, open_checkpoint, write_config
+from slim.blockwise import SegmentView, Visitor, relative_error
+from slim.checkpoint import Checkpoint, open_checkpoint
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
 from slim.lazy import LazyModule
 from slim.pruning import calibrated
-from slim.pruning.least_squares import relative_error
 from slim.pruning.masks import largest_kept, n_of_m_kept
 from slim.pruning.sparsegpt import sparsegpt
 from slim.settings import dataclass_identity, require_number
@@ -171,22 +170,14 @@ class WeightPruning(Stage):
         return None
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        from slim.blockwise import Walk
+        from slim.blockwise import rewrite
         from slim.progress import console
 
         checkpoint = open_checkpoint(source)
         model = checkpoint.description
         self.check(model)
-        writer = ShardWriter(target, calibrated.SHARD_BYTES)
         visitor = self.visitor(self, getattr(torch, model.dtype))
-
-        def report(block: int, errors: list) -> None:
-            context.metric("layer_error", sum(item.error for item in errors) / len(errors), block)
-
-        errors = Walk(checkpoint, visitor, writer, self.tokens(checkpoint), context.device, on_block=report).run()
-        writer.close()
-        write_config(model.config, target)
-        copy_companions(source, target)
+        errors = rewrite(checkpoint, target, visitor, model.config, context, self.tokens(checkpoint))
         console().print(NOTE, highlight=False)
         return self._facts(model, visitor, errors, target)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slim.accounting import MACS_TOKENS, before_and_after
 from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import REPORT, Checkpoint, ShardWriter, copy_companions, open_checkpoint, write_config
+from slim.checkpoint import REPORT, Checkpoint, open_checkpoint
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
 from slim.pruning import calibrated
@@ -188,22 +188,14 @@ class WidthPruning(Stage):
             )
 
     def _write(self, checkpoint: Checkpoint, target: Path, visitor, context: Context) -> None:
-        from slim.blockwise import Walk
+        from slim.blockwise import rewrite
         from slim.checkpoint import load_tokenizer
 
         model, tokens = checkpoint.description, None
         if self.reconstruct:
             tokens = self.calibration.tokens(load_tokenizer(checkpoint.folder), model.context_length)
-
-        def report(block: int, errors: list) -> None:
-            if self.reconstruct and errors:
-                context.metric("layer_error", sum(item.error for item in errors) / len(errors), block)
-
-        writer = ShardWriter(target, calibrated.SHARD_BYTES)
-        Walk(checkpoint, visitor, writer, tokens, context.device, on_block=report).run()
-        writer.close()
-        write_config(self.expect(model).config, target)
-        copy_companions(checkpoint.folder, target)
+        recorded = context if self.reconstruct else Context(context.device)  # errors of weights alone are no curve
+        rewrite(checkpoint, target, visitor, self.expect(model).config, recorded, tokens)
 
     def _report(self, target: Path, model, kept: dict[int, Kept], scores: dict[int, UnitScores], visitor) -> dict:
         """Write scores and pictures for people and return the facts for the manifest."""

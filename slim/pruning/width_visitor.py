@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from slim.architecture import ModelDescription
-from slim.blockwise import SegmentView, Visitor
-from slim.pruning.least_squares import refit_columns, relative_error
+from slim.blockwise import SegmentView, Visitor, relative_error
+from slim.pruning.least_squares import refit_columns
 from slim.pruning.width_scores import Coupled, UnitScores, coupled_tensors, smallest
 from slim.pruning.width_sizes import Width
 

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import REPORT, Checkpoint, ShardWriter, copy_companions, open_checkpoint, write_config
+from slim.checkpoint import REPORT, SHARD_BYTES, Checkpoint, open_checkpoint
 from slim.quantization.scheme import Scheme, check_model, check_scheme_settings, to_config
 from slim.stage import Context, Stage
 
 if TYPE_CHECKING:
     from slim.blockwise import LayerError
     from slim.quantization.visitor import QuantVisitor
-
-SHARD_BYTES = 2**28
 
 
 @dataclass
@@ -63,22 +61,13 @@ class Quantization(Stage):
         return None
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        from slim.blockwise import Walk
+        from slim.blockwise import rewrite
 
         checkpoint = open_checkpoint(source)
         model = checkpoint.description
         self.check(model)
         tokens = self.tokens(checkpoint)
-        writer = ShardWriter(target, SHARD_BYTES)
-        visitor = self.visitor(model)
-
-        def report(block: int, errors: list[LayerError]) -> None:
-            context.metric("layer_error", sum(item.error for item in errors) / len(errors), block)
-
-        errors = Walk(checkpoint, visitor, writer, tokens, context.device, on_block=report).run()
-        writer.close()
-        write_config(self.expect(model).config, target)
-        copy_companions(source, target)
+        errors = rewrite(checkpoint, target, self.visitor(model), self.expect(model).config, context, tokens)
         return self._facts(target, model, errors)
 
     def _facts(self, target: Path, model: ModelDescription, errors: list[LayerError]) -> dict:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slim.blockwise import SegmentView, Visitor
+from slim.blockwise import SegmentView, Visitor, relative_error
 from slim.lazy import LazyModule
-from slim.quantization.grid import Quantised, layer_loss
+from slim.quantization.grid import Quantised
 from slim.quantization.packing import pack, pack_columns
 
 if TYPE_CHECKING:
@@ -68,9 +68,3 @@ def packed_tensors(layer: Quantised) -> dict[str, torch.Tensor]:
     if not layer.scheme.symmetric:
         tensors["weight_zero_point"] = pack_columns(layer.zero, bits)
     return tensors
-
-
-def relative_error(difference: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """Return |X D^T| / |X W^T|, or |D| / |W| without a Gram matrix."""
-    size = layer_loss(weight, gram).sum()
-    return float((layer_loss(difference, gram).sum() / size).clamp(min=0).sqrt()) if size > 0 else 0.0
