@@ -1,11 +1,19 @@
-"""Time and perplexity of quantisation, and the time of packed layers.
+"""Time, memory and perplexity of quantisation, beside llm-compressor's, and the speed of packed models.
 
-    python benchmarks/quantize.py MODEL CALIBRATION_TEXT TEST_TEXT [--samples 128] [--length 256] [--windows 200]
+    python benchmarks/quantize.py compare MODEL CALIBRATION_TEXT TEST_TEXT --other-python PATH [--ours awq gptq rtn:search=20]
+    python benchmarks/quantize.py table MODEL CALIBRATION_TEXT TEST_TEXT
+    python benchmarks/quantize.py memory
+    python benchmarks/quantize.py decode
     python benchmarks/quantize.py kernels
 
-The first prints the time of one forward over the calibration tokens, then time, perplexity and size for RTN and AWQ at
-4, 3 and 2 bits. The second prints how long a layer of 2048 x 5632 takes packed and dense, by number of rows: where the
-int4 kernel loses to unpacking is the threshold in slim/quantization/linear.py. OMP_NUM_THREADS sets the cores.
+compare: seconds at 4 bits (medians of three), then perplexity over bits and groups, of slim and of llm-compressor in its
+own environment (PATH is that environment's python with `pip install llmcompressor`), on the same calibration tokens and
+the same machine; prints ratios. Without --other-python slim alone. table: seconds, perplexity and size of slim's methods.
+memory: peak memory and time of GPTQ on a random model of TinyLlama-1.1B's shape, against what must be held and done.
+decode: tokens per second of that model in 4 bits and plain. kernels: how long a layer of 2048 x 5632 takes packed and
+dense, by number of rows: where the int4 kernel loses to unpacking is the threshold in slim/quantization/linear.py.
+
+OMP_NUM_THREADS sets the cores. Times and memory need an otherwise idle machine; perplexities do not.
 """
 
 from __future__ import annotations
@@ -17,62 +25,38 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import quantize_compare
+import quantize_cost
 import torch
+from quantize_quality import Yardstick
+from quantize_stages import in_child, run_stage
 
-from slim.checkpoint import load_model, load_tokenizer, open_checkpoint
-from slim.data.calibration import Calibration
 from slim.quantization import linear
-from slim.quantization.awq import AWQ
 from slim.quantization.linear import QuantLinear
-from slim.quantization.rtn import RTN
 from slim.quantization.scheme import Scheme
-from slim.stage import Context
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 256, 1024)
-
-
-def perplexity(folder: Path, windows: torch.Tensor) -> float:
-    """Token perplexity over windows [n, length], each by itself."""
-    model, total = load_model(folder, "float32"), 0.0
-    with torch.no_grad():
-        for batch in windows.split(16):
-            total += model(batch, labels=batch).loss.double().item() * len(batch)
-    return math.exp(total / len(windows))
-
-
-def forward_seconds(folder: Path, tokens: torch.Tensor) -> float:
-    """Time of one forward of the decoder over all tokens, head left out."""
-    model = load_model(folder, "float32").model
-    with torch.no_grad():
-        model(tokens[:8])
-        start = time.perf_counter()
-        for batch in tokens.split(16):
-            model(batch, use_cache=False)
-    return time.perf_counter() - start
+METHODS = ["rtn", "rtn:search=20", "awq", "gptq"]
 
 
 def table(options: argparse.Namespace) -> None:
-    calibration = Calibration(text=str(options.calibration), samples=options.samples, length=options.length)
-    tokenizer = load_tokenizer(options.model)
-    tokens = calibration.tokens(tokenizer, open_checkpoint(options.model).description.context_length)
-    ids = torch.tensor(tokenizer(options.test.read_text(encoding="utf-8"), verbose=False)["input_ids"])
-    count = min(options.windows, len(ids) // options.length)
-    windows = ids[: count * options.length].view(count, options.length)
-    samples, length = tokens.shape
-    print(f"{samples} x {length} calibration tokens, {count} test windows, {torch.get_num_threads()} threads")
-    print(f"one forward over the calibration tokens: {forward_seconds(options.model, tokens):.1f} s")
-    print(f"{'method':8} {'bits':>4} {'seconds':>8} {'perplexity':>11} {'bits/weight':>12}")
-    print(f"{'none':8} {'':4} {'':8} {perplexity(options.model, windows):11.3f}")
-    for bits in (4, 3, 2):
-        for stage in (RTN(bits), RTN(bits, search=20), AWQ(bits, calibration=calibration)):
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                facts = stage.run(options.model, Path(folder), Context())
-                seconds = time.perf_counter() - start
-                name = "rtn+" if getattr(stage, "search", 1) > 1 else type(stage).__name__.lower()
-                found = perplexity(Path(folder), windows)
-                print(f"{name:8} {bits:4} {seconds:8.1f} {found:11.3f} {facts['bits_per_weight']:12.3f}", flush=True)
-    print("rtn+: search=20")
+    """Print seconds, perplexity, divergence and size of slim's methods."""
+    yardstick = Yardstick(options.model, options.test, options.length, options.windows, options.compared)
+    print(f"{options.samples} x {options.length} calibration tokens, {len(yardstick.windows)} test windows, "
+          f"{torch.get_num_threads()} threads\n")  # fmt: skip
+    print("| method | bits | seconds | perplexity | divergence | stored bits per weight |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print(f"| none | | | {yardstick.measure_model(yardstick.reference).perplexity:.3f} | | |", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens = quantize_compare.save_calibration(options, Path(scratch))
+        for bits in options.bits:
+            for spec in options.ours:
+                with tempfile.TemporaryDirectory() as folder:
+                    arguments = (spec, options.model, tokens, Path(folder), bits, 128, options.symmetric)
+                    run = in_child(run_stage, *arguments)
+                    found = yardstick.measure(Path(folder))
+                print(f"| {spec} | {bits} | {run.seconds:.1f} | {found.perplexity:.3f} | {found.divergence:.4f} | "
+                      f"{run.facts['bits_per_weight']:.3f} |", flush=True)  # fmt: skip
 
 
 def best_ms(function: Callable[[], object], repeats: int = 15) -> float:
@@ -86,7 +70,8 @@ def best_ms(function: Callable[[], object], repeats: int = 15) -> float:
     return 1000 * min(times)
 
 
-def kernels() -> None:
+def kernels(options: argparse.Namespace) -> None:
+    """Print milliseconds of one layer by number of rows."""
     inputs, outputs = 2048, 5632
     layer = QuantLinear(inputs, outputs, Scheme(4, 128, False), torch.bfloat16)
     layer.packed = torch.randint(-(2**31), 2**31 - 1, layer.packed.shape, dtype=torch.int32)
@@ -98,28 +83,55 @@ def kernels() -> None:
         times = []
         for limit in (max(ROWS), 0):
             linear.KERNEL_ROWS = limit
-            times.append(
-                best_ms(lambda x=x: layer(x), 5 if rows > 64 else 15) if layer.kernel or not limit else math.nan
-            )
+            times.append(best_ms(lambda x=x: layer(x), 5 if rows > 64 else 15) if layer.kernel or not limit else math.nan)
         times.append(best_ms(lambda x=x: x @ dense.T))
         print(f"| {rows} | " + " | ".join(f"{value:.2f}" for value in times) + " |", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="checkpoint folder, or the word kernels")
-    parser.add_argument("calibration", type=Path, nargs="?")
-    parser.add_argument("test", type=Path, nargs="?")
+def quality_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``table`` and ``compare`` share."""
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("--ours", nargs="+", default=METHODS, help="slim's methods, settings after a colon")
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=200)
-    options = parser.parse_args()
-    if str(options.model) == "kernels":
-        kernels()
-    elif options.test is None:
-        parser.error("give MODEL CALIBRATION_TEXT TEST_TEXT")
-    else:
-        table(options)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sample and of a test window")
+    parser.add_argument("--windows", type=int, help="test windows; all of the text by default")
+    parser.add_argument("--compared", type=int, default=200, help="test windows that the divergence is taken over")
+    parser.add_argument("--symmetric", action="store_true")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("table")
+    quality_arguments(one)
+    one.set_defaults(run=table)
+    both = commands.add_parser("compare")
+    quality_arguments(both)
+    both.add_argument("--groups", type=int, nargs="+", default=[128, 64])
+    both.add_argument("--repeats", type=int, default=3, help="runs per time; 0: no times")
+    both.add_argument("--other-python", type=Path, help="python of an environment with llmcompressor")
+    both.add_argument("--results", type=Path, help="folder that keeps llm-compressor's perplexities for the next run")
+    both.set_defaults(run=quantize_compare.compare)
+    for name, run in (("memory", quantize_cost.memory), ("decode", quantize_cost.decode)):
+        command = commands.add_parser(name)
+        command.add_argument("--layers", type=int, default=22)
+        command.add_argument("--repeats", type=int, default=3)
+        command.set_defaults(run=run)
+        sizes = {"samples": 32, "length": 512} if name == "memory" else {"prompt": 32, "new": 32}
+        for option, size in sizes.items():
+            command.add_argument(f"--{option}", type=int, default=size)
+    commands.choices["memory"].add_argument("--method", default="gptq")
+    commands.add_parser("kernels").set_defaults(run=kernels)
+    return parser
+
+
+def main() -> None:
+    """Read the arguments and measure."""
+    options = arguments().parse_args()
+    options.run(options)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 from slim.checkpoint import load_model, open_checkpoint
 from slim.data.packing import Windows
-from slim.training import batches, fit, module
+from slim.training import batches, fit, forward, module
 from slim.training.adapters import add_adapters
 
 TINY = Path(__file__).parent.parent / "slim" / "assets" / "tiny"
@@ -46,7 +46,7 @@ def by_hand(model: torch.nn.Module, windows: Windows, steps: int, rows: int) -> 
     optimiser = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     order = batches.window_order(len(windows), steps * rows, seed=0).view(steps, rows)
     begin = clock()
-    module.mean_nll(model, held_out)
+    forward.mean_nll(model, held_out)
     model.train()
     for chosen in order:
         tokens = windows.tokens[chosen].long()
@@ -55,14 +55,15 @@ def by_hand(model: torch.nn.Module, windows: Windows, steps: int, rows: int) -> 
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-    module.mean_nll(model, held_out)
+    forward.mean_nll(model, held_out)
     return clock() - begin, loss.item()
 
 
 def by_slim(model: torch.nn.Module, windows: Windows, steps: int, rows: int) -> tuple[float, float]:
     """Return seconds and last loss of slim's training, set-up of Lightning included."""
     learner = module.LanguageModelling(model, module.Optimisation(steps, 1e-4, "constant"))
-    data = batches.WindowData(windows, steps, rows, 1, seed=0)
+    order = batches.window_order(len(windows), steps * rows, seed=0)
+    data = batches.WindowData(batches.MicroBatches(windows, order, rows))
     ignore = lambda *_: None  # noqa: E731
     begin = clock()
     outcome = fit.fit(learner, data, batches.in_order(windows, rows)[:1], steps, "cpu", "32-true", ignore, ignore)

@@ -2,6 +2,10 @@
 
 __version__ = "0.1.0"
 
+import logging
+
 from slim import perlayer
 
 perlayer.register()
+# bitsandbytes, which PEFT imports, warns of an optional package at import and of every product it casts to float16.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

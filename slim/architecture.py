@@ -1,70 +1,19 @@
-"""What slim must know of a model family: where blocks, projections, norms and heads are, and how large.
+"""What slim must know of a model: where blocks, projections, norms and heads are, and how large.
 
 Everything here is read from ``config.json`` alone, without torch and without weights, so that a plan or a wrong setting
-is answered at once. Another decoder-only family needs one entry in ``FAMILIES``.
+is answered at once. The names of a family's parts are in ``families.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
+from typing import Any
 
 from slim.errors import SlimError
+from slim.families import FAMILIES, FUSED, Family, Segment
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Linear layers of a block that share one input.
-
-    linears: names relative to the block.
-    fed_by: the module whose output channels are this input's channels, into which a scale per channel can be folded: a
-        norm, or the linear layer before it (for ``o_proj`` the value projection, for ``down_proj`` the up projection).
-    """
-
-    linears: tuple[str, ...]
-    fed_by: str
-
-
-LLAMA_SEGMENTS = (
-    Segment(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-    Segment(("self_attn.o_proj",), "self_attn.v_proj"),
-    Segment(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    Segment(("mlp.down_proj",), "mlp.up_proj"),
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names of the parts of a decoder-only model, as in its transformers implementation.
-
-    qkv_bias: whether q, k and v have biases by construction (elsewhere ``attention_bias`` of the config decides).
-    qk_norm: whether queries and keys are normalised per head.
-    """
-
-    model_type: str
-    segments: tuple[Segment, ...] = LLAMA_SEGMENTS
-    blocks: str = "model.layers"
-    embeddings: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    qkv_bias: bool = False
-    qk_norm: bool = False
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("llama"),
-        Family("mistral"),
-        Family("qwen2", qkv_bias=True),
-        Family("qwen3", qk_norm=True),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -79,6 +28,11 @@ class ModelDescription:
     name: str = "the model"
 
     def __post_init__(self) -> None:
+        if "text_config" in self.config:
+            raise SlimError(
+                f"{self.name} is a model of several parts (model_type '{self.config.get('model_type')}'); slim compresses "
+                "text models.\nSave its text part as a checkpoint first: docs/architecture.md, 'Another family'."
+            )
         missing = [
             key
             for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -93,8 +47,9 @@ class ModelDescription:
         model_type = self.config.get("model_type", "")
         if model_type not in FAMILIES:
             raise SlimError(
-                f"slim does not know the model family '{model_type}' of {self.name}. Known: {', '.join(FAMILIES)}. "
-                "To describe another, add a Family(...) entry with its module names to slim/architecture.py."
+                f"slim does not know the model family '{model_type}' of {self.name}. Known: {', '.join(FAMILIES)}.\n"
+                f"To describe it, add Family('{model_type}', ...) to FAMILIES in slim/families.py; "
+                "docs/architecture.md, 'Another family', says how."
             )
         return FAMILIES[model_type]
 
@@ -102,6 +57,12 @@ class ModelDescription:
     def known(self) -> bool:
         """Whether there is a description of the family."""
         return self.config.get("model_type") in FAMILIES
+
+    def entry(self, key: str) -> Any:
+        """Return an entry of the config, or what the family assumes where ``config.json`` does not have it, or None."""
+        if key in self.config or not self.known:
+            return self.config.get(key)
+        return self.family.defaults.get(key)
 
     @property
     def blocks(self) -> int:
@@ -125,11 +86,11 @@ class ModelDescription:
 
     @property
     def kv_heads(self) -> int:
-        return self.config.get("num_key_value_heads") or self.heads
+        return self.entry("num_key_value_heads") or self.heads
 
     @property
     def head_dim(self) -> int:
-        return self.config.get("head_dim") or self.hidden_size // self.heads
+        return self.entry("head_dim") or self.hidden_size // self.heads
 
     @property
     def context_length(self) -> int:
@@ -139,7 +100,7 @@ class ModelDescription:
     @property
     def tied(self) -> bool:
         """Whether the head shares the embedding's weights."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return bool(self.entry("tie_word_embeddings"))
 
     @property
     def dtype(self) -> str:
@@ -171,11 +132,10 @@ class ModelDescription:
         if block is not None:
             return self.at(block)._linears()
         every = [self.at(index)._linears() for index in ([*range(self.blocks)] if self.differing else [0])]
-        return {
-            name: (max(sizes[name][0] for sizes in every), max(sizes[name][1] for sizes in every)) for name in every[0]
-        }
+        return {name: (max(sizes[name][0] for sizes in every), max(sizes[name][1] for sizes in every)) for name in every[0]}
 
-    def _linears(self) -> dict[str, tuple[int, int]]:
+    def _projections(self) -> dict[str, tuple[int, int]]:
+        """Return projection -> (out_features, in_features), fused ones and their parts alike."""
         hidden, width = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = {
@@ -187,21 +147,35 @@ class ModelDescription:
             "up_proj": (width, hidden),
             "down_proj": (hidden, width),
         }
+        fused = {name: (sum(sizes[part][0] for part in parts), hidden) for name, parts in FUSED.items()}
+        return sizes | fused
+
+    def _linears(self) -> dict[str, tuple[int, int]]:
+        sizes = self._projections()
         return {name: sizes[name.split(".")[-1]] for segment in self.family.segments for name in segment.linears}
+
+    def first_feeding_row(self, segment: Segment) -> int:
+        """Return the first row of the linear layer ``segment.fed_by`` that feeds the segment: 0 unless it is fused."""
+        if segment.fed_part is None:
+            return 0
+        parts, sizes = FUSED[segment.fed_by.split(".")[-1]], self._projections()
+        return sum(sizes[part][0] for part in parts[: parts.index(segment.fed_part)])
 
     def block_parameters(self, block: int | None = None) -> int:
         """Count the parameters of ``block``: linear layers, biases, norms. Without a number as ``block_linears``."""
         linears = self.block_linears(block)
-        count = sum(rows * columns for rows, columns in linears.values()) + 2 * self.hidden_size
-        for name, (rows, _) in linears.items():
-            part = name.split(".")[-1]
-            if part in ("q_proj", "k_proj", "v_proj"):
-                count += rows * bool(self.family.qkv_bias or self.config.get("attention_bias"))
-            elif part == "o_proj":
-                count += rows * bool(self.config.get("attention_bias") and not self.family.qkv_bias)
-            else:
-                count += rows * bool(self.config.get("mlp_bias"))
-        return count + 2 * self.head_dim * self.family.qk_norm
+        weights = sum(rows * columns for rows, columns in linears.values())
+        biases = sum(rows for name, (rows, _) in linears.items() if self._has_bias(name))
+        norms = len(self.family.norms) * self.hidden_size + 2 * self.head_dim * self.family.qk_norm
+        return weights + biases + norms
+
+    def _has_bias(self, linear: str) -> bool:
+        family = self.family
+        if linear.startswith(family.mlp + "."):
+            bias = family.mlp_bias
+        else:
+            bias = family.o_bias if linear.endswith(".o_proj") else family.qkv_bias
+        return bool(self.config.get(bias)) if isinstance(bias, str) else bias
 
     def parameters(self) -> int:
         """Count all parameters, a shared embedding once, packed weights as the weights they stand for."""
@@ -213,32 +187,66 @@ class ModelDescription:
         plain = DTYPE_BYTES.get(dtype or self.dtype, 4)
         if dtype is not None or self.quantization is None:
             return self.parameters() * plain
-        blocks = [self.at(block) for block in range(self.blocks)]
-        quantised = sum(rows * columns for block in blocks for rows, columns in block.block_linears().values())
-        return (self.parameters() - quantised) * plain + sum(block._packed_block_bytes(plain) for block in blocks)
+        packed, weights = self._packed_bytes()
+        return (self.parameters() - weights) * plain + packed
 
-    def _packed_block_bytes(self, scale_bytes: int) -> int:
-        """Bytes of one block's packed linear layers: codes, one scale per group, and zero points where asymmetric."""
-        weights = next(iter(self.quantization["config_groups"].values()))["weights"]
-        bits, group = weights["num_bits"], weights.get("group_size")
-        total = 0
-        for rows, columns in self.block_linears().values():
-            groups = math.ceil(columns / group) if group and group > 0 else 1  # without: one scale for the whole row
-            zeros = 0 if weights["symmetric"] else 4 * math.ceil(rows * bits / 32) * groups
-            total += 4 * rows * math.ceil(columns * bits / 32) + rows * groups * scale_bytes + zeros
-        return total
+    def packed_schemes(self) -> dict:
+        """Return full layer name -> ``Scheme`` of every linear layer and embedding that is stored packed.
+
+        A head that shares the embedding is not in it. Raises ``SlimError`` for formats that slim does not read.
+        """
+        from slim.quantization.formats import read_config
+
+        stored = read_config(self.quantization or {}, self.name)
+        schemes = {name: stored.scheme(name) for name in self._matrices()}
+        return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+
+    def packed_bits(self) -> float:
+        """Return the stored bits per quantised weight: codes, scales, zero points, and the groups' order."""
+        packed, weights = self._packed_bytes()
+        return 8 * packed / max(1, weights)
+
+    def _packed_bytes(self) -> tuple[int, int]:
+        """Return the bytes of all packed layers as stored, and the number of weights they stand for."""
+        from slim.quantization import bnb
+        from slim.quantization.formats import read_config
+
+        if bnb.is_bitsandbytes(self.quantization):
+            return bnb.packed_bytes(self)
+        stored, shapes, size, weights = read_config(self.quantization, self.name), self._matrices(), 0, 0
+        for name, scheme in self.packed_schemes().items():
+            rows, columns = shapes[name]
+            size += stored.format.layer_bytes(rows, columns, scheme, self.dtype, stored.ordered(name))
+            weights += rows * columns
+        return size, weights
+
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        """Return full name -> (out_features, in_features) of all linear layers and embeddings, a shared one once."""
+        ends = [self.family.embeddings] if self.tied else [self.family.embeddings, self.family.head]
+        blocks = {
+            f"{self.family.blocks}.{block}.{name}": shape
+            for block in range(self.blocks)
+            for name, shape in self.block_linears(block).items()
+        }
+        return blocks | dict.fromkeys(ends, (self.vocab_size, self.hidden_size))
 
     def with_config(self, **changes) -> ModelDescription:
         """Return a copy with some entries of the config replaced."""
         return dataclasses.replace(self, config={**self.config, **changes})
 
     def with_blocks(self, kept: list[int]) -> ModelDescription:
-        """Return the description after keeping only the blocks ``kept``; lists with one entry per block are cut too."""
+        """Return the description after keeping only the blocks ``kept``; lists with one entry per block are cut too.
+
+        What each block attends to is listed in the result where the config so far says it by the blocks' numbers.
+        """
         per_block = {
             key: [value[index] for index in kept]
             for key, value in self.config.items()
             if isinstance(value, list) and len(value) == self.blocks and not key.endswith("token_id")
         }
+        types = self.family.layer_types(self.config) if self.known else None
+        if types is not None and not self.config.get("layer_types"):
+            per_block["layer_types"] = [types[index] for index in kept]
         if "per_layer_config" in self.config:
             per_block["per_layer_config"] = {
                 str(new): self.differing[old] for new, old in enumerate(kept) if old in self.differing

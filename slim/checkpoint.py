@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "slim.json"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 2**28  # a shard is written as soon as it holds this many bytes; so much is in memory at most
 REPORT = "report"  # folder inside a checkpoint with plots and tables for people
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -192,51 +191,14 @@ class TensorReader:
             self._open[file] = safe_open(self.checkpoint.folder / file, framework="pt", device=device)
         return self._open[file].get_tensor(name)
 
+    def release(self) -> None:
+        """Close the files: what was read of them no longer counts as this process's memory."""
+        self._open.clear()
+
     def read_module(self, prefix: str, device: str = "cpu") -> dict[str, torch.Tensor]:
         """Read all tensors under ``prefix`` (``"model.layers.3"``), named relative to it."""
         names = [name for name in self.checkpoint.tensors if name.startswith(prefix + ".")]
         return {name[len(prefix) + 1 :]: self.read(name, device) for name in names}
-
-
-class ShardWriter:
-    """Writes a checkpoint's tensors in shards as they come, holding at most one shard in memory.
-
-    shard_bytes: a shard is written as soon as it holds this many bytes.
-    """
-
-    def __init__(self, target: Path, shard_bytes: int = SHARD_BYTES):
-        self.target, self.shard_bytes = target, shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor under its full name."""
-        self._pending[name] = tensor.detach().to("cpu").contiguous()
-        self._pending_bytes += tensor.numel() * tensor.element_size()
-        if self._pending_bytes >= self.shard_bytes:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            save_tensors(self._pending, self.target / f"shard-{len(self._shards)}.safetensors")
-            self._shards.append(list(self._pending))
-            self._total += self._pending_bytes
-            self._pending, self._pending_bytes = {}, 0
-
-    def close(self) -> None:
-        """Write what is left and give the shards their final names, with an index where there are several."""
-        self._flush()
-        count = len(self._shards)
-        weight_map = {}
-        for number, tensors in enumerate(self._shards):
-            name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self.target / f"shard-{number}.safetensors").rename(self.target / name)
-            weight_map.update(dict.fromkeys(tensors, name))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            (self.target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -252,6 +214,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def write_blocks(source: Checkpoint, target: Path, kept: list[int]) -> None:
     """Write ``source`` with only the blocks ``kept``, in that order and renumbered, tensors unchanged."""
+    from slim.shards import ShardWriter
+
     description = source.description.with_blocks(kept)
     reader, writer = TensorReader(source), ShardWriter(target)
     for old, new in renumbered(source, kept):
@@ -297,6 +261,12 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu"):
     checkpoint = open_checkpoint(folder)
     wanted = resolve_dtype(checkpoint.description, dtype, device)
     if checkpoint.description.quantization is not None:
+        from slim.quantization.bnb import is_bitsandbytes
+
+        if is_bitsandbytes(checkpoint.description.quantization):
+            from slim.quantization.bnb_model import load_bitsandbytes
+
+            return load_bitsandbytes(checkpoint, wanted, device)
         from slim.quantization.load import load_quantized
 
         return load_quantized(checkpoint, wanted, device).eval()

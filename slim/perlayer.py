@@ -1,7 +1,7 @@
 """Models whose blocks differ in size: what plain transformers needs to build them from ``per_layer_config``.
 
 transformers' configurations hold sizes per layer (``config.per_layer_config[i]``), but the decoder layers of Llama,
-Mistral and Qwen do not read them: building one raises an error. Here those layers learn to read them. ``import slim``
+Mistral, Qwen and Gemma do not read them: building one raises an error. Here those layers learn to read them. ``import slim``
 is enough; it costs nothing, since each modelling file is amended when transformers itself first imports it, and a model
 whose blocks are alike is built exactly as before.
 
@@ -22,8 +22,11 @@ CARD = "README.md"
 # modelling file -> the classes in it that are built once per block
 LAYERS = {
     f"transformers.models.{family}.modeling_{family}": f"{name}DecoderLayer"
-    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
-}
+    for family, name in (
+        ("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"),
+        ("gemma2", "Gemma2"), ("gemma3", "Gemma3"),
+    )
+}  # fmt: skip
 
 
 def register() -> None:

@@ -178,7 +178,11 @@ class Pipeline:
     def _run_stage(self, stage: Stage, parent: Result | None, name: str, folder: Path) -> None:
         console().print(f"[bold]{label(stage)}[/] ...", highlight=False)
         curves: list = []
-        context = Context(self.device, metric=lambda key, value, at=None: curves.append([key, value, at]))
+        context = Context(
+            self.device,
+            metric=lambda key, value, at=None: curves.append([key, value, at]),
+            work=self.store.work_folder(folder),
+        )
         started = time.time()
         with self.store.writing(folder) as partial:
             facts = stage.run(parent.checkpoint.folder if parent else None, partial, context)

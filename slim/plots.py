@@ -95,9 +95,7 @@ def draw_run_curve(axes, curve: Sequence[float], candidates: Collection[int], re
     axes.plot(range(len(curve)), curve, color=KEPT, linewidth=1)
     axes.plot(allowed, [curve[start] for start in allowed], "o", color=KEPT, label="possible run")
     if barred:
-        axes.plot(
-            barred, [curve[start] for start in barred], "o", color=KEPT, markerfacecolor="white", label="protected"
-        )
+        axes.plot(barred, [curve[start] for start in barred], "o", color=KEPT, markerfacecolor="white", label="protected")
     axes.plot(
         removed[0],
         curve[removed[0]],
@@ -119,9 +117,7 @@ def draw_heat_map(axes, by_length: Sequence[Sequence[float]], removed: Sequence[
     """Draw distances over (start, run length) and return the image; the chosen run is marked."""
     depth = len(by_length)
     grid = [list(row) + [float("nan")] * (depth - len(row)) for row in by_length]
-    image = axes.imshow(
-        grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, depth - 0.5, 0.5, depth + 0.5)
-    )
+    image = axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, depth - 0.5, 0.5, depth + 0.5))
     axes.plot(removed[0], len(removed), "s", color=REMOVED, markersize=9)
     axes.set(xlabel="first block of the run", ylabel="blocks in the run", title="all runs")
     for axis in (axes.xaxis, axes.yaxis):

@@ -28,9 +28,12 @@ class Context:
 
     device: torch device for the work, ``"cpu"`` or ``"cuda"``.
     metric: ``metric(name, value, step)`` records a curve (training loss, error per block) as it appears.
+    work: folder that outlives a run that is killed and goes when the stage is done: what it needs to go on is kept
+        there. None: nothing is kept.
     """
 
     device: str = "cpu"
+    work: Path | None = None
     metric: Callable[[str, float, int | None], None] = field(default=_ignore)
 
 

@@ -1,7 +1,8 @@
 """Results on disk: stage folders and evaluations, named by hash, whole or absent, under locks.
 
 Layout below the root: ``stages/<kind>-<hash>/`` are checkpoint folders, ``evaluations/<hash>.json`` figures. Work in
-progress has the ending ``.partial``; whoever holds the lock may remove what a killed process left there.
+progress has the ending ``.partial``; whoever holds the lock may remove what a killed process left there. In a folder
+ending in ``.work`` a stage keeps what lets it go on after a crash; it goes when the stage is done.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class Store:
         finally:
             lock.release()
 
+    def work_folder(self, folder: Path) -> Path:
+        """Return where the stage that makes ``folder`` keeps what it needs to go on after a crash."""
+        return folder.with_name(folder.name + ".work")
+
     @contextmanager
     def writing(self, folder: Path) -> Iterator[Path]:
         """Yield an empty folder that becomes ``folder`` if the body succeeds and vanishes if it does not.
@@ -71,6 +76,7 @@ class Store:
             yield partial
             _sync(partial)
             partial.rename(folder)
+            shutil.rmtree(self.work_folder(folder), ignore_errors=True)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             reraise_full_disk(error, folder)

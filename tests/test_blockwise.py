@@ -11,8 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from slim.architecture import FAMILIES
-from slim.blockwise import Gram, Skeleton, Visitor, Walk
-from slim.checkpoint import ShardWriter, open_checkpoint
+from slim.blockpass import Gram
+from slim.blockwise import Visitor, Walk
+from slim.checkpoint import open_checkpoint
+from slim.shards import ShardWriter
+from slim.skeleton import Skeleton
 from slim.errors import SlimError
 from tests.conftest import build_small
 
@@ -83,7 +86,7 @@ def grams_by_hooks(model, tokens):
 
 @pytest.mark.parametrize("keep_bytes", [2**30, 0], ids=["inputs kept", "inputs computed twice"])
 def test_grams_and_outputs_equal_those_of_the_whole_model(checkpoint, tokens, keep_bytes, monkeypatch):
-    monkeypatch.setattr("slim.blockwise.BATCH_TOKENS", 100)  # batches of 2, 2 and 1 samples
+    monkeypatch.setattr("slim.blockpass.BATCH_TOKENS", 100)  # batches of 2, 2 and 1 samples
     expected, last = grams_by_hooks(AutoModelForCausalLM.from_pretrained(checkpoint.folder), tokens)
     spy = Spy()
     walk = Walk(checkpoint, spy, None, tokens, keep_bytes=keep_bytes)
@@ -180,7 +183,7 @@ def test_without_grams_nothing_runs_and_everything_is_written(checkpoint, tmp_pa
 
 
 def test_gram_tiles(monkeypatch):
-    monkeypatch.setattr("slim.blockwise.GRAM_TILE", 7)
+    monkeypatch.setattr("slim.blockpass.GRAM_TILE", 7)
     x = torch.randn(3, 11, 20, generator=torch.Generator().manual_seed(0))
     gram = Gram(20)
     gram.add(x[:1])

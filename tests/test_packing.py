@@ -136,7 +136,7 @@ def direct_nll(model, tokens, labels, **extra) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_packed_losses_equal_unpacked_ones(small_llama, attention):
-    from slim.training.module import sequence_nll
+    from slim.training.forward import sequence_nll
 
     model = load_model(small_llama, "float32")
     model.set_attn_implementation(attention)

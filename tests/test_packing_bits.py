@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slim.quantization.packing import pack, pack_columns, unpack, unpack_as, unpack_columns, words_per_row
+from slim.quantization.packing import (
+    pack,
+    pack_columns,
+    permute_columns,
+    unpack,
+    unpack_as,
+    unpack_columns,
+    words_per_row,
+)
 
 
 def pack_bit_by_bit(codes: list[int], bits: int) -> list[int]:
@@ -60,6 +68,26 @@ def test_compressed_tensors_packs_the_same(case):
     signed = (codes.int() - 2 ** (bits - 1)).to(torch.int8)
     assert torch.equal(helpers.pack_to_int32(signed, bits), pack(codes, bits))
     assert torch.equal(helpers.pack_to_int32(signed, bits, packed_dim=0), pack_columns(codes, bits))
+
+
+@settings(max_examples=50, deadline=None)
+@given(code_matrices())
+def test_codes_change_places_within_their_rows(case):
+    bits, codes = case
+    order = torch.randperm(codes.shape[1], generator=torch.Generator().manual_seed(codes.shape[1]))
+    moved = permute_columns(pack(codes, bits), bits, order)
+    for row, packed in zip(codes.tolist(), moved.tolist(), strict=True):
+        assert [word % 2**32 for word in packed] == pack_bit_by_bit([row[place] for place in order.tolist()], bits)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_work_in_parts_changes_nothing(bits, monkeypatch):
+    codes = torch.randint(0, 2**bits, (7, 45), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    order = torch.arange(45).flip(0)
+    whole, moved = pack(codes, bits), permute_columns(pack(codes, bits), bits, order)
+    monkeypatch.setattr("slim.quantization.packing.CHUNK", 100)  # two rows at once, the last one alone
+    assert torch.equal(pack(codes, bits), whole)
+    assert torch.equal(permute_columns(whole, bits, order), moved)
 
 
 def test_leading_dimensions_and_signed_input():

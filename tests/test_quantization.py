@@ -20,7 +20,6 @@ from slim.quantization.awq import AWQ, ActivationAware
 from slim.quantization.grid import decode, layer_loss, minmax
 from slim.quantization.linear import KERNEL_ROWS, QuantLinear, cpu_layout_known
 from slim.quantization.load import load_quantized
-from slim.quantization.method import bits_per_weight
 from slim.quantization.packing import unpack, unpack_columns
 from slim.quantization.rtn import RTN
 from slim.quantization.scheme import Scheme
@@ -237,7 +236,7 @@ class Recording(ActivationAware):
         before = {name: linear.weight.clone() for name, linear in view.linears.items()}
         result = super().quantise(view)
         for name, weight in before.items():
-            rounded = minmax(weight, self.scheme, self.dtype).dequantise()
+            rounded = minmax(weight, self.scheme(view, name), self.scale_dtype).dequantise()
             pair = [layer_loss(item - weight, view.gram).sum().item() for item in (result[name], rounded)]
             self.losses[f"{view.prefix}.{name}"] = pair
         return result
@@ -251,7 +250,7 @@ class Recording(ActivationAware):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_loss_of_no_layer_is_above_that_of_rtn(model_type, bits, tmp_path):
     source = open_checkpoint(small(model_type, tmp_path / "source"))
-    visitor = Recording(Scheme(bits, 32, False), torch.float32)
+    visitor = Recording(RTN(bits, 32).schemes(source.description), "float32")
     Walk(source, visitor, None, tokens_of(1024)).run()
     assert len(visitor.losses) == 14
     for name, (awq, rtn) in visitor.losses.items():
@@ -263,11 +262,11 @@ def test_loss_of_no_layer_is_above_that_of_rtn(model_type, bits, tmp_path):
 class FoldOnly(ActivationAware):
     """Scales and folds with a fixed alpha but rounds to 8 bits, so that what is left is (nearly) the same function."""
 
-    def __init__(self, dtype):
-        super().__init__(Scheme(8, 32, False), dtype, clip=1, refit=False)
+    def __init__(self, model):
+        super().__init__(RTN(8, 32).schemes(model), model.dtype, clip=1, refit=False)
         self.folds = []
 
-    def _search_alpha(self, view, weights):
+    def _search_alpha(self, *args):
         return 0.7
 
     def _is_better(self, *args):
@@ -281,12 +280,13 @@ class FoldOnly(ActivationAware):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_folding_leaves_the_function_unchanged(model_type, tmp_path):
     """All four folds (two norms, values under grouped-query attention, up projection), biases included."""
-    from slim.checkpoint import ShardWriter, copy_companions, write_config
+    from slim.checkpoint import copy_companions, write_config
+    from slim.shards import ShardWriter
 
     source = open_checkpoint(small(model_type, tmp_path / "source"))
     target = tmp_path / "q"
     target.mkdir()
-    visitor, writer = FoldOnly(torch.float32), ShardWriter(target)
+    visitor, writer = FoldOnly(source.description), ShardWriter(target)
     Walk(source, visitor, writer, tokens_of(1024)).run()
     writer.close()
     write_config(RTN(8, 32).expect(source.description).config, target)
@@ -307,7 +307,7 @@ def test_folding_leaves_the_function_unchanged(model_type, tmp_path):
 def test_norms_are_rounded_before_weights_are_quantised(tmp_path):
     """With norms stored in bfloat16 the fold still costs nothing: weights compensate for the rounding."""
     source = open_checkpoint(small("llama", tmp_path / "source", dtype="bfloat16"))
-    visitor = FoldOnly(torch.bfloat16)
+    visitor = FoldOnly(source.description)
     original, checked = visitor._fold, []
 
     def fold(view, scales):
@@ -387,9 +387,9 @@ def test_group_sizes_count_in_bits_per_weight():
     sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=8)
     config = dict(model_type="llama", num_hidden_layers=2, vocab_size=100, dtype="bfloat16", **sizes)
     model = ModelDescription(config)
-    assert bits_per_weight(RTN(4, 128).expect(model)) == pytest.approx(4 + 20 / 128)
-    assert bits_per_weight(RTN(3, 64, True).expect(model)) == pytest.approx(3 + 16 / 64)
-    assert 3 < bits_per_weight(RTN(3, -1, True).expect(model)) < 3.04
+    assert RTN(4, 128).expect(model).packed_bits() == pytest.approx(4 + 20 / 128)
+    assert RTN(3, 64, True).expect(model).packed_bits() == pytest.approx(3 + 16 / 64)
+    assert 3 < RTN(3, -1, True).expect(model).packed_bits() < 3.04
 
 
 def test_refusals(small_llama, tmp_path):
@@ -401,7 +401,7 @@ def test_refusals(small_llama, tmp_path):
     with pytest.raises(SlimError, match=r"symmetric"):
         RTN(4, 128, "yes")
     with pytest.raises(
-        SlimError, match=r"group_size=128 does not divide the 64 inputs of self_attn\.q_proj.*: 32, 64, -1"
+        SlimError, match=r"group_size=128 does not divide the 64 inputs of model\.layers\.0\.self_attn\.q_proj.*: 32, 64, -1"
     ):
         RTN(4, 128).check(model)
     with pytest.raises(SlimError, match="already quantised"):

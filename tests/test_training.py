@@ -78,7 +78,7 @@ def test_schedules_rise_and_fall_as_told():
 
 @pytest.mark.parametrize("data", [TinyText(), TinyChat()])
 def test_loss_and_gradients_equal_the_definition(little, data):
-    from slim.training.module import sequence_nll
+    from slim.training.forward import sequence_nll
 
     batch = windows(little, data)
     tokens, labels = batch.tokens.long(), batch.labels.long()
@@ -103,7 +103,7 @@ def test_loss_and_gradients_equal_the_definition(little, data):
 
 def test_mean_loss_keeps_the_models_mode(little):
     from slim.training.batches import in_order
-    from slim.training.module import mean_nll, sequence_nll
+    from slim.training.forward import mean_nll, sequence_nll
 
     found = windows(little, TinyChat(), tokens=2000)
     model = load_model(little, "float32").train()
@@ -215,7 +215,7 @@ def test_result_is_a_checkpoint_with_curves_and_nothing_else(little, tmp_path, m
 
 def test_validation_loss_after_is_that_of_the_saved_weights(tmp_path, little):
     from slim.training.batches import in_order
-    from slim.training.module import mean_nll
+    from slim.training.forward import mean_nll
 
     source = tmp_path / "half"
     load_model(little, "float32").to(torch.bfloat16).save_pretrained(source)

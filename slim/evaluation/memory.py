@@ -7,6 +7,7 @@ import ctypes
 import gc
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -17,9 +18,19 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 def weights_bytes(model) -> int:
     """Return the bytes of all parameters and buffers of a torch module, packed ones included, shared ones once."""
     sizes = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers(), statistics(model)):
         sizes[tensor.device, tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
     return sum(sizes.values())
+
+
+def statistics(model) -> Iterator:
+    """Yield the scales and tables that bitsandbytes' layers keep outside their parameters and buffers."""
+    for module in model.modules():
+        weight, product = getattr(module, "weight", None), getattr(module, "state", None)
+        outer = getattr(weight, "quant_state", None)
+        for holder in (weight, product, outer, getattr(outer, "state2", None)):
+            found = (getattr(holder, name, None) for name in ("SCB", "absmax", "code", "offset"))
+            yield from (tensor for tensor in found if hasattr(tensor, "data_ptr"))
 
 
 class MemoryMeter:

@@ -21,6 +21,7 @@ from slim.data.calibration import encode_long
 from slim.data.text import Text
 from slim.errors import SlimError
 from slim.lazy import LazyModule
+from slim.logits import head_logits
 from slim.progress import track
 from slim.settings import require_number
 
@@ -104,14 +105,13 @@ def negative_log_likelihood(model, windows: torch.Tensor, batch_size: int | None
 def _batch_nll(model, batch: torch.Tensor) -> torch.Tensor:
     """Return the negative log-likelihood of each predicted token, float32 [windows * (tokens - 1)]."""
     targets = batch[:, 1:].flatten()
-    if model.config.model_type not in FAMILIES:  # the head may be more than one matrix (soft caps, scales)
+    if model.config.model_type not in FAMILIES:  # the head may be more than one matrix
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    head = model.get_output_embeddings()
     rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     parts = [
-        torch.nn.functional.cross_entropy(head(part).float(), wanted, reduction="none")
+        torch.nn.functional.cross_entropy(head_logits(model, part).float(), wanted, reduction="none")
         for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return torch.cat(parts)

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from slim.evaluation.memory import MemoryMeter, release
+from slim.quantization.bnb import is_bitsandbytes
 
 if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
@@ -33,7 +34,7 @@ def measure(
     seed_everything()
     if speed:
         model, found["speed"] = _measure_speed(folder, evaluation, tokenizer, speed_type, device)
-        if speed_type != quality_type:
+        if model is None or speed_type != quality_type:
             model = None
             release()
     if quality:
@@ -48,16 +49,20 @@ def measure(
 
 
 def _measure_speed(folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str) -> tuple:
-    """Return the loaded model and its speed and memory."""
-    from slim.checkpoint import load_model
+    """Return the loaded model (None where it was changed to be fast) and its speed and memory."""
+    from slim.checkpoint import load_model, open_checkpoint
 
     prompts = evaluation.speed_prompts(tokenizer)  # outside the meter: tokenising a long text takes memory too
     warm_up(folder, device)
     with MemoryMeter(device) as meter:
-        model = load_model(folder, dtype, device)
+        model, changed = load_model(folder, dtype, device), False
+        if is_bitsandbytes(open_checkpoint(folder).description.quantization):
+            from slim.quantization.bnb_model import use_cpu_kernel
+
+            changed = use_cpu_kernel(model)
         figures = evaluation.measure_speed(model, prompts)
     figures["metrics"].update(memory_metrics(meter))
-    return model, figures
+    return None if changed else model, figures
 
 
 def _measure_quality(model, folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str) -> dict:
@@ -81,7 +86,11 @@ def warm_up(folder: Path, device: str) -> None:
     from slim.evaluation.speed import Speed
 
     checkpoint = open_checkpoint(folder)
-    if checkpoint.description.quantization is not None:
+    if is_bitsandbytes(checkpoint.description.quantization):
+        from slim.quantization.bnb_model import library
+
+        library()
+    elif checkpoint.description.quantization is not None:
         import slim.quantization.load  # noqa: F401
     model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:

@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slim.blockwise import Entrance, Gram, Skeleton, enter, stored_dtype
-from slim.checkpoint import Checkpoint, ShardWriter, copy_companions, write_config
+from slim.blockpass import Entrance, Gram, enter
+from slim.checkpoint import Checkpoint, copy_companions, write_config
 from slim.pruning.least_squares import solve
+from slim.shards import SHARD_BYTES, ShardWriter
+from slim.skeleton import Skeleton, stored_dtype
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Bridging:
         self.in_front = {gap.block for gap in self.gaps.values()}
         self.pending: Pending | None = None
 
-    def write(self, target: Path, shard_bytes: int, advance: Callable[[], object] = lambda: None) -> list[Gap]:
+    def write(self, target: Path, shard_bytes: int = SHARD_BYTES, advance: Callable[[], object] = lambda: None) -> list[Gap]:
         """Write the checkpoint into ``target`` and return the gaps with their errors. ``advance``: after each block."""
         writer = ShardWriter(target, shard_bytes)
         prefix, depth = self.family.blocks, self.source.description.blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import SHARD_BYTES, Checkpoint, resolve_dtype
+from slim.checkpoint import Checkpoint, resolve_dtype
 from slim.data.calibration import Calibration
 from slim.pruning.forward import LOGITS_AT_ONCE
 from slim.settings import require_number
@@ -43,6 +43,5 @@ def forward_bytes(model: ModelDescription, device: str, samples: int, length: in
 
 
 def shard_bytes(model: ModelDescription) -> int:
-    """Estimate what the writer of a checkpoint holds."""
-    largest = model.vocab_size * model.hidden_size * DTYPE_BYTES.get(model.dtype, 4)
-    return min(model.weight_bytes(), SHARD_BYTES + largest)
+    """Estimate what copying the largest tensor to a checkpoint takes."""
+    return model.vocab_size * model.hidden_size * DTYPE_BYTES.get(model.dtype, 4)

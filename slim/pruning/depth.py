@@ -18,9 +18,9 @@ from slim.architecture import ModelDescription
 from slim.checkpoint import REPORT, Checkpoint, open_checkpoint, write_blocks
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
+from slim.families import FAMILIES
 from slim.pruning.calibrated import (
     LIBRARY_BYTES,
-    SHARD_BYTES,
     chosen_windows,
     forward_bytes,
     load_with_tokens,
@@ -90,17 +90,13 @@ class DepthPruning(Stage):
 
     def _check_lists(self) -> None:
         if self.protect is not None and (self.protect_first, self.protect_last) != (None, None):
-            raise SlimError(
-                "pruner.protect names all protected blocks: leave pruner.protect_first and protect_last out."
-            )
+            raise SlimError("pruner.protect names all protected blocks: leave pruner.protect_first and protect_last out.")
         if self.remove is None:
             return
         if not self.remove:
             raise SlimError("pruner.remove=[] removes nothing. Use pruner=none to leave the model as it is.")
         if self.blocks not in (None, len(self.remove)):
-            raise SlimError(
-                f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. Give one of them."
-            )
+            raise SlimError(f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. Give one of them.")
         both = sorted(set(self.remove) & set(self.protect or ()))
         if both:
             raise SlimError(f"pruner.remove and pruner.protect both name block {both[0]}. Take it out of one of them.")
@@ -140,10 +136,14 @@ class DepthPruning(Stage):
         return self.blocks if self.blocks is not None else default_blocks(blocks)
 
     def check(self, model: ModelDescription) -> None:
-        depth, _family = model.blocks, model.family  # the family raises where it is unknown
+        depth, family = model.blocks, model.family  # the family raises where it is unknown
         if model.quantization is not None:
+            raise SlimError(f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
+        if self.reconstruct and family.norms_outputs:
+            possible = ", ".join(name for name, other in FAMILIES.items() if not other.norms_outputs)
             raise SlimError(
-                f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
+                f"pruner.reconstruct=true cannot fold its map into a projection of {model.name}: a norm follows it. "
+                f"Leave it out; it works for {possible}."
             )
         for setting, named in (("protect", self.protect), ("remove", self.remove)):
             outside = [block for block in named or () if block >= depth]
@@ -231,7 +231,7 @@ class DepthPruning(Stage):
         tokens = self.calibration.tokens(load_tokenizer(source.folder), source.description.context_length)
         bridging = Bridging(source, removed, tokens, self.damping, context.device)
         with progress_bar("Bridging gaps", total=source.description.blocks) as advance:
-            gaps = bridging.write(target, SHARD_BYTES, advance)
+            gaps = bridging.write(target, advance=advance)
         bridged = [block for gap in gaps for block in gap.removed]
         return {
             "gaps": [dataclasses.asdict(gap) for gap in gaps],

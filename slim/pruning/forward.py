@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from slim.lazy import LazyModule
+from slim.logits import head_logits
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ class BlockChain:
     def __init__(self, model, family: Family):
         self.model, self.family = model, family
         self.blocks = model.get_submodule(family.blocks)
-        self.norm, self.head = model.get_submodule(family.final_norm), model.get_submodule(family.head)
+        self.norm = model.get_submodule(family.final_norm)
         self._calls: list[tuple[tuple, dict]] = []
 
     def __len__(self) -> int:
@@ -67,10 +68,11 @@ class BlockChain:
 
         One sum per some tokens, so that few logits exist at once; every token but the first of a sample counts.
         """
-        rows = max(1, LOGITS_AT_ONCE // self.head.weight.shape[0])
+        rows = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         inputs, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().to(hidden.device)
         for states, target in zip(inputs.split(rows), targets.split(rows), strict=True):
-            yield torch.nn.functional.cross_entropy(self.head(self.norm(states)).float(), target, reduction="sum")
+            logits = head_logits(self.model, self.norm(states)).float()
+            yield torch.nn.functional.cross_entropy(logits, target, reduction="sum")
 
 
 def batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -3,7 +3,8 @@
     score(block) = sum over its weight tensors W of sum_ij |W_ij|
 
 Kim et al., "Shortened LLaMA" (arXiv:2402.02834), section 2.1. Weight tensors are those named ``*.weight``, norms
-included (9 per Llama block); biases are left out, as in the authors' code.
+included (9 per Llama block; a norm of Gemma that stores w multiplies by 1 + w and counts as that); biases are left out,
+as in the authors' code.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 
-def magnitude_score(weight: torch.Tensor) -> float:
-    """Return sum |w| of a tensor of any shape and floating type: rows in float32, their total in float64."""
-    return weight.float().abs().sum(dim=-1).double().sum().item()
+def magnitude_score(weight: torch.Tensor, offset: float = 0.0) -> float:
+    """Return sum |w + offset| of a tensor of any shape and floating type: rows in float32, their total in float64."""
+    values = weight.float() + offset if offset else weight.float()
+    return values.abs().sum(dim=-1).double().sum().item()
 
 
 @dataclass
@@ -34,9 +36,12 @@ class Magnitude(DepthPruning):
     score_label: ClassVar[str] = "sum of |w|"
 
     def scores(self, source: Checkpoint, context: Context) -> list[float]:
-        reader, prefix = TensorReader(source), source.description.family.blocks
+        reader, family = TensorReader(source), source.description.family
         return [
-            sum(magnitude_score(reader.read(name)) for name in weight_names(source, f"{prefix}.{block}."))
+            sum(
+                magnitude_score(reader.read(name), family.offset(name))
+                for name in weight_names(source, f"{family.blocks}.{block}.")
+            )
             for block in track(range(source.description.blocks), "Magnitude of blocks")
         ]
 

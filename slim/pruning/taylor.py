@@ -4,7 +4,8 @@
 
 with L the mean negative log-likelihood of all calibration tokens. Kim et al., "Shortened LLaMA" (arXiv:2402.02834),
 section 2.1, equation 1; "Taylor+" there keeps the first four and last two blocks. The criterion is LLM-Pruner's
-(arXiv:2305.11627). Weight tensors are those named ``*.weight``, norms included (9 per Llama block).
+(arXiv:2305.11627). Weight tensors are those named ``*.weight``, norms included (9 per Llama block; a norm of Gemma that
+stores w multiplies by 1 + w, and that is its W).
 
 No second copy of the model is made for gradients. The backward pass goes block by block: a block's forward is repeated
 from its stored input (gradient checkpointing, done by hand), and each weight's gradient is scored the moment it appears
@@ -38,12 +39,12 @@ else:
 CHUNK = 2**20  # numbers per product, so that scoring a tensor needs no further copy of it
 
 
-def taylor_score(weight: torch.Tensor, grad: torch.Tensor) -> float:
-    """Return sum |w * g| for a weight and its gradient of equal shape: products in float32, their total in float64."""
+def taylor_score(weight: torch.Tensor, grad: torch.Tensor, offset: float = 0.0) -> float:
+    """Return sum |(w + offset) g| for a weight and its gradient of equal shape: products in float32, total in float64."""
     total = 0.0
     with torch.no_grad():
         for w, g in zip(weight.flatten().split(CHUNK), grad.flatten().split(CHUNK), strict=True):
-            total = total + (w.float() * g.float()).abs().sum().double()
+            total = total + ((w.float() + offset) * g.float()).abs().sum().double()
     return float(total)
 
 
@@ -91,11 +92,13 @@ def block_backward(
 ) -> tuple[float, torch.Tensor]:
     """Return block ``index``'s score and its input's gradient, given its input and its output's gradient."""
     block = chain.blocks[index]
-    weights = [parameter for name, parameter in block.named_parameters() if name.endswith("weight")]
+    weights = {
+        parameter: chain.family.offset(name) for name, parameter in block.named_parameters() if name.endswith("weight")
+    }
     scores = []
 
     def score(weight: torch.Tensor) -> None:
-        scores.append(taylor_score(weight, weight.grad))
+        scores.append(taylor_score(weight, weight.grad, weights[weight]))
         weight.grad = None
 
     state = state.to(gradient.device).requires_grad_()

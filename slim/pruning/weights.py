@@ -37,9 +37,17 @@ NOTE = "Zeros are stored like other weights: they save neither memory nor time w
 class SparsityVisitor(Visitor):
     """A weight pruning method on the walk, with the settings of its stage. dtype: type in which weights are stored."""
 
+    resumable = True
+
     def __init__(self, stage: WeightPruning, dtype: torch.dtype):
         self.sparsity, self.n_of_m, self.dtype = stage.share, stage.n_of_m, dtype
         self.zeros: list[dict] = []  # per layer: how many of its weights are zero
+
+    def state(self) -> dict:
+        return {"zeros": self.zeros}
+
+    def resume(self, state: dict) -> None:
+        self.zeros = state["zeros"]
 
     def visit(self, view: SegmentView) -> dict[str, float]:
         errors = {}
@@ -149,9 +157,7 @@ class WeightPruning(Stage):
     def check(self, model: ModelDescription) -> None:
         model.family  # noqa: B018 - refuses families whose parts are unknown
         if model.quantization is not None:
-            raise SlimError(
-                f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
-            )
+            raise SlimError(f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
         for block in range(model.blocks if self.m else 0):
             for name, (_, columns) in model.block_linears(block).items():
                 if columns % self.m:

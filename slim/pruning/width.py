@@ -18,6 +18,7 @@ from slim.architecture import DTYPE_BYTES, ModelDescription
 from slim.checkpoint import REPORT, Checkpoint, open_checkpoint
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
+from slim.families import FAMILIES
 from slim.pruning import calibrated
 from slim.pruning.forward import batch_samples
 from slim.pruning.rules import default_ends
@@ -112,7 +113,13 @@ class WidthPruning(Stage):
         return {block: pruned_width(model, block, self.ratio, self.rounding) for block in self.block_range(model)}
 
     def check(self, model: ModelDescription) -> None:
-        depth, _family = model.blocks, model.family  # the family raises where it is unknown
+        depth, family = model.blocks, model.family  # the family raises where it is unknown
+        if family.fused:
+            possible = ", ".join(name for name, other in FAMILIES.items() if not other.fused)
+            raise SlimError(
+                f"{model.name} keeps several projections in one matrix ({family.fused[0]}), which width pruning cannot cut. "
+                f"It works for {possible}. Depth and weight pruning work for this model."
+            )
         if model.quantization is not None:
             raise SlimError(
                 f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent)."

@@ -17,6 +17,8 @@ from slim.architecture import ModelDescription
 from slim.errors import SlimError
 
 LLM_PRUNER = "llm_pruner"
+# Families whose configuration takes one number of heads for all blocks, and one that divides the hidden size.
+EVEN_HEADS = ("llama", "gemma2", "gemma3_text")
 SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # What Llama's configuration assumes for entries that a config.json may leave out, where Mistral's assumes otherwise.
 LLAMA_DEFAULTS = {
@@ -63,9 +65,9 @@ def pruned_width(model: ModelDescription, block: int, ratio: float, rounding: in
 def with_widths(model: ModelDescription, widths: Mapping[int, Width]) -> ModelDescription:
     """Return the description with the blocks in ``widths`` at their new sizes.
 
-    Alike in all blocks it is a stock config, otherwise ``per_layer_config``. Llama's configuration refuses heads that
-    do not divide the hidden size or differ by block; Mistral's without a sliding window computes the same and takes
-    them.
+    Alike in all blocks it is a stock config, otherwise ``per_layer_config``. Llama's and Gemma's configurations refuse
+    heads that do not divide the hidden size or differ by block; Mistral's without a sliding window computes the same as
+    Llama's and takes them.
     Raises ``SlimError`` where neither can hold the result.
     """
     changed = [width if (width := widths.get(block)) else width_of(model, block) for block in range(model.blocks)]
@@ -78,7 +80,7 @@ def with_widths(model: ModelDescription, widths: Mapping[int, Width]) -> ModelDe
     else:
         config.update({key: model.config.get(key) or getattr(model, name) for key, name in PLAIN.items()})
         config["per_layer_config"] = differing_entries(model, config, entries)
-    if config["model_type"] == "llama" and not fits_llama(config):
+    if config["model_type"] in EVEN_HEADS and not has_even_heads(config):
         config = as_mistral(config, model.name)
     return ModelDescription(config, model.name)
 
@@ -97,14 +99,19 @@ def differing_entries(model: ModelDescription, config: dict, entries: list[dict]
     return found
 
 
-def fits_llama(config: dict) -> bool:
-    """Whether ``LlamaConfig`` takes the heads: one number for all blocks, which divides the hidden size."""
+def has_even_heads(config: dict) -> bool:
+    """Whether there is one number of heads for all blocks, and it divides the hidden size."""
     differ = any("num_attention_heads" in entry for entry in config.get("per_layer_config", {}).values())
     return not differ and config["hidden_size"] % config["num_attention_heads"] == 0
 
 
 def as_mistral(config: dict, name: str) -> dict:
-    """Return a Llama config as that of the Mistral model that computes the same."""
+    """Return a Llama config as that of the Mistral model that computes the same; ``SlimError`` where there is none."""
+    if config["model_type"] != "llama":
+        raise SlimError(
+            f"The configuration of {config['model_type']} takes one number of heads for all blocks of {name}, which divides "
+            f"its hidden size {config['hidden_size']}. Use pruner.uniform=true with a pruner.ratio that leaves such a number."
+        )
     biased = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
     if biased:
         raise SlimError(

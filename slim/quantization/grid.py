@@ -28,16 +28,22 @@ class Quantised:
     """Codes and grid of one layer.
 
     codes: uint8 [out, in]. scale: [out, groups] in the stored type. zero: uint8 [out, groups].
+    group_index: int64 [in], the group of every column, where columns were grouped in activation order; None: the
+        columns of a group follow one another.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
     scheme: Scheme
+    group_index: torch.Tensor | None = None
 
     def dequantise(self) -> torch.Tensor:
         """Return the weights these codes stand for, float32 [out, in]."""
-        return decode(self.codes, self.scale, self.zero)
+        if self.group_index is None:
+            return decode(self.codes, self.scale, self.zero)
+        steps = self.codes.float() - self.zero[:, self.group_index].float()
+        return steps.mul_(self.scale[:, self.group_index].float())
 
 
 def grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:

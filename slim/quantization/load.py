@@ -1,98 +1,114 @@
-"""Loading a packed checkpoint for use: the model's own class, its quantised linear layers as ``QuantLinear``."""
+"""Loading a packed checkpoint for use: the model's own class, its quantised layers as ``QuantLinear``."""
 
 from __future__ import annotations
-
-import re
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from slim.blockwise import Skeleton
 from slim.checkpoint import Checkpoint, TensorReader
 from slim.errors import SlimError
-from slim.quantization.linear import QuantLinear
-from slim.quantization.packing import unpack_columns
-from slim.quantization.scheme import Scheme, from_config
+from slim.quantization.formats import Stored, read_config
+from slim.quantization.formats.base import read_tensor
+from slim.quantization.linear import QuantEmbedding, QuantLinear
+from slim.quantization.scheme import Scheme
+from slim.skeleton import Skeleton
 
 
 def load_quantized(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> nn.Module:
-    """Load a compressed-tensors ``pack-quantized`` checkpoint, slim's own or another tool's, in evaluation mode.
+    """Load a packed checkpoint in any format of docs/formats.md, slim's own or another tool's, in evaluation mode.
 
     dtype: type of activations, scales and plain weights, such as ``"bfloat16"``. Weights are read tensor by tensor;
-    no dense copy of a quantised layer is made. Raises ``SlimError`` for other formats and for missing tensors.
+    no dense copy of a quantised layer is made. Raises ``SlimError`` for other formats, and for tensors that are missing or
+    do not fit the config.
     """
-    scheme = from_config(checkpoint.description.quantization, str(checkpoint.folder))
+    stored = read_config(checkpoint.description.quantization, str(checkpoint.folder))
     skeleton = Skeleton(checkpoint, device)
     model, wanted = skeleton.model, getattr(torch, dtype)
-    ignored = checkpoint.description.quantization.get("ignore") or []
-    for name, linear in list(quantised_linears(model, ignored, skeleton.reader)):
-        model.set_submodule(name, read_linear(skeleton.reader, name, linear, scheme, wanted, device))
+    tied_head = model.get_output_embeddings() if checkpoint.description.tied else None
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            scheme = packed_scheme(stored, skeleton.reader, name, optional=module is tied_head)
+            if scheme is not None:
+                model.set_submodule(name, read_layer(skeleton.reader, stored, name, module, scheme, wanted, device))
     load_plain(model, skeleton.reader, wanted, device)
+    tie(model, checkpoint.description.tied, device)
+    require_all(model, skeleton.reader)
     model.config.dtype = wanted
     load_generation_config(model, checkpoint)
     return model.eval()
 
 
-def quantised_linears(model: nn.Module, ignored: list[str], reader: TensorReader) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield (name, layer) of the linear layers that the file holds packed.
+def packed_scheme(stored: Stored, reader: TensorReader, name: str, optional: bool) -> Scheme | None:
+    """Return the scheme of a layer that the file holds packed; None: it is plain.
 
-    Raises ``SlimError`` for a layer that is neither packed, nor plain, nor shares the embedding.
+    optional: whether the file may hold neither, as for a head that shares the embedding. Raises ``SlimError`` where the
+    config and the file say different things.
     """
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or is_ignored(name, ignored):
-            continue
-        if f"{name}.weight_packed" in reader:
-            yield name, module
-        elif f"{name}.weight" not in reader and module is not model.get_output_embeddings():
-            raise SlimError(f"{reader.checkpoint.folder} has no tensor '{name}.weight_packed'.")
+    scheme, codes = stored.scheme(name), f"{name}.{stored.format.codes}"
+    if codes in reader and scheme is None and f"{name}.weight" not in reader:
+        raise SlimError(
+            f"{reader.checkpoint.folder} holds '{codes}', but its quantization_config says that {name} is plain. "
+            "The config does not belong to these weights."
+        )
+    if codes in reader:
+        return scheme
+    if scheme is not None and f"{name}.weight" not in reader and not optional:
+        raise SlimError(
+            f"{reader.checkpoint.folder} has no tensor '{codes}', which its quantization_config "
+            f"({stored.format.quant_method}) asks for."
+        )
+    return None
 
 
-def is_ignored(name: str, ignored: list[str]) -> bool:
-    """Whether a layer is on the ignore list: exact names, or patterns after ``re:``."""
-    return any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in ignored)
-
-
-def read_linear(
-    reader: TensorReader, name: str, linear: nn.Linear, scheme: Scheme, dtype: torch.dtype, device: str
-) -> QuantLinear:
+def read_layer(
+    reader: TensorReader,
+    stored: Stored,
+    name: str,
+    module: nn.Linear | nn.Embedding,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    device: str,
+) -> QuantLinear | QuantEmbedding:
     """Read one packed layer. Raises ``SlimError`` if its tensors do not have the shapes of its place in the model."""
-    layer = QuantLinear(linear.in_features, linear.out_features, scheme, dtype, linear.bias is not None)
-    found = {
-        "packed": reader.read(f"{name}.weight_packed"),
-        "scale": reader.read(f"{name}.weight_scale"),
-    }
-    if not scheme.symmetric:
-        found["zero"] = unpack_columns(reader.read(f"{name}.weight_zero_point"), scheme.bits, linear.out_features)
-    if linear.bias is not None:
-        found["bias"] = reader.read(f"{name}.bias").to(dtype)
-    for key, tensor in found.items():
-        expected = getattr(layer, key).shape
-        if tensor.shape != expected:
-            raise SlimError(
-                f"{name} in {reader.checkpoint.folder}: {key} is {tuple(tensor.shape)}, not {tuple(expected)}."
-            )
-        layer.take_scale(tensor) if key == "scale" else setattr(layer, key, tensor)
-    return layer.to(device).choose_kernel()
+    rows, columns = module.weight.shape
+    bias = getattr(module, "bias", None) is not None
+    layer = QuantLinear(columns, rows, scheme, dtype, bias)
+    layer.take(stored.format.read(reader, name, columns, rows, scheme, stored))
+    if bias:
+        layer.bias = read_tensor(reader, f"{name}.bias", (rows,)).to(dtype)
+    layer = layer.to(device)
+    if isinstance(module, nn.Embedding):  # rows are looked up in the stored stream
+        return QuantEmbedding(layer, getattr(module, "embed_scale", None))
+    return layer.choose_kernel()
 
 
 def load_plain(model: nn.Module, reader: TensorReader, dtype: torch.dtype, device: str) -> None:
-    """Load everything that is not packed (embeddings, norms, head) and tie what the model ties."""
+    """Load everything that is not packed (embeddings, norms, head)."""
     for name, parameter in list(model.named_parameters()):
         if name in reader:
             module, _, attribute = name.rpartition(".")
-            tensor = reader.read(name)
-            if tensor.shape != parameter.shape:
-                raise SlimError(
-                    f"{name} in {reader.checkpoint.folder} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}."
-                )
+            tensor = read_tensor(reader, name, parameter.shape)
             setattr(model.get_submodule(module), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-    model.tie_weights()
+
+
+def tie(model: nn.Module, tied: bool, device: str) -> None:
+    """Let the head share the embedding where the model says so and the file holds no packed head of its own."""
+    embedding = model.get_input_embeddings()
+    if not tied or isinstance(model.get_output_embeddings(), QuantLinear):
+        return
+    if not isinstance(embedding, QuantEmbedding):
+        model.tie_weights()
+        return
+    if device == "cpu":  # rows can be looked up in the CPU kernels' layouts, not in that of CUDA
+        embedding.table.choose_kernel()
+    model.set_output_embeddings(embedding.table)
+
+
+def require_all(model: nn.Module, reader: TensorReader) -> None:
+    """Raise ``SlimError`` if a weight of the model was not in the file."""
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
-        raise SlimError(
-            f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'."
-        )
+        raise SlimError(f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'.")
 
 
 def load_generation_config(model: nn.Module, checkpoint: Checkpoint) -> None:

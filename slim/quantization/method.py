@@ -3,74 +3,186 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import REPORT, SHARD_BYTES, Checkpoint, open_checkpoint
-from slim.quantization.scheme import Scheme, check_model, check_scheme_settings, to_config
+from slim.checkpoint import REPORT, Checkpoint, open_checkpoint
+from slim.errors import SlimError
+from slim.quantization.assign import (
+    PLAIN_BITS,
+    assign,
+    check_overrides,
+    check_plain,
+    layer_shapes,
+    pinned_layers,
+)
+from slim.quantization.formats import get_format
+from slim.quantization.scheme import BITS, GROUP_SIZES, WHOLE_ROW, Scheme
+from slim.settings import require_choice, require_flag, require_number
 from slim.stage import Context, Stage
 
 if TYPE_CHECKING:
+    import torch
+
     from slim.blockwise import LayerError
     from slim.quantization.visitor import QuantVisitor
+
+AUTO = "auto"
 
 
 @dataclass
 class Quantization(Stage):
     """Settings of every method.
 
-    bits: per weight: 2, 3, 4 or 8. group_size: weights that share a scale: 32, 64, 128, 256, or -1 for a whole row.
+    bits: per weight: 2, 3, 4 or 8, or ``"auto"``: chosen per layer under ``average_bits`` (of the codes, over the layers
+        whose bits no override sets) or ``budget_gb`` (of all weight files, in 10^9 bytes).
+    group_size: weights that share a scale: 32, 64, 128, 256, or -1 for a whole row.
     symmetric: whether the grid is symmetric around 0 (no zero points: smaller, understood by more engines, less exact).
+    overrides: layer name with ``*`` -> {bits, group_size, symmetric} of its own; bits 16 leave it as it is.
+    lm_head, embeddings: whether these are quantised too: 8 bits, symmetric, a scale per row, unless overrides say else.
+    format: ``compressed-tensors``, ``gptq`` or ``awq``.
     """
 
-    bits: int = 4
+    bits: int | str = 4
     group_size: int = 128
     symmetric: bool = False
+    average_bits: float | None = None
+    budget_gb: float | None = None
+    overrides: dict = field(default_factory=dict)
+    lm_head: bool = False
+    embeddings: bool = False
+    format: str = "compressed-tensors"
 
     kind: ClassVar[str] = "quantize"
+    ordered: ClassVar[bool] = False  # whether columns are grouped in activation order
+    needs_gram: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_scheme_settings(self.bits, self.group_size, self.symmetric)
+        require_choice("quant.bits", self.bits, (*BITS, AUTO))
+        require_choice("quant.group_size", self.group_size, (*GROUP_SIZES, WHOLE_ROW))
+        for name in ("symmetric", "lm_head", "embeddings"):
+            require_flag(f"quant.{name}", getattr(self, name))
+        check_overrides(self.overrides)
+        get_format(self.format)
+        self._check_budget()
 
-    @property
-    def scheme(self) -> Scheme:
-        return Scheme(self.bits, self.group_size, self.symmetric)
+    def _check_budget(self) -> None:
+        limits = [name for name in ("average_bits", "budget_gb") if getattr(self, name) is not None]
+        if self.bits != AUTO and limits:
+            raise SlimError(f"quant.{limits[0]} belongs to quant.bits=auto; with quant.bits={self.bits} leave it out.")
+        if self.bits == AUTO and len(limits) != 1:
+            raise SlimError("quant.bits=auto needs one of quant.average_bits=3.25 (say) and quant.budget_gb=2.5 (say).")
+        if self.average_bits is not None:
+            require_number("quant.average_bits", self.average_bits, min(BITS), max(BITS))
+        if self.budget_gb is not None:
+            require_number("quant.budget_gb", self.budget_gb, 1e-6)
+
+    def schemes(self, model: ModelDescription, bits: Mapping[str, int] | int | None = None) -> dict[str, Scheme]:
+        """Return full layer name -> scheme. bits: of the blocks' layers, all or by name; None: those of the settings.
+
+        With ``bits=auto`` the default is what the budget allows at most, the same for all layers: an upper bound.
+        """
+        shapes = layer_shapes(model)
+        if bits is None:
+            bits = self.bits
+        if bits == AUTO:
+            average = self.allowed_bits(model)
+            bits = min(width for width in BITS if width >= min(average, max(BITS)))
+        widths = bits if isinstance(bits, Mapping) else dict.fromkeys(shapes, bits)
+        blocks = {name: Scheme(widths[name], self.group_size, self.symmetric) for name in shapes}
+        return assign(model, blocks, self.overrides, self.lm_head, self.embeddings)
+
+    def allowed_bits(self, model: ModelDescription) -> float:
+        """Return the bits per weight of the blocks' layers that the budget allows. Raises ``SlimError`` for too few."""
+        if self.average_bits is not None:
+            return self.average_bits
+        least, most = (self.described(model, self.schemes(model, bits)).weight_bytes() for bits in (min(BITS), max(BITS)))
+        average = min(BITS) + (max(BITS) - min(BITS)) * (1e9 * self.budget_gb - least) / max(1, most - least)
+        if average < min(BITS):
+            raise SlimError(
+                f"quant.budget_gb={self.budget_gb:g} is too little: {model.name} takes {least / 1e9:.3g} GB with all "
+                f"layers at {min(BITS)} bits (embeddings, head, scales included)."
+            )
+        return min(average, max(BITS))
 
     def check(self, model: ModelDescription) -> None:
-        check_model(model, self.scheme)
+        check_plain(model)
+        get_format(self.format).check(self.schemes(model), self.ordered)
+
+    def described(self, model: ModelDescription, schemes: Mapping[str, Scheme]) -> ModelDescription:
+        """Describe ``model`` once it is quantised to ``schemes``."""
+        family = model.family
+        linears = [*layer_shapes(model), family.head]
+        config = get_format(self.format).config(schemes, linears, self.ordered, **self.format_settings())
+        untied = {"tie_word_embeddings": False} if family.head in schemes and family.embeddings not in schemes else {}
+        return model.with_config(quantization_config=config, **(untied if model.tied else {}))
+
+    def format_settings(self) -> dict:
+        """Return settings of the method that some formats record, under the formats' names."""
+        return {}
 
     def expect(self, model: ModelDescription) -> ModelDescription:
-        return model.with_config(quantization_config=to_config(self.scheme, [model.family.head]))
+        return self.described(model, self.schemes(model))
 
     def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        """One block in float32 and packed, its working copies, and the shard being written; no activations."""
-        block = 4 * model.block_parameters()
+        """One block in float32 and packed, working copies of some rows, and the embedding; no activations."""
         largest = max(rows * columns for rows, columns in model.block_linears().values())
-        embeddings = model.vocab_size * model.hidden_size * DTYPE_BYTES.get(model.dtype, 4)
-        shard = min(max(SHARD_BYTES, embeddings) + embeddings, self.expect(model).weight_bytes())
-        return 2 * block + 6 * 4 * largest + shard
+        embeddings = model.vocab_size * model.hidden_size * (4 + DTYPE_BYTES.get(model.dtype, 4))
+        return 5 * model.block_parameters() + 3 * 4 * largest + embeddings
 
-    def visitor(self, model: ModelDescription) -> QuantVisitor:
+    def visitor(self, model: ModelDescription, schemes: Mapping[str, Scheme]) -> QuantVisitor:
         """Return the method as a visitor of the walk."""
         raise NotImplementedError
 
-    def tokens(self, source: Checkpoint):
+    def tokens(self, source: Checkpoint) -> torch.Tensor | None:
         """Return calibration tokens, int64 [samples, length], or None for methods without calibration."""
         return None
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
         from slim.blockwise import rewrite
+        from slim.progress import console
 
         checkpoint = open_checkpoint(source)
         model = checkpoint.description
         self.check(model)
         tokens = self.tokens(checkpoint)
-        errors = rewrite(checkpoint, target, self.visitor(model), self.expect(model).config, context, tokens)
-        return self._facts(target, model, errors)
+        schemes = self.schemes(model)
+        if self.bits == AUTO:
+            schemes = self.schemes(model, self._allocate(checkpoint, tokens, target, context))
+        visitor = self.visitor(model, schemes)
+        result = self.described(model, schemes)
+        errors = rewrite(checkpoint, target, visitor, result.config, context, tokens)
+        for note in visitor.notes:
+            console().print(f"[yellow]{note}[/]", highlight=False)
+        return {**self._facts(target, result, schemes, errors), **({"notes": visitor.notes} if visitor.notes else {})}
 
-    def _facts(self, target: Path, model: ModelDescription, errors: list[LayerError]) -> dict:
+    def _allocate(self, source: Checkpoint, tokens: torch.Tensor | None, target: Path, context: Context) -> dict[str, int]:
+        """Measure what every width costs in every layer, choose, and report the choice."""
+        import torch
+
+        from slim.blockwise import Walk
+        from slim.quantization.allocate import Sensitivity, allocate
+        from slim.quantization.report import write_allocation
+        from slim.resume import WalkProgress
+
+        model = source.description
+        scale_dtype = getattr(torch, get_format(self.format).scale_dtype(model.dtype))
+        visitor = Sensitivity(Scheme(4, self.group_size, self.symmetric), scale_dtype, tokens is not None)
+        progress = WalkProgress(context.work / "sensitivity", context.device) if context.work else None
+        walk = Walk(source, visitor, None, tokens, context.device, title="Sensitivity", progress=progress)
+        walk.run()
+        schemes, pinned = self.schemes(model), pinned_layers(layer_shapes(model), self.overrides)
+        free = {name: found for name, found in visitor.errors.items() if name not in pinned}
+        sizes = {name: rows * columns for name, (rows, columns) in layer_shapes(model).items() if name in free}
+        bits = allocate(free, sizes, self.allowed_bits(model))
+        bits.update({name: schemes[name].bits if name in schemes else PLAIN_BITS for name in pinned})
+        write_allocation(target / REPORT, model, visitor.errors, bits)
+        return bits
+
+    def _facts(self, target: Path, result: ModelDescription, schemes: Mapping[str, Scheme], errors: list[LayerError]) -> dict:
         """Write the table and picture of layer errors and return the facts for the manifest."""
         from slim.quantization.report import plot_layer_errors
 
@@ -78,15 +190,10 @@ class Quantization(Stage):
         (target / REPORT).mkdir(exist_ok=True)
         (target / REPORT / "layer_errors.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         plot_layer_errors(target / REPORT / "layer_errors.png", errors)
+        sizes = {name: rows * columns for name, (rows, columns) in layer_shapes(result).items() if name in schemes}
         return {
-            "bits": self.bits,
-            "bits_per_weight": round(bits_per_weight(self.expect(model)), 4),
+            "bits": round(sum(schemes[name].bits * size for name, size in sizes.items()) / sum(sizes.values()), 4),
+            "bits_per_weight": round(result.packed_bits(), 4),
             "layer_error_mean": sum(item.error for item in errors) / len(errors),
             "layer_error_max": max(item.error for item in errors),
         }
-
-
-def bits_per_weight(model: ModelDescription) -> float:
-    """Return stored bits per quantised weight, scales and zero points included."""
-    weights = sum(rows * columns for rows, columns in model.block_linears().values())
-    return 8 * model._packed_block_bytes(DTYPE_BYTES.get(model.dtype, 4)) / weights

@@ -23,6 +23,7 @@ else:
 
 MAX_BITS = 8
 EIGHT = 8  # codes that together fill whole bytes at every width
+CHUNK = 2**20  # codes that are packed or moved at once
 
 
 def words_per_row(codes: int, bits: int) -> int:
@@ -34,14 +35,38 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack unsigned codes [..., n] (any integer dtype, 0 <= code < 2**bits) into int32 [..., ceil(n bits / 32)]."""
     _require_bits(bits)
     lead, count = codes.shape[:-1], codes.shape[-1]
+    rows = codes.reshape(-1, count)
+    words = torch.zeros(len(rows), words_per_row(count, bits), dtype=torch.int32, device=codes.device)
+    step = max(1, CHUNK // max(1, count))  # the steps between take 24 bytes per code
+    for start in range(0, len(rows), step):
+        _pack_rows(rows[start : start + step], bits, words[start : start + step])
+    return words.view(*lead, words.shape[1])
+
+
+def _pack_rows(codes: torch.Tensor, bits: int, words: torch.Tensor) -> None:
+    """Pack codes [rows, n] into zeroed ``words`` [rows, m]."""
+    filled = words.view(torch.uint8)
+    octets = _bytes_of(codes, bits) if MAX_BITS % bits == 0 else _bytes_of_eights(codes, bits)
+    filled[:, : octets.shape[-1]] = octets[:, : filled.shape[-1]]
+
+
+def _bytes_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Join codes [rows, n] to bytes for widths of which whole numbers fit into one: 1, 2, 4, 8."""
+    per_byte = MAX_BITS // bits
+    parts = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    octets = parts[..., 0].clone()
+    for index in range(1, per_byte):
+        octets |= parts[..., index] << (bits * index)
+    return octets
+
+
+def _bytes_of_eights(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Join codes [rows, n] to bytes, eight codes at a time."""
+    count = codes.shape[-1]
     eights = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % EIGHT)).unflatten(-1, (-1, EIGHT))
     shifts = torch.arange(EIGHT, device=codes.device) * bits
     stream = (eights << shifts).sum(-1, keepdim=True)  # bits of different codes do not overlap: a sum is an "or"
-    octets = stream.view(torch.uint8)[..., :bits].reshape(*lead, -1)
-    words = torch.zeros(*lead, words_per_row(count, bits), dtype=torch.int32, device=codes.device)
-    filled = words.view(torch.uint8)
-    filled[..., : octets.shape[-1]] = octets[..., : filled.shape[-1]]
-    return words
+    return stream.view(torch.uint8)[..., :bits].flatten(-2)
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -113,6 +138,16 @@ def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Inverse of :func:`pack_columns`: uint8 [count, m]."""
     return unpack(words.T, bits, count).T.contiguous()
+
+
+def permute_columns(words: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
+    """Return ``words`` [rows, m] with the codes of every row in another order: new code k is old code order[k]."""
+    moved = torch.empty_like(words)
+    step = max(1, CHUNK // len(order))
+    for start in range(0, len(words), step):
+        codes = unpack(words[start : start + step], bits, len(order))
+        moved[start : start + step] = pack(codes.index_select(1, order), bits)
+    return moved
 
 
 def _require_bits(bits: int) -> None:

@@ -1,14 +1,16 @@
-"""The picture of a quantisation: how much every layer's output changed."""
+"""The pictures of a quantisation: how much every layer's output changed, and which layers got how many bits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slim.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
+    from slim.architecture import ModelDescription
     from slim.blockwise import LayerError
 
 
@@ -24,3 +26,30 @@ def plot_layer_errors(path: Path, errors: Sequence[LayerError]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
+
+
+def write_allocation(
+    folder: Path, model: ModelDescription, errors: Mapping[str, Mapping[int, float]], bits: Mapping[str, int]
+) -> None:
+    """Write ``bits.json`` and ``bits.png`` into ``folder``: chosen bits and predicted errors of every layer.
+
+    errors: full layer name -> bits -> share of its output that rounding to them changes. bits: layer -> chosen bits.
+    """
+    folder.mkdir(exist_ok=True)
+    table = [
+        {"layer": name, "bits": bits[name], "predicted_errors": {str(width): error for width, error in found.items()}}
+        for name, found in errors.items()
+    ]
+    (folder / "bits.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    layers = list(model.block_linears())
+    grid = [[bits[f"{model.family.blocks}.{block}.{layer}"] for block in range(model.blocks)] for layer in layers]
+    figure = new_figure(max(6.0, 3.0 + 0.3 * model.blocks), 0.4 * len(layers) + 1.6)
+    axes = figure.subplots()
+    axes.imshow(grid, aspect="auto", cmap="viridis", vmin=2, vmax=8)
+    for row, widths in enumerate(grid):
+        for block, width in enumerate(widths):
+            axes.text(block, row, str(width), ha="center", va="center", color="white" if width < 6 else "black", fontsize=8)
+    axes.set(xlabel="block", title="bits per weight")
+    axes.set_yticks(range(len(layers)), layers)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, folder / "bits.png")

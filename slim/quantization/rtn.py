@@ -8,14 +8,16 @@ interval is shrunk by the factor with the smallest squared error, which clips ou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from slim.blockwise import SegmentView
-from slim.lazy import LazyModule
+from slim.quantization.formats import Format, get_format
 from slim.quantization.grid import search, shrink_factors
 from slim.quantization.method import Quantization
 from slim.quantization.scheme import Scheme
+from slim.quantization.solve import by_rows
 from slim.quantization.visitor import QuantVisitor
 from slim.settings import require_number
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     import torch
 
     from slim.architecture import ModelDescription
-else:
-    torch = LazyModule("torch")
 
 
 @dataclass
@@ -36,14 +36,14 @@ class RTN(Quantization):
 
     search: int = 1
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("quant.search", self.search, 1, 100, integer=True)
 
-    def visitor(self, model: ModelDescription) -> RoundToNearest:
-        return RoundToNearest(self.scheme, getattr(torch, model.dtype), self.search)
+    def visitor(self, model: ModelDescription, schemes: Mapping[str, Scheme]) -> RoundToNearest:
+        return RoundToNearest(schemes, model.dtype, get_format(self.format), self.search)
 
 
 class RoundToNearest(QuantVisitor):
@@ -51,11 +51,14 @@ class RoundToNearest(QuantVisitor):
 
     needs_gram = False
 
-    def __init__(self, scheme: Scheme, dtype: torch.dtype, steps: int = 1):
-        super().__init__(dtype)
-        self.scheme, self.factors = scheme, shrink_factors(steps)
+    def __init__(self, schemes: Mapping[str, Scheme], dtype: str, form: Format | None = None, steps: int = 1):
+        super().__init__(schemes, dtype, form)
+        self.factors = shrink_factors(steps)
 
     def quantise(self, view: SegmentView) -> dict[str, torch.Tensor]:
-        for name, linear in view.linears.items():
-            self.done[name] = search(linear.weight, self.scheme, self.dtype, factors=self.factors)
-        return {name: self.done[name].dequantise() for name in view.linears}
+        for name, weight in self.weights(view).items():
+            scheme = self.scheme(view, name)
+            self.done[name] = by_rows(
+                weight, lambda rows, scheme=scheme: search(rows, scheme, self.scale_dtype, factors=self.factors)
+            )
+        return {name: self.done[name].dequantise() for name in self.weights(view)}

@@ -1,31 +1,58 @@
-"""What all quantisation methods share on the walk: keeping the packed results, errors, and what is written."""
+"""What all quantisation methods share on the walk: schemes by layer, packed results, errors, and what is written."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from slim.blockwise import SegmentView, Visitor, relative_error
 from slim.lazy import LazyModule
-from slim.quantization.grid import Quantised
-from slim.quantization.packing import pack, pack_columns
+from slim.quantization.formats import Format, get_format
+from slim.quantization.grid import Quantised, search, shrink_factors
+from slim.quantization.scheme import Scheme
+from slim.quantization.solve import by_rows
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from slim.architecture import Family
 else:
     torch = LazyModule("torch")
+
+HEAD_FACTORS = shrink_factors(10)
 
 
 class QuantVisitor(Visitor):
     """Base of the methods: subclasses turn a segment's weights into :class:`Quantised` ones.
 
-    dtype: type in which scales are stored, that of the model.
+    schemes: full layer name -> scheme; layers that are not in it stay as they are.
+    dtype: type of the model, such as ``"bfloat16"``: what is not quantised is stored in it. form: the format written.
     """
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    resumable = True
+
+    def __init__(self, schemes: Mapping[str, Scheme], dtype: str, form: Format | None = None):
+        self.form = form or get_format("compressed-tensors")
+        self.schemes, self.dtype = schemes, getattr(torch, dtype)
+        self.scale_dtype = getattr(torch, self.form.scale_dtype(dtype))
         self.done: dict[str, Quantised] = {}  # of the block at hand, by name within it
         self.plain: dict[str, torch.Tensor] = {}  # its other tensors that folding has changed
+        self.notes: list[str] = []  # what the user should know, such as layers that had to fall back
+
+    def state(self) -> dict:
+        return {"notes": self.notes}
+
+    def resume(self, state: dict) -> None:
+        self.notes = state["notes"]
+
+    def scheme(self, view: SegmentView, name: str) -> Scheme | None:
+        """Return the scheme of a layer of ``view`` by its name within the block."""
+        return self.schemes.get(f"{view.prefix}.{name}")
+
+    def weights(self, view: SegmentView) -> dict[str, torch.Tensor]:
+        """Return the weights of the segment that are to be quantised, by name within the block."""
+        return {name: linear.weight for name, linear in view.linears.items() if self.scheme(view, name)}
 
     def quantise(self, view: SegmentView) -> dict[str, torch.Tensor]:
         """Fill ``self.done`` for the layers of ``view``; return the weights they stand for, on the unscaled input."""
@@ -44,27 +71,24 @@ class QuantVisitor(Visitor):
         for name, tensor in module.state_dict().items():
             layer = name.removesuffix(".weight")
             if layer in self.done:
-                tensors.update({f"{layer}.{key}": value for key, value in packed_tensors(self.done[layer]).items()})
+                tensors.update(self._stored(layer, self.done[layer]))
             else:
                 tensors[name] = self.plain.get(name, tensor)
         self.done, self.plain = {}, {}
         return tensors
 
+    def rest_tensors(self, name: str, tensor: torch.Tensor, family: Family, tied: bool) -> dict[str, torch.Tensor]:
+        """Pack the head and the embedding where they have a scheme. Tied ones are packed once, as the embedding."""
+        layer = name.removesuffix(".weight")
+        tensors = self._rounded(layer, tensor) if layer in self.schemes else {name: tensor}
+        if layer == family.embeddings and tied and layer not in self.schemes and family.head in self.schemes:
+            tensors.update(self._rounded(family.head, tensor))
+        return tensors
 
-def packed_tensors(layer: Quantised) -> dict[str, torch.Tensor]:
-    """Return a layer as compressed-tensors' ``pack-quantized`` stores it.
+    def _rounded(self, layer: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        scheme = self.schemes[layer]
+        packed = by_rows(tensor, lambda rows: search(rows.float(), scheme, self.scale_dtype, factors=HEAD_FACTORS))
+        return self._stored(layer, packed)
 
-    weight_packed: int32 [out, ceil(in b / 32)]. weight_scale: [out, groups]. weight_shape: int64 [2].
-    weight_zero_point (asymmetric only): int32 [ceil(out b / 32), groups], packed along the rows. That library keeps
-    codes and zero points in the signed range and adds 2^(b-1) to both when packing: what is packed is the same
-    unsigned code and zero point as here.
-    """
-    bits = layer.scheme.bits
-    tensors = {
-        "weight_packed": pack(layer.codes, bits),
-        "weight_scale": layer.scale.contiguous(),
-        "weight_shape": torch.tensor(layer.codes.shape, dtype=torch.int64),
-    }
-    if not layer.scheme.symmetric:
-        tensors["weight_zero_point"] = pack_columns(layer.zero, bits)
-    return tensors
+    def _stored(self, layer: str, packed: Quantised) -> dict[str, torch.Tensor]:
+        return {f"{layer}.{key}": value for key, value in self.form.tensors(packed).items()}

@@ -19,9 +19,9 @@ def window_order(windows: int, needed: int, seed: int) -> torch.Tensor:
 class MicroBatches(Dataset):
     """Micro-batches in the order of training: ``accumulation`` of them make an optimiser step.
 
-    Each holds ``tokens``, ``labels`` and, for packed examples, ``positions``, int64 of shape [rows, window], and
-    ``loss_tokens``: how many tokens count in the *whole* step, so that every token weighs the same whichever
-    micro-batch it is in.
+    Each holds ``tokens``, ``labels`` and, for packed examples, ``positions``, int64 of shape [rows, window],
+    ``windows``: the windows' numbers, int64 [rows], and ``loss_tokens``: how many tokens count in the *whole* step, so
+    that every token weighs the same whichever micro-batch it is in.
     """
 
     def __init__(self, windows: Windows, order: torch.Tensor, rows: int, accumulation: int = 1):
@@ -38,6 +38,7 @@ class MicroBatches(Dataset):
         batch = {
             "tokens": self.windows.tokens[chosen].long(),
             "labels": self.windows.labels[chosen].long(),
+            "windows": chosen,
             "loss_tokens": self.loss_tokens[number // self.accumulation],
         }
         if self.windows.positions is not None:
@@ -55,15 +56,14 @@ def in_order(windows: Windows, rows: int) -> list[dict]:
 
 
 class WindowData(pl.LightningDataModule):
-    """Training micro-batches for ``steps`` optimiser steps.
+    """Hands out micro-batches (:class:`MicroBatches` or the like) in their order.
 
-    rows: windows per micro-batch. seed: of the order.
+    batches: a data set of whole micro-batches with an ``accumulation``: how many of them make an optimiser step.
     """
 
-    def __init__(self, windows: Windows, steps: int, rows: int, accumulation: int, seed: int):
+    def __init__(self, batches: Dataset):
         super().__init__()
-        order = window_order(len(windows), steps * rows * accumulation, seed)
-        self.batches = MicroBatches(windows, order, rows, accumulation)
+        self.batches = batches
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.batches, batch_size=None, shuffle=False)

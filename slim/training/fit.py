@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from slim.progress import console
 from slim.training.batches import WindowData
-from slim.training.module import LanguageModelling, NotFinite, mean_nll
+from slim.training.forward import mean_nll
+from slim.training.module import LanguageModelling, NotFinite
 
 RECORDS = 100  # points of the training curve, about
 
@@ -94,9 +95,7 @@ class Validation(pl.Callback):
     Only trained parameters are kept, on the CPU; for the untouched state nothing, because the source still has it.
     """
 
-    def __init__(
-        self, outcome: Outcome, batches: list[dict], every: int, steps: int, metric: Callable, autocast: Callable
-    ):
+    def __init__(self, outcome: Outcome, batches: list[dict], every: int, steps: int, metric: Callable, autocast: Callable):
         self.outcome, self.batches, self.every, self.steps = outcome, batches, every, steps
         self.metric, self.autocast = metric, autocast
 
@@ -120,9 +119,7 @@ class Validation(pl.Callback):
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the parameters that require gradients, on the CPU."""
     return {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters() if parameter.requires_grad
     }
 
 

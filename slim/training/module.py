@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slim.data.packing import IGNORE
+from slim.training.forward import sequence_nll
 from slim.training.schedule import learning_rate_factor
 
 
@@ -52,8 +51,12 @@ class LanguageModelling(pl.LightningModule):
         """Return the summed negative log-likelihood, in nats, of the tokens with labels."""
         return sequence_nll(self.model, batch["tokens"], batch["labels"], batch.get("positions"))
 
+    def total(self, batch: dict) -> Tensor:
+        """Return what is minimised, summed over the tokens of the micro-batch that count."""
+        return self.nll(batch)
+
     def training_step(self, batch: dict, index: int) -> Tensor:
-        total = self.nll(batch)
+        total = self.total(batch)
         if not torch.isfinite(total):
             raise NotFinite(f"The loss is {total.item()} at step {self.trainer.global_step + 1}")
         first = index % self.trainer.accumulate_grad_batches == 0
@@ -69,27 +72,12 @@ class LanguageModelling(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         o = self.optimisation
-        groups = decay_groups(self.model.named_parameters(), o.weight_decay)
+        groups = decay_groups(self.named_parameters(), o.weight_decay)
         optimiser = torch.optim.AdamW(groups, lr=o.learning_rate, betas=o.betas, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: learning_rate_factor(step, o.steps, o.schedule, o.warmup, o.floor)
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def sequence_nll(model: nn.Module, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return the summed negative log-likelihood, in nats, of the tokens whose label is not ``IGNORE``.
-
-    tokens, labels, positions: int64 [rows, length]. With positions that start again at 0 inside a row, each such piece
-    is a sequence of its own: no mask and no cache may be given then, or transformers lets them see each other.
-    The head runs on the outputs that predict a label only, which saves most of it where answers are short.
-    """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = plain.base_model(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False)[0]
-    target = labels[:, 1:]
-    counts = target != IGNORE
-    logits = plain.get_output_embeddings()(hidden[:, :-1][counts])
-    return F.cross_entropy(logits.float(), target[counts], reduction="sum")
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
@@ -99,17 +87,3 @@ def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: f
     vectors = [parameter for parameter in trained if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-@torch.no_grad()
-def mean_nll(model: nn.Module, batches: Iterable[dict], device: str | torch.device = "cpu") -> float:
-    """Return the mean negative log-likelihood per counted token over ``batches``, in nats; the model's mode is kept."""
-    training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-        total += sequence_nll(model, moved["tokens"], moved["labels"], moved.get("positions")).double().item()
-        count += int((batch["labels"][:, 1:] != IGNORE).sum())
-    model.train(training)
-    return total / count

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.checkpoint import load_model, load_tokenizer, open_checkpoint, save_model, write_blocks
-from slim.data.examples import TRAIN, VALIDATION, TrainingData
-from slim.data.packing import Windows
+from slim.checkpoint import load_model, open_checkpoint, save_model, write_blocks
+from slim.data.examples import TrainingData
 from slim.errors import SlimError, did_you_mean
 from slim.lazy import LazyModule
 from slim.settings import require_choice, require_number
@@ -23,11 +22,12 @@ if TYPE_CHECKING:
 
     from slim.architecture import ModelDescription
     from slim.checkpoint import Checkpoint
-    from slim.training import adapters, batches, curves, fit, module, stored
+    from slim.training import adapters, batches, curves, fit, forward, module, stored, task
 else:
     torch = LazyModule("torch")
-    adapters, batches, curves, fit, module, stored = (
-        LazyModule(f"slim.training.{name}") for name in ("adapters", "batches", "curves", "fit", "module", "stored")
+    adapters, batches, curves, fit, forward, module, stored, task = (
+        LazyModule(f"slim.training.{name}")
+        for name in ("adapters", "batches", "curves", "fit", "forward", "module", "stored", "task")
     )
 
 
@@ -66,45 +66,52 @@ class Tuner(Stage):
     seed: int = 0
 
     kind: ClassVar[str] = "tune"
+    group: ClassVar[str] = "tuner"  # where the settings are typed
+    title: ClassVar[str] = "Tuning"
     width_rate: ClassVar[float]
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, TrainingData):
-            raise SlimError("tuner.data is not a choice of the data group. Use for example data=tiny or data=text.")
+            raise SlimError(f"{self.group}.data is not a choice of the data group. Use for example data=tiny or data=text.")
         self._check_length()
         if self.learning_rate is not None:
-            require_number("tuner.learning_rate", self.learning_rate, 1e-9, 1)
-        require_choice("tuner.schedule", self.schedule, SCHEDULES)
+            require_number(self.setting("learning_rate"), self.learning_rate, 1e-9, 1)
+        require_choice(self.setting("schedule"), self.schedule, SCHEDULES)
         for name in ("warmup", "floor", "weight_decay"):
-            require_number(f"tuner.{name}", getattr(self, name), 0, 1)
-        require_number("tuner.clip", self.clip, 0)
+            require_number(self.setting(name), getattr(self, name), 0, 1)
+        require_number(self.setting("clip"), self.clip, 0)
         self.betas = tuple(self.betas)
         if len(self.betas) != 2:
-            raise SlimError(f"tuner.betas={list(self.betas)} is not possible. It takes two numbers from 0 to 0.9999.")
+            shown = f"{self.setting('betas')}={list(self.betas)}"
+            raise SlimError(f"{shown} is not possible. It takes two numbers from 0 to 0.9999.")
         for beta in self.betas:
-            require_number("tuner.betas", beta, 0, 0.9999)
-        require_number("tuner.validate_every", self.validate_every, 1, integer=True)
-        require_number("tuner.validation_tokens", self.validation_tokens, 1, integer=True)
-        require_number("tuner.seed", self.seed, 0, integer=True)
+            require_number(self.setting("betas"), beta, 0, 0.9999)
+        require_number(self.setting("validate_every"), self.validate_every, 1, integer=True)
+        require_number(self.setting("validation_tokens"), self.validation_tokens, 1, integer=True)
+        require_number(self.setting("seed"), self.seed, 0, integer=True)
 
     def _check_length(self) -> None:
         if self.epochs is None:
-            require_number("tuner.steps", self.steps, 1, integer=True)
+            require_number(self.setting("steps"), self.steps, 1, integer=True)
         else:
-            require_number("tuner.epochs", self.epochs, 0.001)
+            require_number(self.setting("epochs"), self.epochs, 0.001)
             if self.data.endless:
-                raise SlimError(f"{self.data.title} never ends, so it has no epochs. Use tuner.steps=... instead.")
+                raise SlimError(f"{self.data.title} never ends, so it has no epochs. Use {self.group}.steps=... instead.")
             self.steps = None
-        require_number("tuner.window", self.window, 8, integer=True)
-        require_number("tuner.accumulation", self.accumulation, 1, integer=True)
-        require_number("tuner.batch_tokens", self.batch_tokens, 1, integer=True)
+        require_number(self.setting("window"), self.window, 8, integer=True)
+        require_number(self.setting("accumulation"), self.accumulation, 1, integer=True)
+        require_number(self.setting("batch_tokens"), self.batch_tokens, 1, integer=True)
         unit = self.window * self.accumulation
         if self.batch_tokens % unit:
             fitting = max(unit, self.batch_tokens // unit * unit)
             raise SlimError(
-                f"tuner.batch_tokens={self.batch_tokens} is no multiple of tuner.window x tuner.accumulation = {unit}. "
-                f"Use for example tuner.batch_tokens={fitting}."
+                f"{self.setting('batch_tokens')}={self.batch_tokens} is no multiple of {self.setting('window')} x "
+                f"{self.group}.accumulation = {unit}. Use for example {self.group}.batch_tokens={fitting}."
             )
+
+    def setting(self, name: str) -> str:
+        """Name a setting as the user types it."""
+        return f"{self.group}.{name}"
 
     @property
     def rows(self) -> int:
@@ -126,7 +133,7 @@ class Tuner(Stage):
             )
         if self.window > model.context_length:
             raise SlimError(
-                f"tuner.window={self.window} exceeds the context of {model.name}. At most {model.context_length}."
+                f"{self.group}.window={self.window} exceeds the context of {model.name}. At most {model.context_length}."
             )
 
     def packages(self) -> tuple[str, ...]:
@@ -154,55 +161,57 @@ class Tuner(Stage):
         checkpoint = open_checkpoint(source)
         device = self.trainer.device(context.device)
         precision = self.trainer.resolved_precision(device)
-        training, validation = self.read_data(source)
-        steps = self.steps or max(1, math.ceil(self.epochs * len(training) / (self.rows * self.accumulation)))
+        learnt = self.task(checkpoint, device, precision)
+        steps = self.steps or max(1, math.ceil(self.epochs * learnt.epoch_steps))
 
         torch.manual_seed(self.seed)  # new adapters, dropout
         model = self.prepare(source, device, checkpoint.description)
         if self.trainer.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        held_out = batches.in_order(validation, self.rows)
-        outcome = self.train(model, training, held_out, steps, checkpoint.description, device, precision, context)
+        learner = learnt.learner(model, self.optimisation(steps, checkpoint.description))
+        outcome = self.train(learner, learnt, context)
 
         model = model.to(device)
         after, facts = outcome.before, {}
         if outcome.best_state is not None:
             fit.restore(model, outcome.best_state)
-            model, facts = self.finish(model, held_out[0]["tokens"][:1].to(device))
+            model, facts = self.finish(model, learnt.held_out[0]["tokens"][:1].to(device))
             facts |= stored.keep_zeros(model, checkpoint)
             stored.round_to(model, checkpoint.description.dtype)
             with fit.autocast(device, precision)():
-                after = module.mean_nll(model, held_out, device)
+                after = forward.mean_nll(model, learnt.held_out, device)
             facts["weights_changed"] = stored.weights_changed(model, checkpoint)
         self.save(model, after < outcome.before, checkpoint, target)
         curves.write_curves(outcome, target)
         facts = {"validation_loss_after": after, "learning_rate": self.rate(checkpoint.description), **facts}
         facts |= stored.mask_facts(checkpoint)
-        return {**self.facts(outcome, steps, training, validation), **facts}
+        return {**self.facts(outcome, steps), **learnt.facts(), **facts}
 
-    def read_data(self, source: Path) -> tuple[Windows, Windows]:
-        """Return the windows to train on and those to validate on."""
-        tokenizer = load_tokenizer(source)
-        needed = None if self.steps is None else self.steps * self.batch_tokens
-        training = self.data.windows(TRAIN, tokenizer, self.window, needed)
-        return training, self.data.windows(VALIDATION, tokenizer, self.window, self.validation_tokens)
+    def task(self, checkpoint: Checkpoint, device: str, precision: str) -> task.Task:
+        """Return what is learnt: here, to predict the next token."""
+        return task.Task(self, checkpoint, device, precision)
 
-    def train(self, model, training, held_out, steps, description, device, precision, context) -> fit.Outcome:
-        """Run the training. Raises ``SlimError`` if it changed nothing."""
-        from slim.progress import progress_bar
-
-        optimisation = module.Optimisation(
+    def optimisation(self, steps: int, description: ModelDescription) -> module.Optimisation:
+        """Return how the parameters are moved."""
+        return module.Optimisation(
             steps, self.rate(description), self.schedule, round(self.warmup * steps), self.weight_decay, self.floor,
             self.betas, self.clip,
         )  # fmt: skip
-        data = batches.WindowData(training, steps, self.rows, self.accumulation, self.seed)
-        learner = module.LanguageModelling(model, optimisation)
-        with progress_bar(f"Tuning ({type(self).__name__.lower()})", steps) as advance:
-            outcome = fit.fit(learner, data, held_out, self.validate_every, device, precision, context.metric, advance)
+
+    def train(self, learner: module.LanguageModelling, learnt: task.Task, context: Context) -> fit.Outcome:
+        """Run the training. Raises ``SlimError`` if it changed nothing."""
+        from slim.progress import progress_bar
+
+        steps = learner.optimisation.steps
+        data = batches.WindowData(learnt.micro_batches(steps))
+        with progress_bar(f"{self.title} ({type(self).__name__.lower()})", steps) as advance:
+            outcome = fit.fit(
+                learner, data, learnt.held_out, self.validate_every, learnt.device, learnt.precision, context.metric, advance
+            )
         if outcome.stopped is None and outcome.validation[steps] == outcome.before:
             raise SlimError(
                 "Training had no effect: after it the validation loss is the same to every digit. "
-                "Check tuner.targets, or raise tuner.learning_rate."
+                f"Check {self.group}.targets, or raise {self.group}.learning_rate."
             )
         return outcome
 
@@ -214,12 +223,12 @@ class Tuner(Stage):
         from slim.progress import console
 
         console().print(
-            "[bold red]Tuning did not lower the validation loss: the result is the untouched model. "
-            "[/]Try a lower tuner.learning_rate, more tuner.steps or other data."
+            f"[bold red]{self.title} did not lower the validation loss: the result is the untouched model. "
+            f"[/]Try a lower {self.group}.learning_rate, more {self.group}.steps or other data."
         )
         write_blocks(checkpoint, target, list(range(checkpoint.description.blocks)))
 
-    def facts(self, outcome: fit.Outcome, steps: int, training: Windows, validation: Windows) -> dict:
+    def facts(self, outcome: fit.Outcome, steps: int) -> dict:
         """Return what the manifest keeps of the training."""
         found = {
             "validation_loss_before": outcome.before,
@@ -227,10 +236,7 @@ class Tuner(Stage):
             "best_step": outcome.best_step,
             "steps": steps,
             "tokens_seen": outcome.tokens,
-            "loss_tokens_per_window": training.loss_tokens.double().mean().item(),
-            "utilisation": training.utilisation,
             "tokens_per_second": outcome.tokens_per_second,
-            "data": {"train": training.counts, "validation": validation.counts},
         }
         return found | ({"stopped": outcome.stopped} if outcome.stopped else {})
 
@@ -252,13 +258,13 @@ class Lora(Tuner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("tuner.r", self.r, 1, 4096, integer=True)
-        require_number("tuner.alpha", self.alpha, 1e-6)
-        require_number("tuner.dropout", self.dropout, 0, 0.99)
+        require_number(self.setting("r"), self.r, 1, 4096, integer=True)
+        require_number(self.setting("alpha"), self.alpha, 1e-6)
+        require_number(self.setting("dropout"), self.dropout, 0, 0.99)
         if self.targets is not None:
             self.targets = [str(target) for target in self.targets]
             if not self.targets:
-                raise SlimError("tuner.targets=[] leaves nothing to train. Use null for all linear layers.")
+                raise SlimError(f"{self.group}.targets=[] leaves nothing to train. Use null for all linear layers.")
 
     def packages(self) -> tuple[str, ...]:
         return ("peft",)
@@ -275,7 +281,7 @@ class Lora(Tuner):
             if target not in short and target not in linears:
                 hint = did_you_mean(target, short)
                 possible = ", ".join(short)
-                raise SlimError(f"tuner.targets: no layer '{target}' in {model.name}. Possible: {possible}.{hint}")
+                raise SlimError(f"{self.group}.targets: no layer '{target}' in {model.name}. Possible: {possible}.{hint}")
         return linears if self.targets is None else [short.get(target, target) for target in self.targets]
 
     def adapter_parameters(self, model: ModelDescription) -> int:

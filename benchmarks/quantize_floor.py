@@ -1,0 +1,110 @@
+"""The least a calibrated pass through a model's blocks can take, each part measured by itself.
+
+The weights once from disk, one forward per block, one Gram matrix and one factorisation per distinct input (q/k/v; o;
+gate/up; down). Only shapes matter, so forwards run with random weights and inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slim.architecture import ModelDescription
+from slim.blockpass import Gram
+from slim.checkpoint import TensorReader, open_checkpoint
+
+BATCHES = (1024, 4096)  # tokens in a forward; the faster counts
+TIMED_BLOCKS = 2
+REPEATS = 3
+
+
+@dataclass
+class Floor:
+    """Seconds of each part for all blocks."""
+
+    read: float
+    forward: float
+    gram: float
+    factor: float
+
+    @property
+    def total(self) -> float:
+        return self.read + self.forward + self.gram + self.factor
+
+    def __str__(self) -> str:
+        parts = f"read {self.read:.2f}, forward {self.forward:.2f}, Gram {self.gram:.2f}, factor {self.factor:.2f}"
+        return f"{self.total:.2f} s ({parts})"
+
+
+def floor(folder: Path, shape: tuple[int, int]) -> Floor:
+    """Measure the floor of one float32 pass over ``shape`` = (samples, length) tokens through all blocks of a checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    model = checkpoint.description
+    widths = input_widths(model)
+    return Floor(
+        read=best(lambda: read_blocks(checkpoint)),
+        forward=forward_seconds(model, folder, shape) * model.blocks,
+        gram=sum(gram_seconds(width, shape[0] * shape[1]) for width in widths) * model.blocks,
+        factor=sum(factor_seconds(width) for width in widths) * model.blocks,
+    )
+
+
+def input_widths(model: ModelDescription) -> list[int]:
+    """Return the widths of a block's distinct inputs."""
+    linears = model.block_linears()
+    return [linears[segment.linears[0]][1] for segment in model.family.segments]
+
+
+def best(work: Callable[[], object]) -> float:
+    """Return the shortest of some times in seconds."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def read_blocks(checkpoint) -> None:
+    """Read every tensor of the blocks, as stored."""
+    reader = TensorReader(checkpoint)
+    for name in checkpoint.tensors:
+        if name.startswith(checkpoint.description.family.blocks + "."):
+            reader.read(name).clone()  # a mapped tensor is on disk until it is touched
+
+
+@torch.inference_mode()
+def forward_seconds(model: ModelDescription, folder: Path, shape: tuple[int, int]) -> float:
+    """Return seconds of one block for all tokens in float32, embeddings and head left out."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.num_hidden_layers = TIMED_BLOCKS + 1
+    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().base_model
+    hidden = torch.randn(shape[0], shape[1], model.hidden_size)
+    times = []
+    for size in BATCHES:
+        batches = hidden.split(max(1, size // shape[1]))
+        whole = best(lambda batches=batches: [decoder(inputs_embeds=batch, use_cache=False) for batch in batches])
+        layers, decoder.layers = decoder.layers, decoder.layers[:1]
+        decoder.config.num_hidden_layers = 1
+        one = best(lambda batches=batches: [decoder(inputs_embeds=batch, use_cache=False) for batch in batches])
+        decoder.layers, decoder.config.num_hidden_layers = layers, TIMED_BLOCKS + 1
+        times.append((whole - one) / TIMED_BLOCKS)
+    return min(times)
+
+
+def gram_seconds(width: int, tokens: int) -> float:
+    """Return seconds of X^T X for float32 X [tokens, width], by the faster of one product and slim's half of one."""
+    inputs = torch.randn(min(tokens, max(BATCHES)), width)
+    return min(best(lambda: inputs.T @ inputs), best(lambda: Gram(width).add(inputs))) * tokens / len(inputs)
+
+
+def factor_seconds(width: int) -> float:
+    """Return seconds of one Cholesky factorisation, float32 [width, width]."""
+    inputs = torch.randn(width, width)
+    gram = inputs @ inputs.T + width * torch.eye(width)
+    return best(lambda: torch.linalg.cholesky(gram))

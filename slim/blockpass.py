@@ -1,0 +1,229 @@
+"""The hidden states of the calibration samples on their way through one block after another.
+
+Inside a block they go part by part (attention, MLP), so that each segment's input is computed from the already changed
+layers before it at the cost of about one forward. Between the parts the residual stream is what is kept: a finished part
+then answers zeros, which add nothing to it. Beside the hidden states nothing of their size exists, but for the input of a
+part's last layer where that is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from slim.architecture import Family, Segment
+from slim.lazy import LazyModule
+from slim.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    torch = LazyModule("torch")
+
+BATCH_TOKENS = 1024  # calibration tokens that go through a block at once
+KEEP_BYTES = 2**27  # kept inputs of a part's last layer may take this much; beyond it they are computed a second time
+GRAM_TILE = 384  # columns of G computed at once; only tiles on and below the diagonal are
+
+
+@dataclass
+class Gram:
+    """Sums X^T X over batches. Only the lower triangle of tiles is computed: about half the work for wide inputs."""
+
+    features: int
+    device: str = "cpu"
+    rows: int = 0
+    total: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros(self.features, self.features, dtype=torch.float32, device=self.device)
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs [..., features]."""
+        x = inputs.reshape(-1, self.features).float()
+        for start in range(0, self.features, GRAM_TILE):
+            stop = min(start + GRAM_TILE, self.features)
+            self.total[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+        self.rows += len(x)
+
+    def matrix(self) -> torch.Tensor:
+        """Return the symmetric float32 matrix [features, features]."""
+        for start in range(0, self.features, GRAM_TILE):
+            stop = min(start + GRAM_TILE, self.features)
+            self.total[start:stop, stop:] = self.total[stop:, start:stop].T
+        return self.total
+
+
+class _Stop(Exception):
+    """Raised inside a forward as soon as what it was run for is there."""
+
+
+@dataclass
+class Entrance:
+    """What enters block 0, and how the model calls its blocks.
+
+    hidden: one float32 tensor [samples, length, hidden] per batch, on the CPU.
+    calls: number of samples in a batch -> per block, the arguments the model calls it with beside the hidden states
+        (mask, positions, rotary angles), as transformers' own code makes them for this family.
+    """
+
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    calls: dict[int, list[tuple[tuple, dict]]] = field(default_factory=dict)
+
+
+def enter(skeleton: Skeleton, tokens: torch.Tensor) -> Entrance:
+    """Run embeddings and everything before block 0 on int64 tokens [samples, length], the blocks replaced."""
+    entrance, blocks = Entrance(), skeleton.blocks
+    calls: list[tuple[tuple, dict]] = []
+
+    def record(hidden, *args, **kwargs):
+        if not calls:
+            entrance.hidden.append(hidden.to("cpu", torch.float32))
+        calls.append((args, kwargs))
+        if len(calls) == len(blocks):
+            raise _Stop
+        return hidden
+
+    skeleton.load(skeleton.family.embeddings)
+    with torch.no_grad(), replaced_forwards(dict.fromkeys(blocks, record)):
+        for batch in batches(tokens):
+            calls.clear()
+            with suppress(_Stop):
+                skeleton.model.base_model(batch.to(skeleton.device), use_cache=False)
+            entrance.calls.setdefault(len(batch), list(calls))
+    skeleton.drop(skeleton.family.embeddings)
+    return entrance
+
+
+@contextmanager
+def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Give modules another ``forward`` for a while; their attributes stay as they are."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+
+
+def batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split samples [samples, length] into batches of about ``BATCH_TOKENS`` tokens."""
+    return tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+
+
+class BlockPass:
+    """The passes of all batches through one loaded block, segment by segment.
+
+    ``entrance.hidden`` is what enters the part at hand; ``finish`` of a part's last segment moves it on. The input of that
+    segment is kept below ``keep_bytes``, so that moving on costs one matrix product; otherwise the part runs again.
+    """
+
+    def __init__(self, block: nn.Module, index: int, entrance: Entrance, family: Family, device: str, keep_bytes: int):
+        self.block, self.index, self.entrance, self.family = block, index, entrance, family
+        self.device, self.keep_bytes = device, keep_bytes
+        self.last: dict[str, str] = {}  # part -> its last segment's first layer
+        self.norms: dict[str, str] = {}  # part -> the norm its first segment is fed by
+        for segment in family.segments:
+            part = part_of(segment)
+            self.last[part] = segment.linears[0]
+            self.norms.setdefault(part, segment.fed_by)
+        self.finished: list[str] = []
+        self.kept: list[torch.Tensor] = []
+
+    def gram(self, segment: Segment) -> Gram:
+        """Collect the Gram matrix of a segment's input, all segments before it being finished."""
+        first = segment.linears[0]
+        gram, self.kept = self._new_gram(first), []
+        for batch in range(len(self.entrance.hidden)):
+            inputs = self._run(batch, {}, before=first)
+            gram.add(inputs)
+            if first in self.last.values() and self._may_keep(inputs):
+                self.kept.append(inputs.to("cpu"))
+        return gram
+
+    def grams(self) -> dict[Segment, Gram]:
+        """Collect the Gram matrices of all segments at once, from the block as it is."""
+        grams = {segment: self._new_gram(segment.linears[0]) for segment in self.family.segments}
+        hooks = [
+            self.block.get_submodule(segment.linears[0]).register_forward_pre_hook(
+                lambda module, inputs, gram=gram: gram.add(inputs[0])
+            )
+            for segment, gram in grams.items()
+        ]
+        try:
+            for batch in range(len(self.entrance.hidden)):
+                self._run(batch, {})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return grams
+
+    def _new_gram(self, layer: str) -> Gram:
+        return Gram(self.block.get_submodule(layer).in_features, self.device)
+
+    def _may_keep(self, inputs: torch.Tensor) -> bool:
+        return inputs.nbytes * len(self.entrance.hidden) <= self.keep_bytes
+
+    def finish(self, segment: Segment) -> None:
+        """Where ``segment`` is the last of its part, move the hidden states behind that part."""
+        part = part_of(segment)
+        if self.last[part] != segment.linears[0]:
+            return
+        following = [other for other in self.last if other not in (*self.finished, part)]
+        stop = self.norms[following[0]] if following else None
+        for batch in range(len(self.entrance.hidden)):
+            answers = {}
+            if self.kept:
+                answers[part] = self.block.get_submodule(self.last[part])(self.kept[batch].to(self.device))
+                self.kept[batch] = torch.empty(0)
+            self.entrance.hidden[batch] = self._run(batch, answers, before=stop).to("cpu")
+        self.kept = []
+        self.finished.append(part)
+
+    def advance(self) -> None:
+        """Move the hidden states behind the block where its segments were not finished one by one."""
+        if not self.finished:
+            for batch in range(len(self.entrance.hidden)):
+                self.entrance.hidden[batch] = self._run(batch, {}).to("cpu")
+
+    def _run(self, batch: int, answers: dict[str, torch.Tensor], before: str | None = None) -> torch.Tensor:
+        """Run the block on a batch and return the input of module ``before``, or the block's output.
+
+        answers: part -> output that it gives without being computed.
+        """
+        hidden = self.entrance.hidden[batch]
+        args, kwargs = self.entrance.calls[len(hidden)][self.index]
+        hidden, caught = hidden.to(self.device), []
+
+        def catch(module, inputs):
+            caught.append(inputs[0])
+            raise _Stop
+
+        answers = {**{part: torch.zeros_like(hidden) for part in self.finished}, **answers}
+        hook = self.block.get_submodule(before).register_forward_pre_hook(catch) if before else None
+        try:
+            with torch.no_grad(), replaced_forwards(self._answering(answers)):
+                output = self.block(hidden, *args, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+        except _Stop:
+            return caught[0]
+        finally:
+            if hook:
+                hook.remove()
+
+    def _answering(self, answers: dict[str, torch.Tensor]) -> dict[nn.Module, Callable]:
+        """Let parts answer with given outputs; the norm that feeds only them has nothing to do."""
+        forwards = {}
+        for part, output in answers.items():
+            answer = (output, None) if part == self.family.attention else output
+            forwards[self.block.get_submodule(part)] = lambda *args, answer=answer, **kwargs: answer
+            forwards[self.block.get_submodule(self.norms[part])] = lambda hidden: hidden
+        return forwards
+
+
+def part_of(segment: Segment) -> str:
+    """Return the child of the block that holds a segment: attention or MLP."""
+    return segment.linears[0].split(".")[0]

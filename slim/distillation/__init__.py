@@ -1,0 +1,1 @@
+"""Distillation: a student learns a teacher's distributions, hidden states or answers."""

@@ -1,0 +1,29 @@
+"""Distillation on Lightning: the student of :class:`slim.training.module.LanguageModelling` with another objective."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from slim.training.module import LanguageModelling, Optimisation
+
+
+class Distilling(LanguageModelling):
+    """Trains ``model`` by ``objective(model, batch)``, a loss summed over tokens, and what the objective itself learns.
+
+    objective: a module with the frozen teacher in it.
+    """
+
+    def __init__(self, model: nn.Module, optimisation: Optimisation, objective: nn.Module):
+        super().__init__(model, optimisation)
+        self.objective = objective
+
+    def train(self, mode: bool = True) -> Distilling:
+        """Set the mode of all but what is frozen: a teacher has no dropout when it teaches."""
+        super().train(mode)
+        for module in self.objective.modules():
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+        return self
+
+    def total(self, batch: dict) -> Tensor:
+        return self.objective(self.model, batch)

@@ -1,0 +1,136 @@
+"""Distillation as a stage: a checkpoint is trained on what a teacher says, by adapters or in all its weights.
+
+The training itself (data, steps, adapters, merging, best state) is that of ``slim.training.tune``; what is minimised is in
+``objective.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from slim.distillation.teacher import BASE, DTYPES, QUANTS, Teacher
+from slim.errors import SlimError
+from slim.lazy import LazyModule
+from slim.settings import dataclass_identity, require_choice, require_number
+from slim.training import tune
+
+if TYPE_CHECKING:
+    from slim.architecture import ModelDescription
+    from slim.checkpoint import Checkpoint
+    from slim.distillation import losses, tasks
+else:
+    losses, tasks = LazyModule("slim.distillation.losses"), LazyModule("slim.distillation.tasks")
+
+# Losses, and the setting of each that has one.
+LOSSES = {
+    "forward": None,
+    "reverse": None,
+    "symmetric": "beta",
+    "skewed": "skew",
+    "skewed_reverse": "skew",
+    "adaptive": "head",
+}
+FUNCTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
+CHOSEN_ONLY = {"identity": False}  # in the identity by the teacher's content
+
+
+@dataclass
+class Distillation(tune.Tuner):
+    """What to learn from whom; how to train is in :class:`slim.training.tune.Tuner`.
+
+    base: where the chain begins. model: ``base`` for that as the teacher, or a checkpoint folder or hub id.
+    revision: of a hub model. dtype: of the teacher's weights.
+    loss: ``forward``, ``reverse``, ``symmetric``, ``skewed``, ``skewed_reverse`` or ``adaptive``, see ``losses.py``;
+    beta, skew, head: of the symmetric, the two skewed and the adaptive one.
+    temperature: both distributions are softened by it. hard_weight: of the hard labels; the teacher has the rest.
+    quant: ``nf4`` or ``int8`` quantises the teacher. cache: keep its ``top_k`` most likely tokens in ``cache_folder``, or,
+        where it is a path, in that folder.
+    """
+
+    base: object = field(default=None, metadata=CHOSEN_ONLY)
+    model: str = field(default=BASE, metadata=CHOSEN_ONLY)
+    revision: str | None = field(default=None, metadata=CHOSEN_ONLY)
+    dtype: str = "auto"
+    loss: str = "forward"
+    temperature: float = 1.0
+    hard_weight: float = 0.5
+    beta: float = 0.5
+    skew: float = 0.1
+    head: float = 0.5
+    quant: str | None = None
+    cache: bool | str = field(default=False, metadata=CHOSEN_ONLY)
+    top_k: int = 64
+    cache_folder: str = field(default="runs/teacher", metadata=CHOSEN_ONLY)
+
+    kind: ClassVar[str] = "distill"
+    group: ClassVar[str] = "teacher"
+    title: ClassVar[str] = "Distilling"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("teacher.dtype", self.dtype, DTYPES)
+        require_choice("teacher.loss", self.loss, LOSSES)
+        require_number("teacher.temperature", self.temperature, 0.01, 100)
+        require_number("teacher.hard_weight", self.hard_weight, 0, 1)
+        for name in ("beta", "skew"):
+            require_number(f"teacher.{name}", getattr(self, name), 1e-6, 1 - 1e-6)
+        require_number("teacher.head", self.head, 0, 1)
+        require_number("teacher.top_k", self.top_k, 1, integer=True)
+        require_choice("teacher.quant", self.quant, QUANTS)
+        self.teacher = Teacher(self.base, self.model, self.revision, self.dtype, self.quant)
+
+    def identity(self) -> dict:
+        top_k = self.top_k if self.cache else None  # the only trace that a cache leaves in the result
+        return {**dataclass_identity(self), "teacher": self.teacher.digest, "top_k": top_k}
+
+    # Checks
+
+    def check(self, model: ModelDescription) -> None:
+        super().check(model)
+        taught_by = self.teacher.check()
+        if self.window > taught_by.context_length:
+            raise SlimError(
+                f"teacher.window={self.window} exceeds the context of the teacher {taught_by.name}. "
+                f"At most {taught_by.context_length}."
+            )
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        return super().peak_bytes(model, device) + self.teacher.bytes(device)
+
+    def vocabulary_problem(self, student: str) -> str:
+        """Say that the vocabularies differ, and what can be done."""
+        return (
+            f"{self.teacher.source.label} has another vocabulary than {student}, and teacher.loss={self.loss} compares "
+            "them token by token."
+        )
+
+    # The work
+
+    def task(self, checkpoint: Checkpoint, device: str, precision: str):
+        return tasks.DistillationTask(self, checkpoint, device, precision)
+
+    def divergence(self):
+        """Return the chosen divergence as a function of both log-probabilities."""
+        function = getattr(losses, FUNCTIONS.get(self.loss, self.loss))
+        setting = LOSSES[self.loss]
+        return function if setting is None else partial(function, **{setting: getattr(self, setting)})
+
+
+@dataclass
+class Lora(Distillation, tune.Lora):
+    """Distillation into low-rank adapters, merged afterwards."""
+
+
+@dataclass
+class Full(Distillation, tune.Full):
+    """Distillation into all weights."""
+
+
+def distill(train: str = "lora", **settings) -> Distillation:
+    """Return the stage: ``train="lora"`` for adapters, ``"full"`` for all weights, which has no adapters' settings."""
+    require_choice("teacher.train", train, ("lora", "full"))
+    if train == "lora":
+        return Lora(**settings)
+    return Full(**{name: value for name, value in settings.items() if name not in ("r", "alpha", "dropout", "targets")})

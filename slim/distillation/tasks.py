@@ -1,0 +1,144 @@
+"""Distillation as a task of a tuner: the teacher is opened and measured, then the student gets its objective."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from slim.checkpoint import sha256
+from slim.distillation.cache import TeacherCache, teach, windows_digest, write_cache
+from slim.distillation.chunks import chunk_rows
+from slim.distillation.module import Distilling
+from slim.distillation.objective import CachedTeacher, LiveTeacher, TokenDistillation
+from slim.distillation.teacher import same_vocabulary
+from slim.errors import SlimError
+from slim.logits import head_logits
+from slim.progress import console, track
+from slim.settings import identity
+from slim.store import Store, digest
+from slim.training.batches import in_order
+from slim.training.fit import autocast
+from slim.training.forward import mean_nll
+from slim.training.module import Optimisation
+from slim.training.task import Task
+
+if TYPE_CHECKING:
+    from slim.distillation.stage import Distillation
+
+CACHE_VERSION = 1
+
+
+class DistillationTask(Task):
+    """Token by token from a teacher with the student's vocabulary."""
+
+    tuner: Distillation
+
+    def __init__(self, tuner: Distillation, *where):
+        super().__init__(tuner, *where)
+        self.teacher_loss: float | None = None
+
+    # The teacher
+
+    def open_teacher(self) -> nn.Module:
+        """Load the teacher and measure it on the validation data."""
+        teacher = self.tuner.teacher.load(self.device)
+        self.teacher_loss = self.measure(teacher)
+        return teacher
+
+    def measure(self, model: nn.Module) -> float:
+        with autocast(self.device, self.precision)():
+            return mean_nll(model, self.held_out, self.device)
+
+    def introduce(self, student: nn.Module) -> None:
+        """Say how teacher and student do before the one teaches the other, and loudly if that makes no sense."""
+        loss = self.measure(student)
+        console().print(f"Validation loss: teacher {self.teacher_loss:.4f}, student {loss:.4f}", highlight=False)
+        if not self.teacher_loss < loss:
+            console().print(
+                "[bold red]The teacher is no better than the student on this data.[/] "
+                "Is it the right checkpoint, and the right data for it?"
+            )
+
+    @property
+    def classes(self) -> int:
+        """How many logits count: models of one family may pad the same vocabulary to different sizes."""
+        return min(self.checkpoint.description.vocab_size, self.tuner.teacher.source.describe().vocab_size)
+
+    # The objective
+
+    def learner(self, model: nn.Module, optimisation: Optimisation) -> Distilling:
+        self.require_same_vocabulary()
+        teacher = self.cached_teacher() if self.tuner.cache else self.live_teacher()
+        self.introduce(model)
+        goal = TokenDistillation(teacher, self.tuner.divergence(), self.tuner.hard_weight)
+        return Distilling(model, optimisation, goal)
+
+    def require_same_vocabulary(self) -> None:
+        if not same_vocabulary(self.checkpoint.folder, self.tuner.teacher.checkpoint.folder):
+            raise SlimError(self.tuner.vocabulary_problem(self.checkpoint.description.name))
+
+    def live_teacher(self) -> LiveTeacher:
+        return LiveTeacher(self.open_teacher(), self.tuner.temperature, self.classes)
+
+    def facts(self) -> dict:
+        return {**super().facts(), "teacher_validation_loss": self.teacher_loss}
+
+    # The cache
+
+    def cached_teacher(self) -> CachedTeacher:
+        """Return the teacher's distributions from disk, put there first where they are not."""
+        what = self.cache_identity()
+        root = Path(self.tuner.cache_folder).expanduser()
+        folder = root / digest(what) if self.tuner.cache is True else Path(self.tuner.cache).expanduser()
+        store = Store(folder.parent)
+        with store.lock(folder):
+            if not folder.is_dir():
+                with store.writing(folder) as partial:
+                    self.fill_cache(partial, what)
+                gc.collect()
+        cache = TeacherCache(folder, self.training, what)
+        self.teacher_loss = cache.facts["validation_loss"]
+        return CachedTeacher(cache, self.tuner.temperature, self.classes)
+
+    def cache_identity(self) -> dict:
+        """Return what determines the cache, by the names that an error would use."""
+        stage, folder = self.tuner, self.checkpoint.folder
+        template = getattr(self.tokenizer, "chat_template", None) or ""
+        numbers = folder / "tokenizer.json"
+        return {
+            "version": CACHE_VERSION,
+            "teacher": [stage.teacher.digest, stage.dtype, stage.quant, self.precision],
+            "tokenizer": sha256(numbers) if numbers.is_file() else digest(self.tokenizer.get_vocab()),
+            "template": digest(template),
+            "data": identity(stage.data),
+            "windows": windows_digest(self.training),
+            "validation": windows_digest(self.validation),
+            "temperature": stage.temperature,
+            "top_k": self.top_k,
+        }
+
+    @property
+    def top_k(self) -> int:
+        """Tokens kept; there must be one more, or nothing is left for the class of all others."""
+        return min(self.tuner.top_k, self.classes - 1)
+
+    @torch.no_grad()
+    def fill_cache(self, folder: Path, what: dict) -> None:
+        live = self.live_teacher()
+        batches = track(in_order(self.training, self.tuner.rows), "Asking the teacher")
+        with autocast(self.device, self.precision)():
+            kept = teach(
+                lambda batch: live.rows(to_device(batch, self.device))[0],
+                lambda hidden: head_logits(live.model, hidden)[:, : self.classes],
+                batches, self.tuner.temperature, self.top_k, chunk_rows(self.classes),
+            )  # fmt: skip
+            write_cache(folder, kept, what, {"validation_loss": self.teacher_loss})
+
+
+def to_device(batch: dict, device: str) -> dict:
+    """Return the batch with its tensors on ``device``."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

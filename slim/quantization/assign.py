@@ -1,0 +1,99 @@
+"""Which layer gets which scheme: one for all blocks, exceptions by name, the head and the embedding. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from slim.architecture import ModelDescription
+from slim.errors import SlimError
+from slim.quantization.scheme import BITS, GROUP_SIZES, WHOLE_ROW, Scheme
+from slim.settings import require_choice
+
+PLAIN_BITS = 16  # in an override: leave the layer as it is
+HEAD_SCHEME = Scheme(8, WHOLE_ROW, True)  # per row and symmetric: what torch's int8 kernel multiplies with
+OVERRIDE_KEYS = {"bits": (*BITS, PLAIN_BITS), "group_size": (*GROUP_SIZES, WHOLE_ROW), "symmetric": (True, False)}
+
+
+def layer_shapes(model: ModelDescription) -> dict[str, tuple[int, int]]:
+    """Return full name -> (out_features, in_features) for every linear layer of the blocks, in order."""
+    return {
+        f"{model.family.blocks}.{block}.{name}": shape
+        for block in range(model.blocks)
+        for name, shape in model.block_linears(block).items()
+    }
+
+
+def check_overrides(overrides: Mapping) -> None:
+    """Raise ``SlimError`` for overrides that are no mapping of patterns to settings that a scheme has."""
+    if not isinstance(overrides, Mapping):
+        raise SlimError(
+            f"quant.overrides={overrides} is not possible. It maps layer names to settings, such as "
+            "'quant.overrides={\"*.down_proj\":{bits:8}}'."
+        )
+    for pattern, settings in overrides.items():
+        if not isinstance(settings, Mapping):
+            raise SlimError(
+                f"quant.overrides: '{pattern}' is given {settings}. It takes settings in braces, such as {{bits:8}}; "
+                f"bits:{PLAIN_BITS} leaves a layer as it is."
+            )
+        for key, value in settings.items():
+            require_choice(f"quant.overrides: the setting for '{pattern}'", key, OVERRIDE_KEYS)
+            require_choice(f"quant.overrides: '{pattern}': {key}", value, OVERRIDE_KEYS[key])
+
+
+def assign(
+    model: ModelDescription, schemes: Mapping[str, Scheme], overrides: Mapping[str, Mapping], lm_head: bool, embeddings: bool
+) -> dict[str, Scheme]:
+    """Return full layer name -> scheme, with ``overrides`` applied in their order; layers left plain are not in it.
+
+    schemes: of the blocks' layers before overrides. A pattern is a whole name with ``*`` for anything. Raises
+    ``SlimError`` for patterns that no layer has, and for groups that do not divide a layer's inputs.
+    """
+    family, found = model.family, dict(schemes)
+    if lm_head or (embeddings and model.tied):
+        found[family.head] = HEAD_SCHEME
+    if embeddings:
+        found[family.embeddings] = HEAD_SCHEME
+    for pattern, settings in overrides.items():
+        names = [name for name in found if fnmatchcase(name, pattern)]
+        if not names:
+            raise SlimError(
+                f"quant.overrides: '{pattern}' is not the name of any quantised layer of {model.name}. "
+                f"Names look like '{next(iter(schemes))}'; * stands for anything, such as '*.down_proj'."
+            )
+        for name in names:
+            found[name] = replace(found[name], **settings)
+    found = {name: scheme for name, scheme in found.items() if scheme.bits != PLAIN_BITS}
+    if not found:
+        raise SlimError("quant.overrides leave no layer to quantise. Use quant=none for that.")
+    check_groups(model, found)
+    return found
+
+
+def pinned_layers(names: Iterable[str], overrides: Mapping[str, Mapping]) -> set[str]:
+    """Return the layers whose bits an override sets."""
+    patterns = [pattern for pattern, settings in overrides.items() if "bits" in settings]
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def check_plain(model: ModelDescription) -> None:
+    """Raise ``SlimError`` if ``model`` is quantised already or of an unknown family."""
+    model.family  # noqa: B018 - refuses families whose parts are unknown
+    if model.quantization is not None:
+        method = model.quantization.get("quant_method", "an unknown method")
+        raise SlimError(f"{model.name} is already quantised ({method}). Quantise the model it was made from.")
+
+
+def check_groups(model: ModelDescription, schemes: Mapping[str, Scheme]) -> None:
+    """Raise ``SlimError`` if a layer's groups do not divide its inputs."""
+    inputs = {name: columns for name, (_, columns) in layer_shapes(model).items()}
+    inputs |= dict.fromkeys((model.family.head, model.family.embeddings), model.hidden_size)
+    bad = [name for name, scheme in schemes.items() if inputs[name] % scheme.group(inputs[name])]
+    if bad:
+        fits = [size for size in GROUP_SIZES if all(inputs[name] % size == 0 for name in schemes)]
+        raise SlimError(
+            f"quant.group_size={schemes[bad[0]].group_size} does not divide the {inputs[bad[0]]} inputs of {bad[0]} "
+            f"in {model.name}. Sizes that fit all layers: {', '.join(map(str, [*fits, WHOLE_ROW]))}."
+        )

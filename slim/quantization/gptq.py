@@ -1,0 +1,141 @@
+"""GPTQ: weights are rounded one column after another, and the columns behind make up for each error.
+
+Frantar et al., arXiv:2210.17323. With X the layer's inputs and H = X^T X + damping, the columns j = 1, 2, ... of W:
+
+    t_j = w_j + sum_k<j (w_k - w^_k) A_kj,    w^_j = Q(t_j),    H = A diag(d)^2 A^T, A unit upper triangular
+
+which is the paper's recursion on H^-1 without the inverse (see solve.py). Beyond the paper, with ``refine``, every column
+goes again to its best grid points given all the others (coordinate descent), and the scales are refitted by least
+squares; both only ever lower the loss. With ``scaling=awq`` channels are scaled first, where that lowers the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from slim.errors import SlimError
+from slim.lazy import LazyModule
+from slim.quantization.calibrated import CalibratedQuantization
+from slim.quantization.formats import get_format
+from slim.quantization.grid import Quantised, search, shrink_factors
+from slim.quantization.scaling import ScaledVisitor
+from slim.quantization.scheme import WHOLE_ROW, Scheme
+from slim.quantization.solve import (
+    Feedback,
+    better_rows,
+    by_rows,
+    descend,
+    feedback,
+    gptq,
+    refit_scales,
+)
+from slim.settings import require_choice, require_flag, require_number
+
+if TYPE_CHECKING:
+    import torch
+
+    from slim.architecture import ModelDescription
+else:
+    torch = LazyModule("torch")
+
+SCALINGS = ("none", "awq")
+
+
+@dataclass
+class GPTQ(CalibratedQuantization):
+    """Settings of GPTQ, beside those of every method.
+
+    act_order: columns with large inputs first. static_groups: groups are formed of neighbouring columns all the same,
+        and their grids chosen beforehand; without it and with act_order, columns are grouped in that order.
+    damping: added to the diagonal of G, in means of it; grows where the factorisation fails.
+    true_sequential: whether the layers of a block see the inputs that the quantised ones before them give.
+    scaling: ``awq`` scales channels first. grid: values of its exponent from 0 to 1.
+    clip: intervals tried per group. refine: rounds of coordinate descent and refitted scales; 0: the paper's method.
+    """
+
+    act_order: bool = False
+    static_groups: bool = False
+    damping: float = 0.01
+    true_sequential: bool = True
+    scaling: str = "none"
+    grid: int = 20
+    clip: int = 15
+    refine: int = 3
+
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("act_order", "static_groups", "true_sequential"):
+            require_flag(f"quant.{name}", getattr(self, name))
+        require_number("quant.damping", self.damping, 0.0, 1.0)
+        require_choice("quant.scaling", self.scaling, SCALINGS)
+        require_number("quant.grid", self.grid, 2, 200, integer=True)
+        require_number("quant.clip", self.clip, 1, 100, integer=True)
+        require_number("quant.refine", self.refine, 0, 100, integer=True)
+        if self.scaling == "awq" and not self.true_sequential:
+            raise SlimError(
+                "quant.scaling=awq folds factors into layers of the block as it goes: it needs quant.true_sequential=true."
+            )
+
+    @property
+    def ordered(self) -> bool:
+        return self.act_order and not self.static_groups and self.group_size != WHOLE_ROW
+
+    def format_settings(self) -> dict:
+        return {
+            "desc_act": self.act_order,
+            "static_groups": self.static_groups,
+            "damp_percent": self.damping,
+            "true_sequential": self.true_sequential,
+        }
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        widest = max(columns for _, columns in model.block_linears().values())
+        return super().peak_bytes(model, device) + 4 * widest**2  # the factor beside the Gram matrix
+
+    def visitor(self, model: ModelDescription, schemes: Mapping[str, Scheme]) -> ErrorFeedback:
+        return ErrorFeedback(self, schemes, model.dtype)
+
+
+class ErrorFeedback(ScaledVisitor):
+    """GPTQ on the walk, with the settings of its stage."""
+
+    def __init__(self, stage: GPTQ, schemes: Mapping[str, Scheme], dtype: str):
+        super().__init__(schemes, dtype, get_format(stage.format), stage.grid if stage.scaling == "awq" else 1)
+        self.stage, self.factors, self.sequential = stage, shrink_factors(stage.clip), stage.true_sequential
+
+    def solve(
+        self, weights: dict[str, torch.Tensor], gram: torch.Tensor, schemes: dict[str, Scheme], where: str
+    ) -> dict[str, Quantised]:
+        feed = self._factor(gram, where)
+        if feed is None:
+            return self._nearest(weights, schemes)
+        return {
+            name: by_rows(weight, lambda rows, scheme=schemes[name]: self._solve_rows(rows, gram, feed, scheme))
+            for name, weight in weights.items()
+        }
+
+    def _factor(self, gram: torch.Tensor, where: str) -> Feedback | None:
+        """Factor G in the order the columns are taken in, and note what that needed."""
+        diagonal = gram.diagonal()
+        order = torch.arange(len(gram), device=gram.device)
+        if self.stage.act_order:
+            order = diagonal.argsort(descending=True, stable=True)
+        feed = feedback(gram, self.stage.damping, order)
+        if feed is None:
+            self.notes.append(f"{where}: the Gram matrix could not be factored even with full damping; rounded to nearest.")
+        elif feed.damping > self.stage.damping:
+            self.notes.append(f"{where}: damping raised from {self.stage.damping:g} to {feed.damping:g} to factor G.")
+        return feed
+
+    def _solve_rows(self, weight: torch.Tensor, gram: torch.Tensor, feed: Feedback, scheme: Scheme) -> Quantised:
+        fixed = None
+        if self.stage.static_groups:
+            fixed = search(weight, scheme, self.scale_dtype, gram.diagonal(), self.factors)
+        layer = gptq(weight, feed, scheme, self.scale_dtype, self.factors, fixed)
+        for _ in range(self.stage.refine):
+            layer = refit_scales(weight, better_rows(weight, gram, [layer, descend(weight, layer, gram)]), gram)
+        return layer

@@ -1,0 +1,44 @@
+"""Going through the columns of a weight matrix one after another, each one's change passed on to those behind it.
+
+GPTQ and coordinate descent both do: choose the codes of column j for all rows at once, then correct what later columns
+aim at. Passing changes on one column at a time is slow, so columns are halved again and again: the changes of a left
+half reach the right half by one matrix product. What is computed is the same, at the speed of matrix products.
+
+Matrices here are transposed, [in, out]: a column of the layer is then a contiguous row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+LEAF = 8  # columns that are passed on one by one
+
+
+def sweep(
+    columns: int,
+    group: int,
+    column: Callable[[int, int], None],
+    push: Callable[[slice, slice], None],
+    enter_group: Callable[[slice], None] = lambda columns: None,
+) -> None:
+    """Visit columns 0 to ``columns`` in order.
+
+    column: ``column(j, stop)`` settles column j and corrects columns j + 1 to ``stop``. push: ``push(done, later)`` lets the
+    changes of the columns ``done`` reach the columns ``later``. enter_group: called before the first column of each
+    group, when its columns have been corrected for everything before them. group: columns in a group.
+    """
+
+    def visit(start: int, stop: int) -> None:
+        if start % group == 0 and stop - start <= group and stop in (start + group, columns):
+            enter_group(slice(start, stop))
+        if stop - start <= LEAF:
+            for j in range(start, stop):
+                column(j, stop)
+            return
+        unit = group if stop - start > group else LEAF
+        middle = start + -(-(stop - start) // (2 * unit)) * unit
+        visit(start, middle)
+        push(slice(start, middle), slice(middle, stop))
+        visit(middle, stop)
+
+    visit(0, columns)
