@@ -197,7 +197,9 @@ class ModelDescription:
         """
         from slim.quantization.formats import read_config
 
-        stored = read_config(self.quantization or {}, self.name)
+        if self.quantization is None:
+            return {}
+        stored = read_config(self.quantization, self.name)
         schemes = {name: stored.scheme(name) for name in self._matrices()}
         return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 

@@ -15,7 +15,7 @@ from slim.pipeline import Pipeline, Result
 from slim.stage import Stage
 from slim.store import Store, reraise_full_disk
 
-STAGES = ("pruner", "tuner", "teacher", "quantizer")  # in the order in which they run
+STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")  # in the order in which they run
 
 
 def build_pipeline(config: DictConfig) -> Pipeline:
@@ -24,7 +24,7 @@ def build_pipeline(config: DictConfig) -> Pipeline:
 
     from slim.machine import pick_device
 
-    config = merge_alias(config)
+    config = learn_from_teacher(merge_alias(config))
     stages = [instantiate(config[group]) for group in STAGES if config[group] and config[group].get("_target_")]
     evaluation = instantiate(config.eval) if config.eval and config.eval.get("_target_") else None
     return Pipeline(
@@ -48,6 +48,21 @@ def merge_alias(config: DictConfig) -> DictConfig:
     if unknown:
         raise SlimError(f"The quantizer has no setting '{unknown[0]}'. It has: {', '.join(config.quantizer)}.")
     config.quantizer = OmegaConf.merge(config.quantizer, alias)
+    return config
+
+
+def learn_from_teacher(config: DictConfig) -> DictConfig:
+    """Where ``teacher.stage=tune``, let the tuner's settings be those of the distillation, which takes its place."""
+    if not config.teacher or config.teacher.get("stage") != "tune":
+        return config
+    train = {"slim.training.tune.Lora": "lora", "slim.training.tune.Full": "full"}.get((config.tuner or {}).get("_target_"))
+    if train is None:
+        raise SlimError("teacher.stage=tune makes the tuner learn from the teacher: it needs tuner=lora or tuner=full.")
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    settings = {name: value for name, value in config.tuner.items() if name != "_target_"}
+    config.teacher = OmegaConf.merge(config.teacher, settings, {"train": train})
+    config.tuner = {}
     return config
 
 

@@ -77,7 +77,7 @@ class ShardWriter:
 
     def _finish(self) -> None:
         """Write the small tensors and the header of the present file, if it has any tensors."""
-        for name, tensor in sorted(self.pending.items(), key=lambda item: -item[1].element_size()):
+        for name, tensor in sorted(self.pending.items(), key=lambda item: (-item[1].element_size(), item[0])):
             self._write(name, tensor)
         self.pending = {}
         if self._file is None:

@@ -123,6 +123,16 @@ def test_published_sizes(name):
     assert ModelDescription(dict(model_type=model_type, vocab_size=vocabulary, **sizes, **others)).parameters() == expected
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("given", [{}, {"use_sliding_window": True, "max_window_layers": 7}], ids=["", "windows"])
+def test_pattern_of_windows_where_the_config_leaves_it_out(model_type, given):
+    sizes = dict(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=13, num_attention_heads=4)
+    config, kept = {"model_type": model_type, **sizes, "pad_token_id": 0, **given}, [0, 2, 5, 6, 8, 11, 12]
+    types = getattr(AutoConfig.for_model(**config), "layer_types", None) or []
+    found = ModelDescription(config).with_blocks(kept).config.get("layer_types")
+    assert found == ([types[block] for block in kept] if "sliding_attention" in types else None)
+
+
 # The walk -------------------------------------------------------------------------------------------------------------
 
 
@@ -153,17 +163,11 @@ class Unrounded(ScaledVisitor):
 
     def __init__(self, model, dtype="float32"):
         linears = [f"model.layers.{block}.{name}" for block in range(model.blocks) for name in model.block_linears(block)]
-        super().__init__(dict.fromkeys(linears, Scheme(8, 32, False)), dtype, grid=2)
-        self.folds = {}
+        super().__init__(dict.fromkeys(linears, Scheme(8, 32, False)), dtype)
+        self.alphas, self.folds = [0.7, 0.7], {}
 
     def solve(self, weights, gram, schemes, where):
         return {name: exact(weight) for name, weight in weights.items()}
-
-    def _search_alpha(self, *args):
-        return 0.7
-
-    def _is_better(self, *args):
-        return True
 
     def _store_fold(self, view, scales):
         self.folds[view.block, view.fed_by] = scales
@@ -256,6 +260,15 @@ def test_packed_checkpoints_reload(method, folder, calibration, tmp_path):
     assert model.generate(TOKENS[:1, :8], max_new_tokens=4, do_sample=False).shape[1] > 8
 
 
+@pytest.mark.parametrize("folder", ["gemma2 tied", "gemma3 untied"], indirect=True)
+def test_packed_embeddings_are_scaled_as_the_plain_ones(folder, tmp_path):
+    run(RTN(8, 32, embeddings=True), folder, tmp_path / "q")
+    model, plain = load_model(tmp_path / "q"), reloaded(folder)
+    assert not isinstance(model.get_input_embeddings(), nn.Embedding)
+    assert relative(model.get_input_embeddings()(TOKENS), plain.get_input_embeddings()(TOKENS)) < 0.01
+    assert relative(logits(model, TOKENS), logits(plain, TOKENS)) < 0.05
+
+
 # Pruning --------------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +307,16 @@ def test_magnitude_scores_count_what_norms_multiply_by(folder, tmp_path):
     ]
     assert facts["scores"] == pytest.approx(expected, rel=1e-5)
     assert open_checkpoint(tmp_path / "pruned").description.blocks == 2
+
+
+def test_gaps_of_phi3_are_bridged(calibration, tmp_path):
+    model_type, changes = MODELS["phi3 tied"]
+    source = build(model_type, tmp_path / "source", **changes)
+    facts = run(Magnitude(remove=[1, 2], reconstruct=True, calibration=calibration), source, tmp_path / "pruned")
+    assert facts["gaps"][0]["error_bridged"] < 0.9 * facts["gaps"][0]["error_cut"]
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "pruned" / "model.safetensors")
+    moved = [name for name in after if name.startswith("model.layers.0.") and not torch.equal(after[name], before[name])]
+    assert moved == ["model.layers.0.mlp.down_proj.weight"]
 
 
 QWEN = dict(num_hidden_layers=4, use_sliding_window=True, sliding_window=9, max_window_layers=2)
@@ -363,6 +386,7 @@ def test_perplexity_is_that_of_the_models_own_logits(folder):
     assert negative_log_likelihood(model, TOKENS, 2) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("folder", ["gemma2 tied", "gemma3 untied", "phi3 tied"], indirect=True)
 def test_warm_up(folder):
     warm_up(folder, "cpu")
 

@@ -321,6 +321,22 @@ def test_layers_may_differ_and_stay_plain(name, source, tmp_path):
     require_expected_bytes(open_checkpoint(tmp_path / "q"))
 
 
+def test_awq_leaves_layers_plain(source, tmp_path):
+    """Named where AutoAWQ and transformers look, and again where GPTQModel does."""
+    schemes = {layer: Scheme(4, 32, False) for layer in source.linears if "k_proj" not in layer}
+    dense = source.quantise(tmp_path / "q", "awq", schemes)
+    config = open_checkpoint(tmp_path / "q").description.quantization
+    plain = [layer for layer in source.linears if "k_proj" in layer]
+    assert config["modules_to_not_convert"] == [*plain, "lm_head"]
+    for part in ("modules_to_not_convert", "dynamic"):
+        stored = read_config({key: value for key, value in config.items() if key != part})
+        assert [stored.scheme(layer) for layer in plain] == [None, None]
+        assert all(stored.scheme(layer) for layer in schemes)
+    model = load_model(tmp_path / "q", "float32")
+    assert relative(logits(model, source.tokens), source.logits(dense)) < 1e-5
+    require_expected_bytes(open_checkpoint(tmp_path / "q"))
+
+
 # Embedding and head ----------------------------------------------------------------------------------------------------
 
 ENDS = {"lm_head": Scheme(8, -1, True), "model.embed_tokens": Scheme(8, -1, True)}
@@ -607,6 +623,7 @@ def compressed(**weights):
         (compressed(num_bits=16), "integer weights of 1 to 8 bits"),
         (compressed(strategy="tensor"), "not per tensor"),
         (compressed(group_size=None), "group_size=None"),
+        ({**compressed(), "transform_config": {"config_groups": {"R1": {}}}}, "rotates activations"),
         (compressed(dynamic=True), "plain activations only"),
     ],
 )

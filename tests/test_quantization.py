@@ -269,7 +269,7 @@ class FoldOnly(ActivationAware):
     def _search_alpha(self, *args):
         return 0.7
 
-    def _is_better(self, *args):
+    def _pays(self, *args):
         return True
 
     def _store_fold(self, view, scales):
@@ -306,8 +306,8 @@ def test_folding_leaves_the_function_unchanged(model_type, tmp_path):
 
 def test_norms_are_rounded_before_weights_are_quantised(tmp_path):
     """With norms stored in bfloat16 the fold still costs nothing: weights compensate for the rounding."""
-    source = open_checkpoint(small("llama", tmp_path / "source", dtype="bfloat16"))
-    visitor = FoldOnly(source.description)
+    source = open_checkpoint(small("llama", tmp_path / "source"))
+    visitor = FoldOnly(source.description.with_config(dtype="bfloat16"))
     original, checked = visitor._fold, []
 
     def fold(view, scales):

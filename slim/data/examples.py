@@ -79,6 +79,10 @@ class Conversations(TrainingData):
     def pairs(self, part: str) -> Iterator[tuple[str, str]]:
         raise NotImplementedError
 
+    def questions(self, part: str) -> Iterator[str]:
+        """Yield the prompts alone, for a model to answer."""
+        return (prompt for prompt, _ in self.pairs(part))
+
     def build(self, part: str, tokenizer, window: int, tokens: int | None) -> Windows:
         answered = ((prompt, answer) for prompt, answer in self.pairs(part) if answer.strip())
         examples = _up_to(encode_pairs(tokenizer, answered), tokens)
@@ -239,7 +243,8 @@ class Pairs(Conversations):
     """Prompts and answers from a JSONL file or a data set.
 
     text, subset, split: file or data set, as in :class:`slim.data.text.Text`.
-    prompt, answer: names of the columns. context: a column that is appended to the prompt where it is not empty.
+    prompt, answer: names of the columns; without an answer (None) there are questions only.
+    context: a column that is appended to the prompt where it is not empty.
     validation_split: split of a data set to validate on; None takes ``validation_fraction`` of the pairs instead.
     long: ``cut`` or ``drop`` what exceeds the window. seed: of the order and of the choice for validation.
     """
@@ -248,7 +253,7 @@ class Pairs(Conversations):
     subset: str | None = None
     split: str = "train"
     prompt: str = "prompt"
-    answer: str = "answer"
+    answer: str | None = "answer"
     context: str | None = None
     validation_split: str | None = None
     validation_fraction: float = 0.05
@@ -280,10 +285,25 @@ class Pairs(Conversations):
         return self.source(self.split).text_identity()
 
     def pairs(self, part: str) -> Iterator[tuple[str, str]]:
-        split = self.validation_split if part == VALIDATION and self.validation_split else self.split
-        found = [self._pair(row) for row in self.source(split).rows()]
+        if self.answer is None:
+            raise SlimError(
+                f"{self.title} has no answers (data.answer=null). Use teacher=on_policy, which makes them, or name the column."
+            )
+        found = self._rows(part)
         if not any(answer.strip() for _, answer in found):
             raise SlimError(f"{self.title} has no answers: column '{self.answer}' is empty in all {len(found)} rows.")
+        return self._chosen(found, part)
+
+    def questions(self, part: str) -> Iterator[str]:
+        return (prompt for prompt, _ in self._chosen(self._rows(part), part))
+
+    def _rows(self, part: str) -> list[tuple[str, str]]:
+        """Return all prompts of the part's split with their answers, empty where there are none."""
+        split = self.validation_split if part == VALIDATION and self.validation_split else self.split
+        return [self._pair(row) for row in self.source(split).rows()]
+
+    def _chosen(self, found: list[tuple[str, str]], part: str) -> Iterator[tuple[str, str]]:
+        """Yield those that belong to the part, in random order."""
         if not self.validation_split:
             found = [pair for pair in found if self._belongs(pair[0], part)]
         random.Random(f"{self.seed}/order").shuffle(found)
@@ -299,7 +319,7 @@ class Pairs(Conversations):
                     f"{self.title} has no column '{column}' (has: {', '.join(row)}). "
                     "Set data.prompt=... and data.answer=... to the columns of the question and of the answer."
                 )
-        prompt, answer = (str(row[column] or "") for column in (self.prompt, self.answer))
+        prompt, answer = (str(row[column] or "") if column else "" for column in (self.prompt, self.answer))
         context = str(row[self.context] or "").strip() if self.context else ""
         return (f"{prompt}\n\n{context}" if context else prompt), answer
 

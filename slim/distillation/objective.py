@@ -3,6 +3,8 @@
 For every token with a label, with the teacher's p and the student's q softened by the temperature T:
 
     L = (1 - w) T^2 D(p, q) + w (-log q_1(label))          q_1: the student at T = 1; w: weight of the hard labels
+
+and, where asked for, the losses of ``matching.py`` on hidden states and attention maps.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from slim.distillation.cache import TeacherCache, student_classes, teacher_classes
 from slim.distillation.chunks import chunk_rows, chunked_sum
 from slim.distillation.losses import Divergence, softened
+from slim.distillation.matching import LayerMatching
 from slim.logits import head_logits
-from slim.training.forward import counted, last_hidden, plain_model
+from slim.training.forward import body_outputs, counted, plain_model
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -34,10 +38,10 @@ class LiveTeacher(nn.Module):
         self.model, self.temperature, self.classes = model, temperature, classes
 
     @torch.no_grad()
-    def rows(self, batch: dict) -> tuple[Tensor, ...]:
-        """Return what is known of every token with a label before the chunks: its hidden state."""
-        hidden = last_hidden(self.model, batch["tokens"], batch.get("positions"))
-        return (counted(hidden, batch["labels"])[0],)
+    def rows(self, batch: dict, **wanted: bool) -> tuple[tuple[Tensor, ...], BaseModelOutput]:
+        """Return what is known of every token with a label before the chunks, its hidden state, and all outputs."""
+        outputs = body_outputs(self.model, batch["tokens"], batch.get("positions"), **wanted)
+        return (counted(outputs[0], batch["labels"])[0],), outputs
 
     def compare(self, logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of teacher and student, given the student's logits."""
@@ -53,10 +57,11 @@ class CachedTeacher(nn.Module):
         super().__init__()
         self.cache, self.temperature, self.classes = cache, temperature, classes
 
-    def rows(self, batch: dict) -> tuple[Tensor, ...]:
+    def rows(self, batch: dict) -> tuple[tuple[Tensor, ...], None]:
+        """Return ids and log-probabilities of the likely tokens, for every token with a label; there are no outputs."""
         kept = self.cache.rows(batch["windows"].cpu())
         device = batch["tokens"].device
-        return kept["indices"].to(device), teacher_classes(kept["log_probs"], kept["others"]).to(device)
+        return (kept["indices"].to(device), teacher_classes(kept["log_probs"], kept["others"]).to(device)), None
 
     def compare(self, logits: Tensor, indices: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         return log_p, student_classes(logits[:, : self.classes], indices, self.temperature)
@@ -66,17 +71,28 @@ class TokenDistillation(nn.Module):
     """Token by token against a teacher with the same vocabulary.
 
     divergence: of log-probabilities, see ``losses``. hard_weight: of the labels, 0 to 1.
+    matching: further losses on what happens inside, or None; only with a live teacher.
     """
 
-    def __init__(self, teacher: LiveTeacher | CachedTeacher, divergence: Divergence, hard_weight: float):
+    def __init__(
+        self,
+        teacher: LiveTeacher | CachedTeacher,
+        divergence: Divergence,
+        hard_weight: float,
+        matching: LayerMatching | None = None,
+    ):
         super().__init__()
         self.teacher, self.divergence, self.hard_weight = teacher, divergence, hard_weight
+        self.matching = matching
 
     def forward(self, student: nn.Module, batch: dict) -> Tensor:
         """Return the loss summed over the tokens with labels."""
-        known = self.teacher.rows(batch)
-        hidden, target = counted(last_hidden(student, batch["tokens"], batch.get("positions")), batch["labels"])
-        return self.summed(plain_model(student), hidden, target, known)
+        wanted = {} if self.matching is None else self.matching.outputs
+        known, taught = self.teacher.rows(batch, **wanted)
+        outputs = body_outputs(student, batch["tokens"], batch.get("positions"), **wanted)
+        hidden, target = counted(outputs[0], batch["labels"])
+        total = self.summed(plain_model(student), hidden, target, known)
+        return total if self.matching is None else total + self.matching(outputs, taught, batch["labels"])
 
     def summed(self, student: nn.Module, hidden: Tensor, target: Tensor, known: tuple[Tensor, ...]) -> Tensor:
         """Return the loss given the student's hidden states and what is known of the teacher's distributions."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from slim.distillation.layer_map import Matching
+from slim.distillation.questions import ANSWERS, Generation
 from slim.distillation.teacher import BASE, DTYPES, QUANTS, Teacher
 from slim.errors import SlimError
 from slim.lazy import LazyModule
@@ -19,9 +21,9 @@ from slim.training import tune
 if TYPE_CHECKING:
     from slim.architecture import ModelDescription
     from slim.checkpoint import Checkpoint
-    from slim.distillation import losses, tasks
+    from slim.distillation import losses, on_policy, tasks
 else:
-    losses, tasks = LazyModule("slim.distillation.losses"), LazyModule("slim.distillation.tasks")
+    losses, on_policy, tasks = (LazyModule(f"slim.distillation.{name}") for name in ("losses", "on_policy", "tasks"))
 
 # Losses, and the setting of each that has one.
 LOSSES = {
@@ -46,7 +48,8 @@ class Distillation(tune.Tuner):
     beta, skew, head: of the symmetric, the two skewed and the adaptive one.
     temperature: both distributions are softened by it. hard_weight: of the hard labels; the teacher has the rest.
     quant: ``nf4`` or ``int8`` quantises the teacher. cache: keep its ``top_k`` most likely tokens in ``cache_folder``, or,
-        where it is a path, in that folder.
+        where it is a path, in that folder. match: further losses on hidden states and attention maps.
+    answers: whose answers to learn on: ``data``, ``teacher``, ``student``, ``both``; generation: how they are made.
     """
 
     base: object = field(default=None, metadata=CHOSEN_ONLY)
@@ -63,6 +66,9 @@ class Distillation(tune.Tuner):
     cache: bool | str = field(default=False, metadata=CHOSEN_ONLY)
     top_k: int = 64
     cache_folder: str = field(default="runs/teacher", metadata=CHOSEN_ONLY)
+    match: Matching = field(default_factory=Matching)
+    answers: str = "data"
+    generation: Generation = field(default_factory=Generation)
 
     kind: ClassVar[str] = "distill"
     group: ClassVar[str] = "teacher"
@@ -79,7 +85,26 @@ class Distillation(tune.Tuner):
         require_number("teacher.head", self.head, 0, 1)
         require_number("teacher.top_k", self.top_k, 1, integer=True)
         require_choice("teacher.quant", self.quant, QUANTS)
+        self._check_answers()
+        if self.cache and self.match.wanted:
+            raise SlimError(
+                "teacher.cache keeps probabilities only, and teacher.match needs the teacher's hidden states. "
+                "Use teacher.cache=false, or teacher.match.hidden=0 teacher.match.attention=0."
+            )
         self.teacher = Teacher(self.base, self.model, self.revision, self.dtype, self.quant)
+
+    def _check_answers(self) -> None:
+        require_choice("teacher.answers", self.answers, ANSWERS)
+        if self.answers == "data":
+            return
+        self.generation.check(self.window, self.accumulation)
+        if self.cache:
+            raise SlimError(f"teacher.answers={self.answers} makes new answers in every step: set teacher.cache=false.")
+        if self.hard_weight and self.answers != "teacher":
+            raise SlimError(
+                f"teacher.answers={self.answers} has no right answers to learn by heart: set teacher.hard_weight=0 "
+                "(as teacher=on_policy does)."
+            )
 
     def identity(self) -> dict:
         top_k = self.top_k if self.cache else None  # the only trace that a cache leaves in the result
@@ -90,6 +115,7 @@ class Distillation(tune.Tuner):
     def check(self, model: ModelDescription) -> None:
         super().check(model)
         taught_by = self.teacher.check()
+        self.match.check(model, taught_by)
         if self.window > taught_by.context_length:
             raise SlimError(
                 f"teacher.window={self.window} exceeds the context of the teacher {taught_by.name}. "
@@ -109,6 +135,8 @@ class Distillation(tune.Tuner):
     # The work
 
     def task(self, checkpoint: Checkpoint, device: str, precision: str):
+        if self.answers != "data":
+            return on_policy.OnPolicyTask(self, checkpoint, device, precision)
         return tasks.DistillationTask(self, checkpoint, device, precision)
 
     def divergence(self):
@@ -128,9 +156,13 @@ class Full(Distillation, tune.Full):
     """Distillation into all weights."""
 
 
-def distill(train: str = "lora", **settings) -> Distillation:
-    """Return the stage: ``train="lora"`` for adapters, ``"full"`` for all weights, which has no adapters' settings."""
+def distill(train: str = "lora", stage: str = "distill", **settings) -> Distillation:
+    """Return the stage: ``train="lora"`` for adapters, ``"full"`` for all weights, which has no adapters' settings.
+
+    stage: ``"tune"`` lets a configuration's tuner say how to train (``slim.run.learn_from_teacher``).
+    """
     require_choice("teacher.train", train, ("lora", "full"))
+    require_choice("teacher.stage", stage, ("distill", "tune"))
     if train == "lora":
         return Lora(**settings)
     return Full(**{name: value for name, value in settings.items() if name not in ("r", "alpha", "dropout", "targets")})

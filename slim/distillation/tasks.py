@@ -12,6 +12,7 @@ from torch import nn
 from slim.checkpoint import sha256
 from slim.distillation.cache import TeacherCache, teach, windows_digest, write_cache
 from slim.distillation.chunks import chunk_rows
+from slim.distillation.matching import LayerMatching, found_map, projector
 from slim.distillation.module import Distilling
 from slim.distillation.objective import CachedTeacher, LiveTeacher, TokenDistillation
 from slim.distillation.teacher import same_vocabulary
@@ -22,7 +23,7 @@ from slim.settings import identity
 from slim.store import Store, digest
 from slim.training.batches import in_order
 from slim.training.fit import autocast
-from slim.training.forward import mean_nll
+from slim.training.forward import mean_nll, plain_model
 from slim.training.module import Optimisation
 from slim.training.task import Task
 
@@ -40,6 +41,7 @@ class DistillationTask(Task):
     def __init__(self, tuner: Distillation, *where):
         super().__init__(tuner, *where)
         self.teacher_loss: float | None = None
+        self.layers: list[int] | None = None  # the map, where blocks are matched
 
     # The teacher
 
@@ -74,8 +76,24 @@ class DistillationTask(Task):
         self.require_same_vocabulary()
         teacher = self.cached_teacher() if self.tuner.cache else self.live_teacher()
         self.introduce(model)
-        goal = TokenDistillation(teacher, self.tuner.divergence(), self.tuner.hard_weight)
+        matching = self.matching(plain_model(model), teacher.model) if self.tuner.match.wanted else None
+        goal = TokenDistillation(teacher, self.tuner.divergence(), self.tuner.hard_weight, matching)
         return Distilling(model, optimisation, goal)
+
+    def matching(self, student: nn.Module, teacher: nn.Module) -> LayerMatching:
+        """Return the losses on what happens inside, for models that give it."""
+        settings = self.tuner.match
+        if settings.attention:  # the faster implementations never have the whole map
+            student.set_attn_implementation("eager"), teacher.set_attn_implementation("eager")
+        own, others = (
+            model.get_submodule(description.family.blocks)
+            for model, description in (
+                (student, self.checkpoint.description), (teacher, self.tuner.teacher.source.describe()),
+            )
+        )  # fmt: skip
+        layers = found_map(own, others) if settings.layers is None else settings.layers
+        self.layers = layers
+        return LayerMatching(settings, layers, len(others), projector(student, teacher))
 
     def require_same_vocabulary(self) -> None:
         if not same_vocabulary(self.checkpoint.folder, self.tuner.teacher.checkpoint.folder):
@@ -85,7 +103,12 @@ class DistillationTask(Task):
         return LiveTeacher(self.open_teacher(), self.tuner.temperature, self.classes)
 
     def facts(self) -> dict:
-        return {**super().facts(), "teacher_validation_loss": self.teacher_loss}
+        return {**super().facts(), **self.distillation_facts()}
+
+    def distillation_facts(self) -> dict:
+        """Return what the manifest keeps of the teacher."""
+        found = {"teacher": self.tuner.teacher.source.label, "teacher_validation_loss": self.teacher_loss}
+        return found | ({} if self.layers is None else {"matched_blocks": self.layers})
 
     # The cache
 
@@ -132,7 +155,7 @@ class DistillationTask(Task):
         batches = track(in_order(self.training, self.tuner.rows), "Asking the teacher")
         with autocast(self.device, self.precision)():
             kept = teach(
-                lambda batch: live.rows(to_device(batch, self.device))[0],
+                lambda batch: live.rows(to_device(batch, self.device))[0][0],
                 lambda hidden: head_logits(live.model, hidden)[:, : self.classes],
                 batches, self.tuner.temperature, self.top_k, chunk_rows(self.classes),
             )  # fmt: skip

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-REFITS = 3  # rounds of refitting scales and rounding again
+REFITS = 2  # rounds of refitting scales and rounding again
 
 
 @dataclass
@@ -42,7 +42,7 @@ class AWQ(CalibratedQuantization):
     """
 
     grid: int = 20
-    clip: int = 15
+    clip: int = 10
     refit: bool = True
 
     version: ClassVar[int] = 2
@@ -66,7 +66,7 @@ class ActivationAware(ScaledVisitor):
         dtype: str,
         form: Format | None = None,
         grid: int = 20,
-        clip: int = 15,
+        clip: int = 10,
         refit: bool = True,
     ):
         super().__init__(schemes, dtype, form, grid)

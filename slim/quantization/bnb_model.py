@@ -113,6 +113,7 @@ def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = wanted, True
+            module.weight.quant_state.dtype = wanted  # of the decoded weights that gradients pass through
             module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():  # transformers leaves them in the type of the file
         if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit):

@@ -19,7 +19,7 @@ from slim.errors import SlimError
 from slim.lazy import LazyModule
 from slim.quantization.calibrated import CalibratedQuantization
 from slim.quantization.formats import get_format
-from slim.quantization.grid import Quantised, search, shrink_factors
+from slim.quantization.grid import Quantised, layer_loss, search, shrink_factors
 from slim.quantization.scaling import ScaledVisitor
 from slim.quantization.scheme import WHOLE_ROW, Scheme
 from slim.quantization.solve import (
@@ -117,6 +117,14 @@ class ErrorFeedback(ScaledVisitor):
             name: by_rows(weight, lambda rows, scheme=schemes[name]: self._solve_rows(rows, gram, feed, scheme))
             for name, weight in weights.items()
         }
+
+    def _pays(self, weights: dict, schemes: dict, scaled: dict, scales: torch.Tensor, gram: torch.Tensor, where: str) -> bool:
+        """Whether scaled layers are used: only if their summed loss is below that of layers that are not scaled."""
+        plain, gain = self.solve(weights, gram, schemes, where), 0.0
+        for name, weight in weights.items():
+            gain += float(layer_loss(plain[name].dequantise() - weight, gram).sum())
+            gain -= float(layer_loss(scaled[name].dequantise() / scales - weight, gram).sum())
+        return gain > 0
 
     def _factor(self, gram: torch.Tensor, where: str) -> Feedback | None:
         """Factor G in the order the columns are taken in, and note what that needed."""

@@ -83,9 +83,11 @@ class ScaledVisitor(QuantVisitor):
             self.notes.append(f"{where}: no calibration token reached it with an input other than 0; rounded to nearest.")
             chosen, scales = self._nearest(weights, schemes), None
         else:
-            chosen, scales = self.solve(weights, view.gram, schemes, where), None
+            chosen, scales = None, None
             if len(self.alphas) > 1 and self._foldable(view, weights):
-                chosen, scales = self._try_scaling(view, weights, schemes, chosen, where)
+                chosen, scales = self._try_scaling(view, weights, schemes, where)
+            if chosen is None:
+                chosen = self.solve(weights, view.gram, schemes, where)
         self.done.update(chosen)
         dense = {name: layer.dequantise() for name, layer in chosen.items()}
         return dense if scales is None else {name: weight / scales for name, weight in dense.items()}
@@ -98,18 +100,18 @@ class ScaledVisitor(QuantVisitor):
         return len(weights) == len(view.linears) and (view.fed_by in self.done or view.feeder.weight.dim() == 1)
 
     def _try_scaling(
-        self, view: SegmentView, weights: dict, schemes: dict, plain: dict[str, Quantised], where: str
-    ) -> tuple[dict[str, Quantised], torch.Tensor | None]:
-        """Return the layers with channels scaled and s, [in], where that pays; ``plain`` and None where not."""
+        self, view: SegmentView, weights: dict, schemes: dict, where: str
+    ) -> tuple[dict[str, Quantised] | None, torch.Tensor | None]:
+        """Return the layers with channels scaled and s, [in]; None, None where scaling does not pay."""
         alpha = self._search_alpha(view, weights, schemes)
         if alpha == 0:
-            return plain, None
+            return None, None
         fold = self._fold(view, channel_scales(view.gram, view.tokens, view.feeds, alpha))
         scales = fold[view.feeds]
         scaled = {name: weight * scales for name, weight in weights.items()}
         layers = self.solve(scaled, view.gram / scales / scales.unsqueeze(1), schemes, where)
-        if not self._is_better(weights, schemes, layers, plain, scales, view.gram):
-            return plain, None
+        if not self._pays(weights, schemes, layers, scales, view.gram, where):
+            return None, None
         self._store_fold(view, fold)
         return layers, scales
 
@@ -130,24 +132,22 @@ class ScaledVisitor(QuantVisitor):
     def _trial(self, weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor) -> torch.Tensor:
         return search(weight, scheme, self.scale_dtype, importance, SEARCH_FACTORS, each_end=False).dequantise()
 
-    def _is_better(
+    def _pays(
         self,
         weights: dict[str, torch.Tensor],
         schemes: dict[str, Scheme],
         scaled: dict[str, Quantised],
-        plain: dict[str, Quantised],
         scales: torch.Tensor,
         gram: torch.Tensor,
+        where: str,
     ) -> bool:
-        """Whether scaling lowers the summed loss, and leaves no single layer above round to nearest."""
-        total = 0.0
-        for name, weight in weights.items():
-            rounded = minmax(weight, schemes[name], self.scale_dtype).dequantise()
-            loss = float(layer_loss(scaled[name].dequantise() / scales - weight, gram).sum())
-            if loss > float(layer_loss(rounded - weight, gram).sum()):
-                return False
-            total += loss - float(layer_loss(plain[name].dequantise() - weight, gram).sum())
-        return total < 0
+        """Whether scaled layers are used: not if that leaves any of them above round to nearest."""
+        nearest = self._nearest(weights, schemes)
+        return all(
+            float(layer_loss(scaled[name].dequantise() / scales - weight, gram).sum())
+            <= float(layer_loss(nearest[name].dequantise() - weight, gram).sum())
+            for name, weight in weights.items()
+        )
 
     def _fold(self, view: SegmentView, scales: torch.Tensor) -> torch.Tensor:
         """Return the scales, [feeder channels], that the feeder divides by once 1/s is folded into it and rounded.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from slim.architecture import ModelDescription
 from slim.errors import SlimError
-from slim.settings import require_choice, require_flag
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256)
@@ -38,13 +37,6 @@ class Scheme:
     def groups(self, in_features: int) -> int:
         """Return the number of groups of a row."""
         return -(-in_features // self.group(in_features))
-
-
-def check_scheme_settings(bits: int, group_size: int, symmetric: bool) -> None:
-    """Raise ``SlimError`` for settings outside what slim quantises to."""
-    require_choice("quant.bits", bits, BITS)
-    require_choice("quant.group_size", group_size, (*GROUP_SIZES, WHOLE_ROW))
-    require_flag("quant.symmetric", symmetric)
 
 
 def check_model(model: ModelDescription, scheme: Scheme) -> None:
@@ -86,22 +78,3 @@ def to_config(scheme: Scheme, ignore: list[str]) -> dict:
         "config_groups": {"group_0": group},
         "ignore": ignore,
     }
-
-
-def from_config(config: dict, name: str = "the model") -> Scheme:
-    """Read the scheme of a ``quantization_config``. Raises ``SlimError`` for what slim cannot run."""
-    method = config.get("quant_method")
-    if method != QUANT_METHOD or config.get("format") != FORMAT:
-        raise SlimError(
-            f"{name} is quantised as {method} ({config.get('format', 'no format')}). "
-            f"slim reads {QUANT_METHOD} in the format {FORMAT}."
-        )
-    groups = list(config.get("config_groups", {}).values())
-    weights = groups[0].get("weights") if len(groups) == 1 else None
-    if not weights or weights.get("type", "int") != "int" or not 1 <= weights.get("num_bits", 0) <= 8:
-        raise SlimError(f"{name}: slim reads one config group of integer weights of 1 to 8 bits; this has others.")
-    if groups[0].get("input_activations") or weights.get("strategy") not in ("group", "channel"):
-        raise SlimError(f"{name}: slim reads weights quantised by group or channel and plain activations only.")
-    if weights.get("actorder") in ("group", True):
-        raise SlimError(f"{name}: groups in activation order (actorder=group) cannot be read.")
-    return Scheme(weights["num_bits"], weights.get("group_size") or WHOLE_ROW, bool(weights.get("symmetric", True)))

@@ -36,10 +36,18 @@ def plain_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def body_outputs(model: nn.Module, tokens: Tensor, positions: Tensor | None = None, **wanted: bool):
+    """Return what the model gives below its head; arguments as in :func:`sequence_nll`.
+
+    wanted: ``output_hidden_states``, ``output_attentions``.
+    """
+    body = plain_model(model).base_model
+    return body(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, **wanted)
+
+
 def last_hidden(model: nn.Module, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
     """Return the outputs of the final norm, [rows, length, hidden]; arguments as in :func:`sequence_nll`."""
-    body = plain_model(model).base_model
-    return body(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False)[0]
+    return body_outputs(model, tokens, positions)[0]
 
 
 @torch.no_grad()

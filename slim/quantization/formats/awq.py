@@ -28,6 +28,7 @@ from slim.quantization.formats.base import (
     require_integer,
     require_scheme,
 )
+from slim.quantization.formats.gptq import any_of, overridden
 from slim.quantization.packing import pack, unpack
 from slim.quantization.scheme import Scheme
 
@@ -72,13 +73,16 @@ class AwqGemm(Format):
                 )
 
     def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], ordered: bool = False, **extra: Any) -> dict:
+        plain = [layer for layer in linears if layer not in schemes]
+        inside = [layer for layer in plain if layer not in HEADS]
         return {
             "quant_method": self.quant_method,
             "version": "gemm",
             "bits": BITS,
             "group_size": next(iter(schemes.values())).group_size,
             "zero_point": True,
-            "modules_to_not_convert": [layer for layer in linears if layer not in schemes],
+            "modules_to_not_convert": plain,
+            **({"dynamic": {f"-:{any_of(inside)}": {}}} if inside else {}),  # GPTQModel looks here
         }
 
     def tensors(self, layer: Quantised) -> dict[str, torch.Tensor]:
@@ -92,7 +96,7 @@ class AwqGemm(Format):
         return (columns + scheme.groups(columns)) * rows // 2 + 2 * scheme.groups(columns) * rows
 
     def read_config(self, config: dict, name: str) -> Stored:
-        version = str(config.get("version") or config.get("format") or "gemm").lower()
+        version = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm").lower()
         if version != "gemm":
             raise SlimError(f"{name} is quantised as awq in the version {version}. slim reads the version gemm.")
         settings = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size")}  # as AutoAWQ's own file says
@@ -105,9 +109,10 @@ class AwqGemm(Format):
 
     def scheme_of(self, config: dict, layer: str) -> Scheme | None:
         plain = config.get("modules_to_not_convert") or []
-        if layer in EMBEDDINGS | HEADS or any(part in layer for part in plain):
+        found = overridden(config, layer)
+        if found is None or layer in EMBEDDINGS | HEADS or any(part in layer for part in plain):
             return None
-        return Scheme(BITS, config["group_size"], not config.get("zero_point", True))
+        return Scheme(BITS, found["group_size"], not config.get("zero_point", True))
 
     def read(self, reader: TensorReader, name: str, columns: int, rows: int, scheme: Scheme, stored: Stored) -> Packed:
         groups = scheme.groups(columns)

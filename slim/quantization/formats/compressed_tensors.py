@@ -99,6 +99,8 @@ class CompressedTensors(Format):
                 f"{name} is quantised as {self.quant_method} ({config.get('format', 'no format')}). "
                 f"slim reads {self.quant_method} in the format {LAYOUT}."
             )
+        if config.get("transform_config"):
+            raise SlimError(f"{name} rotates activations while it runs (transform_config), which slim does not do.")
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise SlimError(f"{name}: the quantization_config has no config_groups. slim reads at least one of {LAYOUT}.")
@@ -112,7 +114,8 @@ class CompressedTensors(Format):
 
     def is_ordered(self, config: dict, layer: str) -> bool:
         group = group_of(config, layer)
-        return group is not None and group["weights"].get("actorder") in ORDERED
+        weights = group["weights"] if group else {}
+        return weights.get("actorder") in ORDERED and strategy_of(weights) == "group"
 
     def read(self, reader: TensorReader, name: str, columns: int, rows: int, scheme: Scheme, stored: Stored) -> Packed:
         bits, groups = scheme.bits, scheme.groups(columns)

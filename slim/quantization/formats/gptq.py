@@ -104,7 +104,7 @@ class Gptq(Format):
         return weights + 4 * groups * words_per_row(rows, scheme.bits) + 2 * groups * rows + 4 * columns
 
     def read_config(self, config: dict, name: str) -> Stored:
-        version = config.get("checkpoint_format") or config.get("format") or V1
+        version = version_of(config)
         if version not in (V1, V2) or config.get("is_marlin_format"):
             raise SlimError(f"{name} is quantised as gptq in the format {version}. slim reads {V1} and {V2}.")
         if config.get("pack_dtype", "int32") != "int32":
@@ -128,12 +128,17 @@ class Gptq(Format):
         words = read_words(reader, f"{name}.qweight", (words_per_row(columns, bits), rows))
         scale = read_scale(reader, f"{name}.scales", (groups, rows))
         zero = unpack(read_words(reader, f"{name}.qzeros", (groups, words_per_row(rows, bits))), bits, rows)
-        if (stored.config.get("checkpoint_format") or stored.config.get("format") or V1) == V1:
+        if version_of(stored.config) == V1:
             zero = ((zero.to(torch.int16) + 1) & (2**bits - 1)).to(torch.uint8)
         index = None
         if f"{name}.g_idx" in reader or stored.ordered(name):  # files without order may lack it
             index = read_group_index(reader, f"{name}.g_idx", columns, scheme)
         return Packed(words.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), index)
+
+
+def version_of(config: dict) -> str:
+    """Return the layout's version; files from before there were two do not name it."""
+    return config.get("checkpoint_format") or config.get("format") or V1
 
 
 def settings(scheme: Scheme) -> dict:
@@ -152,15 +157,21 @@ def overrides(config: dict) -> dict[str, dict]:
     return dict(sorted(dynamic.items(), key=lambda entry: not entry[0].startswith("-:")))
 
 
+def overridden(config: dict, layer: str) -> dict | None:
+    """Return the config with what ``dynamic`` says of a layer; None: it is plain."""
+    for pattern, entry in overrides(config).items():
+        if re.match(pattern.removeprefix("-:").removeprefix("+:"), layer):
+            return None if pattern.startswith("-:") else {**config, **entry}
+    return config
+
+
 def settings_of(config: dict, layer: str) -> dict | None:
     """Return the settings that hold for a layer; None: it is plain."""
     if layer in EMBEDDINGS or (layer in HEADS and not config.get("lm_head")):
         return None
-    for pattern, entry in overrides(config).items():
-        if re.match(pattern.removeprefix("-:").removeprefix("+:"), layer):
-            return None if pattern.startswith("-:") else {**config, **entry}
     listed = config.get("modules_in_block_to_quantize")
     if listed and layer not in HEADS:
         names = [name for part in listed for name in ([part] if isinstance(part, str) else part)]
-        return config if layer.endswith(tuple(f".{name}" for name in names)) else None
-    return config
+        if not layer.endswith(tuple(f".{name}" for name in names)):
+            return None
+    return overridden(config, layer)

@@ -1,0 +1,96 @@
+"""Which of the teacher's blocks each of the student's stands for; settings of what is matched there. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slim.distillation.student import evenly_spaced
+from slim.errors import SlimError
+from slim.settings import require_number
+
+if TYPE_CHECKING:
+    from slim.architecture import ModelDescription
+
+
+@dataclass
+class Matching:
+    """Losses on what happens inside, beside the one on the predictions.
+
+    hidden: weight of the relative squared error of the hidden states, 0 for none.
+    attention: weight of the divergence of the attention maps, 0 for none.
+    layers: the teacher's block that each block of the student stands for, ascending, such as [0,1,4,7]. None: found by
+        comparing the weights where the shapes are alike (a pruned student), else evenly spaced.
+    """
+
+    hidden: float = 0.0
+    attention: float = 0.0
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        require_number("teacher.match.hidden", self.hidden, 0)
+        require_number("teacher.match.attention", self.attention, 0)
+        if self.layers is None:
+            return
+        self.layers = list(self.layers)
+        for block in self.layers:
+            require_number("teacher.match.layers with block", block, 0, integer=True)
+        if self.layers != sorted(set(self.layers)):
+            raise SlimError(f"teacher.match.layers={self.layers} is not ascending. A later block stands for a later block.")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is matched."""
+        return bool(self.hidden or self.attention)
+
+    def check(self, student: ModelDescription, teacher: ModelDescription) -> None:
+        """Raise ``SlimError`` for a map that does not fit the two models."""
+        if not self.wanted:
+            return
+        if self.layers is None and teacher.blocks < student.blocks:
+            raise SlimError(
+                f"{teacher.name} has {teacher.blocks} blocks, fewer than the {student.blocks} of {student.name}, so its blocks "
+                "cannot be matched. Use a deeper teacher, or teacher.match.hidden=0 teacher.match.attention=0."
+            )
+        if self.layers is not None and len(self.layers) != student.blocks:
+            raise SlimError(
+                f"teacher.match.layers names {len(self.layers)} blocks, one for each of {student.name} is needed: "
+                f"{student.blocks}."
+            )
+        if self.layers and self.layers[-1] >= teacher.blocks:
+            raise SlimError(
+                f"teacher.match.layers names block {self.layers[-1]}: {teacher.name} has blocks 0 to {teacher.blocks - 1}."
+            )
+
+
+def nearest_blocks(distances: list[list[float]]) -> list[int]:
+    """Return an ascending choice of teacher blocks with the smallest sum of distances.
+
+    distances: one row per block of the student, one column per block of the teacher, at least as many.
+    """
+    students, teachers = len(distances), len(distances[0])
+    best = [[0.0] * (teachers + 1)] + [[float("inf")] * (teachers + 1) for _ in range(students)]
+    for i in range(1, students + 1):
+        for j in range(i, teachers + 1):  # blocks 0 to i - 1 stand for i of the blocks 0 to j - 1
+            best[i][j] = min(best[i][j - 1], best[i - 1][j - 1] + distances[i - 1][j - 1])
+    chosen, j = [], teachers
+    for i in range(students, 0, -1):
+        while best[i][j - 1] <= best[i][j] and j - 1 >= i:
+            j -= 1
+        j -= 1
+        chosen.append(j)
+    return chosen[::-1]
+
+
+def default_map(student_blocks: int, teacher_blocks: int) -> list[int]:
+    """Return evenly spaced blocks of the teacher, one per block of the student."""
+    return evenly_spaced(teacher_blocks, student_blocks)
+
+
+def hidden_targets(layers: list[int], teacher_blocks: int) -> list[int]:
+    """Return the teacher's block whose output each block of the student should give.
+
+    That is the one in front of the block that the student's next block stands for: between the two lies what was
+    removed, and the student's block has to do its work too.
+    """
+    return [*(block - 1 for block in layers[1:]), teacher_blocks - 1]

@@ -1,0 +1,101 @@
+"""Hidden states and attention maps of the student's blocks against those of the teacher's they stand for.
+
+    hidden:     sum over tokens of ||P h_s - h_t||^2 / ||h_t||^2, mean over blocks (after Sun et al., arXiv:1908.09355,
+                and Jiao et al., TinyBERT, arXiv:1909.10351)
+    attention:  sum over tokens of KL(A_t || A_s), mean over heads and blocks (after Sun et al., MobileBERT, arXiv:2004.02984)
+
+P is the identity where both models are equally wide, else a learned matrix that begins where the student's embeddings come
+closest to the teacher's. Where the numbers of heads differ the maps are averaged over the heads first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slim.data.packing import IGNORE
+from slim.distillation.layer_map import Matching, default_map, hidden_targets, nearest_blocks
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ||s - t||^2 / ||t||^2 per token, float32 [tokens], for [tokens, hidden]."""
+    student, teacher = student.float(), teacher.float()
+    return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
+
+
+def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(A_t || A_s) per query, mean over heads, float32 [tokens], for maps [heads, tokens, keys]."""
+    if len(student) != len(teacher):
+        student, teacher = student.mean(0, keepdim=True), teacher.mean(0, keepdim=True)
+    student, teacher = student.float().clamp_min(1e-9), teacher.float()
+    return (torch.xlogy(teacher, teacher) - teacher * student.log()).sum(-1).mean(0)
+
+
+@torch.no_grad()
+def projector(student: nn.Module, teacher: nn.Module) -> nn.Linear | None:
+    """Return the map between hidden states of different widths, or None where they are the same.
+
+    It begins as the matrix that turns the student's embeddings into the teacher's with the smallest squared error.
+    """
+    ours, theirs = (model.get_input_embeddings().weight.float() for model in (student, teacher))
+    if ours.shape[1] == theirs.shape[1]:
+        return None
+    shared = min(len(ours), len(theirs))
+    linear = nn.Linear(ours.shape[1], theirs.shape[1], bias=False, device=ours.device)
+    linear.weight.copy_(torch.linalg.lstsq(ours[:shared].cpu(), theirs[:shared].cpu()).solution.T)
+    return linear
+
+
+@torch.no_grad()
+def found_map(student: nn.ModuleList, teacher: nn.ModuleList) -> list[int]:
+    """Return the teacher's block that each block of the student was made from, by the distance of their weights.
+
+    Evenly spaced blocks where the shapes differ, so that no block was made from another unchanged in size.
+    """
+    distances = []
+    for own in student:
+        parameters = {name: value for name, value in own.named_parameters() if "lora_" not in name}
+        row = []
+        for other in teacher:
+            theirs = dict(other.named_parameters())
+            pairs = [(value.float(), theirs.get(name.replace(".base_layer", ""))) for name, value in parameters.items()]
+            if any(match is None or match.shape != value.shape for value, match in pairs):
+                return default_map(len(student), len(teacher))
+            row.append(sum(((value - match.float()).norm() / match.float().norm()).item() for value, match in pairs))
+        distances.append(row)
+    return nearest_blocks(distances)
+
+
+class LayerMatching(nn.Module):
+    """The weighted losses, summed over the tokens with labels. layers: see :class:`Matching`."""
+
+    def __init__(self, settings: Matching, layers: list[int], teacher_blocks: int, projector: nn.Linear | None):
+        super().__init__()
+        self.hidden, self.attention = settings.hidden, settings.attention
+        self.layers, self.targets = layers, hidden_targets(layers, teacher_blocks)
+        self.projector = projector
+
+    @property
+    def outputs(self) -> dict[str, bool]:
+        """What both models have to give."""
+        return {"output_hidden_states": bool(self.hidden), "output_attentions": bool(self.attention)}
+
+    def forward(self, student, teacher, labels: Tensor) -> Tensor:
+        """student, teacher: what the models gave, with hidden states or attentions. labels: int64 [rows, length]."""
+        counts = labels[:, 1:] != IGNORE
+        total = torch.zeros((), device=labels.device)
+        for block, (same, target) in enumerate(zip(self.layers, self.targets, strict=True)):
+            if self.hidden:
+                ours, theirs = student.hidden_states[block + 1], teacher.hidden_states[target + 1]
+                ours = ours[:, :-1][counts]
+                ours = ours if self.projector is None else self.projector(ours)
+                total = total + self.hidden * relative_error(ours, theirs[:, :-1][counts]).sum()
+            if self.attention:
+                total = total + self.attention * self.maps(student.attentions[block], teacher.attentions[same], counts)
+        return total / len(self.layers)
+
+    @staticmethod
+    def maps(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+        """Return the divergence summed over the counted queries of maps [rows, heads, length, length]."""
+        rows = zip(student[:, :, :-1], teacher[:, :, :-1], counts, strict=True)
+        return sum(attention_divergence(ours[:, count], theirs[:, count]).sum() for ours, theirs, count in rows)

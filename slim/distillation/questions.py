@@ -1,0 +1,45 @@
+"""Settings of distillation on answers that a model makes itself, where the data has none. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slim.errors import SlimError
+from slim.settings import require_number
+
+ANSWERS = ("data", "teacher", "student", "both")
+
+
+@dataclass
+class Generation:
+    """How questions are answered.
+
+    questions: answered for every optimiser step. new_tokens: longest answer.
+    temperature: answers are drawn from the distribution softened by it; 0 takes the most likely token each time.
+    student_share: with ``answers="both"``, the share of steps whose answers are the student's (lambda of Agarwal et al.,
+        arXiv:2306.13649), the others the teacher's.
+    """
+
+    questions: int = 32
+    new_tokens: int = 64
+    temperature: float = 1.0
+    student_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_number("teacher.generation.questions", self.questions, 1, integer=True)
+        require_number("teacher.generation.new_tokens", self.new_tokens, 1, integer=True)
+        require_number("teacher.generation.temperature", self.temperature, 0, 100)
+        require_number("teacher.generation.student_share", self.student_share, 0, 1)
+
+    def check(self, window: int, accumulation: int) -> None:
+        """Raise ``SlimError`` where the settings do not fit those of the training."""
+        if self.questions % accumulation:
+            raise SlimError(
+                f"teacher.generation.questions={self.questions} is no multiple of teacher.accumulation={accumulation}. "
+                f"Use for example teacher.generation.questions={-(-self.questions // accumulation) * accumulation}."
+            )
+        if self.new_tokens >= window:
+            raise SlimError(
+                f"teacher.generation.new_tokens={self.new_tokens} leaves no room for a question in teacher.window={window}. "
+                "Use fewer, or a longer window."
+            )

@@ -1,0 +1,85 @@
+"""A student from a teacher's own blocks: evenly spaced ones, every n-th, or a list; what it has to learn is little.
+
+Of n blocks, k evenly spaced ones with the first and the last among them are round(i (n - 1) / (k - 1)), i = 0 ... k - 1:
+11 of 32 are 0, 3, 6, 9, 12, 16, 19, 22, 25, 28, 31. (Sanh et al., DistilBERT, arXiv:1910.01108, take every second.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from slim.architecture import ModelDescription
+from slim.checkpoint import open_checkpoint, write_blocks
+from slim.errors import SlimError
+from slim.pruning.calibrated import LIBRARY_BYTES, shard_bytes
+from slim.pruning.rules import block_list
+from slim.settings import require_number
+from slim.stage import Context, Stage
+
+
+def evenly_spaced(blocks: int, kept: int) -> list[int]:
+    """Return ``kept`` of ``blocks`` block numbers, the first and the last among them; one alone is the first."""
+    if kept == 1:
+        return [0]
+    return [int(index * (blocks - 1) / (kept - 1) + 0.5) for index in range(kept)]
+
+
+@dataclass
+class Layers(Stage):
+    """Keeps some blocks of the model the chain begins with, unchanged, and drops the others.
+
+    keep: how many, evenly spaced, or a list of block numbers. every: 2 keeps blocks 0, 2, 4, ...
+    Neither keeps half of them, evenly spaced.
+    """
+
+    keep: int | list[int] | None = None
+    every: int | None = None
+
+    kind: ClassVar[str] = "initialise"
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.every is not None:
+            raise SlimError("student_init.keep and student_init.every both choose the blocks. Give one of them.")
+        if self.every is not None:
+            require_number("student_init.every", self.every, 2, integer=True)
+        if isinstance(self.keep, (int, float, bool)):
+            require_number("student_init.keep", self.keep, 1, integer=True)
+        elif self.keep is not None:
+            self.keep = block_list("student_init.keep", self.keep)
+            if not self.keep:
+                raise SlimError("student_init.keep=[] keeps nothing. Name at least one block.")
+
+    def kept(self, blocks: int) -> list[int]:
+        """Return the blocks that a model of ``blocks`` blocks keeps, ascending."""
+        if self.every is not None:
+            return list(range(0, blocks, self.every))
+        if isinstance(self.keep, list):
+            return self.keep
+        return evenly_spaced(blocks, self.keep or (blocks + 1) // 2)
+
+    def check(self, model: ModelDescription) -> None:
+        model.family  # noqa: B018 - refuses families whose parts are unknown
+        if model.quantization is not None:
+            raise SlimError(f"{model.name} is quantised. Build the student from plain weights and quantise the result.")
+        most = self.keep if isinstance(self.keep, int) else len(self.kept(model.blocks))
+        outside = [block for block in (self.keep if isinstance(self.keep, list) else ()) if block >= model.blocks]
+        if outside:
+            raise SlimError(f"student_init.keep names block {outside[0]}: {model.name} has blocks 0 to {model.blocks - 1}.")
+        if most >= model.blocks:
+            raise SlimError(f"student_init.keep={most} drops nothing: {model.name} has {model.blocks} blocks. Keep fewer.")
+
+    def expect(self, model: ModelDescription) -> ModelDescription:
+        return model.with_blocks(self.kept(model.blocks))
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        return LIBRARY_BYTES + shard_bytes(model)
+
+    def run(self, source: Path, target: Path, context: Context) -> dict:
+        checkpoint = open_checkpoint(source)
+        self.check(checkpoint.description)
+        kept = self.kept(checkpoint.description.blocks)
+        write_blocks(checkpoint, target, kept)
+        removed = [block for block in range(checkpoint.description.blocks) if block not in kept]
+        return {"kept_blocks": kept, "removed_blocks": removed}
