@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from slim.architecture import Family, Segment
+from slim.architecture import Family, ModelDescription, Segment
 from slim.lazy import LazyModule
 from slim.skeleton import Skeleton
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-BATCH_TOKENS = 1024  # calibration tokens that go through a block at once
+BATCH_BYTES = 2**25  # the widest activation of a batch in a block, in float32, takes about this much
 KEEP_BYTES = 2**27  # kept inputs of a part's last layer may take this much; beyond it they are computed a second time
 GRAM_TILE = 384  # columns of G computed at once; only tiles on and below the diagonal are
 
@@ -88,7 +88,7 @@ def enter(skeleton: Skeleton, tokens: torch.Tensor) -> Entrance:
 
     skeleton.load(skeleton.family.embeddings)
     with torch.no_grad(), replaced_forwards(dict.fromkeys(blocks, record)):
-        for batch in batches(tokens):
+        for batch in batches(tokens, skeleton.description):
             calls.clear()
             with suppress(_Stop):
                 skeleton.model.base_model(batch.to(skeleton.device), use_cache=False)
@@ -109,9 +109,14 @@ def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def batches(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split samples [samples, length] into batches of about ``BATCH_TOKENS`` tokens."""
-    return tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+def batches(tokens: torch.Tensor, model: ModelDescription) -> tuple[torch.Tensor, ...]:
+    """Split samples [samples, length] into batches whose activations in a block stay small (``BATCH_BYTES``)."""
+    return tokens.split(max(1, BATCH_BYTES // (4 * widest_layer(model) * tokens.shape[1])))
+
+
+def widest_layer(model: ModelDescription) -> int:
+    """Return the largest number of inputs or outputs of a linear layer in a block."""
+    return max(max(shape) for shape in model.block_linears().values())
 
 
 class BlockPass:

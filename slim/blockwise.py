@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slim.architecture import Family, ModelDescription, Segment
-from slim.blockpass import BATCH_TOKENS, KEEP_BYTES, BlockPass, Entrance, Gram, enter
+from slim.blockpass import BATCH_BYTES, KEEP_BYTES, BlockPass, Entrance, Gram, enter, widest_layer
 from slim.checkpoint import Checkpoint, copy_companions, write_config
 from slim.errors import SlimError
 from slim.lazy import LazyModule
@@ -264,7 +264,7 @@ def walk_bytes(model: ModelDescription, samples: int, length: int) -> int:
     """Estimate the peak memory of a walk with Gram matrices, beside the block itself: activations and one matrix."""
     hidden = 4 * samples * length * model.hidden_size
     widest = max(columns for _, columns in model.block_linears().values())
-    batch = 4 * 4 * max(BATCH_TOKENS, length) * widest
+    batch = 4 * max(BATCH_BYTES, 4 * length * widest_layer(model))
     return hidden + min(4 * samples * length * widest, KEEP_BYTES) + batch + 2 * 4 * widest**2
 
 

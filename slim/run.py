@@ -25,7 +25,8 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     from slim.machine import pick_device
 
     config = learn_from_teacher(merge_alias(config))
-    stages = [instantiate(config[group]) for group in STAGES if config[group] and config[group].get("_target_")]
+    chosen = [config[group] for group in STAGES if config[group] and config[group].get("_target_")]
+    stages = [instantiate(settings, _convert_="all") for settings in chosen]  # plain dicts and lists as settings
     evaluation = instantiate(config.eval) if config.eval and config.eval.get("_target_") else None
     return Pipeline(
         model=instantiate(config.model),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from slim.stage import Stage
 
 BATCH = 1000  # the most metrics MLflow takes in one call
+UNTRACKED = re.compile(r"[^\w\-. :/]")  # characters that MLflow refuses in names
 VALUE_LIMIT = 6000  # the longest parameter value MLflow takes
 
 
@@ -172,8 +174,8 @@ def _use_write_ahead_log(path: Path) -> None:
 
 
 def flatten(settings, prefix: str = "") -> dict[str, str]:
-    """Flatten nested settings to ``{"a.b": "value"}``."""
-    if not isinstance(settings, dict):
+    """Flatten nested settings to ``{"a.b": "value"}``; what is keyed by patterns, such as ``*.q_proj``, stays one value."""
+    if not isinstance(settings, dict) or any(UNTRACKED.search(str(key)) for key in settings):
         return {prefix: str(settings)}
     flat = {}
     for key, value in settings.items():

@@ -14,9 +14,9 @@ from slim.architecture import FAMILIES
 from slim.blockpass import Gram
 from slim.blockwise import Visitor, Walk
 from slim.checkpoint import open_checkpoint
+from slim.errors import SlimError
 from slim.shards import ShardWriter
 from slim.skeleton import Skeleton
-from slim.errors import SlimError
 from tests.conftest import build_small
 
 FAMILY_CHANGES = {
@@ -86,7 +86,7 @@ def grams_by_hooks(model, tokens):
 
 @pytest.mark.parametrize("keep_bytes", [2**30, 0], ids=["inputs kept", "inputs computed twice"])
 def test_grams_and_outputs_equal_those_of_the_whole_model(checkpoint, tokens, keep_bytes, monkeypatch):
-    monkeypatch.setattr("slim.blockpass.BATCH_TOKENS", 100)  # batches of 2, 2 and 1 samples
+    monkeypatch.setattr("slim.blockpass.BATCH_BYTES", 100 * 4 * 128)  # batches of 2, 2 and 1 samples
     expected, last = grams_by_hooks(AutoModelForCausalLM.from_pretrained(checkpoint.folder), tokens)
     spy = Spy()
     walk = Walk(checkpoint, spy, None, tokens, keep_bytes=keep_bytes)

@@ -138,7 +138,7 @@ def test_pattern_of_windows_where_the_config_leaves_it_out(model_type, given):
 
 @pytest.mark.parametrize("keep_bytes", [2**30, 0], ids=["inputs kept", "inputs computed twice"])
 def test_walk_sees_and_writes_what_the_model_is(folder, keep_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr("slim.blockwise.BATCH_TOKENS", 64)  # batches of 2, 2 and 1 samples
+    monkeypatch.setattr("slim.blockpass.BATCH_BYTES", 64 * 4 * 128)  # batches of 2, 2 and 1 samples
     source = open_checkpoint(folder)
     expected, last = grams_by_hooks(reloaded(folder), TOKENS)
     spy = Spy()

@@ -199,7 +199,7 @@ def test_columns_without_input_are_rounded_by_themselves(problem):
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = "the a cat dog house tree runs sees under over red why not and old".split()
+    words = ["the", "a", "cat", "dog", "house", "tree", "runs", "sees", "under", "over", "red", "why", "not", "and", "old"]
     draws = torch.randint(0, len(words), (3000,), generator=torch.Generator().manual_seed(7)).tolist()
     path.write_text(" ".join(words[draw] for draw in draws), encoding="utf-8")
     return Calibration(text=str(path), samples=8, length=32)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slim.checkpoint import load_model
+from slim.quantization.gptq import GPTQ
 from slim.quantization.linear import QuantLinear
 from slim.quantization.rtn import RTN
 from slim.stage import Context
@@ -57,11 +58,13 @@ for folder in sys.argv[2:]:
 print("ANSWERS" + json.dumps(answers))
 """
 CASES = {
-    **{f"gptq-{bits}-{'sym' if symmetric else 'asym'}": ("gptq", bits, 32, symmetric)
+    **{f"gptq-{bits}-{'sym' if symmetric else 'asym'}": RTN(bits, 32, symmetric, format="gptq")
        for bits in (2, 3, 4, 8) for symmetric in (True, False)},
-    "gptq-4-row": ("gptq", 4, -1, True),
-    "awq-4-asym": ("awq", 4, 32, False),
-    "awq-4-sym": ("awq", 4, 32, True),
+    "gptq-row": RTN(4, -1, True, format="gptq"),
+    "gptq-ordered": GPTQ(4, 32, False, format="gptq", act_order=True),
+    "gptq-mixed": RTN(4, 32, True, format="gptq", overrides={"*.down_proj": {"bits": 8}, "*.0.*": {"bits": 16}}),
+    "awq-asym": RTN(4, 32, False, format="awq"),
+    "awq-sym": RTN(4, 32, True, format="awq"),
 }  # fmt: skip
 
 
@@ -70,10 +73,12 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]
     """Case -> (the folder slim wrote, "read" or why GPTQModel refused it)."""
     top = tmp_path_factory.mktemp("gptqmodel")
     source, folders = build_small("llama", top / "source", dtype="float16"), {}
-    for case, (form, bits, group, symmetric) in CASES.items():
+    for case, stage in CASES.items():
         folders[case] = top / case
         folders[case].mkdir()
-        RTN(bits, group, symmetric, format=form).run(source, folders[case], Context())
+        if isinstance(stage, GPTQ):
+            stage.tokens = lambda checkpoint: some_tokens()
+        stage.run(source, folders[case], Context())
     save_file({"tokens": some_tokens()}, top / "tokens.safetensors")
     command = [PYTHON, "-c", READ, str(top / "tokens.safetensors"), *map(str, folders.values())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=top)
@@ -93,10 +98,10 @@ def test_reads_the_same_weights_and_logits(read, case):
     assert answer == "read"
     found, model = load_file(folder / "found.safetensors"), load_model(folder, "float32")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    assert found.keys() == {*layers, "logits"} and len(layers) == 6 * 7
+    assert found.keys() == {*layers, "logits"} and len(layers) == (5 if case == "gptq-mixed" else 6) * 7
     for name, layer in layers.items():
         expected = layer.dense_weight()  # theirs is rounded to float16 once
-        torch.testing.assert_close(found[name], expected, rtol=2**-10, atol=1e-7, msg=name)
+        torch.testing.assert_close(found[name], expected, rtol=2**-11, atol=1e-7, msg=name)
     with torch.no_grad():
         logits = model(some_tokens()).logits
-    assert (found["logits"] - logits).abs().mean() < 0.01 * logits.std()
+    assert (found["logits"] - logits).abs().mean() < 0.003 * logits.std()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slim.quantization.awq import channel_scales, diagonal_blocks, refit_scales
+from slim.quantization.awq import diagonal_blocks
 from slim.quantization.grid import (
     Quantised,
     decode,
@@ -17,7 +17,9 @@ from slim.quantization.grid import (
     search,
     shrink_factors,
 )
+from slim.quantization.scaling import channel_scales
 from slim.quantization.scheme import Scheme
+from slim.quantization.solve import refit_scales
 
 GENERATOR = torch.Generator().manual_seed(0)
 SCHEMES = [Scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (16, -1) for symmetric in (True, False)]

@@ -10,12 +10,18 @@ from slim.training.module import LanguageModelling, Optimisation
 class Distilling(LanguageModelling):
     """Trains ``model`` by ``objective(model, batch)``, a loss summed over tokens, and what the objective itself learns.
 
-    objective: a module with the frozen teacher in it.
+    objective: a module with the frozen teacher in it. rate: highest learning rate of the objective's own parameters, such
+    as projectors between both models; they are no part of the result.
     """
 
-    def __init__(self, model: nn.Module, optimisation: Optimisation, objective: nn.Module):
+    def __init__(self, model: nn.Module, optimisation: Optimisation, objective: nn.Module, rate: float = 0.0):
         super().__init__(model, optimisation)
-        self.objective = objective
+        self.objective, self.rate = objective, rate
+
+    def parameter_groups(self) -> list[dict]:
+        own = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        groups = super().parameter_groups()
+        return [*groups, {"params": own, "weight_decay": 0.0, "lr": self.rate}] if own else groups
 
     def train(self, mode: bool = True) -> Distilling:
         """Set the mode of all but what is frozen: a teacher has no dropout when it teaches."""

@@ -21,9 +21,11 @@ from slim.training import tune
 if TYPE_CHECKING:
     from slim.architecture import ModelDescription
     from slim.checkpoint import Checkpoint
-    from slim.distillation import losses, on_policy, tasks
+    from slim.distillation import dskd, losses, on_policy, tasks
 else:
-    losses, on_policy, tasks = (LazyModule(f"slim.distillation.{name}") for name in ("losses", "on_policy", "tasks"))
+    dskd, losses, on_policy, tasks = (
+        LazyModule(f"slim.distillation.{name}") for name in ("dskd", "losses", "on_policy", "tasks")
+    )
 
 # Losses, and the setting of each that has one.
 LOSSES = {
@@ -44,6 +46,8 @@ class Distillation(tune.Tuner):
 
     base: where the chain begins. model: ``base`` for that as the teacher, or a checkpoint folder or hub id.
     revision: of a hub model. dtype: of the teacher's weights.
+    method: ``token`` compares distributions token by token, ``dskd`` in both models' spaces, whatever the tokenizers;
+    projector_rate: highest learning rate of projectors between both models; None: ``full`` training's rate.
     loss: ``forward``, ``reverse``, ``symmetric``, ``skewed``, ``skewed_reverse`` or ``adaptive``, see ``losses.py``;
     beta, skew, head: of the symmetric, the two skewed and the adaptive one.
     temperature: both distributions are softened by it. hard_weight: of the hard labels; the teacher has the rest.
@@ -56,6 +60,8 @@ class Distillation(tune.Tuner):
     model: str = field(default=BASE, metadata=CHOSEN_ONLY)
     revision: str | None = field(default=None, metadata=CHOSEN_ONLY)
     dtype: str = "auto"
+    method: str = "token"
+    projector_rate: float | None = None
     loss: str = "forward"
     temperature: float = 1.0
     hard_weight: float = 0.5
@@ -86,6 +92,11 @@ class Distillation(tune.Tuner):
         require_number("teacher.top_k", self.top_k, 1, integer=True)
         require_choice("teacher.quant", self.quant, QUANTS)
         self._check_answers()
+        require_choice("teacher.method", self.method, ("token", "dskd"))
+        if self.projector_rate is not None:
+            require_number("teacher.projector_rate", self.projector_rate, 1e-9, 1)
+        if self.method == "dskd" and (self.cache or self.match.wanted or self.answers != "data"):
+            raise SlimError("teacher.method=dskd works without teacher.cache, teacher.match and made answers: leave them out.")
         if self.cache and self.match.wanted:
             raise SlimError(
                 "teacher.cache keeps probabilities only, and teacher.match needs the teacher's hidden states. "
@@ -128,13 +139,15 @@ class Distillation(tune.Tuner):
     def vocabulary_problem(self, student: str) -> str:
         """Say that the vocabularies differ, and what can be done."""
         return (
-            f"{self.teacher.source.label} has another vocabulary than {student}, and teacher.loss={self.loss} compares "
-            "them token by token."
+            f"{self.teacher.source.label} has another vocabulary than {student}, and teacher.loss={self.loss} compares them "
+            "token by token. DSKD does not need the same one: use teacher=dskd (teacher.method=dskd)."
         )
 
     # The work
 
     def task(self, checkpoint: Checkpoint, device: str, precision: str):
+        if self.method == "dskd":
+            return dskd.DualSpaceTask(self, checkpoint, device, precision)
         if self.answers != "data":
             return on_policy.OnPolicyTask(self, checkpoint, device, precision)
         return tasks.DistillationTask(self, checkpoint, device, precision)

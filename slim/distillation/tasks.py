@@ -21,6 +21,7 @@ from slim.logits import head_logits
 from slim.progress import console, track
 from slim.settings import identity
 from slim.store import Store, digest
+from slim.training import tune
 from slim.training.batches import in_order
 from slim.training.fit import autocast
 from slim.training.forward import mean_nll, plain_model
@@ -78,7 +79,12 @@ class DistillationTask(Task):
         self.introduce(model)
         matching = self.matching(plain_model(model), teacher.model) if self.tuner.match.wanted else None
         goal = TokenDistillation(teacher, self.tuner.divergence(), self.tuner.hard_weight, matching)
-        return Distilling(model, optimisation, goal)
+        return Distilling(model, optimisation, goal, self.projector_rate)
+
+    @property
+    def projector_rate(self) -> float:
+        """Highest learning rate of projectors: of matrices that are trained in full, whatever the student's is."""
+        return self.tuner.projector_rate or tune.Full.width_rate / self.checkpoint.description.hidden_size
 
     def matching(self, student: nn.Module, teacher: nn.Module) -> LayerMatching:
         """Return the losses on what happens inside, for models that give it."""

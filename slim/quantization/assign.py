@@ -30,7 +30,7 @@ def check_overrides(overrides: Mapping) -> None:
     if not isinstance(overrides, Mapping):
         raise SlimError(
             f"quant.overrides={overrides} is not possible. It maps layer names to settings, such as "
-            "'quant.overrides={\"*.down_proj\":{bits:8}}'."
+            "'quant.overrides={*.down_proj:{bits:8}}'."
         )
     for pattern, settings in overrides.items():
         if not isinstance(settings, Mapping):

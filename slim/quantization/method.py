@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -51,7 +51,7 @@ class Quantization(Stage):
     symmetric: bool = False
     average_bits: float | None = None
     budget_gb: float | None = None
-    overrides: dict = field(default_factory=dict)
+    overrides: dict | None = None
     lm_head: bool = False
     embeddings: bool = False
     format: str = "compressed-tensors"
@@ -65,6 +65,7 @@ class Quantization(Stage):
         require_choice("quant.group_size", self.group_size, (*GROUP_SIZES, WHOLE_ROW))
         for name in ("symmetric", "lm_head", "embeddings"):
             require_flag(f"quant.{name}", getattr(self, name))
+        self.overrides = self.overrides or {}
         check_overrides(self.overrides)
         get_format(self.format)
         self._check_budget()

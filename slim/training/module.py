@@ -70,10 +70,13 @@ class LanguageModelling(pl.LightningModule):
             trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
             nn.utils.clip_grad_norm_(trained, self.optimisation.clip)
 
+    def parameter_groups(self) -> list[dict]:
+        """Return what is trained, as the optimiser wants it."""
+        return decay_groups(self.model.named_parameters(), self.optimisation.weight_decay)
+
     def configure_optimizers(self) -> dict:
         o = self.optimisation
-        groups = decay_groups(self.named_parameters(), o.weight_decay)
-        optimiser = torch.optim.AdamW(groups, lr=o.learning_rate, betas=o.betas, fused=True)
+        optimiser = torch.optim.AdamW(self.parameter_groups(), lr=o.learning_rate, betas=o.betas, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: learning_rate_factor(step, o.steps, o.schedule, o.warmup, o.floor)
         )
