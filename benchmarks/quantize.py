@@ -113,7 +113,7 @@ def arguments() -> argparse.ArgumentParser:
     both.add_argument("--groups", type=int, nargs="+", default=[128, 64])
     both.add_argument("--repeats", type=int, default=3, help="runs per time; 0: no times")
     both.add_argument("--other-python", type=Path, help="python of an environment with llmcompressor")
-    both.add_argument("--results", type=Path, help="folder that keeps llm-compressor's perplexities for the next run")
+    both.add_argument("--results", type=Path, help="folder that keeps llm-compressor's checkpoints for the next run")
     both.set_defaults(run=quantize_compare.compare)
     for name, run in (("memory", quantize_cost.memory), ("decode", quantize_cost.decode)):
         command = commands.add_parser(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import statistics
@@ -19,7 +18,7 @@ from quantize_quality import Quality, Yardstick
 from quantize_stages import TOKENS, in_child, median_run, run_stage
 from safetensors.torch import load_file, save_file
 
-from slim.checkpoint import load_tokenizer, open_checkpoint
+from slim.checkpoint import load_tokenizer, open_checkpoint, sha256
 from slim.data.calibration import Calibration
 from slim.errors import SlimError
 
@@ -39,12 +38,13 @@ def save_calibration(options: argparse.Namespace, folder: Path) -> Path:
 class Other:
     """llm-compressor in its own environment, measured by the same yardstick.
 
-    results: folder where its figures are kept, so that it need not run again when only slim has changed; None: nowhere.
+    results: folder where its checkpoints and figures stay, so that it need not run again when only slim has changed.
     """
 
-    def __init__(self, python: Path, model: Path, tokens: Path, symmetric: bool, results: Path | None):
+    def __init__(self, python: Path, model: Path, tokens: Path, symmetric: bool, results: Path):
         self.python, self.model, self.tokens, self.symmetric = python, model, tokens, symmetric
         self.results = results
+        self.inputs = {path.name: sha256(path) for path in (tokens, *open_checkpoint(model).weight_files)}
         self.versions: dict[str, str] = {}
 
     def run(self, method: str, bits: int, group: int, out: Path) -> float:
@@ -60,20 +60,16 @@ class Other:
         return found["seconds"]
 
     def quality(self, method: str, bits: int, group: int, yardstick: Yardstick) -> Quality:
-        """Return the quality of its result, from ``results`` where it was measured by the same yardstick before."""
-        grid = "sym" if self.symmetric else "asym"
-        kept = self.results / f"llmcompressor-{method}-{bits}-{group}-{grid}.json" if self.results else None
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (self.tokens, self.model / "config.json")]
-        identity = {"yardstick": yardstick.identity, "tokens": digests[0], "model": digests[1]}
-        found = json.loads(kept.read_text()) if kept and kept.is_file() else {}
-        if found.get("identity") != identity:
-            with tempfile.TemporaryDirectory() as folder:
-                self.run(method, bits, group, Path(folder))
-                quality = dataclasses.asdict(yardstick.measure(Path(folder)))
-            found = {"identity": identity, "versions": self.versions, "quality": quality}
-            if kept:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(found, indent=1) + "\n")
+        """Return the quality of its result; what is in ``results`` for the same inputs is not made again."""
+        folder = self.results / f"llmcompressor-{method}-{bits}-{group}-{'sym' if self.symmetric else 'asym'}"
+        figures = folder / "figures.json"
+        found = json.loads(figures.read_text()) if figures.is_file() else {}
+        if found.get("inputs") != self.inputs:
+            self.run(method, bits, group, folder)
+            found = {"inputs": self.inputs, "versions": self.versions}
+        if found.get("yardstick") != yardstick.identity:
+            found |= {"yardstick": yardstick.identity, "quality": dataclasses.asdict(yardstick.measure(folder))}
+        figures.write_text(json.dumps(found, indent=1) + "\n")
         self.versions = found["versions"]
         return Quality(**found["quality"])
 
@@ -152,7 +148,7 @@ def compare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokens, other = save_calibration(options, Path(folder)), None
         if options.other_python:
-            other = Other(options.other_python, options.model, tokens, options.symmetric, options.results)
+            other = Other(options.other_python, options.model, tokens, options.symmetric, options.results or Path(folder))
         print(f"{options.model}, {'symmetric' if options.symmetric else 'asymmetric'} grids; slim's side: "
               f"torch {version('torch')}, transformers {version('transformers')}")  # fmt: skip
         if options.repeats:

@@ -155,13 +155,13 @@ def test_the_meter_says_nothing_where_nothing_can_be_read(monkeypatch, tmp_path)
 def test_four_bit_weights_are_timed_in_the_type_their_kernel_takes():
     from slim.architecture import ModelDescription
     from slim.evaluation.evaluation import Evaluation
-    from slim.quantization.scheme import Scheme, to_config
+    from slim.quantization.rtn import RTN
 
     plain = ModelDescription(
         dict(model_type="llama", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
              vocab_size=100, dtype="float16")
     )  # fmt: skip
-    packed = {bits: plain.with_config(quantization_config=to_config(Scheme(bits, 32, False), [])) for bits in (3, 4)}
+    packed = {bits: RTN(bits, 32).expect(plain) for bits in (3, 4)}
     auto, fixed = Evaluation(), Evaluation(dtype="float32")
     assert auto.speed_dtype(packed[4], "cpu") == "bfloat16"
     assert auto.quality_dtype(packed[4], "cpu") == "float32"

@@ -678,6 +678,18 @@ def test_damaged_files_and_wrong_configs(tensor, value, config, message, gptq_fi
         load_model(folder, "float32")
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite(name, value):
+    codes, zero, scale = random_layer(4, 8, 32, 16, False)
+    scale[3, 1] = value
+    form, scheme = get_format(name), Scheme(4, 16, False)
+    tensors = form.tensors(Quantised(codes, scale, zero, scheme))
+    stored = read_config(form.config({"layer": scheme}, []))
+    with pytest.raises(SlimError, match="contains NaN or infinity"):
+        form.read(Tensors({f"layer.{key}": tensor for key, tensor in tensors.items()}), "layer", 32, 8, scheme, stored)
+
+
 def test_a_wrong_note_of_the_shape_is_found(source, tmp_path):
     source.quantise(tmp_path / "q", "compressed-tensors", dict.fromkeys(source.linears, Scheme(4, 32, True)))
     folder = damaged(tmp_path / "q", tmp_path / "bad", f"{LAYER}.weight_shape", torch.tensor([64, 128]))

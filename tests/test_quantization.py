@@ -464,7 +464,7 @@ def layer_of(rows, columns, scheme, dtype, bias=False):
 @pytest.mark.parametrize("count", [1, 5, 100])
 @pytest.mark.parametrize("bias", [True, False])
 def test_float32_is_exact(bits, group_size, count, bias, monkeypatch):
-    monkeypatch.setattr("slim.quantization.linear.CHUNK", 96 * 64)  # several steps, the last one short
+    monkeypatch.setattr("slim.quantization.multiply.CHUNK", 96 * 64)  # several steps, the last one short
     layer, dense = layer_of(208, 96, Scheme(bits, group_size, False), torch.float32, bias)
     x = torch.randn(2, count, 96)
     expected = x.double() @ dense.double().T + (layer.bias.double() if bias else 0)

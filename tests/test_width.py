@@ -403,15 +403,15 @@ def test_a_ratio_that_drops_no_head_prunes_the_mlp_alone_and_says_so(grouped_lla
 
 def test_the_plan_of_a_later_stage_sees_the_sizes_of_every_block(grouped_llama, calibration):
     """One block of 40 channels among others of 128 is enough for groups of 32 not to fit."""
-    from slim.quantization.scheme import Scheme, check_model
+    from slim.quantization.rtn import RTN
 
     model = open_checkpoint(grouped_llama).description
     stage = WidthL1(calibration=calibration, rounding=40, ratio=0.7, first_block=2, last_block=2)
     assert stage.expect(model).block_linears(2)["mlp.down_proj"] == (64, 40)
     assert stage.expect(model).block_linears()["mlp.down_proj"] == (64, 128)
-    check_model(model, Scheme(4, 32, False))
-    with pytest.raises(SlimError, match="does not divide the 40 inputs of mlp.down_proj"):
-        check_model(stage.expect(model), Scheme(4, 32, False))
+    RTN(4, 32).check(model)
+    with pytest.raises(SlimError, match="does not divide the 40 inputs of model.layers.2.mlp.down_proj"):
+        RTN(4, 32).check(stage.expect(model))
 
 
 def test_identity_holds_what_counts_and_nothing_else(calibration):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MiB in float32
+from slim.distillation import CHUNK_ELEMENTS
 
 
 def chunked_sum(

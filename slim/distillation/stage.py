@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from slim.distillation import CHUNK_ELEMENTS
 from slim.distillation.layer_map import Matching
 from slim.distillation.questions import ANSWERS, Generation
-from slim.distillation.teacher import BASE, DTYPES, QUANTS, Teacher
+from slim.distillation.teacher import BASE, DTYPES, QUANTS, Teacher, same_vocabulary
 from slim.errors import SlimError
 from slim.lazy import LazyModule
 from slim.settings import dataclass_identity, require_choice, require_number
+from slim.source import Source
 from slim.training import tune
 
 if TYPE_CHECKING:
@@ -91,10 +93,14 @@ class Distillation(tune.Tuner):
         require_number("teacher.head", self.head, 0, 1)
         require_number("teacher.top_k", self.top_k, 1, integer=True)
         require_choice("teacher.quant", self.quant, QUANTS)
-        self._check_answers()
-        require_choice("teacher.method", self.method, ("token", "dskd"))
+        self._check_combination()
         if self.projector_rate is not None:
             require_number("teacher.projector_rate", self.projector_rate, 1e-9, 1)
+        self.teacher = Teacher(self.base, self.model, self.revision, self.dtype, self.quant)
+
+    def _check_combination(self) -> None:
+        require_choice("teacher.method", self.method, ("token", "dskd"))
+        require_choice("teacher.answers", self.answers, ANSWERS)
         if self.method == "dskd" and (self.cache or self.match.wanted or self.answers != "data"):
             raise SlimError("teacher.method=dskd works without teacher.cache, teacher.match and made answers: leave them out.")
         if self.cache and self.match.wanted:
@@ -102,10 +108,6 @@ class Distillation(tune.Tuner):
                 "teacher.cache keeps probabilities only, and teacher.match needs the teacher's hidden states. "
                 "Use teacher.cache=false, or teacher.match.hidden=0 teacher.match.attention=0."
             )
-        self.teacher = Teacher(self.base, self.model, self.revision, self.dtype, self.quant)
-
-    def _check_answers(self) -> None:
-        require_choice("teacher.answers", self.answers, ANSWERS)
         if self.answers == "data":
             return
         self.generation.check(self.window, self.accumulation)
@@ -118,8 +120,12 @@ class Distillation(tune.Tuner):
             )
 
     def identity(self) -> dict:
-        top_k = self.top_k if self.cache else None  # the only trace that a cache leaves in the result
-        return {**dataclass_identity(self), "teacher": self.teacher.digest, "top_k": top_k}
+        unused = {setting for setting in LOSSES.values() if setting not in (None, LOSSES[self.loss])}
+        unused |= {"generation"} if self.answers == "data" else set()
+        unused |= set() if self.match.wanted else {"match"}
+        unused |= set() if self.cache else {"top_k"}  # the only trace that a cache leaves in the result
+        settings = {name: value for name, value in dataclass_identity(self).items() if name not in unused}
+        return {**settings, "teacher": self.teacher.digest}
 
     # Checks
 
@@ -127,14 +133,28 @@ class Distillation(tune.Tuner):
         super().check(model)
         taught_by = self.teacher.check()
         self.match.check(model, taught_by)
+        self._check_vocabulary(model)
         if self.window > taught_by.context_length:
             raise SlimError(
                 f"teacher.window={self.window} exceeds the context of the teacher {taught_by.name}. "
                 f"At most {taught_by.context_length}."
             )
 
+    def _check_vocabulary(self, model: ModelDescription) -> None:
+        """Compare the teacher's vocabulary with that of the chain's beginning, where both are at hand."""
+        if self.method == "dskd" or not isinstance(self.base, Source):
+            return
+        folders = self.base.local_folder(), self.teacher.source.local_folder()
+        if all(folders) and not same_vocabulary(*folders):
+            raise SlimError(self.vocabulary_problem(model.name))
+
     def peak_bytes(self, model: ModelDescription, device: str) -> int:
         return super().peak_bytes(model, device) + self.teacher.bytes(device)
+
+    def activation_bytes(self, model: ModelDescription) -> int:
+        logits = self.batch_tokens // self.accumulation * model.vocab_size
+        # in chunks: both logits, their softmaxes, and what the divergence keeps for its gradient
+        return super().activation_bytes(model) - 4 * 3 * logits + 4 * 8 * min(logits, CHUNK_ELEMENTS)
 
     def vocabulary_problem(self, student: str) -> str:
         """Say that the vocabularies differ, and what can be done."""

@@ -72,9 +72,13 @@ class Evaluation:
 
         On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel takes no other.
         """
-        if self.dtype == "auto" and device == "cpu" and model.quantization is not None:
-            groups = model.quantization.get("config_groups", {}).values()
-            if all((group.get("weights") or {}).get("num_bits") == 4 for group in groups):
+        from slim.quantization.bnb import is_bitsandbytes
+
+        packed = model.quantization is not None and not is_bitsandbytes(model.quantization)
+        if self.dtype == "auto" and device == "cpu" and packed:
+            blocks = model.family.blocks + "."
+            widths = {scheme.bits for layer, scheme in model.packed_schemes().items() if layer.startswith(blocks)}
+            if widths == {4}:
                 return "bfloat16"
         return self.quality_dtype(model, device)
 

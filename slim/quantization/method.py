@@ -111,7 +111,7 @@ class Quantization(Stage):
 
     def check(self, model: ModelDescription) -> None:
         check_plain(model)
-        get_format(self.format).check(self.schemes(model), self.ordered)
+        get_format(self.format).check(self.schemes(model), self.ordered, layer_shapes(model))
 
     def described(self, model: ModelDescription, schemes: Mapping[str, Scheme]) -> ModelDescription:
         """Describe ``model`` once it is quantised to ``schemes``."""

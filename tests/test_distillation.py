@@ -1,0 +1,550 @@
+"""Distillation as a stage: against a loop written out, the teacher's role in names and checks, layers, matching, answers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slim.checkpoint import checksums, load_model, load_tokenizer, open_checkpoint, write_blocks
+from slim.data.examples import Pairs, TinyChat, TinyText
+from slim.data.packing import IGNORE
+from slim.distillation.layer_map import Matching, hidden_targets, nearest_blocks
+from slim.distillation.questions import Generation
+from slim.distillation.stage import Full, Lora, distill
+from slim.distillation.student import Layers, evenly_spaced
+from slim.errors import SlimError
+from slim.source import Source, Untrained
+from slim.stage import Context
+from slim.training.schedule import learning_rate_factor
+from tests.conftest import ROOT, build_small
+
+QUICK = dict(steps=4, window=64, batch_tokens=256, validate_every=2, validation_tokens=512, learning_rate=0.01)
+NARROW = dict(hidden_size=32, intermediate_size=64, vocab_size=1536)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A random Llama of four narrow blocks."""
+    return build_small("llama", tmp_path_factory.mktemp("teacher") / "teacher", num_hidden_layers=4, **NARROW)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, teacher) -> Path:
+    """Its first and its third block."""
+    folder = tmp_path_factory.mktemp("student") / "student"
+    folder.mkdir()
+    write_blocks(open_checkpoint(teacher), folder, [0, 2])
+    return folder
+
+
+def run(stage, source: Path, target: Path) -> dict:
+    target.mkdir(parents=True)
+    stage.check(open_checkpoint(source).description)
+    facts = stage.run(source, target, Context())
+    json.dumps(facts)
+    return facts
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(folder, "float32").named_parameters())
+
+
+def by(teacher: Path, **settings) -> dict:
+    """Settings of a stage with this teacher."""
+    return {**QUICK, "data": TinyText(), "base": Source(str(teacher)), **settings}
+
+
+# The objective
+
+
+def test_training_equals_a_plain_loop(teacher, student, tmp_path):
+    """Three steps of AdamW on the formula over whole logits; the teacher is softened, its share weighted by T squared."""
+    from slim.training.batches import window_order
+
+    settings = dict(steps=3, validate_every=3, data=TinyChat(), learning_rate=0.003, warmup=0.0, seed=5, clip=0)
+    run(Full(**by(teacher, temperature=2.0, hard_weight=0.3, **settings)), student, tmp_path / "ours")
+
+    model, guide = load_model(student, "float32").train(), load_model(teacher, "float32")
+    found = TinyChat().windows("train", load_tokenizer(student), 64, 3 * 256)
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    for step, chosen in enumerate(window_order(len(found), 12, seed=5).view(3, 4)):
+        total, count = torch.zeros(()), 0
+        for row in chosen.tolist():
+            tokens, labels, positions = (x[row].long() for x in (found.tokens, found.labels, found.positions))
+            inputs = dict(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
+            with torch.no_grad():
+                wise = guide(**inputs).logits[0, :-1]
+            logits = model(**inputs).logits[0, :-1]
+            for place in (labels[1:] != IGNORE).nonzero().flatten().tolist():
+                p, q = (x[place].div(2.0).softmax(-1) for x in (wise, logits))
+                hard = -logits[place].softmax(-1)[labels[place + 1]].log()
+                total = total + 0.7 * 4 * (p * (p.log() - q.log())).sum() + 0.3 * hard
+                count += 1
+        model.zero_grad()
+        (total / count).backward()
+        rate = 0.003 * learning_rate_factor(step, 3, "cosine", 0)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                first, second = moments[name]
+                first.mul_(0.9).add_(p.grad, alpha=0.1)
+                second.mul_(0.999).add_(p.grad**2, alpha=0.001)
+                p -= rate * (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    ours = weights(tmp_path / "ours")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [Lora, Full])
+def test_parts_of_a_step_and_mixed_precision_give_the_same(teacher, student, tmp_path, kind):
+    from slim.training.hardware import Hardware
+
+    settings = by(teacher, data=TinyChat())
+    changes = {"one": {}, "four": {"accumulation": 4}, "half": {"trainer": Hardware(precision="bf16-mixed")}}
+    losses = {}
+    for name, change in changes.items():
+        losses[name] = run(kind(**settings, **change), student, tmp_path / name)["validation_loss_trained"]
+    assert losses["one"] == pytest.approx(losses["four"], rel=1e-5)
+    assert losses["one"] != losses["half"] and losses["one"] == pytest.approx(losses["half"], rel=0.01)
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    for name in one:
+        torch.testing.assert_close(one[name], four[name], rtol=1e-3, atol=2e-4)
+
+
+def test_a_teacher_alone_pulls_the_student_to_itself(teacher, student, tmp_path):
+    """Without hard labels, the distance from the teacher falls by much; the teacher's own weights stay as they are."""
+    from slim.distillation.losses import forward_kl, softened
+
+    before = checksums(teacher)
+    tokens = TinyText().windows("validation", load_tokenizer(student), 64, 512).tokens.long()
+    stage = Full(**by(teacher, steps=40, validate_every=40, hard_weight=0.0, learning_rate=0.005))
+    from slim.training import fit
+
+    outcome = {}
+    honest = fit.fit
+
+    def keep_last(learner, *rest):
+        outcome["model"] = learner.model
+        return honest(learner, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "fit", keep_last)
+        run(stage, student, tmp_path / "out")
+    with torch.no_grad():
+        wise, old, new = (
+            softened(model(input_ids=tokens).logits, 1.0).flatten(0, 1)
+            for model in (load_model(teacher), load_model(student), outcome["model"].eval())
+        )
+    assert forward_kl(wise, new).mean() < 0.7 * forward_kl(wise, old).mean()
+    assert checksums(teacher) == before
+
+
+def test_the_teacher_is_measured_first_and_a_poor_one_is_said_loudly(teacher, student, tmp_path, capfd):
+    facts = run(Lora(**by(teacher)), student, tmp_path / "poor")
+    said = " ".join(capfd.readouterr().err.split())
+    held_out = TinyText().windows("validation", load_tokenizer(student), 64, 512).tokens.long()
+    with torch.no_grad():
+        logits = load_model(teacher)(input_ids=held_out).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten()).item()
+    assert facts["teacher_validation_loss"] == pytest.approx(loss, rel=1e-5)
+    assert f"teacher {loss:.4f}, student {facts['validation_loss_before']:.4f}" in said
+    poor = facts["teacher_validation_loss"] >= facts["validation_loss_before"]
+    assert ("no better than the student" in said) == poor
+    run(Lora(**by(student)), teacher, tmp_path / "other")  # the other way round it must be the opposite
+    assert ("no better than the student" in " ".join(capfd.readouterr().err.split())) != poor
+
+
+def test_the_teacher_has_no_dropout_and_the_student_is_in_training_mode(teacher, student, tmp_path, monkeypatch):
+    from slim.distillation.objective import TokenDistillation
+
+    seen = []
+    honest = TokenDistillation.forward
+
+    def look(self, model, batch):
+        seen.append((model.training, any(module.training for module in self.teacher.modules())))
+        return honest(self, model, batch)
+
+    monkeypatch.setattr(TokenDistillation, "forward", look)
+    run(Lora(**by(teacher)), student, tmp_path / "out")
+    assert seen == [(True, False)] * 4
+
+
+def test_the_same_call_twice_gives_identical_weights(teacher, student, tmp_path):
+    for name in ("one", "two"):
+        torch.manual_seed(hash(name) % 1000)
+        run(Lora(**by(teacher, dropout=0.1)), student, tmp_path / name)
+    assert checksums(tmp_path / "one") == checksums(tmp_path / "two")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(teacher, student, tmp_path, monkeypatch):
+    from slim.distillation.objective import TokenDistillation
+
+    honest, calls = TokenDistillation.forward, iter(range(100))
+    monkeypatch.setattr(TokenDistillation, "forward", lambda *a: honest(*a) * (float("nan") if next(calls) == 3 else 1))
+    facts = run(Full(**by(teacher, steps=6)), student, tmp_path / "out")
+    assert facts["stopped"] == "The loss is nan at step 4" and facts["best_step"] == 2
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+
+
+# The teacher in names, checks and the plan
+
+
+def test_the_teacher_is_part_of_the_name_by_its_content(teacher, student, tmp_path):
+    import shutil
+
+    stage = Lora(**by(teacher))
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(teacher, copy)
+    assert Lora(**by(copy)).identity() == stage.identity() == Lora(**by(student, model=str(teacher))).identity()
+    for other in (by(student), by(teacher, temperature=2.0), by(teacher, loss="reverse"), by(teacher, cache=True)):
+        assert Lora(**other).identity() != stage.identity()
+    unused = by(teacher, skew=0.5, beta=0.1, top_k=5, generation=Generation(questions=3), match=Matching(layers=[1]))
+    assert Lora(**unused).identity() == stage.identity()
+    assert stage.identity() == json.loads(json.dumps(stage.identity()))
+
+
+def other_words(source: Path, folder: Path) -> Path:
+    """A copy of a checkpoint with as many tokens, two of which have changed places."""
+    import shutil
+
+    shutil.copytree(source, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words = content["model"]["vocab"]
+    one, other = (token for token, number in words.items() if number in (700, 701))
+    words[one], words[other] = words[other], words[one]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(teacher, student, tmp_path):
+    stage = Lora(**by(student, model=str(other_words(teacher, tmp_path / "words"))))
+    with pytest.raises(SlimError, match="words has another vocabulary .*teacher.loss=forward.*use teacher=dskd"):
+        stage.check(open_checkpoint(student).description)
+    stage.base = None  # not to be found before the work: found when it begins
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SlimError, match="another vocabulary"):
+        stage.run(student, tmp_path / "out", Context())
+    Lora(**by(student, model=str(tmp_path / "words"), method="dskd")).check(open_checkpoint(student).description)
+
+
+def test_a_vocabulary_padded_to_another_size_will_do(teacher, tmp_path):
+    padded = build_small("llama", tmp_path / "padded", num_hidden_layers=1, **{**NARROW, "vocab_size": 1600})
+    facts = run(Lora(**by(teacher)), padded, tmp_path / "out")
+    assert facts["validation_loss_after"] < facts["validation_loss_before"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(loss="foward"), "teacher.loss=foward .*Did you mean forward"),
+        (dict(temperature=0), "teacher.temperature=0"),
+        (dict(hard_weight=2), "teacher.hard_weight=2"),
+        (dict(skew=0), "teacher.skew=0"),
+        (dict(quant="int4"), "teacher.quant=int4 .*nf4"),
+        (dict(steps=0), "teacher.steps=0"),
+        (dict(r=0), "teacher.r=0"),
+        (dict(top_k=0), "teacher.top_k=0"),
+        (dict(cache=True, match=Matching(hidden=1)), "teacher.cache keeps probabilities only"),
+        (dict(method="dskd", cache=True), "teacher.method=dskd works without"),
+        (dict(answers="pupil"), "teacher.answers=pupil"),
+        (dict(answers="student"), "set teacher.hard_weight=0"),
+        (dict(answers="teacher", cache=True), "set teacher.cache=false"),
+        (dict(answers="teacher", accumulation=3, batch_tokens=768), "questions=32 is no multiple .* Use for example .*=33"),
+        (dict(answers="teacher", window=64, batch_tokens=64), "new_tokens=64 leaves no room"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(SlimError, match=message):
+        Lora(**{"data": TinyText(), "base": Source("tiny"), **settings})
+
+
+def test_a_teacher_that_cannot_teach_is_refused(teacher, student):
+    model = open_checkpoint(student).description
+    with pytest.raises(SlimError, match="random weights"):
+        Lora(**{**by(teacher), "base": Untrained()}).check(model)
+    with pytest.raises(SlimError, match="There is no folder /not/there"):
+        Lora(**by(teacher, model="/not/there")).check(model)
+    with pytest.raises(SlimError, match="has 2 blocks, fewer than the 4"):
+        Lora(**by(student, match=Matching(hidden=1))).check(open_checkpoint(teacher).description)
+    with pytest.raises(SlimError, match="names 3 blocks, one for each .* 2"):
+        Lora(**by(teacher, match=Matching(hidden=1, layers=[0, 1, 2]))).check(model)
+    with pytest.raises(SlimError, match="names block 7: .* has blocks 0 to 3"):
+        Lora(**by(teacher, match=Matching(hidden=1, layers=[0, 7]))).check(model)
+    with pytest.raises(SlimError, match="not ascending"):
+        Matching(layers=[2, 1])
+    with pytest.raises(SlimError, match="teacher.train=both is not possible"):
+        distill(train="both", data=TinyText(), base=Source("tiny"))
+
+
+def test_the_plan_counts_the_teachers_memory(teacher, student):
+    model = open_checkpoint(student).description
+    large, small = (Lora(**by(folder)).peak_bytes(model, "cpu") for folder in (teacher, student))
+    assert large - small == open_checkpoint(teacher).description.weight_bytes("float32") - model.weight_bytes("float32")
+    assert large > Lora(**by(teacher, accumulation=4)).peak_bytes(model, "cpu")
+
+
+def test_settings_are_checked_without_heavy_imports():
+    code = (
+        "import sys; from slim.distillation.stage import Lora, distill; from slim.data.examples import TinyText;"
+        "from slim.source import Source; stage = distill(data=TinyText(), base=Source('tiny'));"
+        "stage.check(stage.base.describe());"
+        "heavy = {'torch', 'transformers', 'lightning', 'peft', 'datasets', 'bitsandbytes'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+def test_methods_import_without_lightning_and_peft():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('lightning', 'peft', 'bitsandbytes', 'hydra', 'mlflow')));"
+        "from slim.distillation import losses, chunks, cache, objective, matching, dual_space, pairing, generate"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+# In a chain
+
+
+def test_a_chain_distils_after_tuning_and_uses_the_cached_result(tmp_path):
+    from slim.cli import compose
+    from slim.run import build_pipeline
+
+    options = ["model=tiny", "pruner=magnitude", "tuner=lora", "teacher=base", "quant=none", "eval=none"]
+    options += [f"store={tmp_path / 'runs'}"]
+    for group in ("tuner", "teacher"):
+        options += [f"{group}.{name}={value}" for name, value in dict(QUICK, learning_rate=1e-3).items()]
+    first = build_pipeline(compose("compress", options)).run()
+    assert [result.label for result in first] == ["tiny", "prune magnitude", "tune lora", "distill lora"]
+    last = first[-1].facts
+    assert last["teacher_validation_loss"] < last["validation_loss_after"] < last["validation_loss_before"]
+    assert all(result.cached for result in build_pipeline(compose("compress", options)).run())
+    instead = build_pipeline(compose("compress", [*options, "teacher.stage=tune", "tuner=full"]))
+    assert [type(stage).__name__ for stage in instead.stages] == ["Magnitude", "Full"]
+    assert instead.stages[1].kind == "distill" and instead.stages[1].steps == 4
+    with pytest.raises(SlimError, match="needs tuner=lora or tuner=full"):
+        build_pipeline(compose("compress", ["teacher=base", "teacher.stage=tune"]))
+
+
+# A student from layers
+
+
+def test_evenly_spaced_blocks_are_those_of_the_studies():
+    assert evenly_spaced(32, 11) == [0, 3, 6, 9, 12, 16, 19, 22, 25, 28, 31]
+    assert evenly_spaced(8, 1) == [0] and evenly_spaced(5, 5) == [0, 1, 2, 3, 4] and evenly_spaced(8, 2) == [0, 7]
+    assert Layers(every=2).kept(7) == [0, 2, 4, 6] and Layers().kept(8) == [0, 2, 5, 7]
+
+
+def test_a_student_of_chosen_layers_computes_what_these_layers_do(tmp_path):
+    source = build_small(
+        "qwen2", tmp_path / "source", layer_types=["full_attention", "sliding_attention"] * 3, sliding_window=7,
+        use_sliding_window=True,
+    )  # fmt: skip
+    facts = run(Layers(keep=[0, 3, 4]), source, tmp_path / "out")
+    assert facts == {"kept_blocks": [0, 3, 4], "removed_blocks": [1, 2, 5]}
+    assert open_checkpoint(tmp_path / "out").config["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
+    model, whole = load_model(tmp_path / "out"), load_model(source)
+    whole.model.layers = torch.nn.ModuleList(whole.model.layers[block] for block in (0, 3, 4))
+    for number, block in enumerate(whole.model.layers):
+        block.self_attn.layer_idx = number
+    whole.config.num_hidden_layers = 3
+    whole.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    tokens = torch.arange(20)[None]
+    assert torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(keep=4), "keep=4 drops nothing"),
+        (dict(keep=[0, 4]), "names block 4: .* 0 to 3"),
+        (dict(keep=[0, 0]), "twice"),
+        (dict(keep=[]), "keeps nothing"),
+        (dict(keep=0), "keep=0"),
+        (dict(keep=2, every=2), "both choose"),
+        (dict(every=1), "every=1"),
+    ],
+)
+def test_wrong_layers_are_refused(teacher, settings, message):
+    with pytest.raises(SlimError, match=message):
+        Layers(**settings).check(open_checkpoint(teacher).description)
+
+
+# Matching blocks
+
+
+def test_the_nearest_blocks_are_the_best_of_all_ascending_choices():
+    chance = random.Random(0)
+    for _ in range(50):
+        students, teachers = chance.choice([(1, 1), (1, 4), (2, 3), (3, 3), (3, 6), (4, 7)])
+        distances = [[chance.random() for _ in range(teachers)] for _ in range(students)]
+        total = lambda chosen: sum(row[block] for row, block in zip(distances, chosen, strict=True))  # noqa: B023, E731
+        best = min(itertools.combinations(range(teachers), students), key=total)
+        assert nearest_blocks(distances) == list(best)
+    assert hidden_targets([0, 1, 4, 6], 8) == [0, 3, 5, 7]
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_matching_equals_the_formulas(teacher, student, heads, tmp_path):
+    """Hidden states and attention maps, token by token, for a student as wide as the teacher and a narrower one."""
+    from slim.distillation.matching import LayerMatching, projector
+    from slim.training.forward import body_outputs
+
+    if heads == 2:
+        narrow = {**NARROW, "hidden_size": 16, "num_attention_heads": 2, "head_dim": 16}
+        student = build_small("llama", tmp_path / "narrow", num_hidden_layers=2, **narrow)
+    found = TinyChat().windows("train", load_tokenizer(teacher), 64, 256)
+    batch = {name: getattr(found, name).long()[:2] for name in ("tokens", "labels", "positions")}
+    models = [load_model(folder, "float32") for folder in (student, teacher)]
+    for model in models:
+        model.set_attn_implementation("eager")
+    between = projector(*models)
+    assert (between is None) == (heads == 4)
+    matching = LayerMatching(Matching(hidden=0.5, attention=2.0), [0, 2], 4, between)
+    ours, theirs = (body_outputs(model, batch["tokens"], batch["positions"], **matching.outputs) for model in models)
+    value = matching(ours, theirs, batch["labels"])
+
+    expected = 0.0
+    for row, place in (batch["labels"][:, 1:] != IGNORE).nonzero().tolist():
+        for block, same, target in ((0, 0, 1), (1, 2, 3)):
+            h_s, h_t = ours.hidden_states[block + 1][row, place], theirs.hidden_states[target + 1][row, place]
+            h_s = h_s if between is None else between.weight @ h_s
+            expected += 0.5 / 2 * (((h_s - h_t) ** 2).sum() / (h_t**2).sum()).item()
+            a_s, a_t = ours.attentions[block][row, :, place], theirs.attentions[same][row, :, place]
+            if heads == 2:
+                a_s, a_t = a_s.mean(0)[None], a_t.mean(0)[None]
+            for q, p in zip(a_s.tolist(), a_t.tolist(), strict=True):
+                divergence = sum(y * torch.tensor(y / x).log().item() for x, y in zip(q, p, strict=True) if y > 0)
+                expected += 2.0 / 2 * divergence / len(a_s)
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    value.backward()
+    assert models[0].model.layers[1].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_projector_begins_at_the_embeddings_best_map(teacher, tmp_path):
+    from slim.distillation.matching import projector
+
+    narrow = load_model(build_small("llama", tmp_path / "narrow", num_hidden_layers=1, **{**NARROW, "hidden_size": 16}))
+    wide = load_model(teacher)
+    with torch.no_grad():  # embeddings that a matrix maps onto each other exactly
+        matrix = torch.randn(16, 32)
+        wide.get_input_embeddings().weight.copy_(narrow.get_input_embeddings().weight @ matrix)
+    torch.testing.assert_close(projector(narrow, wide).weight, matrix.T, rtol=1e-3, atol=1e-3)
+
+
+def test_the_blocks_a_student_was_made_from_are_found(teacher, student, tmp_path):
+    facts = run(Lora(**by(teacher, match=Matching(hidden=1.0))), student, tmp_path / "one")
+    assert facts["matched_blocks"] == [0, 2]
+    again = run(Full(**by(teacher, match=Matching(attention=1.0))), tmp_path / "one", tmp_path / "two")
+    assert again["matched_blocks"] == [0, 2]  # after training, too
+
+
+def test_matching_draws_hidden_states_to_the_teachers(teacher, student, tmp_path, monkeypatch):
+    from slim.distillation import tasks
+
+    made = []
+    honest = tasks.LayerMatching
+    monkeypatch.setattr(tasks, "LayerMatching", lambda *a: made.append(honest(*a)) or made[-1])
+    values = []
+    keep = honest.forward
+    monkeypatch.setattr(honest, "forward", lambda self, *a: values.append(keep(self, *a)) or values[-1])
+    run(Full(**by(teacher, steps=20, match=Matching(hidden=1.0), hard_weight=0.0)), student, tmp_path / "out")
+    assert values[-1] < 0.6 * values[0]
+
+
+# Answers of one's own
+
+
+def test_generated_answers_are_those_of_a_plain_loop(teacher):
+    from slim.distillation.generate import generate
+
+    model = load_model(teacher, "float32").train()
+    prompts = [[5, 9, 30], [7], [100, 101, 102, 103, 104]]
+    found = generate(model, prompts, 6, {0}, 0.0)
+    assert model.training
+    model.eval()
+    for prompt, answer in zip(prompts, found, strict=True):
+        tokens = list(prompt)
+        for _ in range(6):
+            tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
+            if tokens[-1] == 0:
+                break
+        assert answer == tokens[len(prompt) :]
+    ends = {answer[2] for answer in found}
+    assert all(len(set(answer[:-1]) & ends) == 0 for answer in generate(model, prompts, 6, ends, 0.0))
+
+
+def test_answers_are_drawn_by_the_softened_distribution(teacher):
+    from slim.distillation.generate import generate
+
+    model = load_model(teacher, "float32")
+    torch.manual_seed(0)
+    first = [answer[0] for answer in generate(model, [[5, 9, 30]] * 4000, 1, {0}, 0.3)]
+    p = (model(input_ids=torch.tensor([[5, 9, 30]])).logits[0, -1] / 0.3).softmax(-1)
+    for token in p.topk(4).indices.tolist():
+        share = first.count(token) / len(first)
+        assert share == pytest.approx(p[token].item(), abs=4 * (p[token].item() / 4000) ** 0.5)
+
+
+def test_micro_batches_of_answers_share_the_steps_denominator():
+    from slim.data.packing import Example, separate
+    from slim.distillation.on_policy import AnsweredBatches
+
+    asked = []
+
+    def answer(questions, step):
+        asked.append((step, questions))
+        return [Example([*q, *[9] * q[0]], [*[IGNORE] * len(q), *[9] * q[0]]) for q in questions]
+
+    questions = [[n % 5 + 1, 7] for n in range(12)]
+    batches = AnsweredBatches(questions, 4, 2, answer, lambda examples: separate(examples, 8, 0))
+    assert len(batches) == 6
+    for number in range(6):
+        batch = batches[number]
+        own = questions[number * 2 : number * 2 + 2]
+        assert int((batch["labels"][:, 1:] != IGNORE).sum()) == sum(q[0] for q in own)
+        step = questions[number // 2 * 4 : number // 2 * 4 + 4]
+        assert batch["loss_tokens"] == sum(q[0] for q in step)
+    assert asked == [(step, questions[step * 4 : step * 4 + 4]) for step in range(3)]
+
+
+@pytest.mark.parametrize("answers", ["student", "teacher", "both"])
+def test_questions_without_answers_are_enough(teacher, student, tmp_path, answers):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"ask": f"Where is thing {n}?"}) + "\n" for n in range(80)))
+    data = Pairs(text=str(path), prompt="ask", answer=None, validation_fraction=0.2)
+    settings = dict(answers=answers, hard_weight=0.0, data=data, generation=Generation(questions=8, new_tokens=12))
+    facts = run(Full(**by(teacher, **settings)), student, tmp_path / "out")
+    assert facts["generated"]["answers"] == 4 * 8 and facts["questions"] < 80
+    assert facts["generated"]["tokens"] > 4 * 8 * 5 and "teacher_validation_loss" in facts
+    with pytest.raises(SlimError, match="has no answers .data.answer=null."):
+        run(Lora(**by(teacher, data=data)), student, tmp_path / "no")
+    with pytest.raises(SlimError, match="has no questions"):
+        run(Lora(**by(teacher, **{**settings, "data": TinyText()})), student, tmp_path / "text")
+
+
+def test_who_answers_is_who_the_settings_say(teacher, student, tmp_path, monkeypatch):
+    from slim.distillation import on_policy
+
+    honest, asked = on_policy.generate, []
+
+    def watch(model, *rest):
+        asked.append((sum(p.numel() for p in model.parameters() if not p.requires_grad) > 0, rest[-1]))
+        return honest(model, *rest)
+
+    monkeypatch.setattr(on_policy, "generate", watch)
+    settings = dict(data=TinyChat(), hard_weight=0.0, steps=12, validate_every=12, validation_tokens=128)
+    settings["generation"] = Generation(questions=2, new_tokens=6, temperature=0.7)
+    shares = {}
+    for answers in ("student", "teacher", "both"):
+        asked.clear()
+        run(Full(**by(teacher, answers=answers, **settings)), student, tmp_path / answers)
+        teachers = [frozen for frozen, temperature in asked if temperature == 0.7]
+        assert len(teachers) == 12 and all(frozen for frozen, temperature in asked if temperature == 0)
+        shares[answers] = sum(teachers)
+    assert shares["student"] == 0 and shares["teacher"] == 12 and 0 < shares["both"] < 12
