@@ -1,12 +1,14 @@
 """Distillation: what it heals beside tuning at equal steps, what a cached teacher saves, what chunks save.
 
-    python benchmarks/distill.py heal MODEL [--train FILE] [--test FILE] [--blocks 2] [--steps 300] [--seeds 3] [--set ...]
+    python benchmarks/distill.py heal MODEL [--train FILE] [--test FILE] [--blocks 2] [--steps 300] [--seeds 3] [--adapt 0]
+                                      [--set loss=reverse temperature=2 ...]
     python benchmarks/distill.py questions [--blocks 4] [--steps 200] [--seeds 3]
     python benchmarks/distill.py cache MODEL [--train FILE] [--blocks 2] [--steps 60] [--repeats 3]
     python benchmarks/distill.py memory [--vocabulary 131072] [--tokens 2048] [--hidden 256] [--repeats 3]
 
 heal: removes blocks by Taylor scores, then heals with adapters, once on the text alone and once on the text and the whole
 model as teacher: same data, same steps, same adapters. Perplexity on other text, mean and spread over seeds.
+--adapt: first tune the whole model on the text for so many steps, so that it is at home there; that is the source then.
 questions: a pruned tiny model learns from the whole one's distributions on answers of its own or of the teacher, never from
 the data's; facts that it gets right before and after, beside tuning on the true answers.
 cache: the second pass over the data with the teacher's distributions from disk and with the teacher itself, seconds of
@@ -33,6 +35,7 @@ from slim.distillation import stage as distillation
 from slim.distillation.questions import Generation
 from slim.evaluation.memory import process_bytes, reset_process_peak
 from slim.evaluation.perplexity import Perplexity, exponential, negative_log_likelihood
+from slim.evaluation.tasks import Tasks
 from slim.pruning.taylor import Taylor
 from slim.source import EMBEDDED, Source
 from slim.stage import Context, Stage
@@ -81,6 +84,9 @@ def heal(args: argparse.Namespace) -> None:
     windows = protocol.windows(load_tokenizer(model), 256)
     common = dict(steps=args.steps, validate_every=max(1, args.steps // 6))
     with tempfile.TemporaryDirectory() as scratch:
+        if args.adapt:
+            run(tune.Lora(data=text_data(args.train, 99), steps=args.adapt, r=32, alpha=64), model, Path(scratch) / "source")
+            model = Path(scratch) / "source"
         start = Path(scratch) / "pruned"
         removed = pruned(model, args.train or "tiny:calibration", args.blocks, start)
         print(f"{model.name}: blocks {removed} removed, {args.steps} steps, {len(windows)} windows of {windows.shape[1]}")
@@ -100,17 +106,43 @@ def heal(args: argparse.Namespace) -> None:
                 facts = run(make(seed), start, target)
                 found.append(perplexity(target, windows))
                 losses.append(facts["validation_loss_after"])
-            print(f"{name:13} {spread(found)}   validation loss {spread(losses, 4)}   {[round(x, 3) for x in found]}", flush=True)
+            print(
+                f"{name:13} {spread(found)}   validation loss {spread(losses, 4)}   {[round(x, 3) for x in found]}", flush=True
+            )
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
-def questions(args: argparse.Namespace) -> None:
-    from slim.evaluation.tasks import Tasks
-    from slim.evaluation.harness import measure_tasks  # noqa: F401
+def facts_right(folder: Path) -> float:
+    """Return the share of the tiny world's fact questions that a model answers rightly, in per cent."""
+    found = Tasks(names=["tiny_facts"], batch_size=64).measure(load_model(folder), load_tokenizer(folder), 512)
+    return 100 * found["metrics"]["tiny_facts/acc"]
 
-    raise SystemExit(f"not yet: {Tasks}")
+
+def questions(args: argparse.Namespace) -> None:
+    common = dict(steps=args.steps, validate_every=max(1, args.steps // 4), batch_tokens=1024)
+    taught = dict(
+        base=Source("tiny"), hard_weight=0.0, loss="symmetric", generation=Generation(questions=32, new_tokens=24), **common
+    )
+    ways = {
+        "student answers": lambda seed: distillation.Lora(data=TinyChat(seed=seed), seed=seed, answers="student", **taught),
+        "teacher answers": lambda seed: distillation.Lora(data=TinyChat(seed=seed), seed=seed, answers="teacher", **taught),
+        "true answers, no teacher": lambda seed: tune.Lora(data=TinyChat(seed=seed), seed=seed, **common),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        start = Path(scratch) / "pruned"
+        removed = pruned(EMBEDDED["tiny"], "tiny:calibration", args.blocks, start)
+        print(f"tiny: blocks {removed} removed, {args.steps} steps; facts right, per cent (chance: 25)")
+        print(f"{'teacher':26} {facts_right(EMBEDDED['tiny']):.1f}\n{'pruned':26} {facts_right(start):.1f}", flush=True)
+        for name, make in ways.items():
+            found, started = [], time.process_time()
+            for seed in range(args.seeds):
+                target = Path(scratch) / f"{name}{seed}"
+                run(make(seed), start, target)
+                found.append(facts_right(target))
+            seconds = (time.process_time() - started) / args.seeds
+            print(f"{name:26} {spread(found, 1)}   {seconds:.0f} s of processor time each", flush=True)
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------
@@ -200,6 +232,7 @@ def main() -> None:
         if function is heal:
             command.add_argument("--test")
             command.add_argument("--windows", type=int)
+            command.add_argument("--adapt", type=int, default=0)
             command.add_argument("--set", nargs="*", default=[], help="settings of the distillation, such as loss=reverse")
             command.add_argument("--skip", nargs="*", default=[], help="lora or distilled")
         if function is memory:

@@ -400,6 +400,24 @@ def test_files_of_others_are_read(source, tmp_path):
     assert found.description.weight_bytes() == pytest.approx(stored, rel=2e-3)
 
 
+def test_speed_is_measured_by_the_kernel_and_quality_is_not(packed):
+    """Quality is a fact about the stored weights, so it must not depend on whether speed was measured before."""
+    from slim.evaluation.evaluation import Evaluation
+    from slim.evaluation.perplexity import Perplexity
+    from slim.evaluation.run import measure
+    from slim.evaluation.speed import Speed
+
+    evaluation = Evaluation(Perplexity("tiny:heldout", window=64, limit=4), speed=Speed(count=1, repeats=1), dtype="bfloat16")
+    both, alone = measure(packed["nf4"], evaluation), measure(packed["nf4"], evaluation, speed=False)
+    assert both["quality"]["metrics"] == alone["quality"]["metrics"]
+    assert (
+        both["speed"]["metrics"]["decode_tokens_per_second"] > 0 and both["speed"]["protocol"]["speed"]["dtype"] == "bfloat16"
+    )
+    kinds = {name: open_checkpoint(folder).description for name, folder in packed.items()}
+    found = {name: Evaluation(speed=Speed()).speed_dtype(model, "cpu") for name, model in kinds.items()}
+    assert found == {"int8": "float32", "nf4": "bfloat16", "nf4 single": "bfloat16"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", ["nf4", "int8"])
 def test_the_whole_chain_on_the_embedded_model(choice, tmp_path, capsys):

@@ -44,7 +44,8 @@ def closest_map(own: Tensor, other: Tensor) -> Tensor:
     own, other = own.double().cpu(), other.double().cpu()
     if own.shape == other.shape and torch.equal(own, other):
         return torch.eye(own.shape[1])
-    return (torch.linalg.pinv(own.T @ own, hermitian=True) @ (own.T @ other)).float()
+    inverse = torch.linalg.pinv(own.T @ own, rtol=1e-10, hermitian=True)  # directions below 1e-5 of the largest are noise
+    return (inverse @ (own.T @ other)).float()
 
 
 def projector(matrix: Tensor) -> nn.Linear:

@@ -66,8 +66,10 @@ def _as_read(row: list[int], student, teacher, longest: int) -> Example:
         if token == end:
             documents.append([])
     tokens: list[int] = []
+    around = {student.bos_token_id, end, student.pad_token_id}  # no text; other marks may be written in a text
     for document in filter(None, documents):
-        tokens += teacher(student.decode(document, skip_special_tokens=True), verbose=False)["input_ids"]
+        text = student.decode([token for token in document if token not in around])
+        tokens += teacher(text, verbose=False)["input_ids"]
         if document[-1] == end and (not tokens or tokens[-1] != end_token(teacher)):
             tokens.append(end_token(teacher))
     return Example(tokens[:longest], tokens[:longest])

@@ -70,14 +70,17 @@ class Evaluation:
     def speed_dtype(self, model: ModelDescription, device: str) -> str:
         """Return the type speed and memory are measured in: with ``dtype="auto"`` the fastest one for the checkpoint.
 
-        On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel takes no other.
+        On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel and that of bitsandbytes take no
+        other.
         """
         from slim.quantization.bnb import is_bitsandbytes
 
-        packed = model.quantization is not None and not is_bitsandbytes(model.quantization)
-        if self.dtype == "auto" and device == "cpu" and packed:
+        if self.dtype == "auto" and device == "cpu" and model.quantization is not None:
             blocks = model.family.blocks + "."
-            widths = {scheme.bits for layer, scheme in model.packed_schemes().items() if layer.startswith(blocks)}
+            if is_bitsandbytes(model.quantization):
+                widths = {4 if model.quantization.get("load_in_4bit") else 8}
+            else:
+                widths = {scheme.bits for layer, scheme in model.packed_schemes().items() if layer.startswith(blocks)}
             if widths == {4}:
                 return "bfloat16"
         return self.quality_dtype(model, device)
