@@ -9,7 +9,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-RECORDED_PACKAGES = ("slim", "torch", "transformers", "peft", "lightning", "lm-eval", "compressed-tensors", "datasets")
+RECORDED_PACKAGES = (
+    "slim", "torch", "transformers", "peft", "lightning", "lm-eval", "compressed-tensors", "bitsandbytes", "datasets",
+)  # fmt: skip
 
 
 @cache

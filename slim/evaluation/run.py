@@ -21,7 +21,8 @@ def measure(
 
     Each holds ``metrics`` (flat name -> float), ``protocol`` and ``samples`` as plain JSON values. Speed comes first,
     so that the memory it reports is that of loading and generating, not that of scoring batches. The model is freed,
-    and loaded a second time only where speed and quality are measured in different types.
+    and loaded a second time only where speed and quality are measured in different types, or where the model was changed to
+    be fast.
     """
     from slim.checkpoint import load_tokenizer, open_checkpoint
 
