@@ -8,8 +8,9 @@ part's last layer where that is small.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -90,8 +91,10 @@ def enter(skeleton: Skeleton, tokens: torch.Tensor) -> Entrance:
     with torch.no_grad(), replaced_forwards(dict.fromkeys(blocks, record)):
         for batch in batches(tokens, skeleton.description):
             calls.clear()
-            with suppress(_Stop):
+            try:
                 skeleton.model.base_model(batch.to(skeleton.device), use_cache=False)
+            except _Stop as stop:
+                traceback.clear_frames(stop.__traceback__)
             entrance.calls.setdefault(len(batch), list(calls))
     skeleton.drop(skeleton.family.embeddings)
     return entrance
@@ -172,11 +175,14 @@ class BlockPass:
     def _may_keep(self, inputs: torch.Tensor) -> bool:
         return inputs.nbytes * len(self.entrance.hidden) <= self.keep_bytes
 
-    def finish(self, segment: Segment) -> None:
-        """Where ``segment`` is the last of its part, move the hidden states behind that part."""
+    def finish(self, segment: Segment) -> list[str]:
+        """Where ``segment`` is the last of its part, move the hidden states behind that part.
+
+        Returns the linear layers that are not run any more.
+        """
         part = part_of(segment)
         if self.last[part] != segment.linears[0]:
-            return
+            return []
         following = [other for other in self.last if other not in (*self.finished, part)]
         stop = self.norms[following[0]] if following else None
         for batch in range(len(self.entrance.hidden)):
@@ -187,6 +193,7 @@ class BlockPass:
             self.entrance.hidden[batch] = self._run(batch, answers, before=stop).to("cpu")
         self.kept = []
         self.finished.append(part)
+        return [name for other in self.family.segments if part_of(other) == part for name in other.linears]
 
     def advance(self) -> None:
         """Move the hidden states behind the block where its segments were not finished one by one."""
@@ -213,7 +220,8 @@ class BlockPass:
             with torch.no_grad(), replaced_forwards(self._answering(answers)):
                 output = self.block(hidden, *args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
-        except _Stop:
+        except _Stop as stop:
+            traceback.clear_frames(stop.__traceback__)  # else what they hold waits for the garbage collector
             return caught[0]
         finally:
             if hook:

@@ -22,6 +22,7 @@ from slim.blockpass import BATCH_BYTES, KEEP_BYTES, BlockPass, Entrance, Gram, e
 from slim.checkpoint import Checkpoint, copy_companions, write_config
 from slim.errors import SlimError
 from slim.lazy import LazyModule
+from slim.machine import trim_heap
 from slim.resume import WalkProgress
 from slim.shards import ShardWriter
 from slim.skeleton import Skeleton, stored_dtype
@@ -85,6 +86,10 @@ class Visitor:
         Floating-point tensors that the source has too are stored in the source's type.
         """
         return module.state_dict()
+
+    def holds(self, name: str) -> bool:
+        """Whether ``block_tensors`` does without the weights of a layer, which may then be freed when it has run."""
+        return False
 
     def rest_tensors(self, name: str, tensor: torch.Tensor, family: Family, tied: bool) -> dict[str, torch.Tensor]:
         """Return what is stored for a tensor outside the blocks (embedding, final norm, head). tied: head = embedding."""
@@ -220,10 +225,14 @@ class Walk:
             gram = gram or passes.gram(segment)
             view.gram, view.tokens = gram.matrix(), gram.rows
             require_finite(view)
+            trim_heap()
         with torch.no_grad():
             errors = self.visitor.visit(view)
         if passes is not None and self.visitor.sequential:
-            passes.finish(segment)
+            for name in passes.finish(segment):
+                if self.visitor.holds(name):
+                    block.get_submodule(name).weight = None
+        trim_heap()
         return errors
 
     def _write(self, index: int, prefix: str, block: nn.Module) -> None:

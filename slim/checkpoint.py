@@ -195,10 +195,11 @@ class TensorReader:
         """Close the files: what was read of them no longer counts as this process's memory."""
         self._open.clear()
 
-    def read_module(self, prefix: str, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """Read all tensors under ``prefix`` (``"model.layers.3"``), named relative to it."""
-        names = [name for name in self.checkpoint.tensors if name.startswith(prefix + ".")]
-        return {name[len(prefix) + 1 :]: self.read(name, device) for name in names}
+    def read_module(self, prefix: str, device: str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name relative to ``prefix``, tensor) for all tensors under it (``"model.layers.3"``), one at a time."""
+        for name in self.checkpoint.tensors:
+            if name.startswith(prefix + "."):
+                yield name[len(prefix) + 1 :], self.read(name, device)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -16,6 +16,9 @@ else:
     torch = LazyModule("torch")
 
 
+FINITE_AT_ONCE = 2**20  # numbers looked at together: the check makes several copies of them
+
+
 class Skeleton:
     """The model without weights: modules on torch's meta device, into which single parts are loaded."""
 
@@ -42,15 +45,16 @@ class Skeleton:
         """Load the weights of one module as float32 and return it. Raises ``SlimError`` for bad or missing ones."""
         module = self.model.get_submodule(name)
         tensors = {}
-        for key, tensor in self.reader.read_module(name).items():
+        for key, tensor in self.reader.read_module(name):
             tensors[key] = tensor.to(self.device, torch.float32) if tensor.is_floating_point() else tensor
-            if not torch.isfinite(tensors[key]).all():
+            if not all(torch.isfinite(part).all() for part in tensors[key].flatten().split(FINITE_AT_ONCE)):
                 raise SlimError(f"The weights {name}.{key} contain NaN or infinity: the model is damaged.")
         try:
             missing = module.load_state_dict(tensors, strict=False, assign=True).missing_keys
         except RuntimeError as error:  # torch lists every tensor whose shape does not fit
             reason = str(error).splitlines()[1].strip()
             raise SlimError(f"The weights of {name} do not fit config.json: {reason}") from error
+        self.reader.release()
         if missing:
             raise SlimError(f"{self.description.name} has no tensor '{name}.{missing[0]}', which its config asks for.")
         return module

@@ -199,7 +199,7 @@ def test_the_teacher_is_part_of_the_name_by_its_content(teacher, student, tmp_pa
     copy = tmp_path / "elsewhere"
     shutil.copytree(teacher, copy)
     assert Lora(**by(copy)).identity() == stage.identity() == Lora(**by(student, model=str(teacher))).identity()
-    for other in (by(student), by(teacher, temperature=2.0), by(teacher, loss="reverse"), by(teacher, cache=True)):
+    for other in (by(student), by(teacher, temperature=3.0), by(teacher, loss="reverse"), by(teacher, cache=True)):
         assert Lora(**other).identity() != stage.identity()
     unused = by(teacher, skew=0.5, beta=0.1, top_k=5, generation=Generation(questions=3), match=Matching(layers=[1]))
     assert Lora(**unused).identity() == stage.identity()
@@ -241,6 +241,7 @@ def test_a_vocabulary_padded_to_another_size_will_do(teacher, tmp_path):
     [
         (dict(loss="foward"), "teacher.loss=foward .*Did you mean forward"),
         (dict(temperature=0), "teacher.temperature=0"),
+        (dict(model=None), "teacher.model is missing"),
         (dict(hard_weight=2), "teacher.hard_weight=2"),
         (dict(skew=0), "teacher.skew=0"),
         (dict(quant="int4"), "teacher.quant=int4 .*nf4"),

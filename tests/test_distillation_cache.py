@@ -85,6 +85,19 @@ def test_both_sides_are_put_into_the_same_classes():
         assert forward_kl(log_p, log_q)[row].item() == pytest.approx(expected.item(), rel=5e-3)
 
 
+def test_the_gradient_of_lumped_classes_is_that_of_the_definition():
+    generator = torch.Generator().manual_seed(2)
+    logits = (torch.randn(6, 40, generator=generator) * 2).requires_grad_()
+    indices, weights = torch.randn(6, 40, generator=generator).topk(7).indices, torch.randn(6, 8, generator=generator)
+    p = (logits / 1.5).softmax(-1)
+    kept = p.gather(-1, indices)
+    lumped = torch.cat([kept, p.scatter(-1, indices, 0.0).sum(-1, keepdim=True)], -1).log()
+    found = cache.student_classes(logits, indices.int(), 1.5)
+    torch.testing.assert_close(found, lumped)
+    expected = torch.autograd.grad((weights * lumped).sum(), logits)[0]
+    torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), logits)[0], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_very_sure_student_has_finite_gradients():
     logits = torch.zeros(1, 30)
     logits[0, 3] = 200.0
@@ -177,7 +190,7 @@ def test_a_cache_of_something_else_is_refused(teacher, student, tmp_path):
         "teacher": (dict(base=Source(str(student))), student),
         "data and another windows": (dict(data=TinyText(seed=3)), student),
         "windows": (dict(steps=5), student),
-        "temperature": (dict(temperature=2.0), student),
+        "temperature": (dict(temperature=3.0), student),
         "top_k": (dict(top_k=3), student),
         "template": (dict(), texts),
     }

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slim.checkpoint import read_header, read_json, save_tensors
 from slim.data.packing import Windows
@@ -43,12 +44,34 @@ def teacher_classes(log_probs: Tensor, others: Tensor) -> Tensor:
     return torch.cat([log_probs.float(), others.float()[:, None]], -1).log_softmax(-1)
 
 
+class _Lumped(torch.autograd.Function):
+    """log softmax(z) with all classes but some in one: few passes over the vocabulary, and no difference of near-equals.
+
+    With q = softmax(z), r the sum of q over the others, and g the gradient of the k + 1 results, G their sum:
+    dz_i = g_i - q_i G for the kept ones, dz_i = q_i (g_others / r - G) for the others.
+    """
+
+    @staticmethod
+    def forward(ctx, scaled: Tensor, indices: Tensor) -> Tensor:
+        log_z = scaled.logsumexp(-1, keepdim=True)
+        kept = scaled.gather(-1, indices) - log_z
+        rest = (scaled - log_z).exp_().scatter_(-1, indices, 0.0)  # q of the others
+        others = rest.sum(-1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
+        ctx.save_for_backward(rest, kept, others, indices)
+        return torch.cat([kept, others.log()], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        rest, kept, others, indices = ctx.saved_tensors
+        total = gradient.sum(-1, keepdim=True)
+        moved = rest * (gradient[:, -1:] / others - total)
+        return moved.scatter_(-1, indices, gradient[:, :-1] - kept.exp() * total), None
+
+
 def student_classes(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
     """Return the student's log-probabilities [tokens, k + 1] of the tokens ``indices`` [tokens, k] and of all others."""
-    scaled = logits.float() / temperature
-    indices = indices.long()
-    others = scaled.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([scaled.gather(-1, indices), others], -1) - scaled.logsumexp(-1, keepdim=True)
+    return _Lumped.apply(logits.float() / temperature, indices.long())
 
 
 def windows_digest(windows: Windows) -> str:

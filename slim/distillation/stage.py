@@ -65,7 +65,7 @@ class Distillation(tune.Tuner):
     method: str = "token"
     projector_rate: float | None = None
     loss: str = "forward"
-    temperature: float = 1.0
+    temperature: float = 2.0
     hard_weight: float = 0.5
     beta: float = 0.5
     skew: float = 0.1
@@ -84,6 +84,8 @@ class Distillation(tune.Tuner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.model, str) or not self.model:
+            raise SlimError("teacher.model is missing. Give base (the model the chain begins with), a folder or a hub id.")
         require_choice("teacher.dtype", self.dtype, DTYPES)
         require_choice("teacher.loss", self.loss, LOSSES)
         require_number("teacher.temperature", self.temperature, 0.01, 100)

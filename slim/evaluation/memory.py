@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from slim.machine import trim_heap
 
 STATUS = Path("/proc/self/status")
 ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -97,8 +97,7 @@ class MemoryMeter:
 def release() -> None:
     """Collect garbage and give the heap's free pages back to the system, where the C library can."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
 
 
 def process_bytes(field: str) -> int | None:

@@ -104,7 +104,7 @@ class Bridging:
         block = self.skeleton.load(name)
         ready = []
         if index not in self.removed:
-            tensors = self.skeleton.reader.read_module(name)
+            tensors = dict(self.skeleton.reader.read_module(name))
             if index in self.in_front:
                 self.pending = Pending(tensors)
             else:

@@ -93,7 +93,7 @@ class BitsAndBytes(Stage):
         """One block in float32 and packed, the library's copies of one layer, and a tensor that is copied as it is."""
         largest = max(rows * columns for rows, columns in model.block_linears().values())
         embeddings = model.vocab_size * model.hidden_size * DTYPE_BYTES.get(model.dtype, 4)
-        return 5 * model.block_parameters() + 6 * 4 * largest + 2 * embeddings
+        return 5 * model.block_parameters() + 8 * 4 * largest + 2 * embeddings
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
         from slim.blockwise import rewrite

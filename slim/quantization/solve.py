@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from slim.lazy import LazyModule
 from slim.quantization.grid import Quantised, layer_loss, search
-from slim.quantization.sweep import sweep
+from slim.quantization.sweep import Sweep
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-ROW_WEIGHTS = 2**22  # weights that are solved for at once: a few float32 copies of them exist
+ROW_WEIGHTS = 2**21  # weights that are solved for at once: a few float32 copies of them exist
 MOST_DAMPING = 1.0  # in means of diag(G); a factorisation that fails even with this much is given up
 
 
@@ -120,7 +120,7 @@ def gptq(
     def push(done: slice, later: slice) -> None:
         target[later].addmm_(feed.upper[done, later].T, error[done])
 
-    sweep(inputs, group, column, push, enter_group)
+    Sweep(inputs, group, column, push, enter_group).run()
     result = torch.empty_like(layer.codes)
     result[:, order] = codes.T.to(torch.uint8)
     return replace(layer, codes=result, scale=scale.T.to(dtype).contiguous(), zero=zero.T.to(torch.uint8).contiguous())
@@ -174,7 +174,7 @@ def descend(weight: torch.Tensor, layer: Quantised, gram: torch.Tensor) -> Quant
     def push(done: slice, later: slice) -> None:
         slope[later].addmm_(gram[later, done], change[done])
 
-    sweep(weight.shape[1], layer.scheme.group(weight.shape[1]), column, push)
+    Sweep(weight.shape[1], layer.scheme.group(weight.shape[1]), column, push).run()
     return replace(layer, codes=codes.T.to(torch.uint8).contiguous())
 
 

@@ -10,35 +10,39 @@ Matrices here are transposed, [in, out]: a column of the layer is then a contigu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 LEAF = 8  # columns that are passed on one by one
 
 
-def sweep(
-    columns: int,
-    group: int,
-    column: Callable[[int, int], None],
-    push: Callable[[slice, slice], None],
-    enter_group: Callable[[slice], None] = lambda columns: None,
-) -> None:
-    """Visit columns 0 to ``columns`` in order.
+@dataclass(frozen=True)
+class Sweep:
+    """A way through columns 0 to ``columns``, in order.
 
-    column: ``column(j, stop)`` settles column j and corrects columns j + 1 to ``stop``. push: ``push(done, later)`` lets the
-    changes of the columns ``done`` reach the columns ``later``. enter_group: called before the first column of each
-    group, when its columns have been corrected for everything before them. group: columns in a group.
+    group: columns in a group. column: ``column(j, stop)`` settles column j and corrects columns j + 1 to ``stop``.
+    push: ``push(done, later)`` lets the changes of the columns ``done`` reach the columns ``later``. enter_group: called
+    before the first column of each group, when its columns have been corrected for everything before them.
     """
 
-    def visit(start: int, stop: int) -> None:
-        if start % group == 0 and stop - start <= group and stop in (start + group, columns):
-            enter_group(slice(start, stop))
-        if stop - start <= LEAF:
-            for j in range(start, stop):
-                column(j, stop)
-            return
-        unit = group if stop - start > group else LEAF
-        middle = start + -(-(stop - start) // (2 * unit)) * unit
-        visit(start, middle)
-        push(slice(start, middle), slice(middle, stop))
-        visit(middle, stop)
+    columns: int
+    group: int
+    column: Callable[[int, int], None]
+    push: Callable[[slice, slice], None]
+    enter_group: Callable[[slice], None] = lambda columns: None
 
-    visit(0, columns)
+    def run(self) -> None:
+        self._visit(0, self.columns)
+
+    def _visit(self, start: int, stop: int) -> None:
+        width = stop - start
+        if start % self.group == 0 and width <= self.group and stop in (start + self.group, self.columns):
+            self.enter_group(slice(start, stop))
+        if width <= LEAF:
+            for j in range(start, stop):
+                self.column(j, stop)
+            return
+        unit = self.group if width > self.group else LEAF
+        middle = start + -(-width // (2 * unit)) * unit
+        self._visit(start, middle)
+        self.push(slice(start, middle), slice(middle, stop))
+        self._visit(middle, stop)

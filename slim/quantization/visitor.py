@@ -68,14 +68,16 @@ class QuantVisitor(Visitor):
 
     def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors = {}
+        for layer, packed in self.done.items():
+            tensors.update(self._stored(layer, packed))
         for name, tensor in module.state_dict().items():
-            layer = name.removesuffix(".weight")
-            if layer in self.done:
-                tensors.update(self._stored(layer, self.done[layer]))
-            else:
+            if name.removesuffix(".weight") not in self.done:
                 tensors[name] = self.plain.get(name, tensor)
         self.done, self.plain = {}, {}
         return tensors
+
+    def holds(self, name: str) -> bool:
+        return name in self.done
 
     def rest_tensors(self, name: str, tensor: torch.Tensor, family: Family, tied: bool) -> dict[str, torch.Tensor]:
         """Pack the head and the embedding where they have a scheme. Tied ones are packed once, as the embedding."""
