@@ -3,6 +3,7 @@
     python benchmarks/distill.py heal MODEL [--train FILE] [--test FILE] [--blocks 2] [--steps 300] [--seeds 3] [--adapt 0]
                                       [--set loss=reverse temperature=2 ...]
     python benchmarks/distill.py questions [--blocks 4] [--steps 200] [--seeds 3]
+    python benchmarks/distill.py dskd [--steps 400] [--seeds 3] [--set hard_weight=0.5 ...]
     python benchmarks/distill.py cache MODEL [--train FILE] [--blocks 2] [--steps 60] [--repeats 3]
     python benchmarks/distill.py memory [--vocabulary 131072] [--tokens 2048] [--hidden 256] [--repeats 3]
 
@@ -11,6 +12,8 @@ model as teacher: same data, same steps, same adapters. Perplexity on other text
 --adapt: first tune the whole model on the text for so many steps, so that it is at home there; that is the source then.
 questions: a pruned tiny model learns from the whole one's distributions on answers of its own or of the teacher, never from
 the data's; facts that it gets right before and after, beside tuning on the true answers.
+dskd: a fresh model of half the depth with a vocabulary of its own learns the tiny world from its text alone, and with the
+tiny model as teacher: perplexity in its own tokens.
 cache: the second pass over the data with the teacher's distributions from disk and with the teacher itself, seconds of
 processor time, medians; and the validation loss both reach.
 memory: peak memory of the forward KL and its gradients in chunks and as one formula, each in a process of its own, medians.
@@ -20,50 +23,31 @@ MODEL: a checkpoint folder, or tiny. Without --train and --test, the tiny world'
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+import yaml
+from distill_cost import cache, memory, pruned, run, text_data
 
-from slim.checkpoint import load_model, load_tokenizer, open_checkpoint
-from slim.data.calibration import Calibration
-from slim.data.examples import TextData, TinyChat, TinyText, TrainingData
+from slim.checkpoint import load_model, load_tokenizer
+from slim.data.examples import TinyChat, TinyText
 from slim.distillation import stage as distillation
+from slim.distillation.layer_map import Matching
 from slim.distillation.questions import Generation
-from slim.evaluation.memory import process_bytes, reset_process_peak
 from slim.evaluation.perplexity import Perplexity, exponential, negative_log_likelihood
 from slim.evaluation.tasks import Tasks
-from slim.pruning.taylor import Taylor
-from slim.source import EMBEDDED, Source
-from slim.stage import Context, Stage
-from slim.training import fit, tune
+from slim.source import EMBEDDED, Source, Untrained
+from slim.stage import Context
+from slim.training import tune
 
 
 def spread(values: list[float], digits: int = 3) -> str:
     """Show mean and standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} +- {deviation:.{digits}f}"
-
-
-def run(stage: Stage, source: Path, target: Path) -> dict:
-    """Run a stage into a new folder and return its facts."""
-    target.mkdir(parents=True)
-    stage.check(open_checkpoint(source).description)
-    return stage.run(source, target, Context())
-
-
-def pruned(model: Path, text: str, blocks: int, target: Path) -> list[int]:
-    """Remove blocks by Taylor scores on ``text``; return those removed."""
-    calibration = Calibration(text=text, samples=16, length=128)
-    return run(Taylor(blocks=blocks, calibration=calibration), model, target)["removed_blocks"]
-
-
-def text_data(path: str | None, seed: int) -> TrainingData:
-    return TinyText(seed=seed) if path is None else TextData(text=path, seed=seed)
 
 
 # --- heal -----------------------------------------------------------------------------------------------------------
@@ -74,9 +58,9 @@ def perplexity(folder: Path, windows: torch.Tensor) -> float:
 
 
 def parsed(settings: list[str]) -> dict:
-    """Turn ``loss=reverse temperature=2`` into settings of the distillation."""
-    pairs = (setting.split("=", 1) for setting in settings)
-    return {name: float(value) if value.replace(".", "").isdigit() else value for name, value in pairs}
+    """Turn ``loss=reverse match={hidden: 1}`` into settings of the distillation."""
+    found = {name: yaml.safe_load(value) for name, value in (setting.split("=", 1) for setting in settings)}
+    return {**found, "match": Matching(**found["match"])} if "match" in found else found
 
 
 def heal(args: argparse.Namespace) -> None:
@@ -146,100 +130,53 @@ def questions(args: argparse.Namespace) -> None:
             print(f"{name:26} {spread(found, 1)}   {seconds:.0f} s of processor time each", flush=True)
 
 
-# --- cache ----------------------------------------------------------------------------------------------------------
+# --- dskd -----------------------------------------------------------------------------------------------------------
 
 
-def cache(args: argparse.Namespace) -> None:
-    fit.time = SimpleNamespace(perf_counter=time.process_time)  # tokens per second of processor time: others work here too
-    model = EMBEDDED.get(args.model, Path(args.model))
+def dskd(args: argparse.Namespace) -> None:
+    common = dict(steps=args.steps, validate_every=max(1, args.steps // 4), learning_rate=2e-3, betas=(0.9, 0.95))
+    guided = {**common, "base": Source("tiny"), "method": "dskd", **parsed(args.set)}
+    ways = {
+        "text alone": lambda seed: tune.Full(data=TinyText(seed=seed), seed=seed, **common),
+        "dskd": lambda seed: distillation.Full(data=TinyText(seed=seed), seed=seed, **guided),
+    }
+    print(f"vocabulary 800, 4 blocks, {args.steps} steps; perplexity on tiny:heldout")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        pruned(model, args.train or "tiny:calibration", args.blocks, folder / "pruned")
-        taken: dict[str, list[float]] = {"live": [], "cached": []}
-        losses = {}
-        for number in range(args.repeats + 1):
-            for name, seconds in taken.items():
-                settings = dict(cache=name == "cached", cache_folder=str(folder / "cache"), steps=args.steps)
-                stage = distillation.Lora(
-                    data=text_data(args.train, 0), base=Source(str(model)), validate_every=args.steps, **settings
-                )
-                facts = run(stage, folder / "pruned", folder / f"{name}{number}")
-                losses[name] = facts["validation_loss_after"]
-                if number:  # the first round asks the teacher, the later ones find its answers
-                    seconds.append(args.steps * stage.batch_tokens / facts["tokens_per_second"])
-        live, cached = (statistics.median(taken[name]) for name in ("live", "cached"))
-        print(f"{args.steps} steps: live {live:.2f} s, cached {cached:.2f} s, ratio {live / cached:.2f}")
-        print(f"validation loss: {losses}, difference {abs(losses['cached'] / losses['live'] - 1):.3%}")
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def peak_of(way: str, vocabulary: int, tokens: int, hidden: int, queue) -> None:
-    """Put peak memory over the inputs, seconds, the loss and a sum over the gradient into ``queue``."""
-    from slim.distillation.chunks import chunk_rows, chunked_sum
-    from slim.distillation.losses import forward_kl, softened
-
-    torch.manual_seed(0)
-    states, taught = (torch.randn(tokens, hidden) for _ in range(2))
-    student, teacher = (torch.randn(vocabulary, hidden) / hidden**0.5 for _ in range(2))
-    states.requires_grad_()
-    before, began = process_bytes("VmRSS"), time.perf_counter()
-    reset_process_peak()
-
-    def loss(states: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            log_p = softened(taught @ teacher.T, 2.0)
-        return forward_kl(log_p, softened(states @ student.T, 2.0)).sum()
-
-    value = loss(states, taught) if way == "plain" else chunked_sum(loss, (states, taught), chunk=chunk_rows(vocabulary))
-    value.backward()
-    peak, seconds = process_bytes("VmHWM") - before, time.perf_counter() - began
-    queue.put((peak, seconds, value.item(), states.grad.double().norm().item()))
-
-
-def memory(args: argparse.Namespace) -> None:
-    context = multiprocessing.get_context("spawn")
-    peaks = {}
-    for way in ("plain", "chunks"):
-        found = []
-        for _ in range(args.repeats):
-            queue = context.Queue()
-            process = context.Process(target=peak_of, args=(way, args.vocabulary, args.tokens, args.hidden, queue))
-            process.start()
-            found.append(queue.get())
-            process.join()
-        peak, seconds = (statistics.median(column) for column in list(zip(*found, strict=True))[:2])
-        peaks[way] = peak
-        print(f"{way:7} {peak / 1e6:8.0f} MB {seconds:6.1f} s   loss {found[0][2]:.6f}, gradient {found[0][3]:.8f}", flush=True)
-    print(f"ratio {peaks['plain'] / peaks['chunks']:.1f}")
+        for name, make in ways.items():
+            found = []
+            for seed in range(args.seeds):
+                start, target = Path(scratch) / f"fresh-{name}{seed}", Path(scratch) / f"{name}{seed}"
+                start.mkdir()
+                Untrained(vocab_size=800, blocks=4, seed=seed).run(None, start, Context())
+                run(make(seed), start, target)
+                windows = Perplexity(text="tiny:heldout", window=256).windows(load_tokenizer(start), 256)
+                found.append(perplexity(target, windows))
+            print(f"{name:13} {spread(found)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (heal, questions, cache, memory):
+    number, text = dict(type=int), dict()
+    changes = dict(nargs="*", default=[], help="settings of the distillation, such as loss=reverse")
+    options = {
+        heal: {"model": text, "--train": text, "--test": text, "--blocks": number | {"default": 2},
+               "--steps": number | {"default": 300}, "--seeds": number | {"default": 3}, "--windows": number,
+               "--adapt": number | {"default": 0}, "--set": changes,
+               "--skip": dict(nargs="*", default=[], help="lora or distilled")},
+        questions: {"--blocks": number | {"default": 4}, "--steps": number | {"default": 200},
+                    "--seeds": number | {"default": 3}},
+        dskd: {"--steps": number | {"default": 400}, "--seeds": number | {"default": 3}, "--set": changes},
+        cache: {"model": text, "--train": text, "--blocks": number | {"default": 2}, "--steps": number | {"default": 60},
+                "--repeats": number | {"default": 3}},
+        memory: {"--vocabulary": number | {"default": 131072}, "--tokens": number | {"default": 2048},
+                 "--hidden": number | {"default": 256}, "--repeats": number | {"default": 3}},
+    }  # fmt: skip
+    for function, settings in options.items():
         command = commands.add_parser(function.__name__)
         command.set_defaults(function=function)
-        if function in (heal, cache):
-            command.add_argument("model")
-            command.add_argument("--train")
-        if function is not memory:
-            command.add_argument("--blocks", type=int, default=4 if function is questions else 2)
-            command.add_argument("--steps", type=int, default=60 if function is cache else 300)
-        if function in (heal, questions):
-            command.add_argument("--seeds", type=int, default=3)
-        if function in (cache, memory):
-            command.add_argument("--repeats", type=int, default=3)
-        if function is heal:
-            command.add_argument("--test")
-            command.add_argument("--windows", type=int)
-            command.add_argument("--adapt", type=int, default=0)
-            command.add_argument("--set", nargs="*", default=[], help="settings of the distillation, such as loss=reverse")
-            command.add_argument("--skip", nargs="*", default=[], help="lora or distilled")
-        if function is memory:
-            for name, size in (("vocabulary", 131072), ("tokens", 2048), ("hidden", 256)):
-                command.add_argument(f"--{name}", type=int, default=size)
+        for name, setting in settings.items():
+            command.add_argument(name, **setting)
     args = parser.parse_args()
     args.function(args)
 

@@ -141,6 +141,12 @@ class BlockPass:
         self.finished: list[str] = []
         self.kept: list[torch.Tensor] = []
 
+    @property
+    def running(self) -> list[str]:
+        """The linear layers of parts that are not finished."""
+        unfinished = [segment for segment in self.family.segments if part_of(segment) not in self.finished]
+        return [name for segment in unfinished for name in segment.linears]
+
     def gram(self, segment: Segment) -> Gram:
         """Collect the Gram matrix of a segment's input, all segments before it being finished."""
         first = segment.linears[0]

@@ -87,8 +87,15 @@ class Visitor:
         """
         return module.state_dict()
 
+    def held(self, name: str) -> torch.Tensor | None:
+        """Return the weights a finished layer computes with, where the visitor can give them back.
+
+        The walk then frees them while they are not run. ``block_tensors`` has to do without them. None: it keeps them.
+        """
+        return None
+
     def holds(self, name: str) -> bool:
-        """Whether ``block_tensors`` does without the weights of a layer, which may then be freed when it has run."""
+        """Whether ``held`` gives a layer's weights back."""
         return False
 
     def rest_tensors(self, name: str, tensor: torch.Tensor, family: Family, tied: bool) -> dict[str, torch.Tensor]:
@@ -118,12 +125,25 @@ def relative_error(difference: torch.Tensor, weight: torch.Tensor, gram: torch.T
     gram: G = X^T X, [in, in]; without one |D| / |W|.
     """
 
-    def size(matrix: torch.Tensor) -> torch.Tensor:  # some rows at a time: the products are as large as the layer
-        parts = matrix.split(max(1, ROW_WEIGHTS // matrix.shape[1]))
-        return sum(((part if gram is None else part @ gram) * part).sum() for part in parts)
+    whole = squared_size(weight, gram)
+    return float((squared_size(difference, gram) / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0
 
-    whole = size(weight)
-    return float((size(difference) / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0
+
+def squared_size(matrix: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
+    """Return |X M^T|^2 for M [out, in] and G = X^T X, [in, in]; without one |M|^2."""
+    parts = matrix.split(max(1, ROW_WEIGHTS // matrix.shape[1]))  # the product of all rows is as large as the layer
+    return sum(((part if gram is None else part @ gram) * part).sum() for part in parts)
+
+
+def exchange_weight(linear: nn.Linear, weight: torch.Tensor, gram: torch.Tensor | None) -> float:
+    """Give a layer other weights, [out, in]; return its relative error. Overwrites the old ones, which saves a copy."""
+    from torch import nn
+
+    old = linear.weight.data
+    whole = squared_size(old, gram)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    change = squared_size(old.sub_(weight), gram)
+    return float((change / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0
 
 
 class Walk:
@@ -225,20 +245,35 @@ class Walk:
             gram = gram or passes.gram(segment)
             view.gram, view.tokens = gram.matrix(), gram.rows
             require_finite(view)
-            trim_heap()
+        done = [name for name in self._layers() if self.visitor.holds(name)]
+        self._free(block, done)
         with torch.no_grad():
             errors = self.visitor.visit(view)
+        view.gram = gram = None
+        self._restore(block, [name for name in done if passes is not None and name in passes.running])
         if passes is not None and self.visitor.sequential:
-            for name in passes.finish(segment):
-                if self.visitor.holds(name):
-                    block.get_submodule(name).weight = None
-        trim_heap()
+            self._free(block, [name for name in passes.finish(segment) if self.visitor.holds(name)])
         return errors
 
+    def _layers(self) -> list[str]:
+        return [name for segment in self.family.segments for name in segment.linears]
+
+    def _free(self, block: nn.Module, layers: list[str]) -> None:
+        """Free the weights of layers that the visitor holds."""
+        for name in layers:
+            block.get_submodule(name).weight = None
+        trim_heap()
+
+    def _restore(self, block: nn.Module, layers: list[str]) -> None:
+        """Take the weights of layers that will run again from the visitor."""
+        for name in layers:
+            block.get_submodule(name).weight = torch.nn.Parameter(self.visitor.held(name), requires_grad=False)
+
     def _write(self, index: int, prefix: str, block: nn.Module) -> None:
+        tensors = self.visitor.block_tensors(index, block)  # also where nothing is written: the visitor is done with it
         if self.writer is None:
             return
-        for name, tensor in self.visitor.block_tensors(index, block).items():
+        for name, tensor in tensors.items():
             full = f"{prefix}.{name}"
             if full in self.skeleton.reader and tensor.is_floating_point():
                 tensor = tensor.to(stored_dtype(self.source.tensors[full][1]))

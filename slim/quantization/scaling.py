@@ -89,8 +89,9 @@ class ScaledVisitor(QuantVisitor):
             if chosen is None:
                 chosen = self.solve(weights, view.gram, schemes, where)
         self.done.update(chosen)
-        dense = {name: layer.dequantise() for name, layer in chosen.items()}
-        return dense if scales is None else {name: weight / scales for name, weight in dense.items()}
+        if scales is not None:
+            self.scaled.update(dict.fromkeys(chosen, scales))
+        return {name: self.held(name) for name in chosen}
 
     def _nearest(self, weights: dict[str, torch.Tensor], schemes: dict[str, Scheme]) -> dict[str, Quantised]:
         return {name: minmax(weight, schemes[name], self.scale_dtype) for name, weight in weights.items()}
@@ -155,8 +156,10 @@ class ScaledVisitor(QuantVisitor):
         For a norm that is w / round(w / s), so rounding costs nothing: the weights are quantised against it. For a
         packed layer the scale of each group is rounded by itself, and s stays what it is.
         """
-        scales = torch.nn.functional.pad(scales, (0, len(view.feeder.weight) - len(scales)), value=1.0)
-        if view.fed_by in self.done:
+        packed = self.done.get(view.fed_by)
+        channels = len(view.feeder.weight if packed is None else packed.codes)
+        scales = torch.nn.functional.pad(scales, (0, channels - len(scales)), value=1.0)
+        if packed is not None:
             return scales
         weight = view.feeder.weight + view.segment.offset
         stored = folded_norm(view, scales, self.dtype).float() + view.segment.offset
@@ -168,6 +171,7 @@ class ScaledVisitor(QuantVisitor):
             self.plain[f"{view.fed_by}.weight"] = folded_norm(view, scales, self.dtype)
             return
         layer = self.done[view.fed_by]
+        self.unfolded[view.fed_by] = layer.scale
         layer.scale = (layer.scale.float() / scales.unsqueeze(-1)).to(self.scale_dtype)
         if view.feeder.bias is not None:
             self.plain[f"{view.fed_by}.bias"] = view.feeder.bias / scales

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from slim.blockwise import SegmentView, Visitor, relative_error
+from slim.blockwise import SegmentView, Visitor, exchange_weight
 from slim.lazy import LazyModule
 from slim.quantization.formats import Format, get_format
 from slim.quantization.grid import Quantised, search, shrink_factors
@@ -38,6 +39,8 @@ class QuantVisitor(Visitor):
         self.scale_dtype = getattr(torch, self.form.scale_dtype(dtype))
         self.done: dict[str, Quantised] = {}  # of the block at hand, by name within it
         self.plain: dict[str, torch.Tensor] = {}  # its other tensors that folding has changed
+        self.scaled: dict[str, torch.Tensor] = {}  # what the channels of its layers are multiplied by, where they are
+        self.unfolded: dict[str, torch.Tensor] = {}  # scales of its layers before 1/s was folded into them
         self.notes: list[str] = []  # what the user should know, such as layers that had to fall back
 
     def state(self) -> dict:
@@ -59,12 +62,8 @@ class QuantVisitor(Visitor):
         raise NotImplementedError
 
     def visit(self, view: SegmentView) -> dict[str, float]:
-        errors = {}
-        for name, weight in self.quantise(view).items():
-            linear = view.linears[name]
-            errors[name] = relative_error(weight - linear.weight, linear.weight, view.gram)
-            linear.weight.copy_(weight)
-        return errors
+        weights = self.quantise(view)
+        return {name: exchange_weight(view.linears[name], weights.pop(name), view.gram) for name in list(weights)}
 
     def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors = {}
@@ -73,11 +72,18 @@ class QuantVisitor(Visitor):
         for name, tensor in module.state_dict().items():
             if name.removesuffix(".weight") not in self.done:
                 tensors[name] = self.plain.get(name, tensor)
-        self.done, self.plain = {}, {}
+        self.done, self.plain, self.scaled, self.unfolded = {}, {}, {}, {}
         return tensors
 
     def holds(self, name: str) -> bool:
         return name in self.done
+
+    def held(self, name: str) -> torch.Tensor | None:
+        layer = self.done.get(name)
+        if layer is None:
+            return None
+        dense = replace(layer, scale=self.unfolded.get(name, layer.scale)).dequantise()
+        return dense / self.scaled[name] if name in self.scaled else dense
 
     def rest_tensors(self, name: str, tensor: torch.Tensor, family: Family, tied: bool) -> dict[str, torch.Tensor]:
         """Pack the head and the embedding where they have a scheme. Tied ones are packed once, as the embedding."""
