@@ -266,6 +266,7 @@ class Walk:
 
     def _restore(self, block: nn.Module, layers: list[str]) -> None:
         """Take the weights of layers that will run again from the visitor."""
+        trim_heap()
         for name in layers:
             block.get_submodule(name).weight = torch.nn.Parameter(self.visitor.held(name), requires_grad=False)
 

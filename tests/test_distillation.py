@@ -102,7 +102,7 @@ def test_training_equals_a_plain_loop(teacher, student, tmp_path):
 def test_parts_of_a_step_and_mixed_precision_give_the_same(teacher, student, tmp_path, kind):
     from slim.training.hardware import Hardware
 
-    settings = by(teacher, data=TinyChat())
+    settings = by(teacher, data=TinyChat(), steps=2)
     changes = {"one": {}, "four": {"accumulation": 4}, "half": {"trainer": Hardware(precision="bf16-mixed")}}
     losses = {}
     for name, change in changes.items():
@@ -345,3 +345,27 @@ def test_a_quantised_teacher_teaches(student, tmp_path):
     assert losses["packed"] == pytest.approx(losses["plain"], rel=0.02)
     with pytest.raises(SlimError, match="is quantised already"):
         Lora(**by(tmp_path / "nf4", quant="nf4")).check(open_checkpoint(student).description)
+
+
+def test_a_teacher_that_does_not_fit_is_said_by_the_plan(teacher, student, tmp_path, monkeypatch):
+    from slim import pipeline
+    from slim.store import Store
+
+    stage = Lora(**by(teacher))
+    chain = pipeline.Pipeline(Source(str(student)), [stage], None, Store(tmp_path / "runs"))
+    model = open_checkpoint(student).description
+    without = stage.peak_bytes(model, "cpu") - stage.teacher.bytes("cpu")
+    monkeypatch.setattr(pipeline, "available_memory", lambda device: without + 1000)
+    with pytest.raises(SlimError, match="'distill lora' needs about .* of memory"):
+        chain.check_limits(chain.plan())
+
+
+def test_matching_works_with_checkpointed_activations(teacher, student, tmp_path):
+    from slim.training.hardware import Hardware
+
+    losses = []
+    for name, saving in (("kept", False), ("again", True)):
+        hardware = Hardware(gradient_checkpointing=saving)
+        stage = Full(**by(teacher, match=Matching(hidden=1.0, attention=1.0), trainer=hardware))
+        losses.append(run(stage, student, tmp_path / name)["validation_loss_trained"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

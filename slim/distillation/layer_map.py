@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slim.distillation.student import evenly_spaced
 from slim.errors import SlimError
 from slim.settings import require_number
 
@@ -80,11 +79,6 @@ def nearest_blocks(distances: list[list[float]]) -> list[int]:
         j -= 1
         chosen.append(j)
     return chosen[::-1]
-
-
-def default_map(student_blocks: int, teacher_blocks: int) -> list[int]:
-    """Return evenly spaced blocks of the teacher, one per block of the student."""
-    return evenly_spaced(teacher_blocks, student_blocks)
 
 
 def hidden_targets(layers: list[int], teacher_blocks: int) -> list[int]:

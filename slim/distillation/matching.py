@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from slim.data.packing import IGNORE
-from slim.distillation.layer_map import Matching, default_map, hidden_targets, nearest_blocks
+from slim.distillation.layer_map import Matching, hidden_targets, nearest_blocks
+from slim.distillation.student import evenly_spaced
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -50,20 +51,24 @@ def projector(student: nn.Module, teacher: nn.Module) -> nn.Linear | None:
 def found_map(student: nn.ModuleList, teacher: nn.ModuleList) -> list[int]:
     """Return the teacher's block that each block of the student was made from, by the distance of their weights.
 
-    Evenly spaced blocks where the shapes differ, so that no block was made from another unchanged in size.
+    Parameters of one shape are compared: all of a pruned or healed student's, the norms of a quantised teacher's.
+    Evenly spaced blocks where there are none, or none that differ.
     """
-    distances = []
-    for own in student:
-        parameters = {name: value for name, value in own.named_parameters() if "lora_" not in name}
-        row = []
-        for other in teacher:
-            theirs = dict(other.named_parameters())
-            pairs = [(value.float(), theirs.get(name.replace(".base_layer", ""))) for name, value in parameters.items()]
-            if any(match is None or match.shape != value.shape for value, match in pairs):
-                return default_map(len(student), len(teacher))
-            row.append(sum(((value - match.float()).norm() / match.float().norm()).item() for value, match in pairs))
-        distances.append(row)
+    distances = [[distance(own, other) for other in teacher] for own in student]
+    if not any(any(row) for row in distances):
+        return evenly_spaced(len(teacher), len(student))
     return nearest_blocks(distances)
+
+
+def distance(own: nn.Module, other: nn.Module) -> float:
+    """Return the relative distance of two blocks, summed over the parameters that can be compared."""
+    theirs = {name: value for name, value in other.named_parameters() if value.is_floating_point()}
+    total = 0.0
+    for name, value in own.named_parameters():
+        match = theirs.get(name.replace(".base_layer", ""))  # the layer inside an adapter
+        if match is not None and match.shape == value.shape:
+            total += ((value.float() - match.float()).norm() / match.float().norm().clamp_min(1e-12)).item()
+    return total
 
 
 class LayerMatching(nn.Module):

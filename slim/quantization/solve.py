@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slim.lazy import LazyModule
+from slim.machine import trim_heap
 from slim.quantization.grid import Quantised, layer_loss, search
 from slim.quantization.sweep import Sweep
 
@@ -54,7 +55,9 @@ def feedback(gram: torch.Tensor, damping: float, order: torch.Tensor) -> Feedbac
         return None
     backwards = order.flip(0)
     while damping <= MOST_DAMPING:
-        matrix = gram[backwards.unsqueeze(1), backwards]
+        matrix = torch.empty_like(gram)
+        for rows in torch.arange(len(gram)).split(256):  # all at once would take more than the matrix itself
+            matrix[rows] = gram[backwards[rows]][:, backwards]
         matrix.diagonal().add_(torch.where(diagonal > 0, damping * mean, mean)[backwards])
         failed = torch.zeros((), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, failed))  # symmetric, so its transpose is as good: in place
@@ -218,8 +221,12 @@ def refit_scales(weight: torch.Tensor, layer: Quantised, gram: torch.Tensor) -> 
 
 def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], Quantised]) -> Quantised:
     """Apply ``solve`` to some rows of ``weight`` [out, in] after another, so that its copies of them stay small."""
-    rows = max(1, ROW_WEIGHTS // weight.shape[1])
-    return concatenated([solve(part) for part in weight.split(rows)])
+    parts = []
+    for part in weight.split(max(1, ROW_WEIGHTS // weight.shape[1])):
+        parts.append(solve(part))
+        if part.numel() >= ROW_WEIGHTS // 2:  # not after every small layer
+            trim_heap()
+    return concatenated(parts)
 
 
 def concatenated(parts: list[Quantised]) -> Quantised:
