@@ -3,7 +3,7 @@
     python benchmarks/distill.py heal MODEL [--train FILE] [--test FILE] [--blocks 2] [--steps 300] [--seeds 3] [--adapt 0]
                                       [--set loss=reverse temperature=2 ...]
     python benchmarks/distill.py questions [--blocks 4] [--steps 200] [--seeds 3]
-    python benchmarks/distill.py dskd [--steps 400] [--seeds 3] [--set hard_weight=0.5 ...]
+    python benchmarks/distill.py dskd [--before 400] [--steps 200] [--seeds 3] [--set hard_weight=0.5 ...]
     python benchmarks/distill.py cache MODEL [--train FILE] [--blocks 2] [--steps 60] [--repeats 3]
     python benchmarks/distill.py memory [--vocabulary 131072] [--tokens 2048] [--hidden 256] [--repeats 3]
 
@@ -12,8 +12,8 @@ model as teacher: same data, same steps, same adapters. Perplexity on other text
 --adapt: first tune the whole model on the text for so many steps, so that it is at home there; that is the source then.
 questions: a pruned tiny model learns from the whole one's distributions on answers of its own or of the teacher, never from
 the data's; facts that it gets right before and after, beside tuning on the true answers.
-dskd: a fresh model of half the depth with a vocabulary of its own learns the tiny world from its text alone, and with the
-tiny model as teacher: perplexity in its own tokens.
+dskd: a fresh model of half the depth with a vocabulary of its own learns the tiny world from its text, and then goes on
+with the text alone, or with the tiny model as teacher: perplexity in its own tokens.
 cache: the second pass over the data with the teacher's distributions from disk and with the teacher itself, seconds of
 processor time, medians; and the validation loss both reach.
 memory: peak memory of the forward KL and its gradients in chunks and as one formula, each in a process of its own, medians.
@@ -134,23 +134,27 @@ def questions(args: argparse.Namespace) -> None:
 
 
 def dskd(args: argparse.Namespace) -> None:
-    common = dict(steps=args.steps, validate_every=max(1, args.steps // 4), learning_rate=2e-3, betas=(0.9, 0.95))
+    common = dict(steps=args.steps, validate_every=max(1, args.steps // 4), learning_rate=1e-3)
     guided = {**common, "base": Source("tiny"), "method": "dskd", **parsed(args.set)}
     ways = {
         "text alone": lambda seed: tune.Full(data=TinyText(seed=seed), seed=seed, **common),
         "dskd": lambda seed: distillation.Full(data=TinyText(seed=seed), seed=seed, **guided),
     }
-    print(f"vocabulary 800, 4 blocks, {args.steps} steps; perplexity on tiny:heldout")
+    print(f"vocabulary 800, 4 blocks, {args.before} steps, then {args.steps}; perplexity on tiny:heldout")
     with tempfile.TemporaryDirectory() as scratch:
+        fresh, start = Path(scratch) / "fresh", Path(scratch) / "start"
+        fresh.mkdir()
+        Untrained(vocab_size=800, blocks=4).run(None, fresh, Context())
+        run(tune.Full(data=TinyText(seed=99), steps=args.before, learning_rate=2e-3, betas=(0.9, 0.95)), fresh, start)
+        windows = Perplexity(text="tiny:heldout", window=256).windows(load_tokenizer(start), 256)
+        print(f"before        {perplexity(start, windows):.3f}", flush=True)
         for name, make in ways.items():
+            if name in args.skip:
+                continue
             found = []
             for seed in range(args.seeds):
-                start, target = Path(scratch) / f"fresh-{name}{seed}", Path(scratch) / f"{name}{seed}"
-                start.mkdir()
-                Untrained(vocab_size=800, blocks=4, seed=seed).run(None, start, Context())
-                run(make(seed), start, target)
-                windows = Perplexity(text="tiny:heldout", window=256).windows(load_tokenizer(start), 256)
-                found.append(perplexity(target, windows))
+                run(make(seed), start, Path(scratch) / f"{name}{seed}")
+                found.append(perplexity(Path(scratch) / f"{name}{seed}", windows))
             print(f"{name:13} {spread(found)}", flush=True)
 
 
@@ -166,7 +170,9 @@ def main() -> None:
                "--skip": dict(nargs="*", default=[], help="lora or distilled")},
         questions: {"--blocks": number | {"default": 4}, "--steps": number | {"default": 200},
                     "--seeds": number | {"default": 3}},
-        dskd: {"--steps": number | {"default": 400}, "--seeds": number | {"default": 3}, "--set": changes},
+        dskd: {"--before": number | {"default": 400}, "--steps": number | {"default": 200},
+               "--seeds": number | {"default": 3}, "--set": changes,
+               "--skip": dict(nargs="*", default=[], help="'text alone' or dskd")},
         cache: {"model": text, "--train": text, "--blocks": number | {"default": 2}, "--steps": number | {"default": 60},
                 "--repeats": number | {"default": 3}},
         memory: {"--vocabulary": number | {"default": 131072}, "--tokens": number | {"default": 2048},

@@ -18,7 +18,7 @@ from slim.distillation.questions import Generation
 from slim.distillation.stage import Full, Lora
 from slim.distillation.student import Layers, evenly_spaced
 from slim.errors import SlimError
-from slim.source import Source
+from slim.source import EMBEDDED, Source
 from slim.stage import Context
 from tests.conftest import build_small
 
@@ -292,3 +292,59 @@ def test_who_answers_is_who_the_settings_say(teacher, student, tmp_path, monkeyp
         assert len(teachers) == 12 and all(frozen for frozen, temperature in asked if temperature == 0)
         shares[answers] = sum(teachers)
     assert shares["student"] == 0 and shares["teacher"] == 12 and 0 < shares["both"] < 12
+
+
+# What it is for (minutes)
+
+
+@pytest.fixture(scope="module")
+def tiny_pruned(tmp_path_factory) -> Path:
+    """The embedded model without the blocks that Taylor scores find least needed."""
+    folder = tmp_path_factory.mktemp("tiny") / "pruned"
+    folder.mkdir()
+    write_blocks(open_checkpoint(EMBEDDED["tiny"]), folder, [0, 4, 5, 6, 7])
+    return folder
+
+
+@pytest.mark.slow
+def test_distilling_heals_further_than_tuning_at_equal_steps(tiny_pruned, tmp_path):
+    from slim.evaluation.perplexity import Perplexity
+    from slim.training import tune
+
+    def perplexity(folder: Path) -> float:
+        found = Perplexity(text="tiny:heldout", window=256).measure(load_model(folder), load_tokenizer(folder), 512)
+        return found["metrics"]["perplexity"]
+
+    run(tune.Lora(data=TinyText()), tiny_pruned, tmp_path / "tuned")
+    run(Lora(data=TinyText(), base=Source("tiny")), tiny_pruned, tmp_path / "distilled")
+    folders = (EMBEDDED["tiny"], tmp_path / "distilled", tmp_path / "tuned", tiny_pruned)
+    source, distilled, tuned, start = (perplexity(folder) for folder in folders)
+    assert source < distilled < tuned - 0.01 < start - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", ["student", "teacher"])
+def test_facts_are_learnt_from_questions_alone(tmp_path, answers):
+    from slim.evaluation.tasks import Tasks
+
+    start = tmp_path / "pruned"
+    start.mkdir()
+    write_blocks(open_checkpoint(EMBEDDED["tiny"]), start, [0, 5, 6, 7])
+
+    class Questions(TinyChat):
+        """Conversations whose answers nobody may ask for."""
+
+        def pairs(self, part):
+            return ((question, pytest.fail("an answer was read")) for question in ())
+
+        def questions(self, part):
+            return (question for question, _ in super().pairs(part))
+
+    settings = dict(answers=answers, hard_weight=0.0, loss="symmetric", steps=150)
+    stage = Lora(data=Questions(), base=Source("tiny"), generation=Generation(questions=32, new_tokens=24), **settings)
+    run(stage, start, tmp_path / "out")
+    before, after = (
+        Tasks(names=["tiny_facts"], batch_size=64).measure(load_model(folder), load_tokenizer(folder), 512)["metrics"]
+        for folder in (start, tmp_path / "out")
+    )
+    assert after["tiny_facts/acc"] > before["tiny_facts/acc"] + 0.05

@@ -68,7 +68,7 @@ def _as_read(row: list[int], student, teacher, longest: int) -> Example:
     tokens: list[int] = []
     around = {student.bos_token_id, end, student.pad_token_id}  # no text; other marks may be written in a text
     for document in filter(None, documents):
-        text = student.decode([token for token in document if token not in around])
+        text = student.decode([token for token in document if token not in around], clean_up_tokenization_spaces=False)
         tokens += teacher(text, verbose=False)["input_ids"]
         if document[-1] == end and (not tokens or tokens[-1] != end_token(teacher)):
             tokens.append(end_token(teacher))

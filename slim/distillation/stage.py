@@ -6,7 +6,7 @@ The training itself (data, steps, adapters, merging, best state) is that of ``sl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -200,4 +200,5 @@ def distill(train: str = "lora", stage: str = "distill", **settings) -> Distilla
     require_choice("teacher.stage", stage, ("distill", "tune"))
     if train == "lora":
         return Lora(**settings)
-    return Full(**{name: value for name, value in settings.items() if name not in ("r", "alpha", "dropout", "targets")})
+    adapters_only = {field.name for field in fields(tune.Lora)} - {field.name for field in fields(tune.Full)}
+    return Full(**{name: value for name, value in settings.items() if name not in adapters_only})
