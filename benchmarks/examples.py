@@ -21,7 +21,7 @@ EXTRA = (
     "python compress.py model=tiny pruner=none quant=gptq quant.group_size=64 quant.bits=auto quant.average_bits=3.25",
     "python compress.py model=tiny pruner=none quant=rtn quant.group_size=64 'quant.overrides={*.down_proj:{bits:8}}'",
     "python compress.py model=tiny pruner=none quant=awq quant.group_size=64 quant.lm_head=true quant.embeddings=true",
-    "python compress.py model=tiny pruner=none quant=gptq quant.group_size=64 quant.format=gptq quant.act_order=true",
+    "python compress.py model=tiny pruner=none quant=gptq quant.group_size=64 quant.format=gptq quant.static_groups=false",
 )
 HEAD = """# Examples
 

@@ -22,7 +22,7 @@ from slim.blockpass import BATCH_BYTES, KEEP_BYTES, BlockPass, Entrance, Gram, e
 from slim.checkpoint import Checkpoint, copy_companions, write_config
 from slim.errors import SlimError
 from slim.lazy import LazyModule
-from slim.machine import trim_heap
+from slim.machine import map_large_tensors, trim_heap
 from slim.resume import WalkProgress
 from slim.shards import ShardWriter
 from slim.skeleton import Skeleton, stored_dtype
@@ -181,6 +181,7 @@ class Walk:
         """Walk through all blocks and return the error of every layer. Raises ``SlimError`` for NaN or infinity."""
         from slim.progress import progress_bar
 
+        map_large_tensors()
         if self.visitor.needs_gram:
             self.entrance = enter(self.skeleton, self.tokens)
         start = self.progress.resume(self) if self.progress else 0

@@ -12,6 +12,7 @@ alone takes two to import. So files that Hydra instantiates from write::
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 
 class LazyModule:
@@ -23,4 +24,7 @@ class LazyModule:
     def __getattr__(self, attribute: str):
         if attribute.startswith("__"):  # inspection (copy, pickle, doctest) must not trigger the import
             raise AttributeError(attribute)
-        return getattr(importlib.import_module(self._name), attribute)
+        value = getattr(importlib.import_module(self._name), attribute)
+        if isinstance(value, Callable | type):  # kept, as inner loops ask often; what may change is asked for each time
+            self.__dict__[attribute] = value
+        return value

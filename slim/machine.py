@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
 RECORDED_PACKAGES = (
     "slim", "torch", "transformers", "peft", "lightning", "lm-eval", "compressed-tensors", "bitsandbytes", "datasets",
 )  # fmt: skip
@@ -113,6 +114,17 @@ def free_disk(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def map_large_tensors() -> None:
+    """Let tensors of 8 MiB and more have pages of their own, which go back to the system with them, where malloc can.
+
+    By itself glibc raises that limit, up to 32 MiB, with every such tensor that is freed: later ones then lie in a heap
+    whose holes nobody can use.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**23)
+        ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, 2**25)
 
 
 def trim_heap() -> None:

@@ -13,9 +13,10 @@ from slim.data.calibration import Calibration
 from slim.errors import SlimError
 from slim.quantization.gptq import GPTQ, ErrorFeedback
 from slim.quantization.grid import Quantised, layer_loss, minmax, search, shrink_factors
+from slim.quantization.refine import refine
 from slim.quantization.rtn import RTN
 from slim.quantization.scheme import Scheme
-from slim.quantization.solve import by_rows, descend, feedback, gptq, refit_scales, reverse
+from slim.quantization.solve import by_rows, feedback, gptq, permuted, refit_scales, reverse
 from slim.stage import Context
 from tests.conftest import build_small
 
@@ -108,14 +109,22 @@ def test_rows_do_not_depend_on_one_another(problem, monkeypatch):
     assert torch.equal(parts.scale, whole.scale)
 
 
+def descend(weight, layer, gram, rounds=1, **settings):
+    """Refine with G in the order of the groups, as the function wants it."""
+    order = None if layer.group_index is None else gram.diagonal().argsort(descending=True)
+    return refine(weight, layer, gram if order is None else permuted(gram, order), rounds, order, **settings)
+
+
+@pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("order", ["given", "activation"])
-def test_coordinate_descent_ends_where_no_single_code_can_be_improved(problem, order):
+@pytest.mark.parametrize("group", [32, -1])
+def test_coordinate_descent_ends_where_no_single_number_can_be_improved(problem, group, order, scales):
     weight, gram = problem
-    scheme = Scheme(2, 32, False)
+    scheme = Scheme(2, group, False)
     layer = gptq(weight, feedback(gram, 0.01, orders(gram)[order]), scheme, torch.float32, [1.0])
     losses = [float(layer_loss(layer.dequantise() - weight, gram).sum())]
     for _ in range(30):
-        layer = descend(weight, layer, gram)
+        layer = descend(weight, layer, gram, scales=scales)
         losses.append(float(layer_loss(layer.dequantise() - weight, gram).sum()))
     assert all(after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False))
     assert losses[-1] < 0.95 * losses[0]
@@ -126,19 +135,51 @@ def test_coordinate_descent_ends_where_no_single_code_can_be_improved(problem, o
             trial = values.clone()
             trial[:, j] = (code - zero) * scale
             assert bool((layer_loss(trial - weight, gram) >= best * (1 - 1e-4)).all())
+    for factor in (0.999, 1.001) if scales else ():
+        for g in range(layer.scale.shape[1]):
+            trial = Quantised(layer.codes, layer.scale.clone(), layer.zero, scheme, layer.group_index)
+            trial.scale[:, g] *= factor
+            assert bool((layer_loss(trial.dequantise() - weight, gram) >= best * (1 - 1e-4)).all())
 
 
-def test_one_round_of_descent_equals_solving_column_by_column(problem):
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("group", [32, -1])
+def test_rounds_of_descent_equal_solving_number_by_number(problem, group, scales):
+    """Also that a second round goes on from where the first one ended."""
     weight, gram = problem
-    layer = minmax(weight, Scheme(3, 32, False), torch.float32)
-    found = descend(weight, layer, gram)
-    values = layer.dequantise().double()
-    for j in range(INPUTS):
-        others = values - weight.double()
-        others[:, j] = 0
-        best = weight[:, j].double() - (others @ gram[:, j].double()) / gram[j, j].double()
-        values[:, j] = on_grid(best, layer, j)
-    assert ((found.dequantise().double() - values).abs() < 1e-5).double().mean() > 0.995
+    layer = minmax(weight, Scheme(3, group, False), torch.float32)
+    found = descend(weight, layer, gram, rounds=2, scales=scales)
+    codes, scale, zero = layer.codes.double(), layer.scale.double(), layer.zero.double()
+    width = layer.scheme.group(INPUTS)
+    target, gram = weight.double(), gram.double()
+
+    def values():
+        return ((codes.view(ROWS, -1, width) - zero[..., None]) * scale[..., None]).flatten(1)
+
+    for _ in range(2):
+        for g in range(INPUTS // width):
+            own = slice(g * width, (g + 1) * width)
+            for j in range(own.start, own.stop):
+                others = values() - target
+                others[:, j] = 0
+                best = target[:, j] - (others @ gram[:, j]) / gram[j, j]
+                codes[:, j] = ((best / scale[:, g]).round() + zero[:, g]).clamp(0, 7)
+            if scales:
+                steps = (codes - zero[:, g, None])[:, own]
+                rest = target.clone() - values()
+                rest[:, own] += steps * scale[:, g, None]
+                scale[:, g] = ((rest @ gram)[:, own] * steps).sum(1) / ((steps @ gram[own, own]) * steps).sum(1)
+    assert ((found.dequantise().double() - values()).abs() < 1e-4).double().mean() > 0.98
+
+
+def test_scales_move_only_where_the_stored_type_still_gains(problem):
+    weight, gram = problem
+    layer = minmax(weight, Scheme(4, 32, False), torch.bfloat16)
+    found = descend(weight, layer, gram, rounds=3)
+    assert found.scale.dtype == torch.bfloat16
+    assert not torch.equal(found.scale, layer.scale)
+    before, after = (layer_loss(item.dequantise() - weight, gram) for item in (layer, found))
+    assert bool((after <= before * (1 + 1e-5)).all())
 
 
 @pytest.mark.parametrize("order", ["given", "activation"])
@@ -223,10 +264,10 @@ class Recording(ErrorFeedback):
 
 
 VARIANTS = {
-    "paper": {"refine": 0},
+    "paper": {"act_order": False, "static_groups": False, "refine": 0},
     "refined": {},
-    "act order": {"act_order": True},
-    "static groups": {"act_order": True, "static_groups": True, "refine": 1},
+    "columns as they are": {"act_order": False, "static_groups": False},
+    "groups in order": {"static_groups": False, "refine": 1},
     "after scaling": {"scaling": "awq", "grid": 6},
     "not sequential": {"true_sequential": False},
 }
@@ -302,7 +343,7 @@ def test_failed_factorisations_fall_back_to_rounding_and_say_so(small_llama, cal
 
 
 def test_same_call_twice_gives_the_same_file(small_llama, calibration, tmp_path):
-    stage = GPTQ(3, 32, calibration=calibration, act_order=True, scaling="awq", grid=4)
+    stage = GPTQ(3, 32, calibration=calibration, static_groups=False, scaling="awq", grid=4)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         stage.run(small_llama, tmp_path / name, Context())

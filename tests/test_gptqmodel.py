@@ -61,7 +61,7 @@ CASES = {
     **{f"gptq-{bits}-{'sym' if symmetric else 'asym'}": RTN(bits, 32, symmetric, format="gptq")
        for bits in (2, 3, 4, 8) for symmetric in (True, False)},
     "gptq-row": RTN(4, -1, True, format="gptq"),
-    "gptq-ordered": GPTQ(4, 32, False, format="gptq", act_order=True),
+    "gptq-ordered": GPTQ(4, 32, False, format="gptq", static_groups=False),
     "gptq-mixed": RTN(4, 32, True, format="gptq", overrides={"*.down_proj": {"bits": 8}, "*.0.*": {"bits": 16}}),
     "awq-asym": RTN(4, 32, False, format="awq"),
     "awq-sym": RTN(4, 32, True, format="awq"),

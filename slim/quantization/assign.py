@@ -81,6 +81,7 @@ def pinned_layers(names: Iterable[str], overrides: Mapping[str, Mapping]) -> set
 def check_plain(model: ModelDescription) -> None:
     """Raise ``SlimError`` if ``model`` is quantised already or of an unknown family."""
     model.family  # noqa: B018 - refuses families whose parts are unknown
+    model.require_merged()
     if model.quantization is not None:
         method = model.quantization.get("quant_method", "an unknown method")
         raise SlimError(f"{model.name} is already quantised ({method}). Quantise the model it was made from.")

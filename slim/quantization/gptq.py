@@ -4,9 +4,8 @@ Frantar et al., arXiv:2210.17323. With X the layer's inputs and H = X^T X + damp
 
     t_j = w_j + sum_k<j (w_k - w^_k) A_kj,    w^_j = Q(t_j),    H = A diag(d)^2 A^T, A unit upper triangular
 
-which is the paper's recursion on H^-1 without the inverse (see solve.py). Beyond the paper, with ``refine``, every column
-goes again to its best grid points given all the others (coordinate descent), and the scales are refitted by least
-squares; both only ever lower the loss. With ``scaling=awq`` channels are scaled first, where that lowers the loss.
+which is the paper's recursion on H^-1 without the inverse (see solve.py). Beyond the paper, with ``refine``, every code and
+every scale goes again to its best value given all the others (see refine.py), which only ever lowers the loss. With ``scaling=awq`` channels are scaled first, where that lowers the loss.
 """
 
 from __future__ import annotations
@@ -20,17 +19,10 @@ from slim.lazy import LazyModule
 from slim.quantization.calibrated import CalibratedQuantization
 from slim.quantization.formats import get_format
 from slim.quantization.grid import Quantised, layer_loss, search, shrink_factors
+from slim.quantization.refine import refine
 from slim.quantization.scaling import ScaledVisitor
 from slim.quantization.scheme import WHOLE_ROW, Scheme
-from slim.quantization.solve import (
-    Feedback,
-    better_rows,
-    by_rows,
-    descend,
-    feedback,
-    gptq,
-    refit_scales,
-)
+from slim.quantization.solve import Feedback, by_rows, feedback, gptq, permuted
 from slim.settings import require_choice, require_flag, require_number
 
 if TYPE_CHECKING:
@@ -55,8 +47,8 @@ class GPTQ(CalibratedQuantization):
     clip: intervals tried per group. refine: rounds of coordinate descent and refitted scales; 0: the paper's method.
     """
 
-    act_order: bool = False
-    static_groups: bool = False
+    act_order: bool = True
+    static_groups: bool = True
     damping: float = 0.01
     true_sequential: bool = True
     scaling: str = "none"
@@ -64,7 +56,7 @@ class GPTQ(CalibratedQuantization):
     clip: int = 15
     refine: int = 3
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +78,6 @@ class GPTQ(CalibratedQuantization):
 
     def format_settings(self) -> dict:
         return {
-            "desc_act": self.act_order,
             "static_groups": self.static_groups,
             "damp_percent": self.damping,
             "true_sequential": self.true_sequential,
@@ -110,11 +101,21 @@ class ErrorFeedback(ScaledVisitor):
     def solve(
         self, weights: dict[str, torch.Tensor], gram: torch.Tensor, schemes: dict[str, Scheme], where: str
     ) -> dict[str, Quantised]:
-        feed = self._factor(gram, where)
-        if feed is None:
+        layers = self._fed_back(weights, gram, schemes, where)
+        if layers is None:
             return self._nearest(weights, schemes)
-        return {
-            name: by_rows(weight, lambda rows, scheme=schemes[name]: self._solve_rows(rows, gram, feed, scheme))
+        if self.stage.refine:
+            order = self._order(gram) if self.stage.ordered else None
+            gram = gram if order is None else permuted(gram, order)
+            for name, layer in layers.items():
+                layers[name] = by_rows(weights[name], lambda rows, part: self._refine(rows, part, gram, order), layer)
+        return layers
+
+    def _fed_back(self, weights: dict, gram: torch.Tensor, schemes: dict, where: str) -> dict[str, Quantised] | None:
+        """Round with error feedback. None where G cannot be factored. The factor, as large as G, is gone afterwards."""
+        feed = self._factor(gram, where)
+        return feed and {
+            name: by_rows(weight, lambda rows, scheme=schemes[name]: self._round(rows, gram, feed, scheme))
             for name, weight in weights.items()
         }
 
@@ -128,22 +129,24 @@ class ErrorFeedback(ScaledVisitor):
 
     def _factor(self, gram: torch.Tensor, where: str) -> Feedback | None:
         """Factor G in the order the columns are taken in, and note what that needed."""
-        diagonal = gram.diagonal()
-        order = torch.arange(len(gram), device=gram.device)
-        if self.stage.act_order:
-            order = diagonal.argsort(descending=True, stable=True)
-        feed = feedback(gram, self.stage.damping, order)
+        feed = feedback(gram, self.stage.damping, self._order(gram))
         if feed is None:
             self.notes.append(f"{where}: the Gram matrix could not be factored even with full damping; rounded to nearest.")
         elif feed.damping > self.stage.damping:
             self.notes.append(f"{where}: damping raised from {self.stage.damping:g} to {feed.damping:g} to factor G.")
         return feed
 
-    def _solve_rows(self, weight: torch.Tensor, gram: torch.Tensor, feed: Feedback, scheme: Scheme) -> Quantised:
+    def _order(self, gram: torch.Tensor) -> torch.Tensor:
+        """Return the order the columns are taken in, int64 [in]."""
+        if self.stage.act_order:
+            return gram.diagonal().argsort(descending=True, stable=True)
+        return torch.arange(len(gram), device=gram.device)
+
+    def _round(self, weight: torch.Tensor, gram: torch.Tensor, feed: Feedback, scheme: Scheme) -> Quantised:
         fixed = None
         if self.stage.static_groups:
             fixed = search(weight, scheme, self.scale_dtype, gram.diagonal(), self.factors)
-        layer = gptq(weight, feed, scheme, self.scale_dtype, self.factors, fixed)
-        for _ in range(self.stage.refine):
-            layer = refit_scales(weight, better_rows(weight, gram, [layer, descend(weight, layer, gram)]), gram)
-        return layer
+        return gptq(weight, feed, scheme, self.scale_dtype, self.factors, fixed)
+
+    def _refine(self, weight: torch.Tensor, layer: Quantised, gram: torch.Tensor, order: torch.Tensor | None) -> Quantised:
+        return refine(weight, layer, gram, self.stage.refine, order)

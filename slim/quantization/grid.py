@@ -11,7 +11,7 @@ before any code is computed, so what is measured here is what is stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slim.lazy import LazyModule
@@ -44,6 +44,10 @@ class Quantised:
             return decode(self.codes, self.scale, self.zero)
         steps = self.codes.float() - self.zero[:, self.group_index].float()
         return steps.mul_(self.scale[:, self.group_index].float())
+
+    def rows(self, part: slice) -> Quantised:
+        """Return some rows of the layer, as a view."""
+        return replace(self, codes=self.codes[part], scale=self.scale[part], zero=self.zero[part])
 
 
 def grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -110,7 +114,7 @@ def group_errors(difference: torch.Tensor, importance: torch.Tensor | None, grou
     if importance is None:
         return blocks.square().sum(-1)
     if importance.dim() == 1:
-        return torch.einsum("ogi,ogi,gi->og", blocks, blocks, grouped(importance, groups))
+        return (blocks.square() * grouped(importance, groups)).sum(-1)
     return (torch.matmul(blocks.transpose(0, 1), importance).transpose(0, 1) * blocks).sum(-1)
 
 
@@ -151,8 +155,7 @@ class Search:
     def offer(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Try the interval ``low`` to ``high`` ([out, groups]) and take it in the groups where it is better."""
         scale, zero = grid_between(low, high, self.scheme, self.dtype)
-        codes = encode(self.weight, scale, zero, self.scheme.levels)
-        error = group_errors(decode(codes, scale, zero) - self.weight, self.importance, scale.shape[-1])
+        error = group_errors(self._difference(scale.float(), zero.float()), self.importance, scale.shape[-1])
         if self.error is None:
             self.error, self.low, self.high, self.scale, self.zero = error, low, high, scale, zero
             return
@@ -160,6 +163,12 @@ class Search:
         self.error = torch.where(better, error, self.error)
         self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
         self.scale, self.zero = torch.where(better, scale, self.scale), torch.where(better, zero, self.zero)
+
+    def _difference(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Return W^ - W on a grid, as ``decode(encode(...))`` gives it; most of the time goes here."""
+        blocks, scale, least = grouped(self.weight, scale.shape[-1]), scale.unsqueeze(-1), -zero.unsqueeze(-1)
+        steps = (blocks / scale).round_().clamp_(least, least + (self.scheme.levels - 1))
+        return steps.mul_(scale).sub_(blocks).flatten(-2)
 
     def result(self) -> Quantised:
         codes = encode(self.weight, self.scale, self.zero, self.scheme.levels)

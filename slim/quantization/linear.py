@@ -63,6 +63,11 @@ class QuantLinear(nn.Module):
         self.kernel: str | None = None
 
     @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, by the name under which PEFT looks for the device of a quantised layer."""
+        return self.packed
+
+    @property
     def group(self) -> int:
         return self.scheme.group(self.in_features)
 

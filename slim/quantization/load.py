@@ -14,12 +14,12 @@ from slim.quantization.scheme import Scheme
 from slim.skeleton import Skeleton
 
 
-def load_quantized(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> nn.Module:
+def load_quantized(checkpoint: Checkpoint, dtype: str, device: str = "cpu", kernels: bool = True) -> nn.Module:
     """Load a packed checkpoint in any format of docs/formats.md, slim's own or another tool's, in evaluation mode.
 
-    dtype: type of activations, scales and plain weights, such as ``"bfloat16"``. Weights are read tensor by tensor;
-    no dense copy of a quantised layer is made. Raises ``SlimError`` for other formats, and for tensors that are missing or
-    do not fit the config.
+    dtype: type of activations, scales and plain weights, such as ``"bfloat16"``. kernels: bring the codes into the layouts
+    of the fastest kernels; not all of these have gradients. Weights are read tensor by tensor; no dense copy of a quantised
+    layer is made. Raises ``SlimError`` for other formats, and for tensors that are missing or do not fit the config.
     """
     stored = read_config(checkpoint.description.quantization, str(checkpoint.folder))
     skeleton = Skeleton(checkpoint, device)
@@ -29,7 +29,7 @@ def load_quantized(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> n
         if isinstance(module, (nn.Linear, nn.Embedding)):
             scheme = packed_scheme(stored, skeleton.reader, name, optional=module is tied_head)
             if scheme is not None:
-                model.set_submodule(name, read_layer(skeleton.reader, stored, name, module, scheme, wanted, device))
+                model.set_submodule(name, read_layer(skeleton.reader, stored, name, module, scheme, wanted, device, kernels))
     load_plain(model, skeleton.reader, wanted, device)
     tie(model, checkpoint.description.tied, device)
     require_all(model, skeleton.reader)
@@ -68,6 +68,7 @@ def read_layer(
     scheme: Scheme,
     dtype: torch.dtype,
     device: str,
+    kernels: bool = True,
 ) -> QuantLinear | QuantEmbedding:
     """Read one packed layer. Raises ``SlimError`` if its tensors do not have the shapes of its place in the model."""
     rows, columns = module.weight.shape
@@ -79,7 +80,7 @@ def read_layer(
     layer = layer.to(device)
     if isinstance(module, nn.Embedding):  # rows are looked up in the stored stream
         return QuantEmbedding(layer, getattr(module, "embed_scale", None))
-    return layer.choose_kernel()
+    return layer.choose_kernel() if kernels else layer
 
 
 def load_plain(model: nn.Module, reader: TensorReader, dtype: torch.dtype, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Rounding a layer under its Gram matrix: GPTQ, coordinate descent, refitted scales. Pure tensor functions.
+"""Rounding a layer under its Gram matrix: GPTQ, refitted scales, the better of several. Pure tensor functions.
 
 All of them make the loss |X (W^ - W)^T|^2 = tr(D G D^T) small, with D = W^ - W and G = X^T X. Rows of W are independent
 of one another, so any number of rows, of several layers with the same input, can be given at once.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-ROW_WEIGHTS = 2**21  # weights that are solved for at once: a few float32 copies of them exist
+ROW_WEIGHTS = 2**22  # weights that are solved for at once: a few float32 copies of them exist
 MOST_DAMPING = 1.0  # in means of diag(G); a factorisation that fails even with this much is given up
 
 
@@ -55,9 +55,7 @@ def feedback(gram: torch.Tensor, damping: float, order: torch.Tensor) -> Feedbac
         return None
     backwards = order.flip(0)
     while damping <= MOST_DAMPING:
-        matrix = torch.empty_like(gram)
-        for rows in torch.arange(len(gram)).split(256):  # all at once would take more than the matrix itself
-            matrix[rows] = gram[backwards[rows]][:, backwards]
+        matrix = permuted(gram, backwards)
         matrix.diagonal().add_(torch.where(diagonal > 0, damping * mean, mean)[backwards])
         failed = torch.zeros((), dtype=torch.int32, device=gram.device)
         torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, failed))  # symmetric, so its transpose is as good: in place
@@ -67,6 +65,14 @@ def feedback(gram: torch.Tensor, damping: float, order: torch.Tensor) -> Feedbac
             return Feedback(upper.div_(pivots), pivots, order, damping)
         damping = max(10 * damping, 1e-4)
     return None
+
+
+def permuted(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return a copy of G, [in, in], with rows and columns in another order."""
+    matrix = torch.empty_like(gram)
+    for rows in torch.arange(len(gram), device=gram.device).split(256):  # all at once would take a third matrix
+        matrix[rows] = gram[order[rows]][:, order]
+    return matrix
 
 
 def reverse(matrix: torch.Tensor) -> torch.Tensor:
@@ -102,30 +108,31 @@ def gptq(
     one's grid is chosen when it is reached, for the targets as they are then. factors: shrink factors tried for it.
     """
     inputs, group, order = weight.shape[1], scheme.group(weight.shape[1]), feed.order
-    plain = weight.T[order]  # [in, out]: a column of the layer is a contiguous row here
-    target, error = plain.clone(), torch.zeros_like(plain)
+    error = weight.T[order]  # [in, out]: a column of the layer is a contiguous row here; it starts as the weights
+    target, fresh = error.clone(), torch.empty(len(weight), device=weight.device)
     layer = fixed or new_layer(weight, scheme, dtype, order)
     group_of = groups_of(layer)[order].tolist()
-    codes, scale, zero = torch.empty_like(plain), layer.scale.T.float().contiguous(), layer.zero.T.float().contiguous()
+    codes = torch.empty_like(error, dtype=torch.uint8)
+    scale, zero = layer.scale.T.float().contiguous(), layer.zero.T.float().contiguous()
 
     def enter_group(columns: slice) -> None:
-        if fixed is None:
-            importance = feed.pivots[columns].square()
-            found = search(target[columns].T.contiguous(), whole_row(scheme), dtype, importance, factors)
-            scale[group_of[columns.start]], zero[group_of[columns.start]] = found.scale[:, 0].float(), found.zero[:, 0]
+        importance = feed.pivots[columns].square()
+        found = search(target[columns].T.contiguous(), whole_row(scheme), dtype, importance, factors)
+        scale[group_of[columns.start]], zero[group_of[columns.start]] = found.scale[:, 0].float(), found.zero[:, 0]
 
-    def column(j: int, stop: int) -> None:
+    def column(j: int, start: int, stop: int) -> None:
         g = group_of[j]
-        torch.div(target[j], scale[g], out=codes[j]).round_().add_(zero[g]).clamp_(0, scheme.levels - 1)
-        torch.addcmul(plain[j], codes[j] - zero[g], scale[g], value=-1, out=error[j])
+        torch.div(target[j], scale[g], out=fresh).round_().add_(zero[g]).clamp_(0, scheme.levels - 1)
+        codes[j] = fresh
+        error[j].addcmul_(fresh.sub_(zero[g]), scale[g], value=-1)
         target[j + 1 : stop].addr_(feed.upper[j, j + 1 : stop], error[j])
 
     def push(done: slice, later: slice) -> None:
         target[later].addmm_(feed.upper[done, later].T, error[done])
 
-    Sweep(inputs, group, column, push, enter_group).run()
+    Sweep(inputs, group, column, push, None if fixed else enter_group).run()
     result = torch.empty_like(layer.codes)
-    result[:, order] = codes.T.to(torch.uint8)
+    result[:, order] = codes.T
     return replace(layer, codes=result, scale=scale.T.to(dtype).contiguous(), zero=zero.T.to(torch.uint8).contiguous())
 
 
@@ -153,34 +160,6 @@ def groups_of(layer: Quantised) -> torch.Tensor:
     return torch.arange(inputs, device=layer.codes.device) // layer.scheme.group(inputs)
 
 
-def descend(weight: torch.Tensor, layer: Quantised, gram: torch.Tensor) -> Quantised:
-    """One round of coordinate descent: every column in turn goes to its best grid points, the others given.
-
-    With D = W^ - W the loss is least for column j at  w^_j - (D G)_j / G_jj;  rounded to the grid, it never rises
-    (QuantEase, arXiv:2309.01885). weight: float32 [out, in]. gram: G, [in, in]. Columns without input stay as they are.
-    """
-    values = layer.dequantise().T.contiguous()
-    slope = gram @ (values - weight.T)  # G D^T, [in, out]
-    codes, change = layer.codes.T.float().contiguous(), torch.zeros_like(values)
-    scale, zero, group_of = layer.scale.T.float().contiguous(), layer.zero.T.float().contiguous(), groups_of(layer).tolist()
-    curvature, levels = gram.diagonal().tolist(), layer.scheme.levels
-
-    def column(j: int, stop: int) -> None:
-        if curvature[j] <= 0:
-            return
-        g = group_of[j]
-        best = torch.add(values[j], slope[j], alpha=-1 / curvature[j])
-        torch.div(best, scale[g], out=codes[j]).round_().add_(zero[g]).clamp_(0, levels - 1)
-        torch.mul(codes[j] - zero[g], scale[g], out=change[j]).sub_(values[j])
-        slope[j + 1 : stop].addr_(gram[j, j + 1 : stop], change[j])
-
-    def push(done: slice, later: slice) -> None:
-        slope[later].addmm_(gram[later, done], change[done])
-
-    Sweep(weight.shape[1], layer.scheme.group(weight.shape[1]), column, push).run()
-    return replace(layer, codes=codes.T.to(torch.uint8).contiguous())
-
-
 def better_rows(weight: torch.Tensor, gram: torch.Tensor, candidates: list[Quantised]) -> Quantised:
     """Return, row by row, the candidate with the smallest loss (the first of equals); their groups must be the same."""
     losses = torch.stack([layer_loss(item.dequantise() - weight, gram) for item in candidates])
@@ -201,29 +180,43 @@ def refit_scales(weight: torch.Tensor, layer: Quantised, gram: torch.Tensor) -> 
     groups, group_of = layer.scale.shape[-1], groups_of(layer)
     columns = [(group_of == g).nonzero().flatten() for g in range(groups)]
     steps = layer.codes.float() - layer.zero[:, group_of].float()
-    normal = steps.new_empty(len(steps), groups, groups)
-    target = steps.new_empty(len(steps), groups)
-    reached = weight @ gram  # [out, in]
+    normal, target = steps.new_zeros(len(steps), groups, groups), steps.new_empty(len(steps), groups)
     for h, own in enumerate(columns):
-        target[:, h] = (reached[:, own] * steps[:, own]).sum(-1)
-        products = (steps[:, own] @ gram[own]).mul_(steps)
-        normal[:, :, h] = torch.zeros_like(target).index_add_(1, group_of, products)
+        rows = steps[:, own]
+        target[:, h] = ((weight @ gram[:, own]) * rows).sum(-1)
+        others = torch.cat(columns[h:])  # the rest by symmetry
+        products = (rows @ gram[own][:, others]).mul_(steps[:, others])
+        normal[:, :, h].index_add_(1, group_of[others], products)
+    normal += normal.tril(-1).mT
     damping = normal.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)[:, None, None] * 1e-6
-    normal += damping * torch.eye(groups, device=weight.device)
     # Least squares around the present scales: a group that the inputs never reach keeps its own.
     present = layer.scale.float()
-    residual = target - (normal @ present.unsqueeze(-1)).squeeze(-1)
-    fitted = (present + torch.linalg.solve(normal, residual)).to(layer.scale.dtype)
+    residual = target - times(normal, present)
+    fitted = present + torch.linalg.solve(normal + damping * torch.eye(groups, device=weight.device), residual)
+    fitted = fitted.to(layer.scale.dtype)
     usable = torch.isfinite(fitted) & (fitted > 0.5 * present) & (fitted < 2 * present)
-    fitted = torch.where(usable, fitted, layer.scale)
-    return better_rows(weight, gram, [layer, replace(layer, scale=fitted)])
+    move = torch.where(usable, fitted.float() - present, torch.zeros_like(present))
+    gain = (move * (times(normal, move) - 2 * residual)).sum(-1, keepdim=True) < 0  # what the loss changes by
+    return replace(layer, scale=torch.where(usable & gain, fitted, layer.scale))
 
 
-def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], Quantised]) -> Quantised:
-    """Apply ``solve`` to some rows of ``weight`` [out, in] after another, so that its copies of them stay small."""
+def times(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return the products of [rows, n, n] matrices and as many vectors [rows, n]."""
+    return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def by_rows(
+    weight: torch.Tensor, solve: Callable[..., Quantised], layer: Quantised | None = None
+) -> Quantised:
+    """Apply ``solve`` to some rows of ``weight`` [out, in] after another, so that its copies of them stay small.
+
+    layer: of which it is given the same rows too.
+    """
+    size = max(1, ROW_WEIGHTS // weight.shape[1])
     parts = []
-    for part in weight.split(max(1, ROW_WEIGHTS // weight.shape[1])):
-        parts.append(solve(part))
+    for start in range(0, len(weight), size):
+        part = weight[start : start + size]
+        parts.append(solve(part) if layer is None else solve(part, layer.rows(slice(start, start + size))))
         if part.numel() >= ROW_WEIGHTS // 2:  # not after every small layer
             trim_heap()
     return concatenated(parts)

@@ -19,30 +19,41 @@ LEAF = 8  # columns that are passed on one by one
 class Sweep:
     """A way through columns 0 to ``columns``, in order.
 
-    group: columns in a group. column: ``column(j, stop)`` settles column j and corrects columns j + 1 to ``stop``.
-    push: ``push(done, later)`` lets the changes of the columns ``done`` reach the columns ``later``. enter_group: called
-    before the first column of each group, when its columns have been corrected for everything before them.
+    group: columns in a group. column: ``column(j, start, stop)`` settles column j of those from ``start`` to ``stop`` and
+    corrects the others of them. push: ``push(done, later)`` lets the changes of the columns ``done`` reach the columns
+    ``later``; back: the same for columns before them, once all of both are settled. enter_group: called before the first
+    column of each group, when its columns have been corrected for everything before them; leave_group: after its last.
     """
 
     columns: int
     group: int
-    column: Callable[[int, int], None]
+    column: Callable[[int, int, int], None]
     push: Callable[[slice, slice], None]
-    enter_group: Callable[[slice], None] = lambda columns: None
+    enter_group: Callable[[slice], None] | None = None
+    leave_group: Callable[[slice], None] | None = None
+    back: Callable[[slice, slice], None] | None = None
 
     def run(self) -> None:
         self._visit(0, self.columns)
 
     def _visit(self, start: int, stop: int) -> None:
-        width = stop - start
-        if start % self.group == 0 and width <= self.group and stop in (start + self.group, self.columns):
+        whole = start % self.group == 0 and stop - start <= self.group and stop in (start + self.group, self.columns)
+        if whole and self.enter_group:
             self.enter_group(slice(start, stop))
-        if width <= LEAF:
+        if stop - start <= LEAF:
             for j in range(start, stop):
-                self.column(j, stop)
-            return
-        unit = self.group if width > self.group else LEAF
-        middle = start + -(-width // (2 * unit)) * unit
+                self.column(j, start, stop)
+        else:
+            self._halves(start, stop)
+        if whole and self.leave_group:
+            self.leave_group(slice(start, stop))
+
+    def _halves(self, start: int, stop: int) -> None:
+        unit = self.group if stop - start > self.group else LEAF
+        middle = start + -(-(stop - start) // (2 * unit)) * unit
+        left, right = slice(start, middle), slice(middle, stop)
         self._visit(start, middle)
-        self.push(slice(start, middle), slice(middle, stop))
+        self.push(left, right)
         self._visit(middle, stop)
+        if self.back:
+            self.back(right, left)
