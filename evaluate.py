@@ -1,4 +1,4 @@
-"""Measure a checkpoint: ``python evaluate.py model.source=FOLDER``."""
+"""Measure one checkpoint, or several in one table: ``python evaluate.py model.source=FOLDER`` or ``=[FOLDER,FOLDER]``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slim.cli import launch
 
 def main(config: DictConfig) -> None:
     """Run the command for one configuration."""
-    from slim.run import execute
+    from slim.evaluation.compare import execute
 
     execute(config)
 

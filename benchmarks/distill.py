@@ -1,19 +1,20 @@
 """Distillation: what it heals beside tuning at equal steps, what a cached teacher saves, what chunks save.
 
-    python benchmarks/distill.py heal MODEL [--train FILE] [--test FILE] [--blocks 2] [--steps 300] [--seeds 3] [--adapt 0]
-                                      [--set loss=reverse temperature=2 ...]
+    python benchmarks/distill.py heal MODEL [--train FILE] [--test FILE] [--blocks 2] [--bits 0] [--steps 300] [--seeds 3]
+                                      [--adapt 0] [--set loss=reverse temperature=2 ...]
     python benchmarks/distill.py questions [--blocks 4] [--steps 200] [--seeds 3]
-    python benchmarks/distill.py dskd [--before 400] [--steps 200] [--seeds 3] [--set hard_weight=0.5 ...]
+    python benchmarks/distill.py dskd [--vocabulary 800] [--before 400] [--steps 200] [--seeds 3] [--set align=attention ...]
     python benchmarks/distill.py cache MODEL [--train FILE] [--blocks 2] [--steps 60] [--repeats 3]
     python benchmarks/distill.py memory [--vocabulary 131072] [--tokens 2048] [--hidden 256] [--repeats 3]
 
 heal: removes blocks by Taylor scores, then heals with adapters, once on the text alone and once on the text and the whole
 model as teacher: same data, same steps, same adapters. Perplexity on other text, mean and spread over seeds.
+--bits: instead of removing blocks, round the model to so many bits; the adapters then stay beside the quantised weights.
 --adapt: first tune the whole model on the text for so many steps, so that it is at home there; that is the source then.
 questions: a pruned tiny model learns from the whole one's distributions on answers of its own or of the teacher, never from
 the data's; facts that it gets right before and after, beside tuning on the true answers.
-dskd: a fresh model of half the depth with a vocabulary of its own learns the tiny world from its text, and then goes on
-with the text alone, or with the tiny model as teacher: perplexity in its own tokens.
+dskd: a fresh model of half the depth with a vocabulary of its own (1536: the teacher's) learns the tiny world from its text,
+and then goes on with the text alone, or with the tiny model as teacher: perplexity in its own tokens.
 cache: the second pass over the data with the teacher's distributions from disk and with the teacher itself, seconds of
 processor time, medians; and the validation loss both reach.
 memory: peak memory of the forward KL and its gradients in chunks and as one formula, each in a process of its own, medians.
@@ -39,6 +40,7 @@ from slim.distillation.layer_map import Matching
 from slim.distillation.questions import Generation
 from slim.evaluation.perplexity import Perplexity, exponential, negative_log_likelihood
 from slim.evaluation.tasks import Tasks
+from slim.quantization.rtn import RTN
 from slim.source import EMBEDDED, Source, Untrained
 from slim.stage import Context
 from slim.training import tune
@@ -63,6 +65,14 @@ def parsed(settings: list[str]) -> dict:
     return {**found, "match": Matching(**found["match"])} if "match" in found else found
 
 
+def harm(model: Path, args: argparse.Namespace, target: Path) -> str:
+    """Write what is to be healed and say what was done to it."""
+    if args.bits:
+        run(RTN(bits=args.bits, group_size=64), model, target)
+        return f"rounded to {args.bits} bits in groups of 64"
+    return f"blocks {pruned(model, args.train or 'tiny:calibration', args.blocks, target)} removed"
+
+
 def heal(args: argparse.Namespace) -> None:
     model = EMBEDDED.get(args.model, Path(args.model))
     protocol = Perplexity(text=args.test or "tiny:heldout", window=256, limit=args.windows)
@@ -72,10 +82,11 @@ def heal(args: argparse.Namespace) -> None:
         if args.adapt:
             run(tune.Lora(data=text_data(args.train, 99), steps=args.adapt, r=32, alpha=64), model, Path(scratch) / "source")
             model = Path(scratch) / "source"
-        start = Path(scratch) / "pruned"
-        removed = pruned(model, args.train or "tiny:calibration", args.blocks, start)
-        print(f"{model.name}: blocks {removed} removed, {args.steps} steps, {len(windows)} windows of {windows.shape[1]}")
-        print(f"source        {perplexity(model, windows):.3f}\npruned        {perplexity(start, windows):.3f}", flush=True)
+        start = Path(scratch) / "start"
+        done = harm(model, args, start)
+        common["merge"] = not args.bits
+        print(f"{model.name}: {done}, {args.steps} steps, {len(windows)} windows of {windows.shape[1]}")
+        print(f"source        {perplexity(model, windows):.3f}\nharmed        {perplexity(start, windows):.3f}", flush=True)
         ways = {
             "lora": lambda seed: tune.Lora(data=text_data(args.train, seed), seed=seed, **common),
             "distilled": lambda seed: distillation.Lora(
@@ -140,17 +151,16 @@ def dskd(args: argparse.Namespace) -> None:
         "text alone": lambda seed: tune.Full(data=TinyText(seed=seed), seed=seed, **common),
         "dskd": lambda seed: distillation.Full(data=TinyText(seed=seed), seed=seed, **guided),
     }
-    print(f"vocabulary 800, 4 blocks, {args.before} steps, then {args.steps}; perplexity on tiny:heldout")
+    print(f"vocabulary {args.vocabulary}, 4 blocks, {args.before} steps, then {args.steps}; perplexity on tiny:heldout")
+    ways = {name: make for name, make in ways.items() if name not in args.skip}
     with tempfile.TemporaryDirectory() as scratch:
         fresh, start = Path(scratch) / "fresh", Path(scratch) / "start"
         fresh.mkdir()
-        Untrained(vocab_size=800, blocks=4).run(None, fresh, Context())
+        Untrained(vocab_size=args.vocabulary, blocks=4).run(None, fresh, Context())
         run(tune.Full(data=TinyText(seed=99), steps=args.before, learning_rate=2e-3, betas=(0.9, 0.95)), fresh, start)
         windows = Perplexity(text="tiny:heldout", window=256).windows(load_tokenizer(start), 256)
         print(f"before        {perplexity(start, windows):.3f}", flush=True)
         for name, make in ways.items():
-            if name in args.skip:
-                continue
             found = []
             for seed in range(args.seeds):
                 run(make(seed), start, Path(scratch) / f"{name}{seed}")
@@ -165,13 +175,14 @@ def main() -> None:
     changes = dict(nargs="*", default=[], help="settings of the distillation, such as loss=reverse")
     options = {
         heal: {"model": text, "--train": text, "--test": text, "--blocks": number | {"default": 2},
-               "--steps": number | {"default": 300}, "--seeds": number | {"default": 3}, "--windows": number,
+               "--bits": number | {"default": 0}, "--steps": number | {"default": 300},
+               "--seeds": number | {"default": 3}, "--windows": number,
                "--adapt": number | {"default": 0}, "--set": changes,
                "--skip": dict(nargs="*", default=[], help="lora or distilled")},
         questions: {"--blocks": number | {"default": 4}, "--steps": number | {"default": 200},
                     "--seeds": number | {"default": 3}},
-        dskd: {"--before": number | {"default": 400}, "--steps": number | {"default": 200},
-               "--seeds": number | {"default": 3}, "--set": changes,
+        dskd: {"--vocabulary": number | {"default": 800}, "--before": number | {"default": 400},
+               "--steps": number | {"default": 200}, "--seeds": number | {"default": 3}, "--set": changes,
                "--skip": dict(nargs="*", default=[], help="'text alone' or dskd")},
         cache: {"model": text, "--train": text, "--blocks": number | {"default": 2}, "--steps": number | {"default": 60},
                 "--repeats": number | {"default": 3}},

@@ -20,7 +20,7 @@ from slim.evaluation.memory import process_bytes, reset_process_peak
 from slim.pruning.taylor import Taylor
 from slim.source import EMBEDDED, Source
 from slim.stage import Context, Stage
-from slim.training import fit
+from slim.training import callbacks
 
 
 def run(stage: Stage, source: Path, target: Path) -> dict:
@@ -45,7 +45,7 @@ def text_data(path: str | None, seed: int) -> TrainingData:
 
 
 def cache(args: argparse.Namespace) -> None:
-    fit.time = SimpleNamespace(perf_counter=time.process_time)  # tokens per second of processor time: others work here too
+    callbacks.time = SimpleNamespace(perf_counter=time.process_time)  # speed by processor time: others work here too
     model = EMBEDDED.get(args.model, Path(args.model))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -41,6 +41,14 @@ def macs(model: ModelDescription, tokens: int = MACS_TOKENS) -> int:
     return inside + head_macs(model, tokens)
 
 
+def macs_per_token(model: ModelDescription) -> int:
+    """Count the multiply-accumulates of one generated token: linear layers and head, without the attention products.
+
+    Those add 2 * query heads * head_dim per block for every token in the cache.
+    """
+    return sum(linear_macs(model, block, 1) for block in range(model.blocks)) + head_macs(model, 1)
+
+
 def llm_pruner_macs(model: ModelDescription, tokens: int = MACS_TOKENS) -> int:
     """Count as LLM-Pruner's tables do: to compare with them, not to predict time."""
     blocks = range(model.blocks)

@@ -13,6 +13,7 @@ from typing import Any
 from slim.errors import SlimError
 from slim.families import FAMILIES, FUSED, Family, Segment
 
+ADAPTER = "slim_adapter"  # entry of config.json, and below it "parameters": how many the adapter has
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 
@@ -113,6 +114,19 @@ class ModelDescription:
         return self.config.get("quantization_config")
 
     @property
+    def adapter(self) -> dict | None:
+        """What ``config.json`` says of an adapter beside the weights (``slim/training/beside.py``), or None."""
+        return self.config.get(ADAPTER)
+
+    def require_merged(self) -> None:
+        """Raise ``SlimError`` where an adapter lies beside the weights: it was trained for these weights as they are."""
+        if self.adapter is not None:
+            raise SlimError(
+                f"{self.name} has an adapter beside its weights, and changing these would leave the adapter without what it "
+                "was trained on. Put this stage before the tuner, or tune with tuner.merge=true."
+            )
+
+    @property
     def differing(self) -> dict[int, dict]:
         """Where blocks differ in size: block -> entries that replace the config's own there (``per_layer_config``)."""
         return {int(block): entries for block, entries in (self.config.get("per_layer_config") or {}).items()}
@@ -178,9 +192,15 @@ class ModelDescription:
         return bool(self.config.get(bias)) if isinstance(bias, str) else bias
 
     def parameters(self) -> int:
-        """Count all parameters, a shared embedding once, packed weights as the weights they stand for."""
+        """Count all parameters, a shared embedding once, packed weights as the weights they stand for, an adapter too."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return embeddings + self.hidden_size + sum(self.block_parameters(block) for block in range(self.blocks))
+        blocks = sum(self.block_parameters(block) for block in range(self.blocks))
+        return embeddings + self.hidden_size + blocks + self.adapter_parameters
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of the adapter beside the weights; 0 without one. They are stored in float32."""
+        return 0 if self.adapter is None else self.adapter["parameters"]
 
     def weight_bytes(self, dtype: str | None = None) -> int:
         """Estimate the bytes of all weights as stored; with ``dtype``, as plain weights of that type."""
@@ -188,7 +208,8 @@ class ModelDescription:
         if dtype is not None or self.quantization is None:
             return self.parameters() * plain
         packed, weights = self._packed_bytes()
-        return (self.parameters() - weights) * plain + packed
+        own = self.parameters() - self.adapter_parameters
+        return (own - weights) * plain + packed + 4 * self.adapter_parameters
 
     def packed_schemes(self) -> dict:
         """Return full layer name -> ``Scheme`` of every linear layer and embedding that is stored packed.

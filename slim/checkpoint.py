@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.architecture import ModelDescription
+from slim.architecture import ADAPTER, ModelDescription
 from slim.errors import SlimError
 from slim.perlayer import write_card
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "slim.json"
 INDEX = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # an adapter beside the weights
 REPORT = "report"  # folder inside a checkpoint with plots and tables for people
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -70,9 +71,14 @@ class Checkpoint:
         return [self.folder / "model.safetensors"]
 
     @property
+    def adapter_files(self) -> list[Path]:
+        """Configuration and weights of the adapter beside the weights; empty without one."""
+        return [] if self.config.get(ADAPTER) is None else [self.folder / name for name in ADAPTER_FILES]
+
+    @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the weight files."""
-        return sum(path.stat().st_size for path in self.weight_files)
+        """Bytes of the weight files, those of an adapter included."""
+        return sum(path.stat().st_size for path in [*self.weight_files, *self.adapter_files[1:]])
 
 
 def read_json(path: Path) -> dict:
@@ -103,7 +109,10 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise SlimError(f"{folder} lacks the weights {', '.join(missing)}.")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise SlimError(f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Save one into it.")
-    for path in checkpoint.weight_files:
+    missing = [path for path in checkpoint.adapter_files if not path.is_file()]
+    if missing:
+        raise SlimError(f"{folder} lacks {missing[0].relative_to(folder)}: its config.json says that an adapter belongs to it.")
+    for path in [*checkpoint.weight_files, *checkpoint.adapter_files[1:]]:
         read_header(path)
     return checkpoint
 
@@ -149,6 +158,7 @@ def checksums(folder: Path) -> dict[str, str]:
     names = {path.name for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
     names |= {path.name for path in Checkpoint(folder).weight_files} | {"config.json"}
     names |= {INDEX} if (folder / INDEX).is_file() else set()
+    names |= {str(path.relative_to(folder)) for path in Checkpoint(folder).adapter_files}
     return {name: sha256(folder / name) for name in sorted(names)}
 
 
@@ -249,18 +259,29 @@ def load_tokenizer(folder: Path | str):
         raise SlimError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu"):
-    """Load a checkpoint for use, in evaluation mode; slim's own packed weights as ``QuantLinear`` layers.
+def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu", trainable: bool = False):
+    """Load a checkpoint for use, in evaluation mode; packed weights as ``QuantLinear`` layers, an adapter applied.
 
     dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, the stored type elsewhere.
+    trainable: keep packed weights in a layout that gradients can pass, for adapters on top of them.
     Raises ``SlimError`` where weights are missing from the file or have other shapes than the config says.
     """
+    hide_library_bars()
+    checkpoint = open_checkpoint(folder)
+    model = _load_base(checkpoint, resolve_dtype(checkpoint.description, dtype, device), device, trainable)
+    if checkpoint.description.adapter is not None:
+        from slim.training.beside import attach_adapter
+
+        attach_adapter(model, checkpoint)
+    return model
+
+
+def _load_base(checkpoint: Checkpoint, wanted: str, device: str, trainable: bool):
+    """Load the weights of :func:`load_model` in the type ``wanted``."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    hide_library_bars()
-    checkpoint = open_checkpoint(folder)
-    wanted = resolve_dtype(checkpoint.description, dtype, device)
+    folder = checkpoint.folder
     if checkpoint.description.quantization is not None:
         from slim.quantization.bnb import is_bitsandbytes
 
@@ -270,7 +291,7 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu"):
             return load_bitsandbytes(checkpoint, wanted, device)
         from slim.quantization.load import load_quantized
 
-        return load_quantized(checkpoint, wanted, device).eval()
+        return load_quantized(checkpoint, wanted, device, kernels=not trainable).eval()
     check_shapes(checkpoint)
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, wanted), local_files_only=True, use_safetensors=True, output_loading_info=True

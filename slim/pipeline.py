@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slim.accounting import macs_per_token
 from slim.architecture import ModelDescription
 from slim.checkpoint import Checkpoint
 from slim.errors import SlimError
+from slim.evaluation.energy import stage_energy
 from slim.machine import available_memory, fingerprint, free_disk, git_commit, versions
 from slim.progress import console
 from slim.source import Source, verified_checksums
 from slim.stage import Context, Stage
 from slim.store import Store, digest, write_manifest
+from slim.training import distributed
 
 if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
@@ -59,7 +62,12 @@ class Result:
     @property
     def metrics(self) -> dict[str, float]:
         """All figures of the checkpoint under the names they are tracked by."""
-        figures = {"parameters": self.parameters, "bytes_on_disk": self.checkpoint.bytes_on_disk}
+        description = self.checkpoint.description
+        figures = {
+            "parameters": self.parameters,
+            "bytes_on_disk": self.checkpoint.bytes_on_disk,
+            "macs_per_token": macs_per_token(description),
+        }
         return {**figures, **self.quality.get("metrics", {}), **self.speed.get("metrics", {})}
 
 
@@ -184,8 +192,13 @@ class Pipeline:
             work=self.store.work_folder(folder),
         )
         started = time.time()
+        if stage.together:
+            distributed.call({"stage": self._number(stage), "source": str(parent.checkpoint.folder), "work": str(context.work)})
         with self.store.writing(folder) as partial:
-            facts = stage.run(parent.checkpoint.folder if parent else None, partial, context)
+            used: dict = {}
+            with stage_energy(getattr(self.evaluation, "energy", None), self.device, used):
+                facts = stage.run(parent.checkpoint.folder if parent else None, partial, context)
+            facts = {**facts, **used}
             manifest = {
                 "kind": stage.kind,
                 "method": type(stage).__name__,
@@ -200,6 +213,9 @@ class Pipeline:
                 "curves": curves,
             }
             write_manifest(partial, manifest)
+
+    def _number(self, stage: Stage) -> int:
+        return next(number for number, own in enumerate(self.stages) if own is stage)
 
     def _evaluate(self, result: Result) -> None:
         """Fill in quality (a fact about a checkpoint) and speed (one about a checkpoint on a machine)."""

@@ -22,6 +22,11 @@ def console():
 _console = None
 
 
+def be_quiet() -> None:
+    """Show nothing from here on: of several processes, one speaks."""
+    console().quiet = True
+
+
 @contextmanager
 def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """Show a bar while the body runs and yield ``advance(steps=1, note="")``; ``note`` is shown behind the bar."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from slim.evaluation.protocol import protocol_key, variants
 
 if TYPE_CHECKING:
     from slim.pipeline import Result, Step
@@ -19,39 +21,77 @@ class Column:
     metric: str
     scale: float = 1.0
     digits: int = 0
-    best: str | None = None  # "low" or "high": the best value is set in bold
+    best: str | None = None  # "low" or "high": which value is the best, set in bold where a table asks for it
+    protocol: str | None = None  # key of the protocol whose figures the column holds
 
 
 FIXED = (
     Column("parameters (M)", "parameters", 1e-6, 2),
-    Column("disk (MB)", "bytes_on_disk", 1e-6, 2),
-    Column("perplexity", "perplexity", 1, 3),
+    Column("disk (MB)", "bytes_on_disk", 1e-6, 2, "low"),
+    Column("perplexity", "perplexity", 1, 3, "low"),
+    Column("word perplexity", "word_perplexity", 1, 3, "low"),
+    Column("byte perplexity", "byte_perplexity", 1, 4, "low"),
 )
 SPEED = (
-    Column("prefill (tok/s)", "prefill_tokens_per_second", 1, 0),
-    Column("decode (tok/s)", "decode_tokens_per_second", 1, 0),
-    Column("weights (MB)", "weights_bytes", 1e-6, 2),
-    Column("resident (MB)", "resident_bytes", 1e-6, 1),
-    Column("peak (MB)", "peak_bytes", 1e-6, 1),
+    Column("similarity", "similarity/mean", 1, 3, "high"),
+    Column("prefill (tok/s)", "prefill_tokens_per_second", 1, 0, "high"),
+    Column("decode (tok/s)", "decode_tokens_per_second", 1, 0, "high"),
+    Column("energy (J/tok)", "energy_joules_per_token", 1, 3, "low"),
+    Column("weights (MB)", "weights_bytes", 1e-6, 2, "low"),
+    Column("resident (MB)", "resident_bytes", 1e-6, 1, "low"),
+    Column("peak (MB)", "peak_bytes", 1e-6, 1, "low"),
 )
 
 
 def columns(results: list[Result]) -> list[Column]:
-    """Return the columns that at least one result has a figure for."""
+    """Return the columns that at least one result has a figure for.
+
+    Figures of different protocols never share one: each protocol has its own column, with what tells it apart in the heading.
+    """
     tasks = []
     for result in results:
         for name in result.metrics:
             task, _, metric = name.rpartition("/")
             if metric == "acc" and task != "tasks":
-                preferred = f"{task}/acc_norm" if f"{task}/acc" not in result.metrics else name
-                tasks.append(Column(f"{task}", preferred, 100, 1))
-    tasks = list(dict.fromkeys(tasks))
-    return [column for column in (*FIXED, *tasks, *SPEED) if any(column.metric in r.metrics for r in results)]
+                tasks.append(Column(f"{task}", name, 100, 1, "high"))
+            elif metric == "word_perplexity":
+                tasks.append(Column(f"{task} word perplexity", name, 1, 3, "low"))
+    wanted = (*FIXED, *dict.fromkeys(tasks), *SPEED)
+    return [
+        replace(column, heading=", ".join(filter(None, (column.heading, words))), protocol=key)
+        for column in wanted
+        for key, words in variants(results, column.metric).items()
+    ]
+
+
+def figure(result: Result, column: Column) -> float | None:
+    """Return the figure of a checkpoint in a column, None if it has none of the column's protocol."""
+    foreign = column.protocol is not None and protocol_key(result, column.metric) != column.protocol
+    return None if foreign else result.metrics.get(column.metric)
+
+
+def best_cells(results: list[Result], column: Column) -> set[str]:
+    """Return the text of the best cell of a column (one text: what reads the same is as good); empty without a contest."""
+    known = [(value, cell(result, column)) for result in results if math.isfinite(value := figure(result, column) or math.nan)]
+    if column.best is None or len({text for _, text in known}) < 2:
+        return set()
+    return {(min if column.best == "low" else max)(known)[1]}
+
+
+def rows(results: list[Result], shown: list[Column], bold: tuple[str, str] | None) -> list[list[str]]:
+    """Return the cells of the table, label first; the best of every column between the two marks of ``bold``."""
+    best = [best_cells(results, column) if bold else set() for column in shown]
+    table = []
+    for result in results:
+        cells = [cell(result, column) for column in shown]
+        marked = [f"{bold[0]}{text}{bold[1]}" if text in top else text for text, top in zip(cells, best, strict=True)]
+        table.append([result.label, *marked])
+    return table
 
 
 def cell(result: Result, column: Column) -> str:
     """Format one figure; NaN stays visible and a missing figure is a dash."""
-    value = result.metrics.get(column.metric)
+    value = figure(result, column)
     if value is None:
         return "-"
     if math.isnan(value):
@@ -59,29 +99,29 @@ def cell(result: Result, column: Column) -> str:
     return f"{value * column.scale:,.{column.digits}f}"
 
 
-def terminal_table(results: list[Result]):
-    """Return the table for the terminal, a rich ``Table``."""
+def terminal_table(results: list[Result], compared: bool = False):
+    """Return the table for the terminal, a rich ``Table``; with the best in bold where checkpoints are ``compared``."""
     from rich.table import Table
 
-    table = Table(title="Every row is the row above it after one more stage", title_justify="left")
+    chain, several = "Every row is the row above it after one more stage", "Every row is a checkpoint, the best is bold"
+    table = Table(title=several if compared else chain, title_justify="left")
     table.add_column("checkpoint", no_wrap=True)
     shown = columns(results)
     for column in shown:
         table.add_column(column.heading, justify="right")
-    for result in results:
-        table.add_row(result.label, *(cell(result, column) for column in shown))
+    for cells in rows(results, shown, ("[bold]", "[/bold]") if compared else None):
+        table.add_row(*cells)
     return table
 
 
-def markdown_table(results: list[Result]) -> str:
+def markdown_table(results: list[Result], compared: bool = False) -> str:
     """Return the same table in Markdown."""
     shown = columns(results)
     lines = [
         "| checkpoint | " + " | ".join(column.heading for column in shown) + " |",
         "| --- |" + " ---: |" * len(shown),
     ]
-    for result in results:
-        lines.append(f"| {result.label} | " + " | ".join(cell(result, column) for column in shown) + " |")
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows(results, shown, ("**", "**") if compared else None)]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ from slim.errors import SlimError
 from slim.pipeline import Pipeline, Result
 from slim.stage import Stage
 from slim.store import Store, reraise_full_disk
+from slim.training import distributed
 
 STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")  # in the order in which they run
 
@@ -56,9 +57,11 @@ def learn_from_teacher(config: DictConfig) -> DictConfig:
     """Where ``teacher.stage=tune``, let the tuner's settings be those of the distillation, which takes its place."""
     if not config.teacher or config.teacher.get("stage") != "tune":
         return config
-    train = {"slim.training.tune.Lora": "lora", "slim.training.tune.Full": "full"}.get((config.tuner or {}).get("_target_"))
+    kinds = {"slim.training.tune.Lora": "lora", "slim.training.qlora.QLora": "qlora", "slim.training.tune.Full": "full"}
+    train = kinds.get((config.tuner or {}).get("_target_"))
     if train is None:
-        raise SlimError("teacher.stage=tune makes the tuner learn from the teacher: it needs tuner=lora or tuner=full.")
+        needed = "it needs tuner=lora or tuner=full or tuner=qlora"
+        raise SlimError(f"teacher.stage=tune makes the tuner learn from the teacher: {needed}.")
     config = config.copy()
     OmegaConf.set_struct(config, False)
     settings = {name: value for name, value in config.tuner.items() if name != "_target_"}
@@ -68,8 +71,17 @@ def learn_from_teacher(config: DictConfig) -> DictConfig:
 
 
 def execute(config: DictConfig) -> list[Result]:
-    """Plan, check, run, track and report one configuration."""
+    """Plan, check, run, track and report one configuration. Of several processes, process zero does so, and others help."""
     quiet_libraries()
+    if not distributed.leads():
+        distributed.follow(lambda: build_pipeline(config))
+        return []
+    with distributed.leading():
+        return lead(config)
+
+
+def lead(config: DictConfig) -> list[Result]:
+    """Do what :func:`execute` does, in the process that writes."""
     pipeline = build_pipeline(config)
     output = check_output(config.output)
     steps = pipeline.plan()
@@ -89,22 +101,37 @@ def execute(config: DictConfig) -> list[Result]:
 
 def run_tracked(pipeline: Pipeline, config: DictConfig, output: Path | None) -> list[Result]:
     """Run the pipeline inside an MLflow run and print the table."""
+    return _run([pipeline], config, output)
+
+
+def run_compared(pipelines: list[Pipeline], config: DictConfig) -> list[Result]:
+    """Measure the sources of several pipelines inside one MLflow run and print one table with the best in bold."""
+    return _run(pipelines, config, None)
+
+
+def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> list[Result]:
+    from slim.evaluation.compare import compare, name_apart
     from slim.report import json_table, markdown_table, samples_text
     from slim.tracking import Tracker
 
-    settings = config.tracking
+    settings, pipeline, compared = config.tracking, pipelines[0], len(pipelines) > 1
     try:
         with Tracker(pipeline.store.root, settings.experiment, settings.run_name or run_name(), settings.uri) as tracker:
             resolved = OmegaConf.to_container(config, resolve=True)
             tracker.log_settings(resolved, OmegaConf.to_yaml(config, resolve=True), overrides())
-            results = pipeline.run(tracker)
-            files = {"results.md": markdown_table(results), "results.json": json_table(results)}
+            results = [result for each in pipelines for result in each.run(tracker)]
+            name_apart(results)
+            comparison = compare(results, pipeline.evaluation, pipeline.store, pipeline.device)
+            files = {"results.md": markdown_table(results, compared), "results.json": json_table(results)}
             if results[0].quality.get("samples"):
                 files["samples.md"] = samples_text(results)
-            tracker.log_summary(results[-1].metrics, files)
+            summary = {} if compared else results[-1].metrics
+            tracker.log_summary({**summary, **comparison.metrics()}, {**files, **comparison.files(results)})
             if output is not None:
                 copy_result(results[-1], output)
-            print_results(results, tracker, output)
+            print_results(results, tracker, output, comparison, compared)
+            if comparison.error is not None:
+                raise comparison.error
     except OSError as error:
         reraise_full_disk(error, pipeline.store.root)
         raise
@@ -123,15 +150,21 @@ def run_name() -> str | None:
     return " ".join(overrides())[:200] or None
 
 
-def print_results(results: list[Result], tracker, output: Path | None) -> None:
-    """Print the table, where the final checkpoint is, and how to browse the runs."""
+def print_results(results: list[Result], tracker, output: Path | None, comparison, compared: bool) -> None:
+    """Print the table, what it cannot show, where the final checkpoint is, and how to browse the runs."""
     from rich.console import Console
 
+    from slim.evaluation.side_by_side import differences_table, notes
     from slim.report import terminal_table
 
     out = Console(width=None if sys.stdout.isatty() else 220)
-    out.print(terminal_table(results))
-    out.print(f"final checkpoint: {output or results[-1].checkpoint.folder}", highlight=False, soft_wrap=True)
+    out.print(terminal_table(results, compared))
+    if compared and any(comparison.differences.values()):
+        out.print(differences_table(comparison, results[0].label))
+    for note in notes(results, comparison):
+        out.print(note, highlight=False, markup=False, soft_wrap=True)
+    if not compared:
+        out.print(f"final checkpoint: {output or results[-1].checkpoint.folder}", highlight=False, soft_wrap=True)
     out.print(f"browse the runs:  {tracker.ui_command}", highlight=False, soft_wrap=True)
 
 

@@ -42,10 +42,13 @@ class Stage:
 
     kind: what it does to a model: ``prune``, ``tune``, ``distill``, ``quantize``; also the start of its folder's name.
     version: raised whenever the same settings begin to give a different result, so that old results are not reused.
+    together: whether all processes that torchrun started run it. What returns in others than process zero, which get no
+        target, is ignored.
     """
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1
+    together: ClassVar[bool] = False
 
     def identity(self) -> dict:
         """Settings that determine the result, as plain JSON values."""

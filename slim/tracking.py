@@ -5,6 +5,7 @@ The default store is a SQLite file with an artifact folder beside it; any tracki
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -85,6 +86,8 @@ class Tracker:
         samples = result.quality.get("samples")
         if samples:
             self._client.log_dict(run_id, {"samples": samples}, "samples.json")
+        for name, rows in record_files(result.quality.get("records", {})).items():
+            self._client.log_text(run_id, rows, f"records/{name}.jsonl")
         self._client.set_terminated(run_id, "FINISHED")
 
     def log_summary(self, metrics: dict[str, float], files: dict[str, str]) -> None:
@@ -131,6 +134,17 @@ class Tracker:
         points = [Metric(name, float(value), now, int(step or 0)) for name, value, step in curves]
         for start in range(0, len(points), BATCH):
             self._client.log_batch(run_id, metrics=points[start : start + BATCH])
+
+
+def record_files(records: dict) -> dict[str, str]:
+    """Return file name -> JSON Lines of what an evaluation measured question by question, window by window."""
+    parts = {**{name: rows for name, rows in records.items() if name != "tasks"}, **records.get("tasks", {})}
+    files = {}
+    for name, rows in parts.items():
+        if isinstance(rows, dict):  # columns
+            rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        files[UNTRACKED.sub("_", name).replace("/", "_")] = "".join(json.dumps(row) + "\n" for row in rows)
+    return files
 
 
 def _connect(uri: str):

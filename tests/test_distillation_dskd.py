@@ -11,7 +11,15 @@ import torch
 from slim.checkpoint import load_model, load_tokenizer, open_checkpoint
 from slim.data.examples import TinyChat, TinyText
 from slim.data.packing import IGNORE
-from slim.distillation.dual_space import CrossModelAttention, DualSpace, closest_map, head_projectors, query_projector
+from slim.distillation.alignment import aligned_windows, token_bytes
+from slim.distillation.dual_space import (
+    CrossModelAttention,
+    DualSpace,
+    ExactAlignment,
+    closest_map,
+    head_projectors,
+    query_projector,
+)
 from slim.distillation.losses import forward_kl
 from slim.distillation.pairing import paired_windows, segments_of, teacher_batch
 from slim.distillation.stage import Full, Lora
@@ -211,6 +219,69 @@ def test_two_tokenizers_against_a_slow_reference(student, foreign, data):
     assert value.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("data", [TinyText(), TinyChat()])
+def test_tokens_with_the_same_text_in_front_are_aligned(student, foreign, data):
+    """Compared with the definition: the decoded text of everything up to each token."""
+    tokenizers = [load_tokenizer(folder) for folder in (student, foreign)]
+    windows, read = paired_windows(data, "train", *tokenizers, 64, 500, 256)
+    found = aligned_windows(windows, read, *tokenizers)
+    for row in range(len(windows)):
+        batch = {name: getattr(windows, name) for name in ("tokens", "labels", "positions")}
+        pieces = pieces_of({name: tensor for name, tensor in batch.items() if tensor is not None}, row)
+        sides: list[list[tuple[int, str]]] = [[], []]
+        for number, ((tokens, labels), example) in enumerate(zip(pieces, read[row], strict=True)):
+            both = ((tokens.tolist(), labels.tolist()), (example.tokens, example.labels))
+            for side, tokenizer, (ids, wanted) in zip(sides, tokenizers, both, strict=True):
+                counted = [place for place in range(1, len(ids)) if wanted[place] != IGNORE]
+                side += [(number, tokenizer.decode(ids[:place])) for place in counted]
+        expected = [(i, sides[1].index(text)) for i, text in enumerate(sides[0]) if text in sides[1]]
+        assert found[row].T.tolist() == [list(pair) for pair in expected] and len(expected) > len(sides[0]) / 2
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(foreign):
+    tokenizer = load_tokenizer(foreign)
+    known, text = token_bytes(tokenizer), "Anna\u00efs caf\u00e9 \u2014 12\n\u4f60"
+    assert b"".join(known[token] for token in tokenizer(text)["input_ids"]) == text.encode()
+    assert known[tokenizer.eos_token_id] == b"" and known[tokenizer.convert_tokens_to_ids("<|user|>")] == b"<|user|>"
+
+
+@pytest.mark.parametrize("data", [TinyText(), TinyChat()])
+def test_exact_alignment_against_the_formulas(student, foreign, data):
+    narrow, wide = load_model(student, "float32").requires_grad_(True), load_model(foreign, "float32").requires_grad_(False)
+    tokenizers = [load_tokenizer(folder) for folder in (student, foreign)]
+    windows, read = paired_windows(data, "train", *tokenizers, 32, 96, 256)
+    pairs = aligned_windows(windows, read, *tokenizers)
+    order = torch.tensor([2, 0])
+    batch = {name: getattr(windows, name) for name in ("tokens", "labels", "positions")}
+    batch = {name: tensor[order].long() for name, tensor in batch.items() if tensor is not None} | {"windows": order}
+    ids = torch.arange(300, 330)
+    projectors = noisy(head_projectors(narrow, wide, ids, ids))
+    classes = (1536, open_checkpoint(foreign).description.vocab_size)
+    goal = ExactAlignment(wide, projectors, forward_kl, 2.0, 0.25, classes, read=read, pairs=pairs, pad=0)
+    value = goal(narrow, batch)
+
+    p_ts, p_st = (projectors[name].weight.detach() for name in ("to_student", "to_teacher"))
+    w_s, w_t = narrow.lm_head.weight.detach(), wide.lm_head.weight
+    expected = 0.0
+    for row, window in enumerate(order.tolist()):
+        ours, theirs = [], []
+        for (tokens, labels), example in zip(pieces_of(batch, row), read[window], strict=True):
+            for side, model, ids, wanted in (
+                (ours, narrow, tokens, labels), (theirs, wide, torch.tensor(example.tokens), torch.tensor(example.labels)),
+            ):  # fmt: skip
+                with torch.no_grad():
+                    hidden = model.model(input_ids=ids[None])[0][0]
+                side += [(hidden[at - 1], ids[at].item()) for at in range(1, len(ids)) if wanted[at] != IGNORE]
+        expected += sum(0.25 * nll(w_s @ hidden, label) for hidden, label in ours)
+        for i, j in pairs[window].T.tolist():
+            (h_s, label), (h_t, _) = ours[i], theirs[j]
+            guide = w_s @ p_ts @ h_t
+            expected += 0.75 * (4 * kl(guide, w_s @ h_s, 2.0) + nll(guide, label) + 4 * kl(w_t @ h_t, w_t @ p_st @ h_s, 2.0))
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    value.backward()
+    assert all(projector.weight.grad.abs().sum() > 0 for projector in projectors.values())
+
+
 def pieces_of(batch: dict, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Split a row into its texts, padding (which has no labels) left out."""
     tokens, labels = batch["tokens"][row], batch["labels"][row]
@@ -280,11 +351,11 @@ def _few(data: TinyChat) -> TinyChat:
 # The stage
 
 
-@pytest.mark.parametrize(("kind", "data"), [(Lora, TinyText()), (Full, TinyChat())])
-def test_a_teacher_with_another_tokenizer_teaches(student, foreign, tmp_path, kind, data):
-    stage = kind(**QUICK, data=data, base=Source(str(student)), model=str(foreign), method="dskd")
+@pytest.mark.parametrize(("kind", "data", "align"), [(Lora, TinyText(), "attention"), (Full, TinyChat(), "exact")])
+def test_a_teacher_with_another_tokenizer_teaches(student, foreign, tmp_path, kind, data, align):
+    stage = kind(**QUICK, data=data, base=Source(str(student)), model=str(foreign), method="dskd", align=align)
     facts = run(stage, student, tmp_path / "out")
-    assert facts["same_vocabulary"] is False
+    assert facts["same_vocabulary"] is False and (align == "attention" or 0.5 < facts["aligned_share"] <= 1)
     assert facts["validation_loss_after"] < facts["validation_loss_before"]
     shapes = {name: tensor.shape for name, tensor in load_model(student).state_dict().items()}
     assert {name: tensor.shape for name, tensor in load_model(tmp_path / "out").state_dict().items()} == shapes

@@ -14,7 +14,10 @@ from omegaconf import OmegaConf
 from slim.architecture import FAMILIES, ModelDescription
 from slim.checkpoint import open_checkpoint
 from slim.errors import SlimError
+from slim.evaluation.answers import Answers
+from slim.evaluation.documents import DocumentPerplexity
 from slim.evaluation.evaluation import Evaluation
+from slim.evaluation.judge import Judge
 from slim.evaluation.perplexity import Perplexity
 from slim.evaluation.run import measure
 from slim.evaluation.speed import Speed
@@ -42,7 +45,11 @@ def test_everything_is_measured_and_is_plain_json(found):
     assert json.loads(json.dumps(found)) == found
     quality, speed = found["quality"], found["speed"]
     accuracies = {f"tiny_facts/{name}" for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-    assert set(quality["metrics"]) == {"perplexity", "tasks/acc", *accuracies}
+    repeats = {"repeated_4grams", "repeating_answers"}
+    assert set(quality["metrics"]) - repeats == {"perplexity", "tasks/acc", *accuracies}
+    assert len(quality["records"]["perplexity"]["nll"]) == 6 and len(quality["records"]["tasks"]["tiny_facts"]) == 8
+    assert quality["health"] == {}
+    assert {"time_to_first_token", "decode_tokens_per_second_iqr", "cache_bytes_per_token"} <= set(speed["metrics"])
     assert {"prefill_tokens_per_second", "decode_tokens_per_second", "weights_bytes"} <= set(speed["metrics"])
     assert all(isinstance(value, float) for part in found.values() for value in part["metrics"].values())
     assert [sample["prompt"] for sample in quality["samples"]] == ["The goat"]
@@ -51,8 +58,7 @@ def test_everything_is_measured_and_is_plain_json(found):
 
 def test_the_bytes_of_the_weights_are_those_of_the_checkpoint(found, small_llama):
     expected = sum(
-        shape[0] * (shape[1] if len(shape) > 1 else 1) * 4
-        for _, _, shape in open_checkpoint(small_llama).tensors.values()
+        shape[0] * (shape[1] if len(shape) > 1 else 1) * 4 for _, _, shape in open_checkpoint(small_llama).tensors.values()
     )
     rotary = 2 * 8 * 4  # the frequencies, and their original values
     assert expected < found["speed"]["metrics"]["weights_bytes"] <= expected + rotary
@@ -103,11 +109,13 @@ def test_identities_hold_what_determines_the_figures_and_nothing_else():
         {"prompts": ["The hen"]},
         {"new_tokens": 7},
         {"dtype": "float32"},
+        {"documents": DocumentPerplexity("tiny:heldout")},
+        {"answers": Answers(limit=2)},
     ):
         assert small_evaluation(**changes).quality_identity() != quality
     faster = dataclasses.replace(evaluation.tasks, batch_size=3)
     assert small_evaluation(speed=None, tasks=faster).quality_identity() == quality
-    for changes in ({"speed": Speed(new_tokens=5)}, {"speed": None}, {"dtype": "float32"}):
+    for changes in ({"speed": Speed(new_tokens=5)}, {"speed": None}, {"dtype": "float32"}, {"energy": "DEU"}):
         assert small_evaluation(**changes).speed_identity() != speed
     assert small_evaluation(tasks=None, prompts=[]).speed_identity() == speed
 
@@ -126,14 +134,18 @@ def test_checks_need_no_weights():
 
 
 def test_settings_are_checked():
-    for wrong in ({"dtype": "float31"}, {"new_tokens": 0}, {"prompts": [""]}):
+    judge = Judge("m", endpoint="http://127.0.0.1:9/v1")
+    for wrong in ({"dtype": "float31"}, {"new_tokens": 0}, {"prompts": [""]}, {"judge": judge}, {"speed": "fast"}):
         with pytest.raises(SlimError, match=f"eval.{next(iter(wrong))}"):
             Evaluation(**wrong)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "eval").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_choice_can_be_made(path):
-    evaluation = instantiate(OmegaConf.load(path))
+    config = OmegaConf.load(path)
+    if path.stem == "judged":
+        config.judge.merge_with({"model": "name", "endpoint": "http://127.0.0.1:8000/v1"})
+    evaluation = instantiate(config)
     assert isinstance(evaluation, Evaluation)
     assert evaluation.has_quality == evaluation.has_speed == (path.stem != "none")
     json.dumps([evaluation.quality_identity(), evaluation.speed_identity()])
@@ -146,7 +158,7 @@ def test_parts_can_be_left_out_on_the_command_line():
     config.merge_with_dotlist(["speed=null", "tasks.names=[]", "perplexity.limit=2"])
     evaluation = instantiate(config)
     assert evaluation.speed is None and not evaluation.has_speed
-    assert evaluation.quality_identity()["tasks"] is None
+    assert "tasks" not in evaluation.quality_identity()
     assert evaluation.perplexity.limit == 2
 
 

@@ -94,6 +94,41 @@ def test_documents_are_joined_by_an_empty_line(small, tmp_path):
     assert torch.equal(*(part.windows(tokenizer, 256) for part in parts))
 
 
+def test_separator_and_number_of_documents_are_part_of_the_protocol(small, tmp_path):
+    _, tokenizer = small
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"page": "{text}"}}\n' for text in ("A goat.", "A hen.", "A cat.")))
+    (tmp_path / "b.txt").write_text("A goat. A hen.")
+    path, plain = str(tmp_path / "a.jsonl"), Perplexity(str(tmp_path / "b.txt"), window=4)
+    part = Perplexity(path, column="page", window=4, separator=" ", first_documents=2)
+    assert torch.equal(part.windows(tokenizer, 256), plain.windows(tokenizer, 256))
+    assert part.identity() != Perplexity(path, column="page", window=4, separator=" ").identity()
+    assert part.identity() != Perplexity(path, column="page", window=4, first_documents=2).identity()
+
+
+def test_one_file_of_a_hub_data_set(small, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(path, **arguments):
+        asked.append((path, arguments))
+        return [{"text": "A goat."}, {"text": "A hen."}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    part = Perplexity("allenai/c4", files="en/one.json.gz", revision="main", separator=" ", window=2)
+    assert part.joined() == "A goat. A hen."
+    assert asked == [("allenai/c4", {"data_files": "en/one.json.gz", "revision": "main", "split": "train"})]
+    assert part.identity()["files"] == "en/one.json.gz"
+
+
+def test_the_figures_of_the_windows_are_kept(small):
+    model, tokenizer = small
+    part = Perplexity("tiny:heldout", window=50, limit=3)
+    found = part.measure(model, tokenizer, 256)
+    alone = [direct_perplexity(model, part.windows(tokenizer, 256)[i].tolist(), 50, 1) for i in range(3)]
+    assert found["records"]["nll"] == pytest.approx([math.log(value) for value in alone], rel=1e-6)
+
+
 def test_a_text_shorter_than_a_window_is_refused(small, tmp_path):
     (tmp_path / "short.txt").write_text("Luke keeps a hen.")
     with pytest.raises(SlimError, match=r"fewer than one window of 256.*eval\.perplexity\.window="):
@@ -143,8 +178,6 @@ def test_the_first_200_windows_have_the_figure_stated_with_the_model(shared, ref
     part = Perplexity(str(shared / "data" / "wikitext2_raw_test.txt"), window=256, limit=200)
     found = part.measure(model, tokenizer, 1024)["metrics"]["perplexity"]
     with torch.no_grad():
-        losses = [
-            model(input_ids=window[None], labels=window[None]).loss.item() for window in part.windows(tokenizer, 1024)
-        ]
+        losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in part.windows(tokenizer, 1024)]
     assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert found == pytest.approx(170, abs=0.5)

@@ -43,7 +43,8 @@ def test_prompt_and_generated_tokens_are_timed_apart():
     assert found["metrics"]["prefill_tokens_per_second"] == pytest.approx(1000, rel=0.3)
     assert found["metrics"]["decode_tokens_per_second"] == pytest.approx(100, rel=0.3)
     assert found["protocol"] == {
-        "prompt_tokens": [100, 50], "new_tokens": 9, "runs": 6, "warmup_runs": 0, "batch_size": 1,
+        "prompt_tokens": [100, 50], "new_tokens": 9, "max_length": None, "runs": 6, "warmup_runs": 0, "batch_size": 1,
+        "compile": False,
     }  # fmt: skip
 
 

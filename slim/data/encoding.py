@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from slim.data.packing import IGNORE, Example
 from slim.errors import SlimError
 
 AT_ONCE = 256  # texts per call of the tokenizer, which works on several in parallel
+
+Message = dict[str, str]  # role ("system", "user", "assistant") and content
+Span = tuple[int, int]  # first character and the one behind the last
+
+
+def turns(question: str, answer: str) -> list[Message]:
+    """Return the messages of a question with its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def end_token(tokenizer) -> int:
@@ -26,10 +34,15 @@ def encode_documents(tokenizer, documents: Iterable[str]) -> Iterator[list[int]]
 
 
 def encode_pairs(tokenizer, pairs: Iterable[tuple[str, str]]) -> Iterator[Example]:
-    """Yield each prompt and answer in the tokenizer's chat template; only the answer and its end token have labels.
+    """Yield each prompt and answer as :func:`encode_conversations` does."""
+    return encode_conversations(tokenizer, (turns(prompt, answer) for prompt, answer in pairs))
 
-    Raises ``SlimError`` if there is no chat template, or one that does not keep the prompt as it is when the answer
-    is appended.
+
+def encode_conversations(tokenizer, conversations: Iterable[list[Message]]) -> Iterator[Example]:
+    """Yield each conversation in the tokenizer's chat template; answers and the tokens that end them have labels.
+
+    conversations: messages, of which the last is an answer. Raises ``SlimError`` if there is no chat template, or one that
+    does not keep what was said as it is when an answer is appended.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise SlimError(
@@ -38,33 +51,73 @@ def encode_pairs(tokenizer, pairs: Iterable[tuple[str, str]]) -> Iterator[Exampl
         )
     if not tokenizer.is_fast:
         raise SlimError("Tuning on conversations needs a fast tokenizer (tokenizer.json), which this model lacks.")
-    pairs = iter(pairs)
-    marks = frozenset(tokenizer.added_tokens_decoder)  # end of text, of turn: what is not text
-    while some := list(islice(pairs, AT_ONCE)):
-        rendered = [render(tokenizer, prompt, answer) for prompt, answer in some]
-        texts, starts = zip(*rendered, strict=True)
+    conversations = iter(conversations)
+    added = tokenizer.added_tokens_decoder  # end of text, of turn: what is not text
+    marks = [str(token) for token in added.values()]
+    while some := list(islice(conversations, AT_ONCE)):
+        texts, spans = zip(*(render(tokenizer, messages, marks) for messages in some), strict=True)
         encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for tokens, offsets, start in zip(encoded["input_ids"], encoded["offset_mapping"], starts, strict=True):
-            example = _with_labels(tokens, offsets, start)
-            if not tokens or tokens[-1] not in marks:  # the template does not say where an answer ends
+        for tokens, offsets, answers in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
+            example = Example(tokens, _labels(tokens, offsets, answers))
+            if not tokens or tokens[-1] not in added:  # the template does not say where an answer ends
                 example = example.followed_by(end_token(tokenizer))
             yield example
 
 
-def render(tokenizer, prompt: str, answer: str) -> tuple[str, int]:
-    """Return the conversation as text and the character at which the answer begins."""
-    question = [{"role": "user", "content": prompt}]
-    whole = [*question, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(whole, tokenize=False)
-    before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    if not text.startswith(before):
+def render(tokenizer, messages: list[Message], marks: Sequence[str] = ()) -> tuple[str, list[Span]]:
+    """Return the conversation as text, and where in it every answer stands, with the mark that ends it.
+
+    An answer begins where the template, given what was said before, asks for it. marks: texts that may end an answer.
+    """
+    text = _templated(tokenizer, messages)
+    spans: list[Span] = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _templated(tokenizer, messages[:place], add_generation_prompt=True)
+        if not text.startswith(before):
+            raise SlimError(
+                "The chat template of the model's tokenizer changes the prompt when an answer follows, so where the answer "
+                f"begins is unknown: '{before[-40:]}' is not the beginning of '{text[:80]}...'."
+            )
+        last = place == len(messages) - 1
+        end = len(text.rstrip()) if last else _answer_end(text, len(before), message["content"], marks)
+        spans.append((len(before), end))
+    return text.rstrip(), spans
+
+
+def _templated(tokenizer, messages: list[Message], **settings) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
         raise SlimError(
-            "The chat template of the model's tokenizer changes the prompt when an answer follows, so where the answer "
-            f"begins is unknown: '{before[-40:]}' is not the beginning of '{text[:80]}...'."
+            f"The chat template of the model's tokenizer refuses a conversation of {roles}: {error} "
+            "Give data whose turns it knows, without system messages for example."
+        ) from error
+
+
+def _answer_end(text: str, start: int, answer: str, marks: Sequence[str]) -> int:
+    """Return where the answer at ``start`` ends in ``text``: behind the mark that follows it, if one does."""
+    place = text.find(answer.strip(), start)
+    if place < 0:
+        raise SlimError(
+            f"The chat template of the model's tokenizer changes an earlier answer ('{answer.strip()[:40]}'), so where it "
+            "ends is unknown. Use data with one answer a conversation."
         )
-    return text.rstrip(), len(before)
+    end = place + len(answer.strip())
+    behind = end + len(text[end:]) - len(text[end:].lstrip())
+    found = max((mark for mark in marks if text.startswith(mark, behind)), key=len, default="")
+    return behind + len(found) if found else end
 
 
-def _with_labels(tokens: list[int], offsets: list[tuple[int, int]], start: int) -> Example:
-    """Label the tokens that reach beyond character ``start``."""
-    return Example(tokens, [token if end > start else IGNORE for token, (_, end) in zip(tokens, offsets, strict=True)])
+def _labels(tokens: list[int], offsets: list[Span], answers: list[Span]) -> list[int]:
+    """Label the tokens that reach into an answer. offsets: each token's characters, ascending."""
+    labels, remaining = [], list(reversed(answers))
+    for token, (begin, end) in zip(tokens, offsets, strict=True):
+        while remaining and begin >= remaining[-1][1]:
+            remaining.pop()
+        labels.append(token if remaining and end > remaining[-1][0] else IGNORE)
+    return labels

@@ -11,6 +11,7 @@ at ``t - 1`` is what predicts it. The first token of a window or of an example h
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +35,11 @@ class Example:
     tokens: list[int]
     labels: list[int]
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
     def cut(self, length: int) -> Example:
-        """Return the first ``length`` tokens."""
+        """Return the first ``length`` tokens with their labels."""
         return Example(self.tokens[:length], self.labels[:length])
 
     def followed_by(self, token: int) -> Example:
@@ -80,7 +84,7 @@ def concatenate(documents: Iterable[Sequence[int]], window: int, end: int, limit
     A document's rest is carried into the next window; what does not fill the last window is left over and counted.
     limit: stop reading ``documents`` (which may be endless) once the windows hold this many tokens; None reads all.
     """
-    stream: list[int] = []
+    stream = array("i")  # 4 bytes a token, where a list takes up to 36
     count = 0
     enough = None if limit is None else -(-limit // window) * window
     for document in documents:
@@ -91,7 +95,8 @@ def concatenate(documents: Iterable[Sequence[int]], window: int, end: int, limit
             stream.append(end)
         count += 1
     full = (len(stream) if enough is None else min(enough, len(stream))) // window
-    tokens = torch.tensor(stream[: full * window], dtype=torch.int32).view(full, window)
+    tokens = torch.frombuffer(stream, dtype=torch.int32)[: full * window] if full else torch.empty(0, dtype=torch.int32)
+    tokens = tokens.view(full, window)
     return Windows(tokens, tokens, counts={"documents": count, "left_over": len(stream) - full * window})
 
 
@@ -147,14 +152,18 @@ def separate(examples: Sequence[Example], window: int, pad: int) -> Windows:
     return Windows(*as_tensor, counts={"examples": len(examples), "padding": padding})
 
 
-def fit_length(examples: Iterable[Example], window: int, long: str) -> tuple[list[Example], dict[str, int]]:
+def fit_length(
+    examples: Iterable[Example], window: int, long: str, limit: int | None = None
+) -> tuple[list[Example], dict[str, int]]:
     """Make every example fit into a window: those that are longer are cut at the end or dropped.
 
     long: ``"cut"`` or ``"drop"``. What has no token with loss (left) is dropped as well.
+    limit: stop reading ``examples`` (which may be endless) once those kept have this many tokens; None reads all.
     Returns the examples and the counts of those cut and dropped.
     """
     kept: list[Example] = []
     counts = {"cut": 0, "dropped": 0}
+    tokens = 0
     for example in examples:
         too_long = len(example.tokens) > window
         fitting = example.cut(window) if too_long else example
@@ -163,4 +172,7 @@ def fit_length(examples: Iterable[Example], window: int, long: str) -> tuple[lis
         else:
             counts["cut"] += too_long
             kept.append(fitting)
+            tokens += len(fitting)
+            if limit is not None and tokens >= limit:
+                break
     return kept, counts

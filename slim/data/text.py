@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,22 +17,27 @@ EMBEDDED = {
     "tiny:heldout": ASSETS / "tiny_world" / "heldout.txt",
     "tiny:calibration": ASSETS / "tiny_world" / "calibration.txt",
 }
-FILE_ENDINGS = (".txt", ".jsonl", ".json")
+FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 
 
 @dataclass
 class Text:
     """Where documents come from.
 
-    text: a file (``.txt``: one text; ``.jsonl``: one document a line), an embedded text (``tiny:heldout``,
-        ``tiny:calibration``), or a data set of the hub by its id or a local folder in the hub's layout.
-    subset, split, column: configuration, split and text column of a data set; ``column`` also for JSONL.
+    text: a file (``.txt``: one text; ``.jsonl``, ``.parquet``: one document a line or row), an embedded text
+        (``tiny:heldout``, ``tiny:calibration``), or a data set of the hub by its id or a local folder in the hub's layout.
+    subset, split, column: configuration, split and text column of a data set; ``column`` also for files with rows.
+    revision: branch, tag or commit of a hub data set.
+    streaming: read a data set while it is fetched and a ``.txt`` file line by line, so that memory and disk need not
+        hold all of it.
     """
 
     text: str
     subset: str | None = None
     split: str = "train"
     column: str = "text"
+    revision: str | None = None
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         path = self.path
@@ -53,17 +59,32 @@ class Text:
         path = self.path
         if path is not None and path.is_file():
             return {"sha256": self._checksum, "column": self.column if path.suffix != ".txt" else None}
-        return {"dataset": self.text, "subset": self.subset, "split": self.split, "column": self.column}
+        found = {"dataset": self.text, "subset": self.subset, "split": self.split, "column": self.column}
+        if path is not None:
+            found["sha256"] = self._folder_checksum
+        return found if self.revision is None else {**found, "revision": self.revision}
 
     @cached_property
     def _checksum(self) -> str:
         return sha256(self.path)
 
+    @cached_property
+    def _folder_checksum(self) -> str:
+        """The SHA-256 over names and contents of all files of a local data set, hidden ones left out."""
+        files = sorted(path for path in self.path.rglob("*") if path.is_file())
+        names = [path.relative_to(self.path) for path in files]
+        digest = hashlib.sha256()
+        for name in names:
+            if not any(part.startswith(".") for part in name.parts):
+                digest.update(f"{name.as_posix()} {sha256(self.path / name)}\n".encode())
+        return digest.hexdigest()
+
     def documents(self) -> Iterator[str]:
-        """Yield the documents in their order. Raises ``SlimError`` if they cannot be read."""
+        """Yield the documents in their order; a streamed ``.txt`` line by line. ``SlimError`` if they cannot be read."""
         path = self.path
         if path is not None and path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8") as lines:
+                yield from lines if self.streaming else [lines.read()]
         else:
             yield from self._column()
 
@@ -72,10 +93,13 @@ class Text:
         return "\n\n".join(self.documents())
 
     def rows(self) -> Iterator[dict]:
-        """Yield the rows of the JSONL file or of the data set. Raises ``SlimError`` if they cannot be read."""
+        """Yield the rows of the file or of the data set. Raises ``SlimError`` if they cannot be read."""
         path = self.path
         if path is None or path.is_dir():
-            yield from load_dataset(self.text, self.subset, self.split)
+            name = self.text if path is None else str(path)
+            yield from load_dataset(name, self.subset, self.split, self.revision, self.streaming)
+        elif path.suffix == ".parquet":
+            yield from parquet_rows(path)
         else:
             yield from (row for _, row in json_lines(path))
 
@@ -86,7 +110,7 @@ class Text:
                     f"{self.text}, row {number}: no column '{self.column}' (has: {', '.join(row)}). "
                     "Set column=... to one of them."
                 )
-            yield str(row[self.column])
+            yield "" if row[self.column] is None else str(row[self.column])
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
@@ -107,16 +131,41 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
-def load_dataset(name: str, subset: str | None, split: str):
-    """Load a data set of the hub, or of a local folder in its layout; ``SlimError`` if that fails."""
+def parquet_rows(path: Path) -> Iterator[dict]:
+    """Yield the rows of a Parquet file, some thousand of them in memory at a time; ``SlimError`` if it is none."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as table:
+            for batch in table.iter_batches(4096):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise SlimError(f"{path}: not a Parquet file that can be read ({error}).") from error
+
+
+def load_dataset(name: str, subset: str | None, split: str, revision: str | None = None, streaming: bool = False):
+    """Load a data set of the hub, or of a local folder in its layout; ``SlimError`` if that fails.
+
+    streaming: rows come while the files are read or fetched; nothing is kept on disk.
+    """
+    return _load(name, f"{subset or 'default'}, {split}", name=subset, split=split, revision=revision, streaming=streaming)
+
+
+def load_dataset_files(name: str, files: str, revision: str | None = None):
+    """Load one data file of a hub data set by its path inside the set; ``SlimError`` if that fails."""
+    return _load(name, files, data_files=files, revision=revision, split="train")
+
+
+def _load(dataset: str, shown: str, **arguments):
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(dataset, **arguments)
     except Exception as error:  # the library raises some twenty kinds for what is one thing to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SlimError(
-            f"The data set {name} ({subset or 'default'}, {split}) cannot be loaded: {reason}\n"
+            f"The data set {dataset} ({shown}) cannot be loaded: {reason}\n"
             "Without a network, give a local file instead, for example text=FILE.txt."
         ) from error

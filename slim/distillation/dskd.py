@@ -11,7 +11,8 @@ from slim.checkpoint import load_tokenizer
 from slim.data.encoding import end_token
 from slim.data.examples import TRAIN, VALIDATION
 from slim.data.packing import IGNORE, Windows
-from slim.distillation.dual_space import CrossModelAttention, DualSpace, head_projectors, query_projector
+from slim.distillation.alignment import aligned_windows
+from slim.distillation.dual_space import CrossModelAttention, DualSpace, ExactAlignment, head_projectors, query_projector
 from slim.distillation.module import Distilling
 from slim.distillation.pairing import Rows, paired_windows, teacher_batch
 from slim.distillation.tasks import DistillationTask, to_device
@@ -34,6 +35,7 @@ class DualSpaceTask(DistillationTask):
         self.teacher_tokenizer = load_tokenizer(folder)
         self.read: Rows = []
         self.read_held_out: Rows = []
+        self.aligned: float | None = None
         super().__init__(tuner, checkpoint, *where)
 
     # Data in both tokenizers
@@ -82,6 +84,14 @@ class DualSpaceTask(DistillationTask):
         settings = (teacher, projectors, stage.divergence(), stage.temperature, stage.hard_weight, classes)
         if self.same:
             goal = DualSpace(*settings)
+        elif stage.align == "exact":
+            pairs = aligned_windows(self.training, self.read, self.tokenizer, self.teacher_tokenizer)
+            self.aligned = sum(found.shape[1] for found in pairs) / int(self.training.loss_tokens.sum())
+            if not self.aligned:
+                raise SlimError(
+                    "Nowhere in the data do both tokenizers begin a token at the same place. Use teacher.align=attention."
+                )
+            goal = ExactAlignment(*settings, read=self.read, pairs=pairs, pad=end_token(self.teacher_tokenizer))
         else:
             projectors["query"] = query_projector(student, teacher, ours, theirs)
             with torch.no_grad():  # the values of the attention are normalised, the head's inputs are not
@@ -105,4 +115,5 @@ class DualSpaceTask(DistillationTask):
             return last_hidden(teacher, batch["tokens"], batch["positions"]).float().std(-1).mean().item()
 
     def distillation_facts(self) -> dict:
-        return {**super().distillation_facts(), "same_vocabulary": self.same}
+        found = {**super().distillation_facts(), "same_vocabulary": self.same}
+        return found if self.aligned is None else {**found, "aligned_share": self.aligned}

@@ -105,26 +105,28 @@ class DualSpace(nn.Module):
         hidden, target = counted(last_hidden(student, tokens, positions), labels)
         guide, guided = self.projectors["to_student"](taught.float()), self.projectors["to_teacher"](hidden.float())
         ones = torch.ones(len(target), device=hidden.device)
-        return self.student_space(plain_model(student), hidden, guide, target) + self.teacher_space(taught, guided, ones)
+        return self.student_space(plain_model(student), hidden, guide, target, ones) + self.teacher_space(taught, guided, ones)
 
     def student_space(
-        self, student: nn.Module, hidden: Tensor, projected: Tensor, target: Tensor, only_right: bool = False
+        self, student: nn.Module, hidden: Tensor, projected: Tensor, target: Tensor, weights: Tensor, only_right: bool = False
     ) -> Tensor:
-        """Return what the student's head compares, summed. only_right: L_s counts where p_ts is right."""
+        """Return what the student's head compares, summed; L_s and L_p with ``weights`` [tokens].
+
+        only_right: L_s counts where p_ts is right.
+        """
         frozen = frozen_head(student)
 
-        def of_chunk(hidden: Tensor, projected: Tensor, target: Tensor) -> Tensor:
+        def of_chunk(hidden: Tensor, projected: Tensor, target: Tensor, weights: Tensor) -> Tensor:
             logits = head_logits(student, hidden)[:, : self.classes[0]].float()
             guided = head_logits(frozen, projected.to(student.dtype))[:, : self.classes[0]].float()
             log_p = softened(guided.detach(), self.temperature)
             soft = self.divergence(log_p, softened(logits, self.temperature))
             soft = soft * (guided.argmax(-1) == target) if only_right else soft
-            total = (1 - self.hard_weight) * (
-                self.temperature**2 * soft.sum() + F.cross_entropy(guided, target, reduction="sum")
-            )
+            taught = self.temperature**2 * soft + F.cross_entropy(guided, target, reduction="none")
+            total = (1 - self.hard_weight) * (weights * taught).sum()
             return total + self.hard_weight * F.cross_entropy(logits, target, reduction="sum")
 
-        rows = (hidden, projected, target)
+        rows = (hidden, projected, target, weights)
         return chunked_sum(of_chunk, rows, head_parameters(student), chunk_rows(self.classes[0]))
 
     def teacher_space(self, taught: Tensor, projected: Tensor, weights: Tensor) -> Tensor:
@@ -146,6 +148,40 @@ def frozen_head(model: nn.Module) -> SimpleNamespace:
     constants = {name: parameter.detach() for name, parameter in head.named_parameters()}
     call = lambda hidden: torch.func.functional_call(head, constants, (hidden,))  # noqa: E731
     return SimpleNamespace(config=model.config, get_output_embeddings=lambda: call)
+
+
+class ExactAlignment(DualSpace):
+    """DSKD for models with different tokenizers, on tokens before which both have read the same text.
+
+    There P_ts h_t and P_st h_s are compared as with one tokenizer; the student's other tokens have their hard labels alone.
+    read: for every training window what the teacher reads. pairs: which tokens to compare (``alignment.py``). pad: a token
+    of the teacher's.
+    """
+
+    def __init__(self, *settings, read: Rows, pairs: list[Tensor], pad: int):
+        super().__init__(*settings)
+        self.read, self.pairs, self.pad = read, pairs, pad
+
+    def forward(self, student: nn.Module, batch: dict) -> Tensor:
+        windows = batch["windows"].tolist()
+        device = batch["tokens"].device
+        beside = {name: value.to(device) for name, value in teacher_batch([self.read[w] for w in windows], self.pad).items()}
+        with torch.no_grad():
+            taught, _ = counted(last_hidden(self.teacher, beside["tokens"], beside["positions"]), beside["labels"])
+        hidden, target = counted(last_hidden(student, batch["tokens"], batch.get("positions")), batch["labels"])
+        ours, theirs = self.pairs_of(windows, batch["labels"], beside["labels"]).to(device)
+        known = torch.zeros(len(target), device=device).index_fill(0, ours, 1.0)
+        projected = self.projectors["to_student"](taught[theirs].float())
+        guide = torch.zeros(len(target), projected.shape[1], device=device).index_copy(0, ours, projected)
+        guided = self.projectors["to_teacher"](hidden[ours].float())
+        in_student = self.student_space(plain_model(student), hidden, guide, target, known)
+        return in_student + self.teacher_space(taught[theirs], guided, torch.ones(len(ours), device=device))
+
+    def pairs_of(self, windows: list[int], labels: Tensor, read_labels: Tensor) -> Tensor:
+        """Return the pairs of some windows, numbered through all their tokens that count: int64 [2, pairs]."""
+        sizes = [(found[:, 1:] != IGNORE).sum(1).cpu() for found in (labels, read_labels)]
+        starts = torch.stack([size.cumsum(0) - size for size in sizes])  # [2, windows]
+        return torch.cat([self.pairs[window] + starts[:, row, None] for row, window in enumerate(windows)], 1)
 
 
 class CrossModelAttention(DualSpace):
@@ -170,7 +206,8 @@ class CrossModelAttention(DualSpace):
             for row in range(len(hidden))
         ]
         ours, guide, target, theirs, guided, weights = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        in_student = self.student_space(plain_model(student), ours, guide, target, only_right=True)
+        ones = torch.ones(len(target), device=device)
+        in_student = self.student_space(plain_model(student), ours, guide, target, ones, only_right=True)
         return in_student + self.teacher_space(theirs, guided, weights)
 
     def align(self, student: nn.Module, hidden: Tensor, taught: Tensor, own: dict, read: dict) -> tuple[Tensor, ...]:

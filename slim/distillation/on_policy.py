@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from slim.data.encoding import encode_pairs, end_token, render
+from slim.data.encoding import encode_pairs, end_token, render, turns
 from slim.data.examples import TRAIN, VALIDATION, Conversations
 from slim.data.packing import IGNORE, Example, Windows, separate
 from slim.distillation.generate import generate
@@ -93,7 +93,7 @@ class OnPolicyTask(DistillationTask):
         """Yield questions that leave room for an answer, as tokens in the chat template, up to where the answer begins."""
         longest = self.tuner.window - self.tuner.generation.new_tokens
         for question in self.tuner.data.questions(part):
-            text, start = render(self.tokenizer, question, "x")
+            text, ((start, _),) = render(self.tokenizer, turns(question, "x"))
             tokens = self.tokenizer(text[:start], add_special_tokens=False, verbose=False)["input_ids"]
             if len(tokens) <= longest:
                 yield tokens

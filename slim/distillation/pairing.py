@@ -11,7 +11,7 @@ from itertools import tee
 import torch
 from torch import Tensor
 
-from slim.data.encoding import encode_pairs, end_token
+from slim.data.encoding import encode_conversations, end_token
 from slim.data.examples import Conversations, TrainingData
 from slim.data.packing import IGNORE, Example, Windows, best_fit, separate
 from slim.errors import SlimError
@@ -38,11 +38,11 @@ def paired_windows(
 
 
 def _conversations(data, part, student, teacher, window, tokens, longest) -> tuple[Windows, Rows]:
-    one, other = tee((prompt, answer) for prompt, answer in data.pairs(part) if answer.strip())
+    one, other = tee(filter(None, data.conversations(part)))
     ours: list[Example] = []
     theirs: list[Example] = []
     seen = dropped = 0
-    for own, read in zip(encode_pairs(student, one), encode_pairs(teacher, other), strict=True):
+    for own, read in zip(encode_conversations(student, one), encode_conversations(teacher, other), strict=True):
         if tokens is not None and seen >= tokens:
             break
         if len(own.tokens) > window or len(read.tokens) > longest or not (own.has_loss() and read.has_loss()):

@@ -18,7 +18,7 @@ from slim.errors import SlimError
 from slim.lazy import LazyModule
 from slim.settings import dataclass_identity, require_choice, require_number
 from slim.source import Source
-from slim.training import tune
+from slim.training import qlora, tune
 
 if TYPE_CHECKING:
     from slim.architecture import ModelDescription
@@ -49,6 +49,8 @@ class Distillation(tune.Tuner):
     base: where the chain begins. model: ``base`` for that as the teacher, or a checkpoint folder or hub id.
     revision: of a hub model. dtype: of the teacher's weights.
     method: ``token`` compares distributions token by token, ``dskd`` in both models' spaces, whatever the tokenizers;
+    align: with different tokenizers, ``exact`` compares tokens before which both models have read the same text, ``attention``
+    lets each token of one attend to all of the other's;
     projector_rate: highest learning rate of projectors between both models; None: ``full`` training's rate.
     loss: ``forward``, ``reverse``, ``symmetric``, ``skewed``, ``skewed_reverse`` or ``adaptive``, see ``losses.py``;
     beta, skew, head: of the symmetric, the two skewed and the adaptive one.
@@ -63,6 +65,7 @@ class Distillation(tune.Tuner):
     revision: str | None = field(default=None, metadata=CHOSEN_ONLY)
     dtype: str = "auto"
     method: str = "token"
+    align: str = "exact"
     projector_rate: float | None = None
     loss: str = "forward"
     temperature: float = 2.0
@@ -102,6 +105,7 @@ class Distillation(tune.Tuner):
 
     def _check_combination(self) -> None:
         require_choice("teacher.method", self.method, ("token", "dskd"))
+        require_choice("teacher.align", self.align, ("exact", "attention"))
         require_choice("teacher.answers", self.answers, ANSWERS)
         if self.method == "dskd" and (self.cache or self.match.wanted or self.answers != "data"):
             raise SlimError("teacher.method=dskd works without teacher.cache, teacher.match and made answers: leave them out.")
@@ -123,6 +127,7 @@ class Distillation(tune.Tuner):
 
     def identity(self) -> dict:
         unused = {setting for setting in LOSSES.values() if setting not in (None, LOSSES[self.loss])}
+        unused |= set() if self.method == "dskd" else {"align"}
         unused |= {"generation"} if self.answers == "data" else set()
         unused |= set() if self.match.wanted else {"match"}
         unused |= set() if self.cache else {"top_k"}  # the only trace that a cache leaves in the result
@@ -187,18 +192,23 @@ class Lora(Distillation, tune.Lora):
 
 
 @dataclass
+class QLora(Distillation, qlora.QLora):
+    """Distillation into low-rank adapters on a quantised base, merged afterwards."""
+
+
+@dataclass
 class Full(Distillation, tune.Full):
     """Distillation into all weights."""
 
 
 def distill(train: str = "lora", stage: str = "distill", **settings) -> Distillation:
-    """Return the stage: ``train="lora"`` for adapters, ``"full"`` for all weights, which has no adapters' settings.
+    """Return the stage: ``train="lora"`` for adapters, ``"qlora"`` for those on a quantised base, ``"full"`` for all weights,
+    which has no adapters' settings.
 
     stage: ``"tune"`` lets a configuration's tuner say how to train (``slim.run.learn_from_teacher``).
     """
-    require_choice("teacher.train", train, ("lora", "full"))
+    kinds = {"lora": Lora, "qlora": QLora, "full": Full}
+    require_choice("teacher.train", train, kinds)
     require_choice("teacher.stage", stage, ("distill", "tune"))
-    if train == "lora":
-        return Lora(**settings)
-    adapters_only = {field.name for field in fields(tune.Lora)} - {field.name for field in fields(tune.Full)}
-    return Full(**{name: value for name, value in settings.items() if name not in adapters_only})
+    unused = {field.name for field in fields(QLora)} - {field.name for field in fields(kinds[train])}
+    return kinds[train](**{name: value for name, value in settings.items() if name not in unused})

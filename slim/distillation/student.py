@@ -61,6 +61,7 @@ class Layers(Stage):
 
     def check(self, model: ModelDescription) -> None:
         model.family  # noqa: B018 - refuses families whose parts are unknown
+        model.require_merged()
         if model.quantization is not None:
             raise SlimError(f"{model.name} is quantised. Build the student from plain weights and quantise the result.")
         most = self.keep if isinstance(self.keep, int) else len(self.kept(model.blocks))

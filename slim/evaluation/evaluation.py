@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 from slim.checkpoint import resolve_dtype
 from slim.data.text import Text
 from slim.errors import SlimError
+from slim.evaluation.answers import Answers
+from slim.evaluation.documents import DocumentPerplexity
+from slim.evaluation.judge import Judge
 from slim.evaluation.perplexity import Perplexity
-from slim.evaluation.speed import Speed
+from slim.evaluation.speed import Speed, preset
 from slim.evaluation.tasks import Tasks
 from slim.machine import fingerprint
 from slim.settings import identity, require_choice, require_number
@@ -29,6 +32,10 @@ DTYPE_RULES = {"auto": "float32 on a CPU, the stored type elsewhere"}
 class Evaluation:
     """The parts of an evaluation; a part that is None is left out.
 
+    perplexity: per token. documents: per word and byte. tasks: accuracies. answers: to questions with a reference.
+    judge: compares the answers of every checkpoint with those of the first one. speed: also the name of a preset.
+    energy: country whose electricity the machine uses, three letters, to measure energy and CO2; None measures none.
+    local_data: folder with the questions of stock tasks (see :class:`Tasks`).
     prompts: texts that the model continues greedily, by up to ``new_tokens`` tokens each; shown as sample generations.
     dtype: type to compute in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU (bfloat16 where
         the speed of 4-bit weights is measured), the stored
@@ -41,13 +48,24 @@ class Evaluation:
     prompts: list[str] = field(default_factory=list)
     new_tokens: int = 48
     dtype: str = "auto"
+    documents: DocumentPerplexity | None = None
+    answers: Answers | None = None
+    judge: Judge | None = None
+    energy: str | None = None
+    local_data: str | None = None
 
     # Raised whenever the same settings begin to give different figures, so that kept results are not reused.
-    quality_version: ClassVar[int] = 1
-    speed_version: ClassVar[int] = 2
+    quality_version: ClassVar[int] = 2
+    speed_version: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         self.prompts = list(self.prompts or [])
+        if isinstance(self.speed, str):
+            self.speed = preset(self.speed)
+        if self.local_data is not None and self.tasks is not None:
+            self.tasks.local_data = str(self.local_data)
+        if self.judge is not None and self.answers is None:
+            raise SlimError("eval.judge compares answers: it needs eval.answers too (eval=judged has both).")
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
             raise SlimError("eval.prompts takes texts that are not empty, for example eval.prompts=['The town of'].")
         require_number("eval.new_tokens", self.new_tokens, 1, integer=True)
@@ -56,7 +74,17 @@ class Evaluation:
     @property
     def has_quality(self) -> bool:
         """Whether anything is measured that is a fact about the checkpoint alone."""
-        return bool(self.perplexity or (self.tasks and self.tasks.names) or self.prompts)
+        return bool(self._quality_parts() or self.prompts)
+
+    def _quality_parts(self) -> dict:
+        """Return name -> part of what is a fact about the checkpoint alone."""
+        parts = {
+            "perplexity": self.perplexity,
+            "documents": self.documents,
+            "tasks": self.tasks if self.tasks and self.tasks.names else None,
+            "answers": self.answers,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def has_speed(self) -> bool:
@@ -91,6 +119,12 @@ class Evaluation:
             self.tasks.check()
         if self.speed:
             self.speed.check(model)
+        if self.answers:
+            self.answers.check(model)
+        if self.energy is not None:
+            from slim.evaluation.energy import check_country
+
+            check_country(self.energy)
         if self.prompts and self.new_tokens >= model.context_length:
             raise SlimError(
                 f"eval.new_tokens={self.new_tokens} leaves no room for a prompt in the context of "
@@ -102,8 +136,7 @@ class Evaluation:
         return {
             "version": self.quality_version,
             "dtype": DTYPE_RULES.get(self.dtype, self.dtype),
-            "perplexity": identity(self.perplexity),
-            "tasks": identity(self.tasks) if self.tasks and self.tasks.names else None,
+            **{name: identity(part) for name, part in self._quality_parts().items()},
             "prompts": self.prompts,
             "new_tokens": self.new_tokens if self.prompts else None,
         }
@@ -115,24 +148,47 @@ class Evaluation:
             "version": self.speed_version,
             "dtype": DTYPE_RULES.get(self.dtype, self.dtype),
             "speed": identity(self.speed),
+            "energy": self.energy,
             "text": None if own_prompts else self._speed_text().text_identity(),
         }
 
     def measure_quality(self, model, tokenizer) -> dict:
-        """Return ``metrics`` (flat name -> float), ``protocol`` per part, ``samples`` (``prompt``, ``answer``)."""
+        """Return ``metrics`` (flat name -> float), ``protocol`` per part, ``samples`` (``prompt``, ``answer``), and more.
+
+        ``records``: per part what was measured question by question. ``health``: where NaN or infinity starts (absent if
+        all is finite).
+        """
         from slim.evaluation.generation import samples
+        from slim.evaluation.health import repetition
 
         context_length = model.config.max_position_embeddings
         metrics: dict[str, float] = {}
         protocol: dict = {"dtype": dtype_name(model)}
-        parts = {"perplexity": self.perplexity, "tasks": self.tasks if self.tasks and self.tasks.names else None}
-        for name, part in parts.items():
-            if part is not None:
-                found = part.measure(model, tokenizer, context_length)
-                metrics.update(found["metrics"])
-                protocol[name] = found["protocol"]
-        answers = samples(model, tokenizer, self.prompts, self.new_tokens) if self.prompts else []
-        return {"metrics": metrics, "protocol": protocol, "samples": answers}
+        found = {name: part.measure(model, tokenizer, context_length) for name, part in self._quality_parts().items()}
+        for name, figures in found.items():
+            metrics.update(figures["metrics"])
+            protocol[name] = figures["protocol"]
+        said = samples(model, tokenizer, self.prompts, self.new_tokens) if self.prompts else []
+        answers = found.get("answers", {}).get("records", [])
+        metrics.update(repetition(tokenizer, [row["answer"] for row in [*said, *answers]]))
+        protocol["generation"] = {"prompts": len(said), "new_tokens": self.new_tokens, "answers": len(answers)}
+        records = {name: figures["records"] for name, figures in found.items()}
+        health = self._health(model, tokenizer, metrics, found, context_length)
+        return {"metrics": metrics, "protocol": protocol, "samples": said, "records": records, "health": health}
+
+    def _health(self, model, tokenizer, metrics: dict, found: dict, context_length: int) -> dict:
+        """Return ``{"non_finite": ...}`` (see :func:`first_non_finite`) where a figure is not finite, else nothing."""
+        from slim.evaluation.health import finite, first_non_finite, suspects
+
+        if finite(metrics):
+            return {}
+        windows = self.perplexity.windows(tokenizer, context_length).tolist() if self.perplexity else []
+        return {"non_finite": first_non_finite(model, suspects(tokenizer, found, windows))}
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raise ``SlimError`` for what the checkpoint's tokenizer cannot do, before its weights are loaded."""
+        if self.answers is not None:
+            self.answers.check_tokenizer(tokenizer)
 
     def speed_prompts(self, tokenizer) -> list[list[int]]:
         """Return the tokens of the prompts that :meth:`measure_speed` times."""
@@ -146,6 +202,17 @@ class Evaluation:
         metrics = {**found["metrics"], "weights_bytes": float(weights_bytes(model))}
         protocol = {"dtype": dtype_name(model), **found["protocol"], "machine": fingerprint(model.device.type)}
         return {"metrics": metrics, "protocol": {"speed": protocol}, "samples": []}
+
+    def measure_use(self, model, prompts: list[list[int]]) -> dict[str, float]:
+        """Return what generating takes beside time: memory of each phase, and energy where it is asked for."""
+        from slim.evaluation.energy import generation_energy
+        from slim.evaluation.memory import phase_peaks
+
+        first = self.speed.cases(prompts)[""][1]
+        found = phase_peaks(model, first[0], self.speed.new_after(first[0]))
+        if self.energy is not None:
+            found.update(generation_energy(model, first, self.speed.new_after(first[0]), self.energy))
+        return found
 
     def _speed_text(self) -> Text:
         """The text that prompts for timing are cut from: the one of the perplexity, else the embedded one."""

@@ -14,14 +14,18 @@ else:
     torch = LazyModule("torch")
 
 
-def prefill(model, ids: torch.Tensor):
-    """Run the prompt ``ids``, int64 [1, tokens]; return the most likely next token [1, 1] and the key/value cache."""
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+def prefill(model, ids: torch.Tensor, cache=None):
+    """Run the prompt ``ids``, int64 [batch, tokens]; return the most likely next token [batch, 1] and the cache.
+
+    cache: an empty key/value cache to fill; None for one that grows.
+    """
+    given = {} if cache is None else {"past_key_values": cache}
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
     return output.logits[:, -1:].argmax(-1), output.past_key_values
 
 
 def decode(model, token: torch.Tensor, cache) -> Iterator[torch.Tensor]:
-    """Yield one most likely token [1, 1] after the other, without end; ``cache`` grows with each."""
+    """Yield one most likely token [batch, 1] after the other, without end; ``cache`` grows with each."""
     while True:
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
@@ -30,8 +34,13 @@ def decode(model, token: torch.Tensor, cache) -> Iterator[torch.Tensor]:
 
 def continue_text(model, tokenizer, prompt: str, new_tokens: int) -> str:
     """Return the greedy continuation of ``prompt``: at most ``new_tokens`` tokens, up to the end-of-text token."""
+    return continue_ids(model, tokenizer, tokenizer(prompt)["input_ids"], new_tokens)
+
+
+def continue_ids(model, tokenizer, prompt: list[int], new_tokens: int) -> str:
+    """Return the greedy continuation of the tokens ``prompt`` as text, as :func:`continue_text` does."""
     ends = end_tokens(model, tokenizer)
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+    ids = torch.tensor([prompt], device=model.device)
     chosen: list[int] = []
     with torch.inference_mode():
         token, cache = prefill(model, ids)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import logging
 import math
 from collections.abc import Iterator
@@ -19,20 +22,23 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from slim.errors import SlimError
+from slim.evaluation.documents import document_nll, document_tokens
+from slim.evaluation.local_data import use_local_files
 from slim.evaluation.task_files import data_files, is_local, read_rows
 from slim.progress import progress_bar
 
-FEWSHOT_SEED = 1234  # lm-eval's own default, so that figures equal those of its command line
+CPU_BATCH = 32  # answers in one forward pass on a CPU, where larger batches gain nothing
+LOGITS_AT_ONCE = 2**26  # entries of a document's logits beyond which they are computed in slices: 256 MiB in float32
 
 
 class LoadedModel(HFLM):
     """A model in memory as lm-eval sees it, which shows slim's progress bar and notes the tasks with NaN in them."""
 
-    def __init__(self, model, tokenizer, batch_size: int, max_length: int):
+    def __init__(self, model, tokenizer, batch_size: int | None, max_length: int):
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=batch_size,
+            batch_size=batch_size or (CPU_BATCH if model.device.type == "cpu" else "auto"),
             max_length=max_length,
             softmax_dtype="float32",  # otherwise the model's type, in which bfloat16 has three digits
         )
@@ -46,9 +52,17 @@ class LoadedModel(HFLM):
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
-        scores = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        if self.max_length * self.model.config.vocab_size > LOGITS_AT_ONCE:
+            scores = [self._rolling_in_slices(*request.args) for request in requests]
+        else:
+            with progress_bar("tasks", None) as self._advance:
+                scores = super().loglikelihood_rolling(requests, disable_tqdm=True)
         self._note_nan(requests, scores)
         return scores
+
+    def _rolling_in_slices(self, text: str) -> float:
+        """Return what ``loglikelihood_rolling`` does, up to rounding, without the logits of a whole window at once."""
+        return -document_nll(self.model, *document_tokens(self.tokenizer, text), self.max_length)
 
     def _model_call(self, inps, *args, **kwargs) -> torch.Tensor:
         self._advance(len(inps))
@@ -62,44 +76,49 @@ class LoadedModel(HFLM):
 def evaluate(
     model,
     tokenizer,
-    paths: list[Path],
+    paths: dict[Path, dict[str, list[Path]]],
     *,
     limit: int | None,
     num_fewshot: int | None,
-    batch_size: int,
+    seed: int,
+    batch_size: int | None,
     max_length: int,
 ) -> dict[str, dict]:
-    """Run the tasks in the YAML files ``paths``; return task -> metrics, questions, num_fewshot, version.
+    """Run the tasks in the YAML files ``paths`` (each with split -> local files that take the place of the hub's data).
 
+    Return task -> metrics, questions, num_fewshot, version, questions_sha256, records.
     Raises ``SlimError`` if a task cannot be built, which mostly means that its data cannot be reached.
     """
     with quiet():
         tasks = {}
-        for path in paths:
-            task = build_task(path, num_fewshot)
+        for path, files in paths.items():
+            task = build_task(path, num_fewshot, files, seed)
             tasks[task.task_name] = task
         lm = LoadedModel(model, tokenizer, batch_size, max_length)
         # One bootstrap round: the errors of means are computed directly, and 0 would leave those out too.
-        found = run_tasks(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=1, log_samples=False)
+        found = run_tasks(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=1, log_samples=True)
     return {name: _result(found, name, broken=name in lm.broken) for name in tasks}
 
 
-def build_task(path: Path, num_fewshot: int | None):
-    """Build the lm-eval task of a YAML file; local data are handed over in memory.
+def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]], seed: int):
+    """Build the lm-eval task of a YAML file; local data (``local``: split -> files) are handed over in memory.
 
     The datasets library keeps JSON files in a cache of its own; in memory there is nothing that could be out of date.
     """
     try:
         config = load_yaml(path)
-        files = data_files(path) if is_local(path) else {}
+        files = local or (data_files(path) if is_local(path) else {})
         if files:
+            config = use_local_files(config, files)
             config["custom_dataset"] = partial(_in_memory, files)
-            config.pop("dataset_kwargs")
         (task,) = TaskManager(include_defaults=False).load([config])["tasks"].values()
     except SlimError:
         raise
     except Exception as error:  # a task file can fail in as many ways as there are loaders and template mistakes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if local:
+            shown = ", ".join(str(path) for paths in local.values() for path in paths)
+            raise SlimError(f"{shown}: not in the hub's schema of the task in {path.name} ({reason}).") from error
         raise SlimError(
             f"The task in {path.name} cannot be set up: {reason}\n"
             "Its data come from the hub unless they are embedded: without a network, name YAML files of your own."
@@ -108,7 +127,7 @@ def build_task(path: Path, num_fewshot: int | None):
         task.set_config(key="num_fewshot", value=num_fewshot)
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    task.set_fewshot_seed(seed=seed)
     return task
 
 
@@ -122,12 +141,47 @@ def _result(found: dict, name: str, broken: bool) -> dict:
         metric, _, variant = key.partition(",")
         if variant and isinstance(value, (int, float)):
             metrics[metric if variant == "none" else f"{metric}/{variant}"] = math.nan if broken else float(value)
+    asked = found["samples"][name]
     return {
+        "records": records(asked),
+        "questions_sha256": hashlib.sha256("".join(row["doc_hash"] for row in asked).encode()).hexdigest(),
         "metrics": metrics,
         "questions": found["n-samples"][name]["effective"],
         "num_fewshot": found["n-shot"][name],
         "version": found["versions"][name],
     }
+
+
+def records(samples: list[dict]) -> list[dict]:
+    """Reduce lm-eval's samples to plain JSON: per question its id and hash, what was asked, the answers' scores, figures.
+
+    Questions with choices have ``context``, ``choices``, ``scores`` (log-likelihoods in nats) and ``target``; documents only
+    their hash; generated answers ``context`` and ``answer``.
+    """
+    rows = []
+    for sample in samples:
+        figures = {name: _plain(sample[name]) for name in sample["metrics"]}
+        row = {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "filter": sample["filter"]}
+        rows.append({**row, **_asked(sample), **figures})
+    return rows
+
+
+def _asked(sample: dict) -> dict:
+    arguments, answers = sample["arguments"], sample["filtered_resps"]
+    if len(arguments[0]) == 1:  # a whole document
+        return {}
+    if isinstance(arguments[0][1], str):
+        scores = [answer[0] for answer in answers]
+        choices = [answer for _, answer in arguments]
+        return {"context": arguments[0][0], "choices": choices, "scores": scores, "target": _plain(sample["target"])}
+    return {"context": arguments[0][0], "answer": _plain(answers[0]), "target": _plain(sample["target"])}
+
+
+def _plain(value):
+    """Reduce numpy numbers and tuples to plain JSON values."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value
 
 
 @contextmanager
@@ -141,6 +195,7 @@ def quiet() -> Iterator[None]:
         for module in (lm_eval.api.task, lm_eval.models.huggingface):
             undo.callback(setattr, module, "tqdm", module.tqdm)
             module.tqdm = partial(module.tqdm, disable=True)
+        undo.enter_context(contextlib.redirect_stdout(io.StringIO()))  # finding the batch size is told by print
         if datasets.utils.logging.is_progress_bar_enabled():
             undo.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()

@@ -75,6 +75,15 @@ class MemoryMeter:
             self.resident = max(0, now - self._before)
             self.peak = None if peak is None else max(self.resident, peak - self._before)
 
+    def peak_so_far(self) -> int | None:
+        """Return the most held beyond the start since then, or since :meth:`restart_peak`."""
+        peak = self._read("VmHWM") if self._reset else None
+        return None if peak is None or self._before is None else max(0, peak - self._before)
+
+    def restart_peak(self) -> None:
+        """Count the peak from now."""
+        self._reset = self._reset_peak()
+
     def _read(self, field: str) -> int | None:
         if not self.cuda:
             return process_bytes(field)
@@ -92,6 +101,36 @@ class MemoryMeter:
 
         torch.cuda.reset_peak_memory_stats(self.device)
         return True
+
+
+def phase_peaks(model, prompt: list[int], new_tokens: int) -> dict[str, float]:
+    """Return what generating takes beside the loaded, idle model, in bytes; a run of its own, which nothing times.
+
+    ``prefill_peak_bytes`` and ``decode_peak_bytes``: most held at any moment of each phase (missing where the machine cannot
+    tell). ``cache_bytes_per_token``: the key/value cache after the prompt, per token of it.
+    """
+    import torch
+
+    from slim.evaluation.generation import decode, prefill
+
+    ids = torch.tensor([prompt], device=model.device)
+    meter, found = MemoryMeter(model.device.type), {}
+    with torch.inference_mode(), meter:
+        token, cache = prefill(model, ids)
+        found["prefill_peak_bytes"] = meter.peak_so_far()
+        held = cache_bytes(cache)
+        meter.restart_peak()
+        for _ in itertools.islice(decode(model, token, cache), new_tokens - 1):
+            pass
+        found["decode_peak_bytes"] = meter.peak_so_far()
+    found["cache_bytes_per_token"] = held / len(prompt) if held else None
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def cache_bytes(cache) -> int:
+    """Return the bytes of the keys and values in a cache of transformers."""
+    tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in tensors if hasattr(tensor, "nbytes"))
 
 
 def release() -> None:

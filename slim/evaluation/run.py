@@ -32,6 +32,8 @@ def measure(
         return found
     tokenizer, description, model = load_tokenizer(folder), open_checkpoint(folder).description, None
     quality_type, speed_type = evaluation.quality_dtype(description, device), evaluation.speed_dtype(description, device)
+    if quality:
+        evaluation.check_tokenizer(tokenizer)
     seed_everything()
     if speed:
         model, found["speed"] = _measure_speed(folder, evaluation, tokenizer, speed_type, device)
@@ -63,6 +65,7 @@ def _measure_speed(folder: Path, evaluation: Evaluation, tokenizer, dtype: str, 
             changed = use_cpu_kernel(model)
         figures = evaluation.measure_speed(model, prompts)
     figures["metrics"].update(memory_metrics(meter))
+    figures["metrics"].update(evaluation.measure_use(model, prompts))
     return None if changed else model, figures
 
 

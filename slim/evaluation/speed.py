@@ -1,24 +1,24 @@
 """Generation speed: the prompt (prefill) and the generated tokens (decode) timed apart, warm-up dropped.
 
-Prefill is the time from the prompt to the first new token, so its rate is prompt tokens per second and its inverse the
-time to first token; decode is the time of all further tokens, one forward pass each with the key/value cache. Counting
-prompt tokens as generated ones makes every model look several times as fast as it is.
+Prefill is the time from the prompt to the first new token, so its rate is prompt tokens per second and its time the time to
+first token; decode is the time of all further tokens, one forward pass each with the key/value cache. Counting prompt
+tokens as generated ones makes every model look several times as fast as it is.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from slim.data.calibration import encode_long
 from slim.errors import SlimError
-from slim.evaluation.generation import decode, prefill
+from slim.evaluation.timing import Run, compiled, timed_run
 from slim.lazy import LazyModule
 from slim.progress import track
-from slim.settings import require_number
+from slim.settings import require_choice, require_flag, require_number
 
 if TYPE_CHECKING:
     import torch
@@ -29,38 +29,67 @@ else:
     torch = LazyModule("torch")
 
 CHARACTERS_PER_TOKEN = 8  # read from the text per token wanted: more than tokenizers need on average
+THESIS_PROMPTS = (  # those of the inference tables of the thesis, which time texts of 200 tokens, prompt included
+    "Once upon a time",
+    "Why should I eat healthy?",
+    "Is there a second life after death?",
+    "What is the most common injury?",
+    "Who is Konrad Zuse?",
+)
 
 
 @dataclass
 class Speed:
-    """How long prompts and answers are, and how often each is timed.
+    """How long prompts and answers are, how many are run at once, and how often each is timed.
 
     prompts: texts to use as they are; empty: ``count`` prompts of ``prompt_length`` tokens from the evaluation's text.
-    new_tokens: generated per prompt, always all of them.
-    repeats: timed runs per prompt. warmup: runs before them that are not counted. The result is the median of all runs.
+    prompt_length, batch_size: a number, or a list of them: every combination is timed, and the first is the one in tables.
+        A batch holds the same prompt several times, and its rates count the tokens of all rows.
+    new_tokens: generated per prompt, always all of them. max_length: prompt and answer together, in place of new_tokens.
+    repeats: timed runs per prompt. warmup: runs before them that are not counted. The result is the median of all runs, with
+        the distance between their quartiles beside it.
+    compile: run the forward pass through torch.compile, with a cache of fixed size; the warm-up compiles.
     """
 
     prompts: list[str] = field(default_factory=list)
     count: int = 5
-    prompt_length: int = 128
+    prompt_length: int | list[int] = 128
     new_tokens: int = 32
     repeats: int = 1
     warmup: int = 1
+    batch_size: int | list[int] = 1
+    max_length: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self.prompts = list(self.prompts or [])
-        lowest = {"count": 1, "prompt_length": 1, "new_tokens": 2, "repeats": 1, "warmup": 0}
+        for name in ("prompt_length", "batch_size"):
+            values = getattr(self, name)
+            several = isinstance(values, Sequence) and not isinstance(values, str)  # a list of OmegaConf is no list
+            setattr(self, name, list(values) if several else [values])
+            for value in getattr(self, name) or [None]:
+                require_number(f"eval.speed.{name}", value, 1, integer=True)
+        lowest = {"count": 1, "new_tokens": 2, "repeats": 1, "warmup": 0, "max_length": 3}
         for name, low in lowest.items():
-            require_number(f"eval.speed.{name}", getattr(self, name), low, integer=True)
+            if name != "max_length" or self.max_length is not None:
+                require_number(f"eval.speed.{name}", getattr(self, name), low, integer=True)
+        require_flag("eval.speed.compile", self.compile)
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
             raise SlimError("eval.speed.prompts takes texts that are not empty, such as eval.speed.prompts=['Hello'].")
 
     def check(self, model: ModelDescription) -> None:
         """Raise ``SlimError`` if prompt and answer do not fit into the model's context."""
+        if self.max_length is not None:
+            if self.max_length > model.context_length:
+                raise SlimError(
+                    f"eval.speed.max_length={self.max_length} exceeds the context of {model.context_length} tokens of "
+                    f"{model.name}. Take at most that many."
+                )
+            return
         room = model.context_length - self.new_tokens
-        if room < (1 if self.prompts else self.prompt_length):
+        if room < (1 if self.prompts else max(self.prompt_length)):
             raise SlimError(
-                f"eval.speed.prompt_length={self.prompt_length} and new_tokens={self.new_tokens} exceed the context of "
+                f"eval.speed.prompt_length={max(self.prompt_length)} and new_tokens={self.new_tokens} exceed the context of "
                 f"{model.context_length} tokens of {model.name}. "
                 f"Take prompt_length up to {max(room, 0)}, or fewer new tokens."
             )
@@ -69,50 +98,77 @@ class Speed:
         """Return the tokens of each prompt. A text that is too short is repeated: speed does not depend on sense."""
         if self.prompts:
             return [tokenizer(prompt)["input_ids"] for prompt in self.prompts]
-        needed = self.count * self.prompt_length
+        length = max(self.prompt_length)
+        needed = self.count * length
         ids = encode_long(tokenizer, text.joined()[: CHARACTERS_PER_TOKEN * needed])
         if not ids:
             raise SlimError(f"The text {text.text} is empty. Give another, or eval.speed.prompts.")
         endless = itertools.cycle(ids)
-        return [list(itertools.islice(endless, self.prompt_length)) for _ in range(self.count)]
+        return [list(itertools.islice(endless, length)) for _ in range(self.count)]
+
+    def cases(self, prompt_ids: list[list[int]]) -> dict[str, tuple[int, list[list[int]]]]:
+        """Return suffix of the metrics -> (batch size, prompts); the first case has none: it is the one in tables."""
+        lengths = [None] if self.prompts else self.prompt_length
+        found = {}
+        for length, batch in itertools.product(lengths, self.batch_size):
+            shown = f"p{length}_b{batch}" if length else f"b{batch}"
+            found[f"/{shown}" if found else ""] = (batch, [ids[:length] for ids in prompt_ids])
+        return found
 
     def measure(self, model, prompt_ids: list[list[int]]) -> dict:
-        """Return ``{"metrics": {...}, "protocol": {...}}``; rates in tokens per second, median over all runs."""
-        prompts = [torch.tensor([ids], device=model.device) for ids in prompt_ids]
-        with torch.inference_mode():
-            for prompt in itertools.islice(itertools.cycle(prompts), self.warmup):
-                timed_run(model, prompt, self.new_tokens)
-            runs = [timed_run(model, prompt, self.new_tokens) for prompt in track(prompts * self.repeats, "speed")]
-        lengths = [prompt.shape[1] for prompt in prompts] * self.repeats
-        metrics = {
-            "prefill_tokens_per_second": statistics.median(n / run[0] for n, run in zip(lengths, runs, strict=True)),
-            "decode_tokens_per_second": statistics.median((self.new_tokens - 1) / run[1] for run in runs),
-        }
+        """Return ``{"metrics": {...}, "protocol": {...}}``; times in seconds, rates in tokens per second."""
+        metrics: dict[str, float] = {}
+        cases = self.cases(prompt_ids)
+        with torch.inference_mode(), compiled(model, self.compile):
+            for suffix, (batch, prompts) in cases.items():
+                runs = self._runs(model, batch, prompts)
+                metrics.update({name + suffix: value for name, value in self._figures(runs).items()})
+        prompts = cases[""][1]
         protocol = {
-            "prompt_tokens": lengths[: len(prompts)],
-            "new_tokens": self.new_tokens,
-            "runs": len(runs),
+            "prompt_tokens": [len(ids) for ids in prompts],
+            "new_tokens": self.max_length - max(map(len, prompts)) if self.max_length else self.new_tokens,
+            "max_length": self.max_length,
+            "runs": len(prompts) * self.repeats,
             "warmup_runs": self.warmup,
-            "batch_size": 1,
+            "batch_size": self.batch_size[0],
+            "compile": self.compile,
         }
         return {"metrics": metrics, "protocol": protocol}
 
+    def new_after(self, prompt: list[int]) -> int:
+        """Return how many tokens are generated after ``prompt``: two at least, so that there is a decode step."""
+        return max(2, self.max_length - len(prompt)) if self.max_length else self.new_tokens
 
-def timed_run(model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Generate greedily after ``prompt``, int64 [1, tokens]; return the seconds of prefill and of decode.
+    def _runs(self, model, batch: int, prompts: list[list[int]]) -> list[Run]:
+        tensors = [(torch.tensor([ids] * batch, device=model.device), self.new_after(ids)) for ids in prompts]
+        for prompt, count in itertools.islice(itertools.cycle(tensors), self.warmup):
+            timed_run(model, prompt, count, self.compile)
+        return [timed_run(model, *case, self.compile) for case in track(tensors * self.repeats, "speed")]
 
-    Prefill gives the first token, decode the other ``new_tokens - 1``. An end-of-text token does not stop it.
-    """
-    start = clock(prompt.device)
-    token, cache = prefill(model, prompt)
-    middle = clock(prompt.device)
-    for _ in itertools.islice(decode(model, token, cache), new_tokens - 1):
-        pass
-    return middle - start, clock(prompt.device) - middle
+    def _figures(self, runs: list[Run]) -> dict[str, float]:
+        samples = {
+            "time_to_first_token": [run.prefill for run in runs],
+            "prefill_tokens_per_second": [run.prompt_tokens / run.prefill for run in runs],
+            "decode_tokens_per_second": [run.decode_tokens / run.decode for run in runs],
+        }
+        if self.max_length:  # prompt counted with the answer and the first run left out, as nobody should: to compare tables
+            samples["whole_length_tokens_per_second"] = [run.all_tokens / (run.prefill + run.decode) for run in runs]
+        figures = {name: statistics.median(values) for name, values in samples.items()}
+        return {**figures, **{f"{name}_iqr": quartile_distance(values) for name, values in samples.items()}}
 
 
-def clock(device: torch.device) -> float:
-    """Return the time in seconds, after all work given to a GPU is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def quartile_distance(values: list[float]) -> float:
+    """Return the distance between the first and the third quartile; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
+
+
+PRESETS = {"thesis": Speed(prompts=list(THESIS_PROMPTS), max_length=200, repeats=3, warmup=2)}
+
+
+def preset(name: str) -> Speed:
+    """Return the settings called ``name`` (``eval.speed=thesis``). Raises ``SlimError`` if there are none."""
+    require_choice("eval.speed", name, tuple(PRESETS))
+    return replace(PRESETS[name])

@@ -31,7 +31,7 @@ class _PlainLoader(yaml.SafeLoader):
     """Reads a task file without running the code that its ``!function`` tags name."""
 
 
-_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix}")
+_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix} {node.value}")
 
 
 def find_task(name: str) -> Path:
@@ -157,7 +157,10 @@ def read_rows(files: Iterable[Path]) -> list[dict]:
     for path in files:
         for number, row in json_lines(path):
             if rows and row.keys() != rows[0].keys():
-                raise SlimError(f"{path}, line {number}: expected a JSON object with the fields: {', '.join(rows[0])}.")
+                raise SlimError(
+                    f"{path}, line {number}: expected a JSON object with the fields: {', '.join(rows[0])}. "
+                    f"It has: {', '.join(row) or 'none'}."
+                )
             rows.append(row)
     if not rows:
         raise SlimError(f"There are no questions in {', '.join(str(path) for path in files)}.")

@@ -10,10 +10,15 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from slim.checkpoint import sha256
 from slim.errors import SlimError
 from slim.evaluation import task_files
+from slim.evaluation.local_data import check_rows, local_files
 from slim.settings import require_number
+
+FEWSHOT_SEED = 1234  # lm-eval's own default, so that figures equal those of its command line
 
 
 @dataclass
@@ -23,62 +28,87 @@ class Tasks:
     names: embedded tasks, tasks that lm-eval ships, or YAML files.
     limit: number of questions from the start of each task; None for all.
     num_fewshot: solved examples before each question; None for what the task says.
-    batch_size: answers scored in one forward pass. Changes the speed, and the result only by rounding.
+    batch_size: answers scored in one forward pass; None for the most that fits on a GPU, 32 on a CPU. Changes the speed,
+        and the result only by rounding.
+    local_data: folder with the questions of stock tasks, one ``TASK.jsonl`` each in the hub's schema; None for the hub's.
+    seed: of the choice of few-shot examples; the default is lm-eval's own.
     """
 
     names: list[str] = field(default_factory=list)
     limit: int | None = None
     num_fewshot: int | None = None
-    batch_size: int = field(default=32, metadata={"identity": False})
+    batch_size: int | None = field(default=None, metadata={"identity": False})
+    local_data: str | None = None
+    seed: int = FEWSHOT_SEED
 
     def __post_init__(self) -> None:
         self.names = [self.names] if isinstance(self.names, str) else list(self.names or [])
         if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) != len(self.names):
             raise SlimError("eval.tasks.names takes different task names, for example eval.tasks.names=[tiny_facts].")
-        require_number("eval.tasks.batch_size", self.batch_size, 1, integer=True)
-        for name, low in (("limit", 1), ("num_fewshot", 0)):
+        require_number("eval.tasks.seed", self.seed, 0, integer=True)
+        for name, low in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
             if getattr(self, name) is not None:
                 require_number(f"eval.tasks.{name}", getattr(self, name), low, integer=True)
 
     def identity(self) -> dict:
-        tasks = [task_files.fingerprint(name) for name in self.names]
-        version = task_files.harness_version()
-        return {"tasks": tasks, "limit": self.limit, "num_fewshot": self.num_fewshot, "lm_eval": version}
+        tasks = [{**task_files.fingerprint(name), **self._local_checksums(name)} for name in self.names]
+        asked = {"limit": self.limit, "num_fewshot": self.num_fewshot, "seed": self.seed}
+        return {"tasks": tasks, **asked, "lm_eval": task_files.harness_version()}
+
+    def local_files(self, path: Path) -> dict[str, list[Path]]:
+        """Return split -> local files for the task file ``path``; empty where ``local_data`` does not concern it."""
+        if self.local_data is None or task_files.is_local(path):
+            return {}
+        return local_files(task_files.task_name(path), self.local_data, task_files.read_plain(path))
+
+    def _local_checksums(self, name: str) -> dict:
+        files = self.local_files(task_files.find_task(name))
+        checksums = {split: [sha256(path) for path in paths] for split, paths in files.items()}
+        return {"local_data": checksums} if checksums else {}
 
     def check(self) -> None:
         """Raise ``SlimError`` if a task does not exist, or a local one lacks its data or is called like another."""
         seen: set[str] = set()
         for name in self.names:
             path = task_files.find_task(name)
-            if task_files.is_local(path):
-                task_files.data_files(path)
-                name = task_files.task_name(path)
+            own = task_files.is_local(path)
+            check_rows(path, task_files.data_files(path) if own else self.local_files(path))
+            name = task_files.task_name(path) if own else name
             if name in seen:
                 raise SlimError(f"eval.tasks.names holds two tasks called '{name}'. Rename one of them.")
             seen.add(name)
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``{"metrics": {...}, "protocol": {...}}``: per task ``<task>/acc`` and the like, and ``tasks/acc``."""
+        """Return ``metrics``: per task ``<task>/acc`` and the like, and ``tasks/acc``; ``protocol``; and ``records``.
+
+        ``records`` hold every question of every task with the scores of its answers, as :func:`harness.records` gives them.
+        """
         from slim.evaluation.harness import evaluate
 
         paths = [task_files.find_task(name) for name in self.names]
         found = evaluate(
             model,
             tokenizer,
-            paths,
+            {path: self.local_files(path) for path in paths},
             limit=self.limit,
             num_fewshot=self.num_fewshot,
+            seed=self.seed,
             batch_size=self.batch_size,
             max_length=context_length,
         )
         metrics, protocol = {}, {}
         for task, result in found.items():
             metrics.update({f"{task}/{name}": value for name, value in result["metrics"].items()})
-            protocol[task] = {key: result[key] for key in ("questions", "num_fewshot", "version")}
+            protocol[task] = {key: result[key] for key in ("questions", "num_fewshot", "version", "questions_sha256")}
         accuracies = [value for name, value in metrics.items() if name.endswith("/acc")]
         if accuracies:
             metrics["tasks/acc"] = mean(accuracies)
-        return {"metrics": metrics, "protocol": {**protocol, "lm_eval": task_files.harness_version()}}
+        records = {task: result["records"] for task, result in found.items()}
+        return {
+            "metrics": metrics,
+            "protocol": {**protocol, "lm_eval": task_files.harness_version()},
+            "records": records,
+        }
 
 
 def mean(values: list[float]) -> float:

@@ -137,6 +137,7 @@ class DepthPruning(Stage):
 
     def check(self, model: ModelDescription) -> None:
         depth, family = model.blocks, model.family  # the family raises where it is unknown
+        model.require_merged()
         if model.quantization is not None:
             raise SlimError(f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
         if self.reconstruct and family.norms_outputs:

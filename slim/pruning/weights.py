@@ -156,6 +156,7 @@ class WeightPruning(Stage):
 
     def check(self, model: ModelDescription) -> None:
         model.family  # noqa: B018 - refuses families whose parts are unknown
+        model.require_merged()
         if model.quantization is not None:
             raise SlimError(f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
         for block in range(model.blocks if self.m else 0):

@@ -120,6 +120,7 @@ class WidthPruning(Stage):
                 f"{model.name} keeps several projections in one matrix ({family.fused[0]}), which width pruning cannot cut. "
                 f"It works for {possible}. Depth and weight pruning work for this model."
             )
+        model.require_merged()
         if model.quantization is not None:
             raise SlimError(
                 f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent)."

@@ -1,49 +1,99 @@
-"""Low-rank adapters, through PEFT: ``W x`` becomes ``W x + (alpha / r) B A x`` with A (r x in), B (out x r) trained.
+"""Low-rank adapters, through PEFT: ``W x`` becomes ``W x + s B A x`` with A (r x in), B (out x r) trained.
 
-Hu et al., LoRA (arXiv:2106.09685). B starts at zero, so the adapted model starts as the base. Afterwards the adapters
-are merged into the weights; whether that reproduces the adapted model, and changes the base at all, is measured.
+Hu et al., LoRA (arXiv:2106.09685): s = alpha / r. rsLoRA (Kalajdzievski, arXiv:2312.03732): s = alpha / sqrt(r), which keeps
+the size of the update for large r. DoRA (Liu et al., arXiv:2402.09353): rows of W + s B A are brought to a trained length m,
+``m (W + s B A) / |W + s B A|``. B starts at zero and m at the lengths of W, so the adapted model starts as the base.
+
+Afterwards the adapters are merged into the weights they were trained on; for a quantised base these are the dequantised
+ones. Whether that reproduces the adapted model, and changes the base at all, is measured.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from slim.errors import SlimError
+from slim.quantization.linear import QuantLinear
 
 
-def add_adapters(model: nn.Module, r: int, alpha: float, dropout: float, targets: list[str]) -> nn.Module:
-    """Return ``model`` wrapped by PEFT, all frozen but float32 adapters on the linear layers named ``targets``."""
-    # PEFT looks for quantised layers by importing bitsandbytes, which complains about kernels that are not needed here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        from peft import LoraConfig, get_peft_model
+def add_adapters(
+    model: nn.Module,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: list[str],
+    rslora: bool = False,
+    dora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+) -> nn.Module:
+    """Return ``model`` wrapped by PEFT, all frozen but float32 adapters on the linear layers named ``targets``.
 
-        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    model: plain, or with packed layers of slim or of bitsandbytes. targets: whole names or their ends. rank_pattern:
+    regular expression for names -> rank there, PEFT's own.
+    """
+    with quiet_peft():
+        from peft import LoraConfig
+
+        config = LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, use_rslora=rslora, use_dora=dora,
+            rank_pattern=dict(rank_pattern or {}), task_type="CAUSAL_LM",
+        )  # fmt: skip
+        return wrap(model, config)
+
+
+def wrap(model: nn.Module, config) -> nn.Module:
+    """Return ``model`` wrapped by PEFT with fresh adapters as ``config`` (a ``LoraConfig``) says."""
+    from peft import get_peft_model
+
+    teach_packed_layers(config)
+    with quiet_peft():
         return get_peft_model(model, config)
 
 
+def teach_packed_layers(config) -> None:
+    """Tell PEFT that slim's packed layers take the adapters of dense ones: these only add to what a layer gives."""
+    from peft.tuners.lora.layer import Linear
+
+    config._register_custom_module({QuantLinear: Linear})
+
+
+class quiet_peft(warnings.catch_warnings):
+    """Within it PEFT and bitsandbytes say nothing of layers they do not know and kernels that are not needed here."""
+
+    def __enter__(self):
+        entered = super().__enter__()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        return entered
+
+
 @torch.no_grad()
-def merge_adapters(model: nn.Module, probe: Tensor) -> tuple[nn.Module, dict[str, float]]:
+def merge_adapters(model: nn.Module, probe: Tensor, dense: nn.Module | None = None) -> tuple[nn.Module, dict[str, float]]:
     """Fold the adapters into the weights and compare outputs before and after.
 
-    probe: int64 tokens of shape [rows, length].
-    Returns the plain model and ``merge_error`` (largest difference of a logit between merged and adapted model) and
+    model: wrapped by PEFT. probe: int64 tokens of shape [rows, length]. dense: for a quantised model the plain model into
+    which to merge; its weights are overwritten by the dequantised ones of ``model``.
+    Returns the plain model and ``merge_error`` (largest difference of a logit between merged and trained model) and
     ``adapter_effect`` (largest difference between merged model and base).
     Raises ``SlimError`` if merging changed nothing, or something else than the adapters did.
     """
     model.eval()
-    adapted = model(input_ids=probe, use_cache=False).logits.float()
+    trained = reference = logits(model, probe)
     with model.disable_adapter():
-        base = model(input_ids=probe, use_cache=False).logits.float()
+        base = logits(model, probe)
+    if dense is not None:
+        model = on_dense_base(model, dense)
+        reference = logits(model, probe)  # apart from how a quantised layer multiplies, int8 rounds inputs too
     plain = model.merge_and_unload(safe_merge=True)
-    merged = plain(input_ids=probe, use_cache=False).logits.float()
-    error = (merged - adapted).abs().max().item()
-    effect = (merged - base).abs().max().item()
+    merged = logits(plain, probe)
+    error, effect = largest(merged - reference), largest(merged - base)
     if effect == 0:
         raise SlimError(
             "The adapter had no effect: the merged model's outputs equal the base model's to every digit. "
@@ -54,4 +104,65 @@ def merge_adapters(model: nn.Module, probe: Tensor) -> tuple[nn.Module, dict[str
             f"Merging does not reproduce the adapters: outputs differ by {error:.2g} where the adapters' own effect is "
             f"{effect:.2g}. The update is smaller than the weights' precision; raise tuner.learning_rate."
         )
-    return plain, {"merge_error": error, "adapter_effect": effect}
+    return plain, {"merge_error": largest(merged - trained), "adapter_effect": effect}
+
+
+@torch.no_grad()
+def adapter_effect(model: nn.Module, probe: Tensor) -> float:
+    """Return the largest difference of a logit that the adapters make. Raises ``SlimError`` if they make none."""
+    model.eval()
+    adapted = logits(model, probe)
+    with model.disable_adapter():
+        effect = largest(adapted - logits(model, probe))
+    if effect == 0:
+        raise SlimError(
+            "The adapter had no effect: outputs with and without it are equal to every digit. "
+            "Check tuner.targets, or raise tuner.learning_rate."
+        )
+    return effect
+
+
+def on_dense_base(model: nn.Module, dense: nn.Module) -> nn.Module:
+    """Return ``dense`` with the dequantised weights and, on top of them, the adapters of ``model``; see above."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    for name, module in model.get_base_model().named_modules():
+        weight = dequantised(module)
+        if weight is not None:
+            dense.get_submodule(name.removesuffix(".base_layer")).weight.copy_(weight)
+    state, config = get_peft_model_state_dict(model), copy.copy(model.peft_config["default"])
+    config.base_model_name_or_path = None
+    wrapped = wrap(dense.requires_grad_(False), config)
+    set_peft_model_state_dict(wrapped, state)
+    return wrapped.eval()
+
+
+def dequantised(module: nn.Module) -> Tensor | None:
+    """Return the float32 weight [out, in] that a packed layer of slim or of bitsandbytes stands for; None for any other."""
+    if isinstance(module, QuantLinear):
+        return module.dense_weight()
+    weight = module._parameters.get("weight")  # its own: adapters pass on that of the layer below
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = weight.quant_state
+        computed, state.dtype = state.dtype, torch.float32  # else it rounds to the type layers multiply in
+        try:
+            return dequantize_4bit(weight.data, state)
+        finally:
+            state.dtype = computed
+    if kind == "Int8Params":
+        scale = module.state.SCB if module.state.SCB is not None else weight.SCB  # moved by the first forward
+        return weight.data.float() * (scale.to(weight.device).float() / 127).unsqueeze(-1)
+    return None
+
+
+def logits(model: nn.Module, probe: Tensor) -> Tensor:
+    """Return the model's outputs for tokens [rows, length] as float32 [rows, length, vocabulary]."""
+    return model(input_ids=probe, use_cache=False).logits.float()
+
+
+def largest(difference: Tensor) -> float:
+    """Return the largest magnitude in a tensor."""
+    return difference.abs().max().item()

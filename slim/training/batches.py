@@ -59,11 +59,14 @@ class WindowData(pl.LightningDataModule):
     """Hands out micro-batches (:class:`MicroBatches` or the like) in their order.
 
     batches: a data set of whole micro-batches with an ``accumulation``: how many of them make an optimiser step.
+    first: number of the micro-batch to begin with, where a training goes on.
     """
 
-    def __init__(self, batches: Dataset):
+    def __init__(self, batches: Dataset, first: int = 0):
         super().__init__()
-        self.batches = batches
+        self.batches, self.first = batches, first
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.batches, batch_size=None, shuffle=False)
+        order = range(self.first, len(self.batches))
+        # A generator of its own: the loader draws a number from it, and a training that goes on must draw as before.
+        return DataLoader(self.batches, batch_size=None, sampler=order, generator=torch.Generator())

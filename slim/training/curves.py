@@ -1,4 +1,4 @@
-"""The loss curves of a training, as data and as a picture."""
+"""The curves of a training, as data and as a picture: losses, learning rate, speed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from slim.checkpoint import REPORT
 from slim.plots import KEPT, REMOVED, new_figure, save_figure
-from slim.training.fit import Outcome
+from slim.training.callbacks import Outcome
 
 
 def write_curves(outcome: Outcome, target: Path) -> None:
-    """Write ``loss.json`` and ``loss.png`` with training and validation loss by step."""
+    """Write ``loss.json`` and ``loss.png``: training and validation loss, learning rate and tokens per second by step."""
     folder = target / REPORT
     folder.mkdir(exist_ok=True)
     validation = [{"step": step, "loss": loss} for step, loss in outcome.validation.items()]
@@ -21,12 +21,19 @@ def write_curves(outcome: Outcome, target: Path) -> None:
 
 
 def _draw(curves: dict, path: Path) -> None:
-    figure = new_figure(7.0, 4.0)
-    axes = figure.subplots()
+    figure = new_figure(7.0, 7.5)
+    losses, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     for name, style, colour in (("train", "-", KEPT), ("validation", "o-", REMOVED)):
-        steps, losses = ([point[key] for point in curves[name]] for key in ("step", "loss"))
-        axes.plot(steps, losses, style, color=colour, label=name)
-    axes.axvline(curves["best_step"], linestyle=":", color="grey", label="best, kept")
-    axes.set(xlabel="step", ylabel="loss per token (nats)")
-    axes.legend(fontsize="small", frameon=False)
+        losses.plot(*_points(curves[name], "loss"), style, color=colour, label=name)
+    losses.axvline(curves["best_step"], linestyle=":", color="grey", label="best, kept")
+    losses.set(ylabel="loss per token (nats)")
+    losses.legend(fontsize="small", frameon=False)
+    rate.plot(*_points(curves["train"], "learning_rate"), color=KEPT)
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    speed.plot(*_points(curves["train"], "tokens_per_second"), color=KEPT)
+    speed.set(xlabel="step", ylabel="tokens per second", ylim=(0, None))
     save_figure(figure, path)
+
+
+def _points(records: list[dict], name: str) -> tuple[list[int], list[float]]:
+    return [record["step"] for record in records], [record[name] for record in records]

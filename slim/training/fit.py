@@ -1,4 +1,4 @@
-"""One training: Lightning's loop with validation before, during and after, and the best state kept in memory."""
+"""One training: Lightning's loop with validation before, during and after; the best state is kept; it goes on if killed."""
 
 from __future__ import annotations
 
@@ -7,166 +7,80 @@ import logging
 import signal
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
 
 from slim.progress import console
 from slim.training.batches import WindowData
-from slim.training.forward import mean_nll
+from slim.training.callbacks import Outcome, Report, Validation
+from slim.training.hardware import DEEPSPEED
 from slim.training.module import LanguageModelling, NotFinite
-
-RECORDS = 100  # points of the training curve, about
+from slim.training.resume import Keeper, SavedTraining, resumed_outcome
+from slim.training.strategies import AUTOCAST, trainer_settings
 
 
 @dataclass
-class Outcome:
-    """What a training gave.
+class Loop:
+    """How a training runs.
 
-    train: records of step, loss, learning_rate, tokens_per_second. validation: step -> loss; step 0 is untouched.
-    best_step, best_state: where validation was best and the trained parameters there; 0 and None for untouched.
-    tokens, seconds: seen in training, validation apart. stopped: why it ended early.
+    validate_every: steps. device: torch's name. precision: Lightning's. strategy: see ``strategies.py``.
+    patience: end after so many validations in a row without a better one; 0: never.
+    work: folder to save the state in, from time to time, and to go on from; None: nothing is saved.
     """
 
-    train: list[dict] = field(default_factory=list)
-    validation: dict[int, float] = field(default_factory=dict)
-    best_step: int = 0
-    best_state: dict[str, Tensor] | None = None
-    tokens: int = 0
-    seconds: float = 0.0
-    stopped: str | None = None
+    validate_every: int
+    device: str = "cpu"
+    precision: str = "32-true"
+    strategy: str = "auto"
+    patience: int = 0
+    work: Path | None = None
 
-    @property
-    def before(self) -> float:
-        return self.validation[0]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-class Report(pl.Callback):
-    """Records the training curve, hands it to the tracker and moves the progress bar."""
-
-    def __init__(self, outcome: Outcome, steps: int, metric: Callable, advance: Callable):
-        self.outcome, self.steps, self.metric, self.advance = outcome, steps, metric, advance
-        self.every = max(1, steps // RECORDS)
-        self.started = 0.0
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin a new record."""
-        self.losses: list[float] = []
-        self.tokens, self.seconds = 0, 0.0
-
-    def on_train_batch_start(self, trainer, module, batch, index) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-        self.seconds += time.perf_counter() - self.started
-        self.tokens += batch["tokens"].numel()
-        if (index + 1) % trainer.accumulate_grad_batches:
-            return
-        step = trainer.global_step
-        self.losses.append(float(module.step_nll) / batch["loss_tokens"])
-        self.advance(1, f"loss {self.losses[-1]:.3f}, {self.tokens / self.seconds:,.0f} tokens/s")
-        if step % self.every == 0 or step == self.steps:
-            self.record(step, trainer.optimizers[0].param_groups[0]["lr"])
-
-    def record(self, step: int, rate: float) -> None:
-        """Put mean loss and speed since the last record down under ``step``."""
-        self.outcome.tokens += self.tokens
-        self.outcome.seconds += self.seconds
-        loss, speed = sum(self.losses) / len(self.losses), self.tokens / self.seconds
-        self.outcome.train.append({"step": step, "loss": loss, "learning_rate": rate, "tokens_per_second": speed})
-        for name, value in (("train_loss", loss), ("learning_rate", rate), ("tokens_per_second", speed)):
-            self.metric(name, value, step)
-        self.clear()
-
-
-class Validation(pl.Callback):
-    """Measures the validation loss before training, every ``every`` steps and at the end; keeps the best state.
-
-    Only trained parameters are kept, on the CPU; for the untouched state nothing, because the source still has it.
-    """
-
-    def __init__(self, outcome: Outcome, batches: list[dict], every: int, steps: int, metric: Callable, autocast: Callable):
-        self.outcome, self.batches, self.every, self.steps = outcome, batches, every, steps
-        self.metric, self.autocast = metric, autocast
-
-    def on_train_start(self, trainer, module) -> None:
-        self.measure(module, 0)
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-        step = trainer.global_step
-        if step not in self.outcome.validation and (step % self.every == 0 or step == self.steps):
-            self.measure(module, step)
-
-    def measure(self, module: LanguageModelling, step: int) -> None:
-        with self.autocast():
-            loss = mean_nll(module.model, self.batches, module.device)
-        self.outcome.validation[step] = loss
-        self.metric("validation_loss", loss, step)
-        if loss < self.outcome.validation[self.outcome.best_step]:  # never true for NaN
-            self.outcome.best_step, self.outcome.best_state = step, trained_state(module.model)
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the parameters that require gradients, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-
-
-@torch.no_grad()
-def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put the values of :func:`trained_state` back."""
-    parameters = dict(model.named_parameters())
-    for name, value in state.items():
-        parameters[name].copy_(value)
+    def saved(self) -> SavedTraining | None:
+        """Return where the state is saved. DeepSpeed's is its own, in pieces, so there it is not."""
+        if self.work is None or self.strategy in DEEPSPEED:
+            return None
+        return SavedTraining(self.work, {"device": self.device.split(":")[0], "precision": self.precision})
 
 
 def autocast(device: str, precision: str) -> Callable[[], contextlib.AbstractContextManager]:
     """Return a maker of contexts in which forward passes run as in a training of this precision."""
-    return lambda: torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
+    dtype = getattr(torch, AUTOCAST.get(precision, "bfloat16"))
+    return lambda: torch.autocast(device.split(":")[0], dtype, enabled=precision in AUTOCAST)
 
 
 def fit(
-    module: LanguageModelling,
-    data: WindowData,
-    validation: list[dict],
-    validate_every: int,
-    device: str,
-    precision: str,
-    metric: Callable,
-    advance: Callable,
+    module: LanguageModelling, data: WindowData, validation: list[dict], loop: Loop, metric: Callable, advance: Callable
 ) -> Outcome:
     """Train ``module`` on ``data`` and return what happened; the model is left in its last state.
 
+    A training that was interrupted goes on from what ``loop.work`` holds of it, to the same weights as without.
     A loss that is not finite ends the training; it is reported in ``Outcome.stopped``. Raises KeyboardInterrupt on
     Ctrl-C.
     """
-    steps = module.optimisation.steps
-    outcome = Outcome()
-    report = Report(outcome, steps, metric, advance)
-    watch = Validation(outcome, validation, validate_every, steps, metric, autocast(device, precision))
+    saved = loop.saved()
+    record = saved.read() if saved else None
+    outcome = resumed_outcome(record) if record else Outcome()
+    callbacks = watchers(module, validation, loop, outcome, metric, advance)
+    if saved:
+        callbacks.append(Keeper(saved, record, outcome, callbacks[0]))
+    if record:
+        replay(outcome, record["step"], metric, advance)
+        data.first = record["step"] * data.batches.accumulation
     # from_pretrained leaves the evaluation mode on and Lightning keeps what it finds: dropout and gradient
     # checkpointing would silently be off.
     module.train()
     with quiet_lightning(), tempfile.TemporaryDirectory() as scratch:
         trainer = pl.Trainer(
-            accelerator="gpu" if device.startswith("cuda") else "cpu",
-            devices=1,
-            precision=precision,
+            **trainer_settings(loop.strategy, loop.device, loop.precision, module.optimisation.clip),
             max_epochs=1,
-            max_steps=steps,
+            max_steps=module.optimisation.steps,
             accumulate_grad_batches=data.batches.accumulation,
-            callbacks=[report, watch],
+            callbacks=callbacks,
             default_root_dir=scratch,
             logger=False,
             enable_checkpointing=False,
@@ -181,6 +95,30 @@ def fit(
             outcome.stopped = str(problem)
             console().print(f"[bold red]{problem}; training stopped, the best state before it is kept.")
     return outcome
+
+
+def watchers(
+    module: LanguageModelling, validation: list[dict], loop: Loop, outcome: Outcome, metric: Callable, advance: Callable
+) -> list[pl.Callback]:
+    """Return the callbacks that record and validate."""
+
+    def keep(name: str, value: float, step: int) -> None:
+        outcome.curves.append([name, value, step])
+        metric(name, value, step)
+
+    steps = module.optimisation.steps
+    context = autocast(loop.device, loop.precision)
+    return [
+        Report(outcome, steps, keep, advance),
+        Validation(outcome, validation, loop.validate_every, steps, keep, context, loop.patience),
+    ]
+
+
+def replay(outcome: Outcome, step: int, metric: Callable, advance: Callable) -> None:
+    """Give the tracker and the progress bar what an interrupted training had recorded up to ``step``."""
+    for point in outcome.curves:
+        metric(*point)
+    advance(step)
 
 
 @contextlib.contextmanager
@@ -209,6 +147,9 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+            # a float16 training leaves out the first steps until the scale fits, and the schedule goes on
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

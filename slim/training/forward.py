@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,17 @@ def mean_nll(model: nn.Module, batches: Iterable[dict], device: str | torch.devi
     """Return the mean negative log-likelihood per counted token over ``batches``, in nats; the model's mode is kept."""
     training = model.training
     model.eval()
+    nll = lambda batch: sequence_nll(model, batch["tokens"], batch["labels"], batch.get("positions"))  # noqa: E731
+    total, count = summed_nll(nll, batches, device)
+    model.train(training)
+    return total / count
+
+
+def summed_nll(nll: Callable[[dict], Tensor], batches: Iterable[dict], device: str | torch.device) -> tuple[float, int]:
+    """Return the sum of ``nll(batch)`` over ``batches``, and how many tokens counted."""
     total, count = 0.0, 0
     for batch in batches:
         moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-        total += sequence_nll(model, moved["tokens"], moved["labels"], moved.get("positions")).double().item()
+        total += nll(moved).double().item()
         count += int((batch["labels"][:, 1:] != IGNORE).sum())
-    model.train(training)
-    return total / count
+    return total, count

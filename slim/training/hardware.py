@@ -2,51 +2,92 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 
 from slim.errors import SlimError
 from slim.settings import require_choice, require_flag
+from slim.training import distributed
 
 SPEED_ONLY = {"identity": False}
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+DEEPSPEED = ("deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload")
+STRATEGIES = ("auto", "ddp", "fsdp", *DEEPSPEED)
+SHARDED = ("fsdp", *DEEPSPEED)  # split or recast the model, so that it is loaded again when the training is over
 
 
 @dataclass
 class Hardware:
     """Where and how the numbers are computed.
 
-    accelerator: ``auto`` (the device of the run), ``cpu`` or ``gpu``. devices: 1.
-    precision: ``32-true``, ``bf16-mixed``, or ``auto``: float32 on a CPU, bf16-mixed on a GPU.
-    strategy: ``auto``, one device.
+    accelerator: ``auto`` (the device of the run), ``cpu`` or ``gpu``.
+    precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` (the loss is scaled), or ``auto``: float32 on a CPU, bf16-mixed on a
+        GPU.
+    strategy: how the processes that torchrun started share the work, see ``strategies.py``; ``auto``: ``ddp`` where there
+        are several. There are as many devices as processes.
     gradient_checkpointing: compute activations twice instead of keeping them; a third slower, far less memory.
     """
 
     accelerator: str = field(default="auto", metadata=SPEED_ONLY)
-    devices: int = field(default=1, metadata=SPEED_ONLY)
     precision: str = "auto"
     strategy: str = field(default="auto", metadata=SPEED_ONLY)
     gradient_checkpointing: bool = field(default=False, metadata=SPEED_ONLY)
 
     def __post_init__(self) -> None:
         require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        require_choice("trainer.devices", self.devices, (1,))
-        require_choice("trainer.precision", self.precision, ("auto", "32-true", "bf16-mixed"))
-        require_choice("trainer.strategy", self.strategy, ("auto",))
+        require_choice("trainer.precision", self.precision, PRECISIONS)
+        require_choice("trainer.strategy", self.strategy, STRATEGIES)
         require_flag("trainer.gradient_checkpointing", self.gradient_checkpointing)
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise SlimError("trainer.strategy=fsdp does not scale losses. Use trainer.precision=bf16-mixed or 32-true with it.")
+
+    def check(self, rows: int, setting: str = "tuner.batch_tokens") -> None:
+        """Raise ``SlimError`` where the strategy lacks a package or processes, or they cannot share ``rows`` windows."""
+        if self.strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+            raise SlimError(
+                f"trainer.strategy={self.strategy} needs DeepSpeed. Install it: pip install 'slim[deepspeed]', "
+                "or use trainer=fsdp."
+            )
+        if self.strategy in ("ddp", "fsdp") and not distributed.launched():
+            raise SlimError(
+                f"trainer.strategy={self.strategy} shares the work among processes, one per device, and there is one. "
+                "Start them: torchrun --nproc_per_node 2 compress.py ... (or use trainer=cpu, trainer=gpu)."
+            )
+        if rows % distributed.world():
+            raise SlimError(
+                f"{distributed.world()} processes cannot share {rows} windows per micro-batch. "
+                f"Make {setting} larger, or start fewer processes."
+            )
 
     def device(self, offered: str) -> str:
         """Return the torch device to train on, given the device of the run. Raises ``SlimError`` without a GPU."""
-        if self.accelerator == "auto":
-            return offered
-        if self.accelerator == "cpu":
+        if self.accelerator == "cpu" or (self.accelerator == "auto" and offered == "cpu"):
             return "cpu"
         import torch
 
-        if not torch.cuda.is_available():
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise SlimError("trainer.accelerator=gpu: torch sees no GPU. Use trainer.accelerator=cpu or auto.")
-        return "cuda"
+        if distributed.world() == 1:
+            return "cuda"
+        if distributed.local_world() > torch.cuda.device_count():
+            raise SlimError(
+                f"There are {distributed.local_world()} processes and {torch.cuda.device_count()} GPUs on this machine. "
+                "Start one process per GPU: torchrun --nproc_per_node gpu ..."
+            )
+        return f"cuda:{distributed.local_rank()}"
 
     def resolved_precision(self, device: str) -> str:
         """Return Lightning's name of the precision on ``device``."""
         if self.precision != "auto":
             return self.precision
         return "32-true" if device == "cpu" else "bf16-mixed"
+
+    @property
+    def resolved_strategy(self) -> str:
+        """The strategy, with ``auto`` only where there is one process."""
+        return "ddp" if self.strategy == "auto" and distributed.world() > 1 else self.strategy
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the training leaves no process with the model as it was loaded."""
+        return self.resolved_strategy in SHARDED

@@ -9,8 +9,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from slim.training import distributed, optimizers
 from slim.training.forward import sequence_nll
 from slim.training.schedule import learning_rate_factor
+
+SCALED = "16-mixed"  # the precision in which the loss is scaled
 
 
 class NotFinite(ArithmeticError):
@@ -19,7 +22,7 @@ class NotFinite(ArithmeticError):
 
 @dataclass(frozen=True)
 class Optimisation:
-    """AdamW (arXiv:1711.05101) and its schedule.
+    """An optimiser (``optimizers.py``) and its schedule.
 
     warmup: in steps. floor: factor on the learning rate at the end. betas: decay of the two moments.
     clip: largest norm of the gradient over all parameters; 0 for no limit.
@@ -33,6 +36,7 @@ class Optimisation:
     floor: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
+    optimizer: str = "adamw"
 
 
 class LanguageModelling(pl.LightningModule):
@@ -45,7 +49,7 @@ class LanguageModelling(pl.LightningModule):
         super().__init__()
         self.model = model
         self.optimisation = optimisation
-        self.step_nll = 0.0  # summed over the micro-batches of the current step
+        self.step_nll = 0.0  # summed over the micro-batches of the current step and over the processes
 
     def nll(self, batch: dict) -> Tensor:
         """Return the summed negative log-likelihood, in nats, of the tokens with labels."""
@@ -55,18 +59,33 @@ class LanguageModelling(pl.LightningModule):
         """Return what is minimised, summed over the tokens of the micro-batch that count."""
         return self.nll(batch)
 
+    def forward(self, batch: dict, held_out: bool = False) -> Tensor:
+        """Return what is minimised, or, for validation, the negative log-likelihood; both summed over tokens."""
+        return self.nll(batch) if held_out else self.total(batch)
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy asks for it."""
+        if self.device_mesh is not None:
+            distributed.shard(self)
+
     def training_step(self, batch: dict, index: int) -> Tensor:
-        total = self.total(batch)
-        if not torch.isfinite(total):
-            raise NotFinite(f"The loss is {total.item()} at step {self.trainer.global_step + 1}")
-        first = index % self.trainer.accumulate_grad_batches == 0
-        self.step_nll = total.detach() + (0 if first else self.step_nll)
-        # Lightning divides by the number of micro-batches; here the step's number of tokens is the only denominator.
-        return total * (self.trainer.accumulate_grad_batches / batch["loss_tokens"])
+        parts = self.trainer.accumulate_grad_batches
+        total = self(distributed.rows_of(batch))
+        everywhere = distributed.summed(total.detach())
+        if not torch.isfinite(everywhere):
+            raise NotFinite(f"The loss is {everywhere.item()} at step {self.trainer.global_step + 1}{where(batch)}")
+        self.step_nll = everywhere + (0 if index % parts == 0 else self.step_nll)
+        # Lightning divides by the number of micro-batches, DeepSpeed does so again, and gradients are averaged over processes;
+        # here the step's number of tokens is the only denominator.
+        divided = parts**2 if self.trainer.strategy.handles_gradient_accumulation else parts
+        return total * (divided * distributed.world() / batch["loss_tokens"])
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip here, since Lightning refuses to together with a fused optimiser in mixed precision."""
-        if self.optimisation.clip:
+        """Clip here, since Lightning refuses to together with a fused optimiser in mixed precision.
+
+        gradient_clip_val: given where DeepSpeed clips, which alone has the whole gradient then.
+        """
+        if self.optimisation.clip and not gradient_clip_val:
             trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
             nn.utils.clip_grad_norm_(trained, self.optimisation.clip)
 
@@ -76,11 +95,29 @@ class LanguageModelling(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         o = self.optimisation
-        optimiser = torch.optim.AdamW(self.parameter_groups(), lr=o.learning_rate, betas=o.betas, fused=True)
+        optimiser = optimizers.build(o.optimizer, self.parameter_groups(), o.learning_rate, o.betas)
+        if self.trainer.precision == SCALED:
+            unfused(optimiser)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: learning_rate_factor(step, o.steps, o.schedule, o.warmup, o.floor)
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def where(batch: dict) -> str:
+    """Name the windows of a batch, for a message."""
+    if "windows" not in batch:
+        return ""
+    return f", in windows {', '.join(str(number) for number in batch['windows'].tolist())} of the training data"
+
+
+def unfused(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let the scaler of a float16 training undo its scale before gradients are clipped: a fused step does so inside."""
+    for group in optimiser.param_groups:
+        if group.get("fused"):
+            group["fused"] = False
+    optimiser._step_supports_amp_scaling = False
+    return optimiser
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:

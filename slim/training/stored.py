@@ -10,6 +10,13 @@ from slim.progress import console
 from slim.pruning.masks import mask_of, restore_zeros
 
 
+def settle(model: nn.Module, source: Checkpoint) -> dict:
+    """Bring a trained plain model to the numbers that will be stored; return facts about what that changed."""
+    facts = keep_zeros(model, source)
+    round_to(model, source.description.dtype)
+    return facts | {"weights_changed": weights_changed(model, source)}
+
+
 @torch.no_grad()
 def round_to(model: nn.Module, dtype: str) -> None:
     """Round the parameters to ``dtype`` (``"bfloat16"``), in place; they keep the type they compute in."""

@@ -14,7 +14,7 @@ from slim.training.batches import MicroBatches, in_order, window_order
 from slim.training.module import LanguageModelling, Optimisation
 
 if TYPE_CHECKING:
-    from slim.training.tune import Tuner
+    from slim.training.tuner import Tuner
 
 
 class Task:

@@ -1,0 +1,191 @@
+"""Plain text from a file or a data set, and what all data that is read from one shares: parts, order, streaming."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from slim.data.base import TEST, VALIDATION, PlainText, TrainingData, is_test, is_validation
+from slim.data.text import Text
+from slim.errors import SlimError
+from slim.settings import require_flag, require_number
+
+BUFFER = 4096  # documents that are shuffled together where the whole is never in memory
+PASSAGE = 4000  # characters, where a text has no documents of its own
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Corpus(TrainingData):
+    """A file or data set, and how it is divided.
+
+    text, subset, split, revision, streaming: as in :class:`slim.data.text.Text`. Streamed data is read as far as the steps
+        need, and in a random order only within ``BUFFER`` documents.
+    validation_split, test_split: splits of a data set; where there is none, ``validation_fraction`` and ``test_fraction`` of
+        the documents instead, chosen by a hash of their text. Training never reads either.
+    seed: of the order of the documents and of the choice of those kept apart.
+    """
+
+    text: str = ""
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    validation_split: str | None = None
+    validation_fraction: float = 0.05
+    test_split: str | None = None
+    test_fraction: float = 0.0
+    seed: int = 0
+
+    noun = "The data"
+    allowed = "a .jsonl or .parquet file, or the id of a hub data set"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text:
+            raise SlimError(f"This data needs data.text=...: {self.allowed}.")
+        require_flag("data.streaming", self.streaming)
+        require_number("data.seed", self.seed, 0, integer=True)
+        if self.validation_split is None:
+            require_number("data.validation_fraction", self.validation_fraction, 0.001, 0.5)
+        require_number("data.test_fraction", self.test_fraction, 0, 0.5)
+        self._check_splits()
+
+    def _check_splits(self) -> None:
+        """Refuse to learn from what is there to measure with."""
+        if str(self.split).split("[")[0].startswith("test"):
+            raise SlimError(
+                f"data.split={self.split} is there to test models, not to train them. Use another split, such as train, and "
+                "data.validation_split or data.test_split for this one."
+            )
+        path = self.source(self.split).path
+        if path is not None and path.is_file() and (self.validation_split or self.test_split):
+            raise SlimError(
+                f"{self.text} is one file and has no splits. Leave data.validation_split and data.test_split at null, "
+                "or give a folder with files named train, validation and test."
+            )
+        named = [split for split in (self.split, self.validation_split, self.test_split) if split is not None]
+        doubled = next((split for split in named if named.count(split) > 1), None)
+        if doubled is not None:
+            raise SlimError(
+                f"data.split, data.validation_split and data.test_split must differ, and two of them are {doubled}. "
+                "Use null for a share chosen by a hash."
+            )
+
+    @property
+    def endless(self) -> bool:
+        """Whether epochs mean nothing: nobody knows where a stream ends before having read it."""
+        return self.streaming
+
+    @property
+    def title(self) -> str:
+        return f"{self.noun} {self.text}"
+
+    def source(self, split: str) -> Text:
+        """Return the text of a split. Raises ``SlimError`` if there can be none."""
+        return Text(self.text, self.subset, split, revision=self.revision, streaming=self.streaming)
+
+    def part_identity(self, *names: str) -> dict:
+        """Return what the text is and how it is divided, and the settings ``names``, as plain values."""
+        own = {name: getattr(self, name) for name in (*names, "validation_split", "seed")}
+        own["validation_fraction"] = None if self.validation_split else self.validation_fraction
+        if self.test_fraction and not self.test_split:  # what is held back for a test is missing in training
+            own["test_fraction"] = self.test_fraction
+        if self.streaming:  # another order
+            own["streaming"] = True
+        return {"class": type(self).__name__, **self._text_identity, **own}
+
+    @cached_property
+    def _text_identity(self) -> dict:
+        return self.source(self.split).text_identity()
+
+    def opened(self, part: str) -> Text:
+        """Return the text in which ``part`` is."""
+        own = {VALIDATION: self.validation_split, TEST: self.test_split}.get(part)
+        return self.source(own or self.split)
+
+    def belongs(self, text: str, part: str) -> bool:
+        """Whether a document of :meth:`opened` belongs to ``part``; ``text`` is what it is told apart by."""
+        own = {VALIDATION: self.validation_split, TEST: self.test_split}
+        if own.get(part):
+            return True
+        chosen = {
+            VALIDATION: not own[VALIDATION] and is_validation(text, self.validation_fraction, self.seed),
+            TEST: not own[TEST] and is_test(text, self.test_fraction, self.seed),
+        }
+        return chosen.get(part, not any(chosen.values()))
+
+    def shuffled(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items in random order; streamed ones in an order that is random nearby."""
+        order = random.Random(f"{self.seed}/order")
+        if not self.streaming:
+            found = list(items)
+            order.shuffle(found)
+            yield from found
+            return
+        held: list[Item] = []
+        for item in items:
+            held.append(item)
+            if len(held) > BUFFER:
+                yield _taken(held, order)
+        while held:
+            yield _taken(held, order)
+
+
+def _taken(held: list[Item], order: random.Random) -> Item:
+    """Remove a random item and return it; the last one takes its place."""
+    place = order.randrange(len(held))
+    held[place], held[-1] = held[-1], held[place]
+    return held.pop()
+
+
+@dataclass
+class TextData(Corpus, PlainText):
+    """Plain text from a file or a data set.
+
+    column: text column of a data set or of a file with rows.
+    passage: characters; the text is joined and cut at line ends into documents of about this length. 0 leaves the
+        documents as they are. A ``.txt`` file, being one document, is always cut.
+    """
+
+    column: str = "text"
+    passage: int = 0
+
+    noun = "The text"
+    allowed = "a .txt, .jsonl or .parquet file, or the id of a hub data set"
+
+    def __post_init__(self) -> None:
+        require_number("data.passage", self.passage, 0, integer=True)
+        super().__post_init__()
+
+    def source(self, split: str) -> Text:
+        return Text(self.text, self.subset, split, self.column, self.revision, self.streaming)
+
+    def identity(self) -> dict:
+        return self.part_identity("passage")
+
+    def documents(self, part: str) -> Iterator[str]:
+        source = self.opened(part)
+        documents: Iterable[str] = source.documents()
+        single = source.path is not None and source.path.suffix == ".txt"
+        if self.passage or single:
+            documents = passages(documents, self.passage or PASSAGE)
+        return self.shuffled(text for text in documents if text.strip() and self.belongs(text, part))
+
+
+def passages(documents: Iterable[str], length: int) -> Iterator[str]:
+    """Join documents and cut them again at line ends into pieces of about ``length`` characters."""
+    lines: list[str] = []
+    size = 0
+    for document in documents:
+        for line in (document if document.endswith("\n") else document + "\n").splitlines(keepends=True):
+            lines.append(line)
+            size += len(line)
+            if size >= length:
+                yield "".join(lines)
+                lines, size = [], 0
+    if lines:
+        yield "".join(lines)

@@ -1,0 +1,80 @@
+"""The tiny world as training data: its documents, and questions about it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from slim.checkpoint import sha256
+from slim.data.base import TEST, TRAIN, VALIDATION, Conversations, PlainText
+from slim.errors import SlimError
+from slim.settings import dataclass_identity, require_choice, require_number
+
+WORLD = Path(__file__).parent.parent / "world"
+
+
+def world_checksum() -> str:
+    """Return the SHA-256 of the generator: another generator is another text."""
+    digest = hashlib.sha256()
+    for path in sorted(WORLD.glob("*.py")):
+        digest.update(path.name.encode() + sha256(path).encode())
+    return digest.hexdigest()
+
+
+@dataclass
+class TinyText(PlainText):
+    """Documents of the tiny world, generated as they are needed; about one in seven is a conversation.
+
+    world: seed of the world. seed: of the documents.
+    Validation is text from the calibration split, the test text from the held-out one: wordings that training never shows.
+    """
+
+    world: int = 0
+    seed: int = 0
+    endless = True
+    title = "The text of the tiny world"
+
+    def __post_init__(self) -> None:
+        require_number("data.world", self.world, 0, integer=True)
+        require_number("data.seed", self.seed, 0, integer=True)
+
+    def identity(self) -> dict:
+        return {**dataclass_identity(self), "generator": world_checksum()}
+
+    def documents(self, part: str) -> Iterator[str]:
+        from slim.world import World
+
+        # One document seed further, so that validation is not the very text that quantisers calibrate on.
+        splits = {TRAIN: ("train", self.seed), VALIDATION: ("calibration", self.seed + 1), TEST: ("heldout", self.seed)}
+        return World(self.world).documents(*splits[part])
+
+
+@dataclass
+class TinyChat(Conversations):
+    """Questions about the tiny world with their answers.
+
+    world: seed of the world. seed: of the questions. long: ``cut`` or ``drop`` what exceeds the window.
+    """
+
+    world: int = 0
+    seed: int = 0
+    long: str = "drop"
+    endless = True
+    title = "The conversations of the tiny world"
+
+    def __post_init__(self) -> None:
+        require_number("data.world", self.world, 0, integer=True)
+        require_number("data.seed", self.seed, 0, integer=True)
+        require_choice("data.long", self.long, ("cut", "drop"))
+
+    def identity(self) -> dict:
+        return {**dataclass_identity(self), "generator": world_checksum()}
+
+    def pairs(self, part: str) -> Iterator[tuple[str, str]]:
+        from slim.world import World
+
+        if part == TEST:
+            raise SlimError(f"{self.title} have no test part: the tasks tiny_facts, tiny_pronouns and tiny_next test them.")
+        return World(self.world).conversations(part, self.seed)

@@ -1,0 +1,138 @@
+"""Answers to questions with a reference: generated greedily, kept question by question, compared by meaning.
+
+What a judge and the similarity work on. The questions are a JSON Lines file of one's own, or those the embedded model was
+not trained on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slim.data.text import ASSETS, Text
+from slim.errors import SlimError
+from slim.progress import track
+from slim.settings import require_flag, require_number
+
+if TYPE_CHECKING:
+    from slim.architecture import ModelDescription
+
+EMBEDDED = {"tiny:questions": ASSETS / "tiny_world" / "conversations_validation.jsonl"}
+
+
+@dataclass
+class Answers:
+    """Which questions, how they are asked, and what the answers are compared with.
+
+    questions: ``tiny:questions`` or a .jsonl file with a question a line. question, reference: names of its fields.
+    limit: number of questions from the start; None for all.
+    new_tokens: most tokens generated for each answer.
+    chat: ask through the tokenizer's chat template, as models tuned for conversation want it. system: what the system
+        says first in such a chat; None for nothing.
+    similarity: embedding model (a checkpoint folder, or a hub id with sentence-transformers); None compares nothing.
+    """
+
+    questions: str = "tiny:questions"
+    question: str = "instruction"
+    reference: str = "answer"
+    limit: int | None = 40
+    new_tokens: int = 64
+    chat: bool = False
+    system: str | None = None
+    similarity: str | None = None
+
+    def __post_init__(self) -> None:
+        require_number("eval.answers.new_tokens", self.new_tokens, 1, integer=True)
+        if self.limit is not None:
+            require_number("eval.answers.limit", self.limit, 1, integer=True)
+        require_flag("eval.answers.chat", self.chat)
+        if self.system is not None and not self.chat:
+            raise SlimError("eval.answers.system is said in a chat only: add eval.answers.chat=true, or leave it out.")
+        self._text = Text(str(EMBEDDED.get(self.questions, self.questions)))
+
+    def identity(self) -> dict:
+        own = {name: getattr(self, name) for name in ("question", "reference", "limit", "new_tokens", "chat", "system")}
+        return {**self._text.text_identity(), **own, "similarity": self._encoder_identity()}
+
+    def _encoder_identity(self) -> str | dict | None:
+        from slim.evaluation.similarity import encoder_identity
+
+        return None if self.similarity is None else encoder_identity(self.similarity)
+
+    def check(self, model: ModelDescription) -> None:
+        """Raise ``SlimError`` for questions that cannot be read, and for an embedding model that cannot be used."""
+        from slim.evaluation.similarity import check_encoder
+
+        self.pairs()
+        if self.similarity is not None:
+            check_encoder(self.similarity)
+        if self.new_tokens >= model.context_length:
+            raise SlimError(
+                f"eval.answers.new_tokens={self.new_tokens} leaves no room for a question in the context of "
+                f"{model.context_length} tokens of {model.name}. Take fewer."
+            )
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raise ``SlimError`` if a chat is asked for and there is no template for it."""
+        if self.chat and not tokenizer.chat_template:
+            raise SlimError(
+                "eval.answers.chat=true, but the model's tokenizer has no chat template. Ask it plainly with "
+                "eval.answers.chat=false, or add a chat_template.jinja to its folder."
+            )
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return questions and references. Raises ``SlimError`` naming the line where one of them is missing."""
+        found = []
+        for number, row in enumerate(itertools.islice(self._text.rows(), self.limit), 1):
+            for name in (self.question, self.reference):
+                if not isinstance(row.get(name), str) or not row[name].strip():
+                    raise SlimError(
+                        f"{self.questions}, row {number}: no text in the field '{name}' (has: {', '.join(row)}). "
+                        "Name the fields with eval.answers.question= and eval.answers.reference="
+                    )
+            found.append((row[self.question], row[self.reference]))
+        if not found:
+            raise SlimError(f"There are no questions in {self.questions}.")
+        return found
+
+    def prompt(self, tokenizer, question: str) -> list[int]:
+        """Return the tokens that the model goes on from."""
+        if not self.chat:
+            return tokenizer(question)["input_ids"]
+        said = [{"role": "system", "content": self.system}] if self.system else []
+        said.append({"role": "user", "content": question})
+        text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def measure(self, model, tokenizer, context_length: int) -> dict:
+        """Return ``metrics`` (``similarity/mean`` and ``/median``, if asked for), ``protocol`` and ``records``.
+
+        records: ``question``, ``reference``, ``answer`` and ``similarity`` (cosine, -1 to 1, or absent) of every question.
+        """
+        from slim.evaluation.generation import continue_ids
+
+        self.check_tokenizer(tokenizer)
+        rows = []
+        for question, reference in track(self.pairs(), "answers"):
+            ids = self.prompt(tokenizer, question)[-(context_length - self.new_tokens) :]
+            answer = continue_ids(model, tokenizer, ids, self.new_tokens).strip()
+            rows.append({"question": question, "reference": reference, "answer": answer})
+        protocol = {"questions": len(rows), "new_tokens": self.new_tokens, "chat": self.chat, "system": self.system}
+        if self.similarity is None:
+            return {"metrics": {}, "protocol": protocol, "records": rows}
+        return self._compared(rows, protocol, model.device.type)
+
+    def _compared(self, rows: list[dict], protocol: dict, device: str) -> dict:
+        from slim.evaluation.similarity import cosines, encoder_name
+        from slim.evaluation.tasks import mean
+
+        found = cosines([row["answer"] for row in rows], [row["reference"] for row in rows], self.similarity, device)
+        rows = [{**row, "similarity": value} for row, value in zip(rows, found, strict=True)]
+        average = mean(found)
+        metrics = {
+            "similarity/mean": average,
+            "similarity/median": average if average != average else statistics.median(found),  # NaN stays NaN
+        }
+        return {"metrics": metrics, "protocol": {**protocol, "encoder": encoder_name(self.similarity)}, "records": rows}

@@ -1,0 +1,97 @@
+"""Asking a judge: any server that speaks OpenAI's chat completions, or a checkpoint of one's own in memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from slim.errors import SlimError
+
+TEMPORARY = (408, 409, 425, 429, 500, 502, 503, 504)  # answers of a server that may be better in a moment
+
+
+class Unreachable(SlimError):
+    """The judge cannot be asked, now or with these settings."""
+
+
+@dataclass
+class Endpoint:
+    """A server. address: up to and with ``/v1``. key_variable: environment variable that holds the key, if one is needed.
+
+    timeout: seconds for one answer. retries: further tries after the first. wait: seconds before the second try, doubled
+    each time.
+    """
+
+    address: str
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    timeout: float = 120.0
+    retries: int = 3
+    wait: float = 1.0
+
+    def ask(self, messages: list[dict], new_tokens: int) -> str:
+        """Return the answer's text. Raises ``Unreachable`` after the last try, or at once where trying again is useless."""
+        problem = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.wait * 2 ** (attempt - 1))
+            text, problem, again = self._try(messages, new_tokens)
+            if text is not None:
+                return text
+            if not again:
+                raise Unreachable(f"The judge at {self.address} refuses: {problem}.")
+        raise Unreachable(f"The judge at {self.address} does not answer after {self.retries + 1} tries: {problem}.")
+
+    def _try(self, messages: list[dict], new_tokens: int) -> tuple[str | None, str, bool]:
+        """Ask once; return the text or None, what was wrong, and whether to try again."""
+        import requests
+
+        key = os.environ.get(self.key_variable)
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": new_tokens}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            reply = requests.post(
+                f"{self.address.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=self.timeout
+            )
+        except requests.RequestException as error:
+            return None, type(error).__name__, True
+        if reply.status_code != 200:
+            said = " ".join(reply.text.split())[:200]
+            return None, f"HTTP {reply.status_code} {said}".strip(), reply.status_code in TEMPORARY
+        try:
+            text = reply.json()["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            return None, "what it sends is no chat completion", True
+        return (text, "", True) if isinstance(text, str) else (None, "its answer holds no text", True)
+
+
+class LocalModel:
+    """A checkpoint folder with a chat template, loaded at the first question and kept."""
+
+    def __init__(self, folder: str, device: str):
+        self.folder, self.device = Path(folder).expanduser(), device
+        self._loaded: tuple | None = None
+
+    def ask(self, messages: list[dict], new_tokens: int) -> str:
+        """Return the greedy answer. Raises ``Unreachable`` where the model has no chat template."""
+        from slim.evaluation.generation import continue_ids
+
+        model, tokenizer = self._load()
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        room = model.config.max_position_embeddings - new_tokens
+        if len(ids) > room:
+            raise Unreachable(f"The judge {self.folder.name} has room for {room} tokens, and a question has {len(ids)}.")
+        return continue_ids(model, tokenizer, ids, new_tokens)
+
+    def _load(self) -> tuple:
+        from slim.checkpoint import load_model, load_tokenizer
+
+        if self._loaded is None:
+            tokenizer = load_tokenizer(self.folder)
+            if not tokenizer.chat_template:
+                raise Unreachable(f"The judge {self.folder} has no chat template. Give a model tuned for conversation.")
+            self._loaded = load_model(self.folder, "auto", self.device), tokenizer
+        return self._loaded

@@ -1,0 +1,152 @@
+"""Several checkpoints side by side: differences to the first, answers, a judge's verdicts; ``evaluate.py`` on a list."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from slim.errors import SlimError
+from slim.evaluation.differences import Difference, differences
+from slim.evaluation.verdicts import Verdicts
+from slim.store import digest
+
+if TYPE_CHECKING:
+    from slim.evaluation.evaluation import Evaluation
+    from slim.pipeline import Result
+    from slim.store import Store
+
+SIMILAR = 0.01  # cosine similarities that differ by less are a tie
+
+
+@dataclass
+class Comparison:
+    """How every checkpoint but the first differs from the first; ``error`` is what ended a judge early.
+
+    differences: per label, metric -> difference. judged: per label, a row per question. similar: per label, how often it is
+    nearer to the reference than the first one, a tie, and further.
+    """
+
+    differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    judged: dict[str, list[dict]] = field(default_factory=dict)
+    similar: dict[str, dict[str, int]] = field(default_factory=dict)
+    error: SlimError | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the judge's and the similarity's counts as figures for the tracker."""
+        found = {}
+        for kind, counts in (("judge", {label: tally(rows) for label, rows in self.judged.items()}), ("similar", self.similar)):
+            for label, count in counts.items():
+                clean = re.sub(r"[^\w\-. ]", "_", label)
+                found.update({f"{kind}/{clean}/{name}": float(value) for name, value in count.items()})
+        return found
+
+    def files(self, results: list[Result]) -> dict[str, str]:
+        """Return file name -> text of what is worth keeping."""
+        from slim.evaluation.side_by_side import answers_text, differences_text, judge_text
+
+        files = {}
+        if any(self.differences.values()):
+            files["differences.md"] = differences_text(self, results[0].label)
+        if results and results[0].quality.get("records", {}).get("answers"):
+            files["answers.md"] = answers_text(results)
+        if self.judged:
+            files["judge.md"] = judge_text(self, results[0].label)
+            files["judge.json"] = json.dumps(self.judged, indent=1) + "\n"
+        return files
+
+
+def compare(results: list[Result], evaluation: Evaluation | None, store: Store, device: str) -> Comparison:
+    """Compare every checkpoint with the first. A judge that fails ends nothing: its error is in ``error``."""
+    comparison = Comparison()
+    for result in results[1:]:
+        comparison.differences[result.label] = differences(results[0], result)
+        count = similarity_wins(results[0], result)
+        if count:
+            comparison.similar[result.label] = count
+    if getattr(evaluation, "judge", None) is not None and len(results) > 1:
+        try:
+            _judge(comparison, results, evaluation, store, device)
+        except SlimError as error:
+            comparison.error = error
+    return comparison
+
+
+def _judge(comparison: Comparison, results: list[Result], evaluation: Evaluation, store: Store, device: str) -> None:
+    judge = evaluation.judge
+    client = judge.client(device)
+    path = store.root / "verdicts" / f"{digest(judge.identity())}.jsonl"
+    with store.lock(path):
+        verdicts = Verdicts(path)
+        answers = [result.quality["records"]["answers"] for result in results]
+        for result, other in zip(results[1:], answers[1:], strict=True):
+            comparison.judged[result.label] = judge.compare(answers[0], other, verdicts, client)
+
+
+def tally(rows: list[dict]) -> dict[str, int]:
+    """Count a judge's rows: ``wins`` of the other checkpoint over the first, ``ties``, ``losses``, ``unread``."""
+    count = Counter(row["winner"] for row in rows)
+    return {"wins": count["other"], "ties": count["tie"], "losses": count["one"], "unread": count[None]}
+
+
+def similarity_wins(first: Result, second: Result) -> dict[str, int]:
+    """Count on how many questions ``second`` is nearer to the reference than ``first``; empty where none was compared."""
+    one, two = (result.quality.get("records", {}).get("answers", []) for result in (first, second))
+    if not one or not two or "similarity" not in one[0] or "similarity" not in two[0]:
+        return {}
+    gaps = [b["similarity"] - a["similarity"] for a, b in zip(one, two, strict=True)]
+    wins, losses = sum(gap > SIMILAR for gap in gaps), sum(gap < -SIMILAR for gap in gaps)
+    return {"wins": wins, "ties": len(gaps) - wins - losses, "losses": losses}
+
+
+def execute(config: DictConfig) -> list[Result]:
+    """Measure one checkpoint, or all of ``model.source=[A,B,C]`` and compare them in one table."""
+    from slim import run
+
+    if not isinstance(config.model.get("source"), ListConfig):
+        return run.execute(config)
+    run.quiet_libraries()
+    if config.plan or config.output is not None:
+        raise SlimError("plan=true and output= take one checkpoint. Leave them out, or give model.source=FOLDER.")
+    pipelines = [run.build_pipeline(single) for single in one_by_one(config)]
+    if any(pipeline.stages for pipeline in pipelines):
+        raise SlimError("Several checkpoints are measured as they are. Leave out pruner, tuner, teacher and quantizer.")
+    for pipeline in pipelines:
+        pipeline.plan()
+    return run.run_compared(pipelines, config)
+
+
+def one_by_one(config: DictConfig) -> list[DictConfig]:
+    """Return a configuration for each source. Raises ``SlimError`` for an empty list or one that names a source twice."""
+    sources = [str(source) for source in config.model.source]
+    twice = [source for source, count in Counter(sources).items() if count > 1]
+    if not sources or twice:
+        wrong = f"{twice[0]} is named twice" if twice else "the list is empty"
+        raise SlimError(f"model.source takes different checkpoints, and {wrong}: model.source=[FOLDER,FOLDER]")
+    singles = []
+    for source in sources:
+        single = config.copy()
+        OmegaConf.update(single, "model.source", source)
+        singles.append(single)
+    return singles
+
+
+def name_apart(results: list[Result]) -> None:
+    """Give checkpoints with the same folder name labels that differ, by their parents' names, else by numbers."""
+    for _, group in _same_label(results):
+        folders = [result.checkpoint.folder.resolve() for result in group]
+        parents = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+        apart = len(set(parents)) == len(parents)
+        for number, (result, parent) in enumerate(zip(group, parents, strict=True), 1):
+            result.label = parent if apart else f"{result.label} ({number})"
+
+
+def _same_label(results: list[Result]) -> list[tuple[str, list[Result]]]:
+    ordered = sorted(results, key=lambda result: result.label)
+    twice = {first.label for first, second in pairwise(ordered) if first.label == second.label}
+    return [(label, [result for result in results if result.label == label]) for label in sorted(twice)]

@@ -1,0 +1,138 @@
+"""Energy and CO2 through codecarbon, told apart by whether the machine was read or only estimated.
+
+codecarbon reads a processor's counter (RAPL) and a GPU's (NVML) where it may, and else multiplies the processor's nominal
+power with its load; memory is always estimated by its size. Grams of CO2 are the energy times the mean intensity of the
+country's electricity. Nothing is sent anywhere: the offline tracker is used.
+Source: https://mlco2.github.io/codecarbon/ (package ``codecarbon``, an optional extra of slim).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slim.errors import SlimError, did_you_mean
+
+RAPL = Path("/sys/class/powercap")
+JOULES_PER_KWH = 3.6e6
+MIX = Path("data") / "private_infra" / "global_energy_mix.json"  # countries that codecarbon knows, inside its package
+LEAST_SECONDS = 2.0  # run generation for so long at least: below, a meter that ticks every few milliseconds says little
+
+
+def check_country(country: str) -> None:
+    """Raise ``SlimError`` if codecarbon is not there or does not know the country."""
+    package = importlib.util.find_spec("codecarbon")
+    if package is None:
+        raise SlimError("eval.energy needs codecarbon: pip install 'slim[energy]'. Without it: eval.energy=null")
+    mix = Path(package.submodule_search_locations[0]) / MIX if package.submodule_search_locations else MIX
+    known = sorted(json.loads(mix.read_text(encoding="utf-8"))) if mix.is_file() else [country]
+    if country not in known:
+        raise SlimError(
+            f"eval.energy={country} is no country that codecarbon knows. It takes an ISO code of three letters, such as DEU, "
+            f"FRA or USA.{did_you_mean(str(country), known)}"
+        )
+
+
+def meters(device: str) -> list[str]:
+    """Return the meters of this machine that can be read for ``device``: ``"RAPL"``, ``"NVML"``, both or none."""
+    found = ["RAPL"] if any(os.access(path, os.R_OK) for path in RAPL.glob("intel-rapl*/energy_uj")) else []
+    return [*found, "NVML"] if device.startswith("cuda") and _nvml() else found
+
+
+def _nvml() -> bool:
+    if importlib.util.find_spec("pynvml") is None:
+        return False
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        pynvml.nvmlDeviceGetPowerUsage(pynvml.nvmlDeviceGetHandleByIndex(0))
+    except pynvml.NVMLError:
+        return False
+    return True
+
+
+class EnergyMeter:
+    """Measures the body of a ``with`` on the whole machine::
+
+        with EnergyMeter("DEU", device) as meter:
+            ...
+        meter.facts  # energy_joules, co2_grams, energy_estimated (1.0 or 0.0)
+
+    energy_estimated: 1.0 where the device's own meter could not be read, so that its share is a guess from nominal power.
+    """
+
+    def __init__(self, country: str, device: str):
+        self.country, self.device = country, device
+        self.facts: dict[str, float] = {}
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the energy of the device is a guess."""
+        return ("NVML" if self.device.startswith("cuda") else "RAPL") not in meters(self.device)
+
+    def __enter__(self) -> EnergyMeter:
+        from codecarbon import OfflineEmissionsTracker
+
+        self._tracker = OfflineEmissionsTracker(
+            country_iso_code=self.country,
+            measure_power_secs=1,
+            save_to_file=False,
+            log_level="critical",
+            allow_multiple_runs=True,
+        )
+        self._tracker.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._tracker.stop()
+        found = getattr(self._tracker, "final_emissions_data", None)
+        if found is not None:  # codecarbon swallows its own errors
+            self.facts = {
+                "energy_joules": float(found.energy_consumed) * JOULES_PER_KWH,
+                "co2_grams": float(found.emissions) * 1000,
+                "energy_estimated": float(self.estimated),
+            }
+
+
+@contextmanager
+def stage_energy(country: str | None, device: str, facts: dict) -> Iterator[None]:
+    """Measure the body and add its energy to ``facts``; nothing where ``country`` is None."""
+    if country is None:
+        yield
+        return
+    meter = EnergyMeter(country, device)
+    with meter:
+        yield
+    facts.update(meter.facts)
+
+
+def generation_energy(model, prompts: list[list[int]], new_tokens: int, country: str) -> dict[str, float]:
+    """Return joules and micrograms of CO2 per generated token: prompts one at a time, prefill included.
+
+    The prompts are repeated until ``LEAST_SECONDS`` have passed. ``energy_estimated`` is 1.0 for a guess.
+    """
+    import torch
+
+    from slim.evaluation.timing import timed_run
+
+    tensors = [torch.tensor([ids], device=model.device) for ids in prompts]
+    tokens, meter = 0, EnergyMeter(country, model.device.type)
+    with torch.inference_mode(), meter:
+        until = time.monotonic() + LEAST_SECONDS
+        while tokens == 0 or time.monotonic() < until:
+            for prompt in tensors:
+                timed_run(model, prompt, new_tokens)
+                tokens += new_tokens
+    if not meter.facts:
+        return {}
+    return {
+        "energy_joules_per_token": meter.facts["energy_joules"] / tokens,
+        "co2_micrograms_per_token": meter.facts["co2_grams"] * 1e6 / tokens,
+        "energy_estimated": meter.facts["energy_estimated"],
+    }

@@ -1,0 +1,108 @@
+"""One timed generation: a clock that waits for a GPU, or rather events on it, and the forward pass compiled or not."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slim.errors import SlimError
+from slim.evaluation.generation import decode, prefill
+from slim.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of prefill and decode, and the tokens of all rows of the batch that they are for."""
+
+    prefill: float
+    decode: float
+    prompt_tokens: int
+    decode_tokens: int  # without the first new token of each row, which prefill gives
+    all_tokens: int  # prompts and answers
+
+
+def timed_run(model, prompt: torch.Tensor, new_tokens: int, fixed_cache: bool = False) -> Run:
+    """Generate ``new_tokens`` greedily after ``prompt``, int64 [batch, tokens], and time prefill and decode.
+
+    Prefill gives the first token, decode the other ``new_tokens - 1``. An end-of-text token does not stop it.
+    fixed_cache: a cache of fixed size, whose shapes a compiled forward pass sees once.
+    """
+    batch, length = prompt.shape
+    cache = static_cache(model, prompt, new_tokens) if fixed_cache else None
+    watch = Stopwatch(prompt.device)
+    token, cache = prefill(model, prompt, cache)
+    watch.lap()
+    for _ in itertools.islice(decode(model, token, cache), new_tokens - 1):
+        pass
+    watch.lap()
+    first, second = watch.seconds()
+    return Run(first, second, batch * length, batch * (new_tokens - 1), batch * (length + new_tokens))
+
+
+class Stopwatch:
+    """Laps in seconds from now: by events on a GPU, so that giving it work is not waited for, else by the clock."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize(device)
+        self._marks = [self._mark()]
+
+    def _mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self) -> None:
+        """End a lap and begin the next."""
+        self._marks.append(self._mark())
+
+    def seconds(self) -> list[float]:
+        """Return the seconds of all laps."""
+        if self.cuda:
+            self._marks[-1].synchronize()
+        return [
+            first.elapsed_time(second) / 1000 if self.cuda else second - first
+            for first, second in itertools.pairwise(self._marks)
+        ]
+
+
+def static_cache(model, prompt: torch.Tensor, new_tokens: int):
+    """Return a cache with room for ``prompt`` and ``new_tokens``."""
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
+
+
+@contextmanager
+def compiled(model, wanted: bool) -> Iterator[None]:
+    """Run the body with ``model.forward`` through torch.compile where ``wanted``, and put it back.
+
+    Raises ``SlimError`` where it cannot be compiled, which mostly means that there is no compiler.
+    """
+    if not wanted:
+        yield
+        return
+    plain = model.forward
+    model.forward = torch.compile(plain)
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SlimError(
+            f"torch.compile fails on this model or machine: {reason}\nLeave it out with eval.speed.compile=false."
+        ) from error
+    finally:
+        model.forward = plain
+        torch.compiler.reset()

@@ -1,0 +1,46 @@
+"""Verdicts of a judge on disk, one JSON line each, written as they come: a stopped run has lost none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+class Verdicts:
+    """The file of one judge. A last line that was cut off by a crash is dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.asked = 0  # verdicts added by this process
+        self._known: dict[str, dict] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._read(line)
+
+    def _read(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            self._known[row.pop("key")] = row
+        except (ValueError, KeyError, AttributeError):
+            return
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, key: str) -> dict | None:
+        """Return the verdict with this key, or None."""
+        return self._known.get(key)
+
+    def add(self, key: str, verdict: dict) -> dict:
+        """Keep a verdict and return it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"\n", b"")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("" if whole else "\n") + json.dumps({"key": key, **verdict}) + "\n")
+        self._known[key] = verdict
+        self.asked += 1
+        return verdict
+
+    def kept(self) -> str:
+        """Say where what there is can be found."""
+        return f"{len(self)} verdicts are kept in {self.path}."

@@ -1,0 +1,109 @@
+"""QLoRA: adapters trained on a base that is held in 4 or 8 bits (Dettmers et al., arXiv:2305.14314).
+
+The base is quantised by bitsandbytes first, block by block, as ``quant=nf4`` or ``quant=int8`` would, so the plain model
+is never in memory while training. Afterwards there are two honest results:
+
+- ``merge=true``: dequantised base + s B A, a plain model. The adapters were trained on the quantised base; added to the
+  original weights, or quantised again together with these, they would give models that nobody trained.
+- ``merge=false``: the quantised base with the adapters beside it.
+
+The quantised base is worse than the source. So a merged result has to beat the *source* to be kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slim.architecture import ModelDescription
+from slim.checkpoint import load_model, open_checkpoint
+from slim.errors import SlimError
+from slim.lazy import LazyModule
+from slim.quantization import bnb
+from slim.settings import require_choice, require_flag
+from slim.stage import Context
+from slim.training import distributed
+from slim.training.tune import Lora
+
+if TYPE_CHECKING:
+    import torch
+
+    from slim.checkpoint import Checkpoint
+    from slim.training import adapters, fit, task
+else:
+    adapters = LazyModule("slim.training.adapters")
+
+QUANTS = ("nf4", "int8")
+BASE = "base"  # folder of the quantised base in the work folder
+
+
+@dataclass
+class QLora(Lora):
+    """Low-rank adapters on a quantised base.
+
+    base_quant: how the base is held: ``nf4`` or ``int8``. double_quant: of nf4: quantise the scales too.
+    """
+
+    base_quant: str = "nf4"
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self.setting("base_quant"), self.base_quant, QUANTS)
+        require_flag(self.setting("double_quant"), self.double_quant)
+
+    @property
+    def quantizer(self) -> bnb.BitsAndBytes:
+        """The stage that quantises the base."""
+        return bnb.NF4(self.double_quant) if self.base_quant == "nf4" else bnb.Int8()
+
+    def check_weights(self, model: ModelDescription) -> None:
+        if model.quantization is not None:
+            raise SlimError(
+                f"{model.name} is quantised already, and tuner=qlora quantises by itself. "
+                "Use tuner=lora tuner.merge=false to train adapters beside it."
+            )
+        self.refuse_splitting()
+        bnb.require_library()
+        self.quantizer.check(model)
+
+    def expect(self, model: ModelDescription) -> ModelDescription:
+        return model if self.merge else super().expect(self.quantizer.expect(model))
+
+    def peak_bytes(self, model: ModelDescription, device: str) -> int:
+        packed = super().peak_bytes(self.quantizer.expect(model), device)
+        dense = model.weight_bytes("float32" if device == "cpu" else None)  # while merging, beside the packed base
+        merging = self.quantizer.expect(model).weight_bytes() + dense if self.merge else 0
+        return max(self.quantizer.peak_bytes(model, device), packed, merging)
+
+    # The work
+
+    def trained_on(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
+        """Quantise the source into the work folder, once for all processes and for a training that goes on."""
+        folder = context.work / BASE
+        if distributed.leads() and not folder.is_dir():
+            partial = folder.with_name(BASE + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            self.quantizer.run(checkpoint.folder, partial, Context(context.device))
+            partial.rename(folder)
+        distributed.agree(True)  # the others wait for it
+        return open_checkpoint(folder)
+
+    def run(self, source: Path, target: Path, context: Context) -> dict:
+        if context.work is not None:
+            return super().run(source, target, context)
+        with tempfile.TemporaryDirectory() as work:
+            return super().run(source, target, replace(context, work=Path(work)))
+
+    def merged(self, model, probe: torch.Tensor, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
+        dense = load_model(learnt.checkpoint.folder, device=learnt.device)
+        return adapters.merge_adapters(model, probe, dense)
+
+    def untouched_loss(self, outcome: fit.Outcome, learnt: task.Task) -> float:
+        if not self.merge:
+            return outcome.before
+        return self.measure(load_model(learnt.checkpoint.folder, device=learnt.device), learnt)

@@ -1,0 +1,172 @@
+"""Going on with a training that was interrupted: what is saved of it, by time, and how it is taken up.
+
+Saved are the parameters that train, the optimiser's and the schedule's state, the random generator's, the best state so far
+and the curves. Data needs nothing but the number of the step: micro-batches have a fixed order. Tensors are a safetensors
+file and the rest is JSON, written last and renamed into place, so that a killed process leaves the old or the new state.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from slim.machine import versions
+from slim.progress import console
+from slim.training import distributed
+from slim.training.callbacks import Outcome, Record, Report, trained_state
+
+SAVE_SECONDS = 20.0  # between two saves, at least
+SHARE = 0.05  # of the time may go into saving, at most
+
+
+class SavedTraining:
+    """The saved state of one training in ``folder``. setting: what must be the same for the results to be the same."""
+
+    def __init__(self, folder: Path, setting: dict):
+        self.folder = folder
+        self.setting = {"versions": versions(), **setting}
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / "training.json"
+
+    def read(self) -> dict | None:
+        """Return the saved record with its tensors, or None where there is none that can be used here."""
+        if not self._record.is_file():
+            return None
+        record = json.loads(self._record.read_text(encoding="utf-8"))
+        if record["setting"] != self.setting:
+            return None
+        from safetensors.torch import load_file
+
+        return {**record, "tensors": load_file(self.folder / record["file"])}
+
+    def write(self, record: dict, tensors: dict[str, Tensor]) -> None:
+        """Replace what is saved, at once or not at all."""
+        from slim.checkpoint import save_tensors
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step-{record['step']}.training"
+        save_tensors(tensors, file)
+        partial = self._record.with_suffix(".partial")
+        partial.write_text(json.dumps({**record, "setting": self.setting, "file": file.name}), encoding="utf-8")
+        partial.replace(self._record)
+        for old in self.folder.glob("step-*.training"):
+            if old != file:
+                old.unlink()
+
+
+class Keeper(pl.Callback):
+    """Saves the state of a training from time to time, and puts back what was saved. The last of the callbacks.
+
+    record: what :meth:`SavedTraining.read` found, or None.
+    """
+
+    def __init__(self, saved: SavedTraining, record: dict | None, outcome: Outcome, report: Report):
+        self.saved, self.record, self.outcome, self.report = saved, record, outcome, report
+        self.wait = SAVE_SECONDS
+        self.last = time.monotonic()
+
+    def on_train_start(self, trainer, module) -> None:
+        if self.record is None:
+            return
+        step, self.record = self.record["step"], restore_training(self.record, trainer, module, self.report)
+        console().print(f"Going on behind step {step}, where an earlier run was interrupted.", highlight=False)
+        self.last = time.monotonic()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        whole_step = (index + 1) % trainer.accumulate_grad_batches == 0
+        if not whole_step or trainer.global_step >= module.optimisation.steps or not self.due():
+            return
+        begin = time.monotonic()
+        record, tensors = training_state(trainer, module, self.report, self.outcome)
+        if distributed.leads():
+            self.saved.write(record, tensors)
+        self.last = time.monotonic()
+        self.wait = max(SAVE_SECONDS, (self.last - begin) / SHARE)
+
+    def due(self) -> bool:
+        """Whether it is time to save: one process decides, since sharded states are gathered by all."""
+        return distributed.agree(time.monotonic() - self.last >= self.wait)
+
+
+# The state
+
+
+def training_state(trainer, module, report: Report, outcome: Outcome) -> tuple[dict, dict[str, Tensor]]:
+    """Return what is needed to go on behind the current step: plain JSON values, and tensors on the CPU by name."""
+    tensors = {f"parameter.{name}": value for name, value in trained_state(module).items()}
+    tensors |= {f"best.{name}": value for name, value in (outcome.best_state or {}).items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if module.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(module.device)
+    optimiser, moments = optimiser_state(trainer.optimizers[0])
+    record = {
+        "step": trainer.global_step,
+        "outcome": outcome.state(),
+        "seen": report.seen.state(),
+        "optimiser": optimiser,
+        "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "scaler": trainer.strategy.precision_plugin.state_dict(),
+    }
+    return record, {name: value.contiguous() for name, value in (tensors | moments).items()}
+
+
+def optimiser_state(optimiser: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor]]:
+    """Return the groups and whatever is no tensor as JSON values, and the tensors by ``optimiser.<parameter>.<name>``."""
+    state = optimiser.state_dict()
+    plain: dict[str, dict] = {}
+    tensors: dict[str, Tensor] = {}
+    for number, values in state["state"].items():
+        plain[str(number)] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        tensors |= {
+            f"optimiser.{number}.{name}": distributed.whole(value).detach().to("cpu", copy=True)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+    return {"state": plain, "groups": state["param_groups"]}, tensors
+
+
+def resumed_outcome(record: dict) -> Outcome:
+    """Return what the interrupted training had given so far."""
+    best = {name.removeprefix("best."): value for name, value in record["tensors"].items() if name.startswith("best.")}
+    return Outcome.resumed(record["outcome"], best or None)
+
+
+def restore_training(record: dict, trainer, module: nn.Module, report: Report) -> None:
+    """Bring a training that is about to take its first step to where ``record`` was made."""
+    tensors, step = record["tensors"], record["step"]
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if name.startswith("parameter."):
+                distributed.assign(parameters[name.removeprefix("parameter.")], value)
+    restore_optimiser(trainer.optimizers[0], record["optimiser"], tensors)
+    trainer.lr_scheduler_configs[0].scheduler.load_state_dict(record["schedule"])
+    trainer.strategy.precision_plugin.load_state_dict(record["scaler"])
+    report.seen = Record(**record["seen"])
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    progress.ready = progress.completed = step  # what Lightning calls the global step
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and module.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], module.device)
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, plain: dict, tensors: dict[str, Tensor]) -> None:
+    """Put back what :func:`optimiser_state` gave; JSON has made lists of tuples and texts of numbers."""
+    state: dict[int, dict] = {int(number): dict(values) for number, values in plain["state"].items()}
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    for name, value in tensors.items():
+        if name.startswith("optimiser."):
+            _, number, key = name.split(".", 2)
+            state[int(number)][key] = distributed.like(value, parameters[int(number)])
+    groups = [
+        {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in saved.items()}
+        for own, saved in zip(optimiser.param_groups, plain["groups"], strict=True)
+    ]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
