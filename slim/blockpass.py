@@ -85,7 +85,8 @@ class Entrance:
     """What enters block 0, and how the model calls its blocks.
 
     hidden: one float32 tensor [samples, length, hidden] per batch, on the CPU.
-    dtype: the type the model is stored in, such as ``"bfloat16"``. calls: number of samples in a batch -> per block, the arguments the model calls it with beside the hidden states
+    dtype: the type the model is stored in, such as ``"bfloat16"``.
+    calls: number of samples in a batch -> per block, the arguments the model calls it with beside the hidden states
         (mask, positions, rotary angles), as transformers' own code makes them for this family.
     """
 

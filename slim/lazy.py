@@ -25,6 +25,6 @@ class LazyModule:
         if attribute.startswith("__"):  # inspection (copy, pickle, doctest) must not trigger the import
             raise AttributeError(attribute)
         value = getattr(importlib.import_module(self._name), attribute)
-        if isinstance(value, Callable | type):  # kept, as inner loops ask often; what may change is asked for each time
+        if isinstance(value, Callable | type) and not self._name.startswith("slim."):  # inner loops ask often
             self.__dict__[attribute] = value
         return value

@@ -340,6 +340,7 @@ def perplexity(folder, tokens):
     return torch.stack(found).mean().exp().item()
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_trained_model(ref_llama, shared, tmp_path):
     data = shared / "data"
     calibration = Calibration(text=str(data / "wikitext2_tok_valid.txt"), samples=12, length=256)

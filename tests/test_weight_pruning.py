@@ -163,7 +163,11 @@ def test_sparsegpt_equals_optimal_brain_surgery(monkeypatch, n_of_m, sparsity):
     assert loss(found) < 0.8 * loss(torch.where(found == 0, 0, weight))  # than the same zeros without the update
 
 
-@pytest.mark.parametrize("pattern", [{}, {"n": 2, "m": 4}, {"n": 4, "m": 8}, {"sparsity": 0.7}], ids=str)
+LONG = [pytest.param(item, marks=pytest.mark.slow) for item in ({"n": 4, "m": 8}, {"sparsity": 0.7})]
+PATTERNS = [{}, {"n": 2, "m": 4}, *LONG]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_methods_come_in_the_published_order(ref_llama, shared, tmp_path, pattern):
     """SparseGPT is better than Wanda, and Wanda than magnitude, in what the layers give."""
     text = Calibration(str(shared / "data" / "wikitext2_tok_valid.txt"), samples=32, length=64)

@@ -256,6 +256,7 @@ def in_another_process(code: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_a_uniform_result_needs_no_slim_and_the_other_says_how(grouped_llama, calibration, tmp_path):
     run(WidthL1(calibration=calibration, rounding=8, uniform=True), grouped_llama, tmp_path / "uniform")
     run(WidthL1(calibration=calibration, rounding=8), grouped_llama, tmp_path / "differing")

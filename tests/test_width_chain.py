@@ -18,6 +18,7 @@ SHORT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_prune_heal_and_quantise_in_one_command(tmp_path):
     places = [f"store={tmp_path / 'runs'}", f"output={tmp_path / 'out'}"]

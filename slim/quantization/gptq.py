@@ -5,7 +5,8 @@ Frantar et al., arXiv:2210.17323. With X the layer's inputs and H = X^T X + damp
     t_j = w_j + sum_k<j (w_k - w^_k) A_kj,    w^_j = Q(t_j),    H = A diag(d)^2 A^T, A unit upper triangular
 
 which is the paper's recursion on H^-1 without the inverse (see solve.py). Beyond the paper, with ``refine``, every code and
-every scale goes again to its best value given all the others (see refine.py), which only ever lowers the loss. With ``scaling=awq`` channels are scaled first, where that lowers the loss.
+every scale goes again to its best value given all the others (see refine.py), which only ever lowers the loss. With
+``scaling=awq`` channels are scaled first, where that lowers the loss.
 """
 
 from __future__ import annotations
