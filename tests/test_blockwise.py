@@ -232,3 +232,21 @@ def copy_with(source, target, name, change):
         tensors[name] = changed.contiguous()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def test_calibration_runs_at_the_stored_precision_and_nothing_else_does():
+    from slim.blockpass import Gram, precision_of
+
+    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    inputs = torch.randn(300, 64, generator=torch.Generator().manual_seed(2))
+    exact = inputs.double().T @ inputs.double()
+    found = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        gram = Gram(64)
+        with pytest.raises(KeyError), precision_of(dtype):
+            gram.add(inputs)
+            raise KeyError
+        found[dtype] = float((gram.matrix().double() - exact).norm() / exact.norm())
+        assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+    assert found["float32"] < 1e-6 and found["float16"] < 1e-6
+    assert found["bfloat16"] < 2**-8  # on a processor that rounds; others stay exact
