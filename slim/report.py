@@ -37,6 +37,7 @@ SPEED = (
     Column("prefill (tok/s)", "prefill_tokens_per_second", 1, 0, "high"),
     Column("decode (tok/s)", "decode_tokens_per_second", 1, 0, "high"),
     Column("energy (J/tok)", "energy_joules_per_token", 1, 3, "low"),
+    Column("energy (J/tok, estimate)", "energy_joules_per_token_estimate", 1, 3, "low"),
     Column("weights (MB)", "weights_bytes", 1e-6, 2, "low"),
     Column("resident (MB)", "resident_bytes", 1e-6, 1, "low"),
     Column("peak (MB)", "peak_bytes", 1e-6, 1, "low"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -79,6 +80,7 @@ class EnergyMeter:
     def __enter__(self) -> EnergyMeter:
         from codecarbon import OfflineEmissionsTracker
 
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # log_level holds only after its first lines
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=self.country,
             measure_power_secs=1,
@@ -115,7 +117,8 @@ def stage_energy(country: str | None, device: str, facts: dict) -> Iterator[None
 def generation_energy(model, prompts: list[list[int]], new_tokens: int, country: str) -> dict[str, float]:
     """Return joules and micrograms of CO2 per generated token: prompts one at a time, prefill included.
 
-    The prompts are repeated until ``LEAST_SECONDS`` have passed. ``energy_estimated`` is 1.0 for a guess.
+    The prompts are repeated until ``LEAST_SECONDS`` have passed. The names of guesses end in ``_estimate``, so that no
+    table or plot mixes them with what was read from a meter.
     """
     import torch
 
@@ -131,8 +134,8 @@ def generation_energy(model, prompts: list[list[int]], new_tokens: int, country:
                 tokens += new_tokens
     if not meter.facts:
         return {}
+    end = "_estimate" if meter.facts["energy_estimated"] else ""
     return {
-        "energy_joules_per_token": meter.facts["energy_joules"] / tokens,
-        "co2_micrograms_per_token": meter.facts["co2_grams"] * 1e6 / tokens,
-        "energy_estimated": meter.facts["energy_estimated"],
+        f"energy_joules_per_token{end}": meter.facts["energy_joules"] / tokens,
+        f"co2_micrograms_per_token{end}": meter.facts["co2_grams"] * 1e6 / tokens,
     }
