@@ -117,13 +117,13 @@ def free_disk(folder: Path) -> int:
 
 
 def map_large_tensors() -> None:
-    """Let tensors of 8 MiB and more have pages of their own, which go back to the system with them, where malloc can.
+    """Let tensors of 2 MiB and more have pages of their own, which go back to the system with them, where malloc can.
 
     By itself glibc raises that limit, up to 32 MiB, with every such tensor that is freed: later ones then lie in a heap
     whose holes nobody can use.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**23)
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**21)
         ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, 2**25)
 
 
