@@ -124,9 +124,12 @@ def relative_error(difference: torch.Tensor, weight: torch.Tensor, gram: torch.T
 
     gram: G = X^T X, [in, in]; without one |D| / |W|.
     """
+    return root_ratio(squared_size(difference, gram), squared_size(weight, gram))
 
-    whole = squared_size(weight, gram)
-    return float((squared_size(difference, gram) / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0
+
+def root_ratio(change: torch.Tensor, whole: torch.Tensor) -> float:
+    """Return the root of ``change / whole``, squared sizes of a change and of what is changed; 0 where that is nothing."""
+    return float((change / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0
 
 
 def squared_size(matrix: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
@@ -142,8 +145,7 @@ def exchange_weight(linear: nn.Linear, weight: torch.Tensor, gram: torch.Tensor 
     old = linear.weight.data
     whole = squared_size(old, gram)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    change = squared_size(old.sub_(weight), gram)
-    return float((change / whole).clamp(min=0).sqrt()) if whole > 0 else 0.0
+    return root_ratio(squared_size(old.sub_(weight), gram), whole)
 
 
 class Walk:

@@ -44,6 +44,25 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_small("llama", tmp_path_factory.mktemp("small") / "llama")
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A random Llama of four narrow blocks."""
+    from tests.distilling import NARROW
+
+    return build_small("llama", tmp_path_factory.mktemp("teacher") / "teacher", num_hidden_layers=4, **NARROW)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, teacher) -> Path:
+    """Its first and its third block."""
+    from slim.checkpoint import open_checkpoint, write_blocks
+
+    folder = tmp_path_factory.mktemp("student") / "student"
+    folder.mkdir()
+    write_blocks(open_checkpoint(teacher), folder, [0, 2])
+    return folder
+
+
 def build_small(model_type: str, folder: Path, **changes) -> Path:
     """Write a small random checkpoint of a family; ``changes`` go into its config."""
     import torch

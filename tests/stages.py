@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -43,3 +44,12 @@ class Scale(Stage):
         context.metric("loss", 1.5, 1)
         context.metric("loss", 0.5, 2)
         return {"factor": self.factor}
+
+
+def run(stage: Stage, source: Path, target: Path, **context) -> dict:
+    """Check a stage against ``source`` and run it into the new folder ``target``; return its facts, which must be plain."""
+    target.mkdir(parents=True)
+    stage.check(open_checkpoint(source).description)
+    facts = stage.run(source, target, Context(**context))
+    json.dumps(facts)
+    return facts

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slim.checkpoint import checksums, load_model, load_tokenizer, open_checkpoint, write_blocks
+from slim.checkpoint import checksums, load_model, load_tokenizer, open_checkpoint
 from slim.data.examples import TinyChat, TinyText
 from slim.data.packing import IGNORE
 from slim.distillation.layer_map import Matching
@@ -21,42 +21,8 @@ from slim.source import Source, Untrained
 from slim.stage import Context
 from slim.training.schedule import learning_rate_factor
 from tests.conftest import ROOT, build_small
-
-QUICK = dict(steps=4, window=64, batch_tokens=256, validate_every=2, validation_tokens=512, learning_rate=0.01)
-NARROW = dict(hidden_size=32, intermediate_size=64, vocab_size=1536)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    """A random Llama of four narrow blocks."""
-    return build_small("llama", tmp_path_factory.mktemp("teacher") / "teacher", num_hidden_layers=4, **NARROW)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory, teacher) -> Path:
-    """Its first and its third block."""
-    folder = tmp_path_factory.mktemp("student") / "student"
-    folder.mkdir()
-    write_blocks(open_checkpoint(teacher), folder, [0, 2])
-    return folder
-
-
-def run(stage, source: Path, target: Path) -> dict:
-    target.mkdir(parents=True)
-    stage.check(open_checkpoint(source).description)
-    facts = stage.run(source, target, Context())
-    json.dumps(facts)
-    return facts
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(load_model(folder, "float32").named_parameters())
-
-
-def by(teacher: Path, **settings) -> dict:
-    """Settings of a stage with this teacher."""
-    return {**QUICK, "data": TinyText(), "base": Source(str(teacher)), **settings}
-
+from tests.distilling import NARROW, QUICK, by, weights
+from tests.stages import run
 
 # The objective
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,9 @@ from slim.distillation.stage import Full, Lora
 from slim.distillation.teacher import same_vocabulary
 from slim.errors import SlimError
 from slim.source import Source
-from slim.stage import Context
 from tests.conftest import build_small
-
-QUICK = dict(steps=4, window=64, batch_tokens=256, validate_every=2, validation_tokens=512, learning_rate=0.01)
+from tests.distilling import QUICK
+from tests.stages import run
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +56,6 @@ def foreign(tmp_path_factory) -> Path:
     build_small("llama", folder, num_hidden_layers=2, **sizes)
     save_tokenizer(tokenizer, folder)
     return folder
-
-
-def run(stage, source: Path, target: Path) -> dict:
-    target.mkdir(parents=True)
-    stage.check(open_checkpoint(source).description)
-    facts = stage.run(source, target, Context())
-    json.dumps(facts)
-    return facts
 
 
 def kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> float:

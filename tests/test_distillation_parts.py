@@ -19,44 +19,9 @@ from slim.distillation.stage import Full, Lora
 from slim.distillation.student import Layers, evenly_spaced
 from slim.errors import SlimError
 from slim.source import EMBEDDED, Source
-from slim.stage import Context
 from tests.conftest import build_small
-
-QUICK = dict(steps=4, window=64, batch_tokens=256, validate_every=2, validation_tokens=512, learning_rate=0.01)
-NARROW = dict(hidden_size=32, intermediate_size=64, vocab_size=1536)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    """A random Llama of four narrow blocks."""
-    return build_small("llama", tmp_path_factory.mktemp("teacher") / "teacher", num_hidden_layers=4, **NARROW)
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory, teacher) -> Path:
-    """Its first and its third block."""
-    folder = tmp_path_factory.mktemp("student") / "student"
-    folder.mkdir()
-    write_blocks(open_checkpoint(teacher), folder, [0, 2])
-    return folder
-
-
-def run(stage, source: Path, target: Path) -> dict:
-    target.mkdir(parents=True)
-    stage.check(open_checkpoint(source).description)
-    facts = stage.run(source, target, Context())
-    json.dumps(facts)
-    return facts
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(load_model(folder, "float32").named_parameters())
-
-
-def by(teacher: Path, **settings) -> dict:
-    """Settings of a stage with this teacher."""
-    return {**QUICK, "data": TinyText(), "base": Source(str(teacher)), **settings}
-
+from tests.distilling import NARROW, by
+from tests.stages import run
 
 # A student from layers
 

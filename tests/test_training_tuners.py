@@ -25,6 +25,7 @@ from slim.training import adapters, optimizers
 from slim.training.qlora import QLora
 from slim.training.tune import Full, Lora
 from tests.conftest import ROOT, build_small
+from tests.stages import run
 
 QUICK = dict(steps=4, window=64, batch_tokens=256, validate_every=2, validation_tokens=512, learning_rate=0.02)
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -46,14 +47,6 @@ def packed(little, tmp_path_factory) -> dict[str, Path]:
         (folder / name).mkdir()
         stage.run(little, folder / name, Context())
     return {name: folder / name for name in stages}
-
-
-def run(stage, source: Path, target: Path) -> dict:
-    target.mkdir(parents=True)
-    stage.check(open_checkpoint(source).description)
-    facts = stage.run(source, target, Context())
-    json.dumps(facts)  # plain values only
-    return facts
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

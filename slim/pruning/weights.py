@@ -218,6 +218,8 @@ class CalibratedWeightPruning(WeightPruning):
 
     calibration: Calibration
 
+    version: ClassVar[int] = 2
+
     def tokens(self, source: Checkpoint):
         from slim.checkpoint import load_tokenizer
 

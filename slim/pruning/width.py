@@ -59,6 +59,7 @@ class WidthPruning(Stage):
     calibration: Calibration
 
     kind: ClassVar[str] = "prune"
+    version: ClassVar[int] = 2
     criterion: ClassVar[str]  # name in facts and pictures
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ class AWQ(CalibratedQuantization):
     clip: int = 10
     refit: bool = True
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
