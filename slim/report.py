@@ -118,12 +118,14 @@ def terminal_table(results: list[Result], compared: bool = False):
 def markdown_table(results: list[Result], compared: bool = False) -> str:
     """Return the same table in Markdown."""
     shown = columns(results)
-    lines = [
-        "| checkpoint | " + " | ".join(column.heading for column in shown) + " |",
-        "| --- |" + " ---: |" * len(shown),
-    ]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows(results, shown, ("**", "**") if compared else None)]
-    return "\n".join(lines) + "\n"
+    headings = ["checkpoint", *(column.heading for column in shown)]
+    return "\n".join(markdown_lines(headings, rows(results, shown, ("**", "**") if compared else None))) + "\n"
+
+
+def markdown_lines(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table: names to the left, figures to the right."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
+    return [lines[0], "| --- |" + " ---: |" * (len(headings) - 1), *lines[1:]]
 
 
 def json_table(results: list[Result]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from slim.errors import SlimError
-from slim.evaluation.differences import Difference, differences
+from slim.evaluation.differences import Difference, differences, similarity_gaps
 from slim.evaluation.verdicts import Verdicts
 from slim.store import digest
 
@@ -96,10 +96,9 @@ def tally(rows: list[dict]) -> dict[str, int]:
 
 def similarity_wins(first: Result, second: Result) -> dict[str, int]:
     """Count on how many questions ``second`` is nearer to the reference than ``first``; empty where none was compared."""
-    one, two = (result.quality.get("records", {}).get("answers", []) for result in (first, second))
-    if not one or not two or "similarity" not in one[0] or "similarity" not in two[0]:
+    gaps = similarity_gaps(*(result.quality.get("records", {}) for result in (first, second)))
+    if not gaps:
         return {}
-    gaps = [b["similarity"] - a["similarity"] for a, b in zip(one, two, strict=True)]
     wins, losses = sum(gap > SIMILAR for gap in gaps), sum(gap < -SIMILAR for gap in gaps)
     return {"wins": wins, "ties": len(gaps) - wins - losses, "losses": losses}
 

@@ -93,9 +93,17 @@ def _of_tasks(one: dict, two: dict) -> list[Difference]:
     return found
 
 
-def _of_answers(one: dict, two: dict) -> list[Difference]:
+def similarity_gaps(one: dict, two: dict) -> list[float]:
+    """Return by how much each answer in the records ``two`` is nearer to its reference than that in ``one``.
+
+    Empty where similarity was not measured in both, or on another number of questions.
+    """
     rows, others = one.get("answers", []), two.get("answers", [])
     if not rows or len(rows) != len(others) or "similarity" not in rows[0] or "similarity" not in others[0]:
         return []
-    value, error = paired([b["similarity"] - a["similarity"] for a, b in zip(rows, others, strict=True)])
-    return [Difference("similarity/mean", value, error, len(rows))]
+    return [b["similarity"] - a["similarity"] for a, b in zip(rows, others, strict=True)]
+
+
+def _of_answers(one: dict, two: dict) -> list[Difference]:
+    gaps = similarity_gaps(one, two)
+    return [Difference("similarity/mean", *paired(gaps), len(gaps))] if gaps else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slim.evaluation.health import REPEATING
+from slim.report import markdown_lines
 
 if TYPE_CHECKING:
     from slim.evaluation.compare import Comparison
@@ -27,15 +28,9 @@ def differences_text(comparison: Comparison, baseline: str) -> str:
     lines = [
         f"Differences to {baseline}, over the same questions, with standard errors; shares in points of a hundred.",
         "",
-        _line(headings),
-        "| --- |" + " ---: |" * (len(headings) - 1),
-        *(_line(row) for row in rows),
+        *markdown_lines(headings, rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def differences_table(comparison: Comparison, baseline: str):
@@ -66,11 +61,11 @@ def answers_text(results: list[Result]) -> str:
 
 def judge_text(comparison: Comparison, baseline: str) -> str:
     """Return a judge's counts and reasons as Markdown."""
-    lines = [f"Verdicts against {baseline}", "", "| checkpoint | wins | ties | losses | unread |", "| --- |" + " ---: |" * 4]
     from slim.evaluation.compare import tally
 
-    for label, rows in comparison.judged.items():
-        lines.append(_line([label, *(str(count) for count in tally(rows).values())]))
+    counts = [[label, *(str(count) for count in tally(rows).values())] for label, rows in comparison.judged.items()]
+    headings = ["checkpoint", "wins", "ties", "losses", "unread"]
+    lines = [f"Verdicts against {baseline}", "", *markdown_lines(headings, counts)]
     for label, rows in comparison.judged.items():
         for row in rows:
             winner = {"one": baseline, "other": label, "tie": "tie", None: "no verdict"}[row["winner"]]

@@ -13,9 +13,10 @@ class Verdicts:
         self.path = path
         self.asked = 0  # verdicts added by this process
         self._known: dict[str, dict] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                self._read(line)
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        self._cut_off = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            self._read(line)
 
     def _read(self, line: str) -> None:
         try:
@@ -34,9 +35,9 @@ class Verdicts:
     def add(self, key: str, verdict: dict) -> dict:
         """Keep a verdict and return it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"\n", b"")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("" if whole else "\n") + json.dumps({"key": key, **verdict}) + "\n")
+            file.write(("\n" if self._cut_off else "") + json.dumps({"key": key, **verdict}) + "\n")
+        self._cut_off = False
         self._known[key] = verdict
         self.asked += 1
         return verdict
