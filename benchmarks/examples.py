@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from slim.cli import compose
-from slim.report import markdown_table
+from slim.report.table import markdown_table
 from slim.run import build_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -88,7 +88,7 @@ def lead(config: DictConfig) -> list[Result]:
     if config.plan:
         from rich.console import Console
 
-        from slim.report import plan_table
+        from slim.report.table import plan_table
 
         out = Console(width=None if sys.stdout.isatty() else 160)
         out.print(plan_table(steps))
@@ -111,7 +111,7 @@ def run_compared(pipelines: list[Pipeline], config: DictConfig) -> list[Result]:
 
 def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> list[Result]:
     from slim.evaluation.compare import compare, name_apart
-    from slim.report import json_table, markdown_table, samples_text
+    from slim.report.table import json_table, markdown_table, samples_text
     from slim.tracking import Tracker
 
     settings, pipeline, compared = config.tracking, pipelines[0], len(pipelines) > 1
@@ -155,7 +155,7 @@ def print_results(results: list[Result], tracker, output: Path | None, compariso
     from rich.console import Console
 
     from slim.evaluation.side_by_side import differences_table, notes
-    from slim.report import terminal_table
+    from slim.report.table import terminal_table
 
     out = Console(width=None if sys.stdout.isatty() else 220)
     out.print(terminal_table(results, compared))

@@ -17,7 +17,7 @@ from slim.evaluation.compare import compare, execute, name_apart, similarity_win
 from slim.evaluation.differences import Difference, differences, paired
 from slim.evaluation.protocol import protocol_of, variants
 from slim.evaluation.side_by_side import answers_text, differences_text, judge_text, notes
-from slim.report import columns, markdown_table
+from slim.report.table import columns, markdown_table
 from slim.store import Store
 from slim.tracking import record_files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slim.evaluation.health import REPEATING
-from slim.report import markdown_lines
+from slim.report.table import markdown_lines
 
 if TYPE_CHECKING:
     from slim.evaluation.compare import Comparison

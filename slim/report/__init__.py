@@ -1,0 +1,1 @@
+"""What a run or a sweep came to: the table over checkpoints (``table``)."""
