@@ -27,6 +27,11 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'slim[deepspeed]'"
 )
 
+SHARDED = [
+    "fsdp",
+    *(pytest.param(f"deepspeed_{stage}", marks=needs_deepspeed) for stage in ("zero2", "zero3", "zero3_offload")),
+]
+
 
 def start(store: Path, *settings: str, processes: int = 2, before: str = "") -> subprocess.Popen:
     """Start ``train.py`` with ``settings``; ``before`` is Python to run in every process first."""
@@ -89,10 +94,7 @@ def test_two_processes_give_the_curve_of_one(alone, tmp_path):
     assert len(names) == 3 and "tune lora" in names  # the run, its source and its stage
 
 
-@pytest.mark.parametrize(
-    "trainer",
-    ["fsdp", *(pytest.param(f"deepspeed_{stage}", marks=needs_deepspeed) for stage in ("zero2", "zero3", "zero3_offload"))],
-)
+@pytest.mark.parametrize("trainer", SHARDED)
 @pytest.mark.parametrize("tuner", ["lora", "full"])
 def test_sharded_training_gives_the_curve_of_one_process(alone, tmp_path, trainer, tuner):
     if tuner == "full":
@@ -104,13 +106,13 @@ def test_sharded_training_gives_the_curve_of_one_process(alone, tmp_path, traine
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp", pytest.param("deepspeed_zero3", marks=needs_deepspeed)])
 def test_a_student_and_its_teacher_in_two_processes(tmp_path, trainer):
-    settings = ("tuner=none", "teacher=base", "pruner=magnitude")
+    settings = ("teacher=base", "teacher.stage=tune", "pruner=magnitude")
     finish(start(tmp_path / "alone", *settings, processes=1))
     finish(start(tmp_path / "store", *settings, f"trainer={trainer}"))
     assert_same_training(tmp_path / "alone", tmp_path / "store")
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("trainer", ["ddp", *SHARDED])
 def test_two_processes_killed_during_training_go_on(tmp_path, trainer):
     settings = (f"trainer={trainer}", "tuner.steps=40")
     finish(start(tmp_path / "whole", *settings))
@@ -134,7 +136,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
     spoil = (
         "import os; from slim.training.module import LanguageModelling as L; honest, seen = L.nll, iter(range(1000))\n"
         "L.nll = lambda self, batch: honest(self, batch) * ("
-        "float('nan') if self.training and os.environ['RANK'] == '1' and next(seen) == 13 else 1)\n"
+        "float('nan') if self.model.training and os.environ['RANK'] == '1' and next(seen) == 13 else 1)\n"
     )
     _, err = finish(start(tmp_path / "store", "trainer=ddp", before=spoil))
     assert "The loss is nan at step 7, in windows" in " ".join(err.split())

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 
 from slim.progress import console
+from slim.training import distributed
 from slim.training.batches import WindowData
 from slim.training.callbacks import Outcome, Report, Validation
 from slim.training.hardware import DEEPSPEED
@@ -41,10 +42,12 @@ class Loop:
     work: Path | None = None
 
     def saved(self) -> SavedTraining | None:
-        """Return where the state is saved. DeepSpeed's is its own, in pieces, so there it is not."""
-        if self.work is None or self.strategy in DEEPSPEED:
+        """Return where the state is saved, with what it fits: DeepSpeed's is in pieces, one for each process."""
+        if self.work is None:
             return None
-        return SavedTraining(self.work, {"device": self.device.split(":")[0], "precision": self.precision})
+        setting = {"device": self.device.split(":")[0], "precision": self.precision}
+        pieces = {"strategy": self.strategy, "processes": distributed.world()} if self.strategy in DEEPSPEED else {}
+        return SavedTraining(self.work, {**setting, **pieces})
 
 
 def autocast(device: str, precision: str) -> Callable[[], contextlib.AbstractContextManager]:

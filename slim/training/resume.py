@@ -3,6 +3,7 @@
 Saved are the parameters that train, the optimiser's and the schedule's state, the random generator's, the best state so far
 and the curves. Data needs nothing but the number of the step: micro-batches have a fixed order. Tensors are a safetensors
 file and the rest is JSON, written last and renamed into place, so that a killed process leaves the old or the new state.
+Under DeepSpeed every process also has a file of its own, with its part of the optimiser.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from slim.machine import versions
 from slim.progress import console
 from slim.training import distributed
 from slim.training.callbacks import Outcome, Record, Report, trained_state
+from slim.training.zero_state import is_partitioned, own_state, restore_own_state
 
 SAVE_SECONDS = 20.0  # between two saves, at least
 SHARE = 0.05  # of the time may go into saving, at most
@@ -44,20 +46,31 @@ class SavedTraining:
             return None
         from safetensors.torch import load_file
 
-        return {**record, "tensors": load_file(self.folder / record["file"])}
+        mine = load_file(self._own(record["step"])) if record.get("parts") else {}
+        return {**record, "tensors": {**load_file(self.folder / record["file"]), **mine}}
 
-    def write(self, record: dict, tensors: dict[str, Tensor]) -> None:
-        """Replace what is saved, at once or not at all."""
+    def _own(self, step: int) -> Path:
+        return self.folder / f"step-{step}.part-{distributed.rank()}.training"
+
+    def write(self, record: dict, tensors: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
+        """Replace what is saved, at once or not at all. mine: tensors that every process has of its own; all call this."""
         from slim.checkpoint import save_tensors
 
+        if mine:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(mine, self._own(record["step"]))
+            distributed.summed(torch.zeros(1))  # no one goes on before all have written
+        if not distributed.leads():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{record['step']}.training"
         save_tensors(tensors, file)
         partial = self._record.with_suffix(".partial")
-        partial.write_text(json.dumps({**record, "setting": self.setting, "file": file.name}), encoding="utf-8")
+        record = {**record, "setting": self.setting, "file": file.name, "parts": bool(mine)}
+        partial.write_text(json.dumps(record), encoding="utf-8")
         partial.replace(self._record)
         for old in self.folder.glob("step-*.training"):
-            if old != file:
+            if not old.name.startswith(f"{file.stem}."):
                 old.unlink()
 
 
@@ -84,9 +97,7 @@ class Keeper(pl.Callback):
         if not whole_step or trainer.global_step >= module.optimisation.steps or not self.due():
             return
         begin = time.monotonic()
-        record, tensors = training_state(trainer, module, self.report, self.outcome)
-        if distributed.leads():
-            self.saved.write(record, tensors)
+        self.saved.write(*training_state(trainer, module, self.report, self.outcome))
         self.last = time.monotonic()
         self.wait = max(SAVE_SECONDS, (self.last - begin) / SHARE)
 
@@ -98,28 +109,40 @@ class Keeper(pl.Callback):
 # The state
 
 
-def training_state(trainer, module, report: Report, outcome: Outcome) -> tuple[dict, dict[str, Tensor]]:
-    """Return what is needed to go on behind the current step: plain JSON values, and tensors on the CPU by name."""
-    tensors = {f"parameter.{name}": value for name, value in trained_state(module).items()}
+def training_state(trainer, module, report: Report, outcome: Outcome) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """Return what is needed to go on behind the current step: plain JSON values, and tensors on the CPU by name.
+
+    The last is what other processes have otherwise: their part of parameters and optimiser under DeepSpeed, else nothing.
+    """
+    optimiser, mine, tensors = trainer.optimizers[0], {}, {}
+    if is_partitioned(optimiser):
+        state, flat = own_state(optimiser)
+        plain, mine = optimiser_state(state)
+        mine |= {f"flat.{number}": part.to("cpu", copy=True) for number, part in enumerate(flat)}
+    else:
+        plain, tensors = optimiser_state(optimiser.state_dict())
+        tensors |= {f"parameter.{name}": value for name, value in trained_state(module).items()}
     tensors |= {f"best.{name}": value for name, value in (outcome.best_state or {}).items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if module.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(module.device)
-    optimiser, moments = optimiser_state(trainer.optimizers[0])
     record = {
         "step": trainer.global_step,
         "outcome": outcome.state(),
         "seen": report.seen.state(),
-        "optimiser": optimiser,
+        "optimiser": plain,
         "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
         "scaler": trainer.strategy.precision_plugin.state_dict(),
     }
-    return record, {name: value.contiguous() for name, value in (tensors | moments).items()}
+    contiguous = [{name: value.contiguous() for name, value in part.items()} for part in (tensors, mine)]
+    return record, *contiguous
 
 
-def optimiser_state(optimiser: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor]]:
-    """Return the groups and whatever is no tensor as JSON values, and the tensors by ``optimiser.<parameter>.<name>``."""
-    state = optimiser.state_dict()
+def optimiser_state(state: dict) -> tuple[dict, dict[str, Tensor]]:
+    """Return the groups and whatever is no tensor as JSON values, and the tensors by ``optimiser.<parameter>.<name>``.
+
+    state: a state dictionary of torch's.
+    """
     plain: dict[str, dict] = {}
     tensors: dict[str, Tensor] = {}
     for number, values in state["state"].items():
@@ -159,14 +182,21 @@ def restore_training(record: dict, trainer, module: nn.Module, report: Report) -
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, plain: dict, tensors: dict[str, Tensor]) -> None:
     """Put back what :func:`optimiser_state` gave; JSON has made lists of tuples and texts of numbers."""
+    parts = is_partitioned(optimiser)
+    inner = optimiser.optimizer if parts else optimiser
     state: dict[int, dict] = {int(number): dict(values) for number, values in plain["state"].items()}
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         if name.startswith("optimiser."):
             _, number, key = name.split(".", 2)
-            state[int(number)][key] = distributed.like(value, parameters[int(number)])
+            state[int(number)][key] = value if parts else distributed.like(value, parameters[int(number)])
     groups = [
         {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in saved.items()}
-        for own, saved in zip(optimiser.param_groups, plain["groups"], strict=True)
+        for own, saved in zip(inner.param_groups, plain["groups"], strict=True)
     ]
-    optimiser.load_state_dict({"state": state, "param_groups": groups})
+    moments = {"state": state, "param_groups": groups}
+    if parts:
+        flat = [tensors[f"flat.{number}"] for number in range(sum(name.startswith("flat.") for name in tensors))]
+        restore_own_state(optimiser, moments, flat)
+    else:
+        optimiser.load_state_dict(moments)
