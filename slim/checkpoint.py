@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,9 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+
+
+_sums: dict[tuple[int, int, int, int], str] = {}  # device, inode, size, time of change -> SHA-256
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,19 @@ def read_header(path: Path) -> dict[str, dict]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hex digits."""
+    """Return the SHA-256 of a file as 64 hex digits; read once per process, as long as the file keeps its time of change.
+
+    A file that changed less than two seconds ago is read again: clocks of file systems may not tell two changes apart.
+    """
+    state = path.stat()
+    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    if key in _sums:
+        return _sums[key]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time() - state.st_mtime > 2:
+        _sums[key] = found
+    return found
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -11,13 +11,20 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slim.errors import SlimError, did_you_mean
+from slim.experiments import check_experiments
 
 CONF = Path(__file__).parent.parent / "conf"
+PLUGINS = {  # choices that optional packages bring: package, extra of ours
+    "submitit_local": ("hydra-submitit-launcher", "cluster"),
+    "submitit_slurm": ("hydra-submitit-launcher", "cluster"),
+    "optuna": ("hydra-optuna-sweeper", "search"),
+}
 ALIAS = re.compile(r"^([+~]{0,2})quant(?=[.=@]|$)")
 
 
@@ -36,34 +43,47 @@ def compose(config_name: str, overrides: list[str] | None = None) -> DictConfig:
         return hydra.compose(config_name, expand_alias(overrides or []))
 
 
-def launch(config_name: str, task: Callable[[DictConfig], None]) -> None:
+def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run ``task`` with the configuration of this process' command line and end the process with the exit code."""
     import hydra
 
     sys.argv[1:] = expand_alias(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to us
 
-    def job(config: DictConfig) -> None:
+    arguments = sys.argv[1:]
+
+    def job(config: DictConfig) -> Any:
+        if is_sweep():
+            from slim.sweeps.point import run_point
+
+            return run_point(task, config, lambda error: explain(error, config_name, arguments))
         try:
-            task(config)
-        except Exception as error:
-            message = explain(error, config_name, sys.argv[1:])
+            return task(config)
+        except Exception as error:  # Hydra would print a line of its own first
+            message = explain(error, config_name, arguments)
             if message is None:
-                raise
-            if is_sweep():  # Hydra goes on with the other points and raises the first error at the end
-                print(f"slim: {message}", file=sys.stderr)
                 raise
             fail(message, 2)
 
     try:
+        check_experiments(arguments, CONF, config_name)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        close_sweep(error)
         fail("Interrupted. Finished stages are kept; the same command goes on from there.", 130)
     except Exception as error:
-        message = explain(error, config_name, sys.argv[1:])
+        close_sweep(error)
+        message = explain(error, config_name, arguments)
         if message is None:
             raise
         fail(message, 2)
+    sys.exit(close_sweep())
+
+
+def close_sweep(error: BaseException | None = None) -> int:
+    """End the sweep that this process was started for, if any; return the exit code for its points."""
+    sweep = sys.modules.get("slim.sweeps.sweep")  # not imported where there is no sweep
+    return sweep.close_current(error) if sweep is not None else 0
 
 
 def is_sweep() -> bool:
@@ -90,6 +110,9 @@ def explain(error: BaseException, config_name: str, arguments: list[str]) -> str
             return str(link)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if choice in PLUGINS and choice not in error.options:
+            package, extra = PLUGINS[choice]
+            return f"{group}={choice} needs the package {package}, which is not installed: pip install -e '.[{extra}]'"
         return f"{group}={choice} is not possible. Allowed: {', '.join(error.options)}.{did_you_mean(choice, error.options)}"
     if isinstance(error, ConfigCompositionException):
         return _explain_override(error, config_name, arguments)
@@ -118,7 +141,7 @@ def _explain_override(error: BaseException, config_name: str, arguments: list[st
     key = found.group(1).split("@")[0] if found else None
     if key is None:
         return _first_line(error)
-    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
     if "." not in key:
         known = [*groups, "seed", "device", "plan", "store", "output", "ignore_limits", "tracking"]
         if key in groups:
@@ -127,13 +150,14 @@ def _explain_override(error: BaseException, config_name: str, arguments: list[st
     parent, _, name = key.rpartition(".")
     known = _settings_below(parent, config_name, arguments)
     if not known:
-        return f"There is no setting '{key}': {parent} has no settings. Choose one with {parent.split('.')[0]}=..."
+        group = {"budget": "hparams_search", "search": "hparams_search"}.get(parent, parent.split(".")[0])
+        return f"There is no setting '{key}': {parent} has no settings. Choose one with {group}=..."
     return f"{parent} has no setting '{name}'. It has: {', '.join(known)}.{did_you_mean(name, known)}"
 
 
 def _settings_below(node: str, config_name: str, arguments: list[str]) -> list[str]:
     """Return the settings that ``node`` has under the chosen groups, leaving out the values on the command line."""
-    choices = [argument for argument in arguments if re.match(r"^\+?[a-z/]+=[\w/]+$", argument)]
+    choices = [argument for argument in arguments if re.match(r"^\+?[a-z_/]+=[\w/]+$", argument)]
     try:
         settings = OmegaConf.select(compose(config_name, choices), node)
     except Exception:

@@ -7,14 +7,21 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from slim.errors import SlimError
-from slim.pipeline import Pipeline, Result
+from slim.pipeline import Pipeline, Result, Step
 from slim.stage import Stage
 from slim.store import Store, reraise_full_disk
+from slim.sweeps import point as sweeps
+from slim.sweeps.names import point_name, typed
 from slim.training import distributed
+
+if TYPE_CHECKING:
+    from slim.tracking import Tracker
 
 STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")  # in the order in which they run
 
@@ -70,6 +77,14 @@ def learn_from_teacher(config: DictConfig) -> DictConfig:
     return config
 
 
+def plan_chains(config: DictConfig) -> list[list[Step]]:
+    """Plan every chain of a configuration, several where ``model.source`` is a list. Raises ``SlimError`` as a run would."""
+    from slim.evaluation.compare import one_by_one
+
+    several = isinstance(config.model.get("source"), ListConfig)
+    return [build_pipeline(single).plan() for single in (one_by_one(config) if several else [config])]
+
+
 def execute(config: DictConfig) -> list[Result]:
     """Plan, check, run, track and report one configuration. Of several processes, process zero does so, and others help."""
     quiet_libraries()
@@ -86,17 +101,22 @@ def lead(config: DictConfig) -> list[Result]:
     output = check_output(config.output)
     steps = pipeline.plan()
     if config.plan:
-        from rich.console import Console
-
-        from slim.report.table import plan_table
-
-        out = Console(width=None if sys.stdout.isatty() else 160)
-        out.print(plan_table(steps))
-        problem = pipeline.limit_problem(steps)
-        out.print(f"This would not fit: {problem}" if problem else "Disk and memory suffice.", highlight=False)
+        show_plan(pipeline, steps)
         return []
     pipeline.check_limits(steps)
     return run_tracked(pipeline, config, output)
+
+
+def show_plan(pipeline: Pipeline, steps: list[Step]) -> None:
+    """Print what would run, and whether it fits."""
+    from rich.console import Console
+
+    from slim.report.table import plan_table
+
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    out.print(plan_table(steps))
+    problem = pipeline.limit_problem(steps)
+    out.print(f"This would not fit: {problem}" if problem else "Disk and memory suffice.", highlight=False)
 
 
 def run_tracked(pipeline: Pipeline, config: DictConfig, output: Path | None) -> list[Result]:
@@ -110,13 +130,13 @@ def run_compared(pipelines: list[Pipeline], config: DictConfig) -> list[Result]:
 
 
 def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> list[Result]:
+    from slim.card import write_card
     from slim.evaluation.compare import compare, name_apart
     from slim.report.table import json_table, markdown_table, samples_text
-    from slim.tracking import Tracker
 
-    settings, pipeline, compared = config.tracking, pipelines[0], len(pipelines) > 1
+    pipeline, compared, point = pipelines[0], len(pipelines) > 1, sweeps.active()
     try:
-        with Tracker(pipeline.store.root, settings.experiment, settings.run_name or run_name(), settings.uri) as tracker:
+        with start_tracker(pipelines, config) as tracker:
             resolved = OmegaConf.to_container(config, resolve=True)
             tracker.log_settings(resolved, OmegaConf.to_yaml(config, resolve=True), overrides())
             results = [result for each in pipelines for result in each.run(tracker)]
@@ -126,10 +146,17 @@ def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> 
             if results[0].quality.get("samples"):
                 files["samples.md"] = samples_text(results)
             summary = {} if compared else results[-1].metrics
-            tracker.log_summary({**summary, **comparison.metrics()}, {**files, **comparison.files(results)})
+            if point is not None:
+                files["final.json"] = point.keep(results[-1])
+            tags = {"slim.folder": str(results[-1].checkpoint.folder)}
+            tracker.log_summary({**summary, **comparison.metrics()}, {**files, **comparison.files(results)}, tags)
+            if not compared:
+                draw_chain(results, tracker)
+                write_card(results, overrides(), script())
             if output is not None:
                 copy_result(results[-1], output)
-            print_results(results, tracker, output, comparison, compared)
+            if point is None:  # a sweep ends in one table over its points
+                print_results(results, tracker, output, comparison, compared)
             if comparison.error is not None:
                 raise comparison.error
     except OSError as error:
@@ -138,11 +165,38 @@ def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> 
     return results
 
 
+def draw_chain(results: list[Result], tracker: Tracker) -> None:
+    """Put the picture of perplexity and tasks before and after every step beside the run."""
+    from slim.report.chain_plot import plot_chain
+
+    with TemporaryDirectory() as scratch:
+        if plot_chain(Path(scratch) / "chain.png", results):
+            tracker.log_files(Path(scratch))
+
+
+def start_tracker(pipelines: list[Pipeline], config: DictConfig) -> Tracker:
+    """Return the tracker of a run: by itself, or below that of the sweep it is a point of."""
+    from slim.tracking import Tracker, published_tag
+
+    point, settings = sweeps.active(), config.tracking
+    if point is not None:
+        return point.tracker(config, point_name([pipeline.plan() for pipeline in pipelines], config))
+    tags = published_tag(config)
+    return Tracker(pipelines[0].store.root, settings.experiment, settings.run_name or run_name(), settings.uri, tags)
+
+
 def overrides() -> list[str]:
     """Return what was typed, or an empty list outside a Hydra job."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    return typed(HydraConfig.get()) if HydraConfig.initialized() else []
+
+
+def script() -> str:
+    """Return the file of the command that runs."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return f"{HydraConfig.get().job.config_name if HydraConfig.initialized() else 'compress'}.py"
 
 
 def run_name() -> str | None:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,22 @@ class Store:
         finally:
             lock.release()
 
+    @contextmanager
+    def lock_if_free(self, path: Path) -> Iterator[bool]:
+        """Yield whether the lock for ``path`` is ours; False where another process has it."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(path.parent / f".{path.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
     def work_folder(self, folder: Path) -> Path:
         """Return where the stage that makes ``folder`` keeps what it needs to go on after a crash."""
         return folder.with_name(folder.name + ".work")
@@ -92,6 +108,7 @@ class Store:
         try:
             checkpoint = open_checkpoint(folder)
             if checkpoint.manifest.get("checksums") == checksums(folder):
+                _mark_used(folder)
                 return checkpoint
             reason = "differs from its recorded checksums"
         except SlimError as error:
@@ -132,6 +149,12 @@ def reraise_full_disk(error: BaseException, path: Path) -> None:
             f"The disk is full: {path.name} could not be written to {path.parent}. Nothing half-written is left; finished "
             "stages are kept. Free some space or choose another folder with store=FOLDER, then run the same command."
         ) from error
+
+
+def _mark_used(folder: Path) -> None:
+    """Let the folder's time say when it was last used, for whoever clears up (``slim.cache``)."""
+    with suppress(OSError):  # a store that may only be read
+        os.utime(folder)
 
 
 def _sync(folder: Path) -> None:

@@ -11,22 +11,24 @@ import os
 import re
 import sqlite3
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slim.checkpoint import REPORT
 from slim.errors import SlimError
 from slim.machine import git_commit, versions
+from slim.outbox import Ledger, now
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from slim.pipeline import Result
     from slim.source import Source
     from slim.stage import Stage
 
-BATCH = 1000  # the most metrics MLflow takes in one call
 UNTRACKED = re.compile(r"[^\w\-. :/]")  # characters that MLflow refuses in names
 VALUE_LIMIT = 6000  # the longest parameter value MLflow takes
+_clients: dict[str, MlflowClient] = {}  # by address: connecting checks the tables' schema, once per process is enough
 
 
 class Tracker:
@@ -34,41 +36,53 @@ class Tracker:
 
     uri: address of a tracking server, or None for the SQLite file below ``root``.
     experiment: name of the MLflow experiment. run_name: name of the run, or None for one that MLflow makes up.
+    tags: further tags of the run. parent: run that it belongs to. kind: what ``slim.kind`` calls it.
+    patient: begin even if the server is down, and keep everything for later (:mod:`slim.outbox`).
     """
 
-    def __init__(self, root: Path, experiment: str, run_name: str | None = None, uri: str | None = None):
-        self.root = Path(root)
-        self.uri = uri or f"sqlite:///{self.root / 'mlflow.db'}"
-        self._client = _connect(self.uri)
-        self._experiment = self._open_experiment(experiment)
-        self.run_id = self._create_run(run_name, {})
+    def __init__(
+        self,
+        root: Path | str,
+        experiment: str,
+        run_name: str | None = None,
+        uri: str | None = None,
+        tags: dict[str, str] | None = None,
+        parent: str | None = None,
+        patient: bool = False,
+    ):
+        self.root = Path(root).expanduser().absolute()
+        self.uri = tracking_uri(self.root, uri)
+        self._experiment = experiment
+        self._ledger = Ledger(self.root, self.uri, patient)
+        below = {"mlflow.parentRunId": parent} if parent else {}
+        self.run_id = self._create_run(run_name, {"slim.kind": "run", **below, **(tags or {})})
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
-        if error is not None:
-            self._client.set_tag(self.run_id, "error", f"{kind.__name__}: {error}"[:VALUE_LIMIT])
-        self._client.set_terminated(self.run_id, status)
+        self.end(status, {} if error is None else {"error": summary(error)})
+
+    def end(self, status: str, tags: dict[str, str]) -> None:
+        """End the run with a status of MLflow and further tags, such as the ``error``."""
+        self._log(self.run_id, {}, {}, tags)
+        self._ledger.end(self.run_id, status)
+        self._ledger.close()
 
     @property
     def ui_command(self) -> str:
         """The one command that opens the browser's view of the runs."""
-        return self.uri if self.remote else f"{sys.executable} -m mlflow ui --backend-store-uri {self.uri}"
-
-    @property
-    def remote(self) -> bool:
-        return self.uri.startswith("http")
+        return ui_command(self.uri)
 
     def log_settings(self, config: dict, text: str, overrides: list[str]) -> None:
         """Record the resolved settings as parameters and as ``config.yaml``."""
         self._log(self.run_id, flatten(config), {}, {"overrides": " ".join(overrides) or "(defaults)"})
-        self._client.log_text(self.run_id, text, "config.yaml")
+        self._ledger.text(self.run_id, text, "config.yaml")
 
     def log_result(self, result: Result, stage: Source | Stage, curves: list) -> None:
         """Record a checkpoint of the chain as a nested run."""
-        run_id = self._create_run(result.label, {"mlflow.parentRunId": self.run_id})
+        run_id = self._create_run(result.label, {"mlflow.parentRunId": self.run_id, "slim.kind": "stage"})
         manifest = result.checkpoint.manifest
         settings = manifest.get("settings") or {"source": result.label}
         facts = {name: value for name, value in result.facts.items() if isinstance(value, (int, float))}
@@ -79,61 +93,61 @@ class Tracker:
             "lineage": " -> ".join(f"{step['label']} ({step['hash']})" for step in manifest.get("lineage", [])),
         }
         self._log(run_id, flatten(settings), {**facts, **result.metrics, "seconds": result.seconds}, tags)
-        self._log_curves(run_id, curves)
+        self._ledger.log(run_id, {}, [[name, float(value), now(), int(step or 0)] for name, value, step in curves], {})
         report = result.checkpoint.folder / REPORT
         if report.is_dir():
-            self._client.log_artifacts(run_id, str(report))
+            self._ledger.files(run_id, report)
         samples = result.quality.get("samples")
         if samples:
-            self._client.log_dict(run_id, {"samples": samples}, "samples.json")
+            self._ledger.text(run_id, json.dumps({"samples": samples}, indent=2), "samples.json")
         for name, rows in record_files(result.quality.get("records", {})).items():
-            self._client.log_text(run_id, rows, f"records/{name}.jsonl")
-        self._client.set_terminated(run_id, "FINISHED")
+            self._ledger.text(run_id, rows, f"records/{name}.jsonl")
+        self._ledger.end(run_id, "FINISHED")
 
-    def log_summary(self, metrics: dict[str, float], files: dict[str, str]) -> None:
+    def log_summary(self, metrics: dict[str, float], files: dict[str, str], tags: dict[str, str] | None = None) -> None:
         """Record the final figures and texts (file name -> content) of the whole run."""
-        self._log(self.run_id, {}, metrics, {})
+        self._log(self.run_id, {}, metrics, tags or {})
         for name, text in files.items():
-            self._client.log_text(self.run_id, text, name)
+            self._ledger.text(self.run_id, text, name)
 
-    def _open_experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
-        place = None if self.remote else (self.root / "artifacts").as_uri()
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._client.create_experiment(name, artifact_location=place)
-        except MlflowException:  # another process was faster
-            return self._client.get_experiment_by_name(name).experiment_id
+    def log_files(self, folder: Path) -> None:
+        """Record the files of a folder with the whole run."""
+        self._ledger.files(self.run_id, folder)
 
     def _create_run(self, name: str | None, tags: dict[str, str]) -> str:
         described = {f"version.{package}": number for package, number in versions().items()}
         tags = {**tags, **described, "git_commit": git_commit() or "unknown", "mlflow.source.name": "slim"}
-        return self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
+        return self._ledger.create_run(self._experiment, name, tags)
 
     def _log(self, run_id: str, params: dict[str, str], metrics: dict[str, float], tags: dict[str, str]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        now = int(time.time() * 1000)
-        numbers = {name: value for name, value in metrics.items() if value is not None}
-        for start in range(0, max(len(params), 1), 100):
-            part = list(params.items())[start : start + 100]
-            self._client.log_batch(run_id, params=[Param(name, value[:VALUE_LIMIT]) for name, value in part])
-        self._client.log_batch(
+        self._ledger.log(
             run_id,
-            metrics=[Metric(name, float(value), now, 0) for name, value in numbers.items()],
-            tags=[RunTag(name, value[:VALUE_LIMIT]) for name, value in tags.items()],
+            {name: value[:VALUE_LIMIT] for name, value in params.items()},
+            [[name, float(value), now(), 0] for name, value in metrics.items() if value is not None],
+            {name: value[:VALUE_LIMIT] for name, value in tags.items()},
         )
 
-    def _log_curves(self, run_id: str, curves: list) -> None:
-        from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        points = [Metric(name, float(value), now, int(step or 0)) for name, value, step in curves]
-        for start in range(0, len(points), BATCH):
-            self._client.log_batch(run_id, metrics=points[start : start + BATCH])
+def summary(error: BaseException) -> str:
+    """Return an error in one or two lines, with its type where it is not meant for people."""
+    named = str(error) if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"
+    return "\n".join(named.strip().splitlines()[:2])
+
+
+def tracking_uri(root: Path, uri: str | None) -> str:
+    """Return where to track: ``uri``, or the SQLite file of the store."""
+    return uri or f"sqlite:///{root / 'mlflow.db'}"
+
+
+def ui_command(uri: str) -> str:
+    """Return the one command that opens the browser's view of the runs."""
+    return uri if uri.startswith("http") else f"{sys.executable} -m mlflow ui --backend-store-uri {uri}"
+
+
+def published_tag(config) -> dict[str, str]:
+    """Return the tag that names the studies' tables whose figures belong beside these, as a JSON list."""
+    tables = config.tracking.get("published")
+    return {"slim.published": json.dumps([str(table) for table in tables])} if tables else {}
 
 
 def record_files(records: dict) -> dict[str, str]:
@@ -147,9 +161,18 @@ def record_files(records: dict) -> dict[str, str]:
     return files
 
 
-def _connect(uri: str):
+def connect(uri: str) -> MlflowClient:
     """Return a client whose store exists and answers. Raises ``SlimError`` if it does not."""
+    path = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if uri in _clients and path is not None and path.exists():
+        return _clients[uri]
+    _clients[uri] = _connect(uri, path)
+    return _clients[uri]
+
+
+def _connect(uri: str, path: Path | None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from filelock import FileLock
@@ -158,7 +181,6 @@ def _connect(uri: str):
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    path = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
     try:
         if path is None:
             client = MlflowClient(uri)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,19 +22,31 @@ class Calibration(Text):
     """Which tokens the statistics of a method are taken over.
 
     samples: number of windows. length: tokens per window, at most the model's context. seed: of the places.
+    first_documents: number of documents from the start that are read; None for all. separator: what stands between them.
     """
 
     samples: int = 128
     length: int = 512
     seed: int = 0
+    first_documents: int | None = None
+    separator: str = "\n\n"
 
     def __post_init__(self) -> None:
         require_number("calibration.samples", self.samples, 1, integer=True)
         require_number("calibration.length", self.length, 8, integer=True)
+        if self.first_documents is not None:
+            require_number("calibration.first_documents", self.first_documents, 1, integer=True)
         super().__post_init__()
 
     def identity(self) -> dict:
-        return {**self.text_identity(), "samples": self.samples, "length": self.length, "seed": self.seed}
+        found = {**self.text_identity(), "samples": self.samples, "length": self.length, "seed": self.seed}
+        if self.first_documents is not None:
+            found["first_documents"] = self.first_documents
+        return found if self.separator == "\n\n" else {**found, "separator": self.separator}
+
+    def joined(self) -> str:
+        """Return the documents that count as one text."""
+        return self.separator.join(itertools.islice(self.documents(), self.first_documents))
 
     def tokens(self, tokenizer, context_length: int) -> torch.Tensor:
         """Return int64 tokens of shape [samples, min(length, context_length)].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,25 +57,37 @@ class TinyChat(Conversations):
     """Questions about the tiny world with their answers.
 
     world: seed of the world. seed: of the questions. long: ``cut`` or ``drop`` what exceeds the window.
+    examples: number of questions to learn from, so that the data has an end and epochs; None for ever new ones.
     """
 
     world: int = 0
     seed: int = 0
     long: str = "drop"
-    endless = True
+    examples: int | None = None
     title = "The conversations of the tiny world"
 
     def __post_init__(self) -> None:
         require_number("data.world", self.world, 0, integer=True)
         require_number("data.seed", self.seed, 0, integer=True)
         require_choice("data.long", self.long, ("cut", "drop"))
+        if self.examples is not None:
+            require_number("data.examples", self.examples, 1, integer=True)
+
+    @property
+    def endless(self) -> bool:
+        """Whether epochs mean nothing."""
+        return self.examples is None
 
     def identity(self) -> dict:
-        return {**dataclass_identity(self), "generator": world_checksum()}
+        found = {**dataclass_identity(self), "generator": world_checksum()}
+        if self.examples is None:  # as before there was such a setting, so that results keep their names
+            del found["examples"]
+        return found
 
     def pairs(self, part: str) -> Iterator[tuple[str, str]]:
         from slim.world import World
 
         if part == TEST:
             raise SlimError(f"{self.title} have no test part: the tasks tiny_facts, tiny_pronouns and tiny_next test them.")
-        return World(self.world).conversations(part, self.seed)
+        limit = self.examples if part == TRAIN else None
+        return itertools.islice(World(self.world).conversations(part, self.seed), limit)

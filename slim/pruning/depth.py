@@ -27,7 +27,7 @@ from slim.pruning.calibrated import (
     shard_bytes,
 )
 from slim.pruning.forward import batch_samples
-from slim.pruning.rules import block_list, default_blocks, default_ends, removal_order
+from slim.pruning.rules import block_list, default_blocks, default_ends, is_share, removal_order, share_of_blocks
 from slim.settings import dataclass_identity, identity, require_flag, require_number
 from slim.stage import Context, Stage
 
@@ -49,7 +49,8 @@ class Choice:
 class DepthPruning(Stage):
     """Settings and steps of every depth criterion. Blocks are numbered from 0.
 
-    blocks: how many to remove; None: 6 of 32 in proportion to the depth, at least 1.
+    blocks: how many to remove, or which share of all blocks (above 0 and below 1), half rounded up, at least 1; None: 6 of
+        32 in proportion to the depth.
     protect_first, protect_last: this many blocks at the input and at the output are never removed; None: 4 and 2 at 32
         blocks and more, in proportion below, at least 1.
     protect: the protected blocks as a list, in place of the two numbers.
@@ -60,7 +61,7 @@ class DepthPruning(Stage):
     calibration: the text for ``reconstruct``.
     """
 
-    blocks: int | None = None
+    blocks: int | float | None = None
     protect_first: int | None = None
     protect_last: int | None = None
     protect: list[int] | None = None
@@ -76,8 +77,13 @@ class DepthPruning(Stage):
     limit_note: ClassVar[str] = ""  # why no more blocks can be removed, where protection alone does not tell
 
     def __post_init__(self) -> None:
+        if isinstance(self.blocks, float) and not is_share(self.blocks):
+            raise SlimError(
+                f"pruner.blocks={self.blocks} is not possible. It takes a whole number of at least 1, or a share of the blocks "
+                "above 0 and below 1."
+            )
         for name, low in (("blocks", 1), ("protect_first", 0), ("protect_last", 0)):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and not (name == "blocks" and is_share(self.blocks)):
                 require_number(f"pruner.{name}", getattr(self, name), low, integer=True)
         require_flag("pruner.reconstruct", self.reconstruct)
         require_number("pruner.damping", self.damping, 0)
@@ -133,7 +139,7 @@ class DepthPruning(Stage):
 
     def wanted(self, blocks: int) -> int:
         """Return how many blocks of a model of ``blocks`` blocks are to be removed."""
-        return self.blocks if self.blocks is not None else default_blocks(blocks)
+        return share_of_blocks(self.blocks, blocks) if is_share(self.blocks) else self.blocks or default_blocks(blocks)
 
     def check(self, model: ModelDescription) -> None:
         depth, family = model.blocks, model.family  # the family raises where it is unknown

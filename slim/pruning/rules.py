@@ -35,6 +35,16 @@ def default_blocks(blocks: int) -> int:
     return max(1, (6 * blocks + 16) // 32)
 
 
+def is_share(count: Any) -> bool:
+    """Whether a number of blocks is given as a share of them: a fraction above 0 and below 1."""
+    return isinstance(count, float) and 0 < count < 1
+
+
+def share_of_blocks(share: float, blocks: int) -> int:
+    """Return how many of ``blocks`` the share is, half rounded up, at least 1."""
+    return max(1, int(share * blocks + 0.5))
+
+
 def default_ends(blocks: int) -> tuple[int, int]:
     """Return how many blocks are protected at the input and at the output: 4 and 2 of 32, fewer in shallower models."""
     depth = min(blocks, 32)

@@ -57,7 +57,11 @@ def columns(results: list[Result]) -> list[Column]:
                 tasks.append(Column(f"{task}", name, 100, 1, "high"))
             elif metric == "word_perplexity":
                 tasks.append(Column(f"{task} word perplexity", name, 1, 3, "low"))
-    wanted = (*FIXED, *dict.fromkeys(tasks), *SPEED)
+    return by_protocol([*FIXED, *dict.fromkeys(tasks), *SPEED], results)
+
+
+def by_protocol(wanted: list[Column], results: list[Result]) -> list[Column]:
+    """Return each wanted column once per protocol in ``results``, told apart in the heading; none without a figure."""
     return [
         replace(column, heading=", ".join(filter(None, (column.heading, words))), protocol=key)
         for column in wanted
@@ -92,12 +96,19 @@ def rows(results: list[Result], shown: list[Column], bold: tuple[str, str] | Non
 
 def cell(result: Result, column: Column) -> str:
     """Format one figure; NaN stays visible and a missing figure is a dash."""
-    value = figure(result, column)
+    return format_figure(figure(result, column), column)
+
+
+def format_figure(value: float | None, column: Column) -> str:
+    """Format a figure as those of a column are."""
     if value is None:
         return "-"
-    if math.isnan(value):
-        return "NaN"
-    return f"{value * column.scale:,.{column.digits}f}"
+    return "NaN" if math.isnan(value) else f"{value * column.scale:,.{column.digits}f}"
+
+
+def standard_error(result: Result, column: Column) -> float | None:
+    """Return the standard error of a figure in its column, unscaled, or None where none is known."""
+    return None if figure(result, column) is None else result.metrics.get(f"{column.metric}_stderr")
 
 
 def terminal_table(results: list[Result], compared: bool = False):
@@ -129,20 +140,55 @@ def markdown_lines(headings: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def json_table(results: list[Result]) -> str:
-    """Return all figures with their protocols as JSON."""
-    rows = [
-        {
-            "checkpoint": result.label,
-            "folder": str(result.checkpoint.folder),
-            "hash": result.digest,
-            "cached": result.cached,
-            "metrics": result.metrics,
-            "facts": result.facts,
-            "protocol": {"quality": result.quality.get("protocol"), "speed": result.speed.get("protocol")},
-        }
-        for result in results
-    ]
-    return json.dumps(rows, indent=2) + "\n"
+    """Return all figures with their protocols as JSON: one record per checkpoint, see :func:`record`."""
+    return json.dumps([record(result) for result in results], indent=2) + "\n"
+
+
+def record(result: Result) -> dict:
+    """Return what ``results.json`` says of a checkpoint, as plain JSON values; NaN stays NaN.
+
+    ``kind``, ``method``, ``settings`` and ``curves`` are those of the stage that made it in this chain; a source has the kind
+    ``source``, whoever made it. ``measured`` names the figures that belong to each of the two protocols.
+    """
+    manifest = result.checkpoint.manifest
+    made = manifest if manifest.get("hash") == result.digest else {}  # a source is named by its files instead
+    return {
+        "checkpoint": result.label,
+        "folder": str(result.checkpoint.folder),
+        "hash": result.digest,
+        "cached": result.cached,
+        "seconds": result.seconds,
+        "kind": made.get("kind", "source"),
+        "method": made.get("method"),
+        "settings": made.get("settings") or {"source": result.label},
+        "metrics": {**result.metrics, **errors_of_perplexity(result)},
+        "measured": {"quality": list(result.quality.get("metrics", {})), "speed": list(result.speed.get("metrics", {}))},
+        "facts": result.facts,
+        "protocol": {"quality": result.quality.get("protocol"), "speed": result.speed.get("protocol")},
+        "curves": made.get("curves", []),
+        "samples": result.quality.get("samples", []),
+    }
+
+
+def errors_of_perplexity(result: Result) -> dict[str, float]:
+    """Return ``<metric>_stderr`` of the perplexities whose windows or documents were recorded.
+
+    The ratio estimator of :func:`slim.evaluation.differences.paired` gives the error of the mean negative log-likelihood;
+    the perplexity is its exponential, so its error is that times the perplexity. Empty where it is not finite.
+    """
+    from slim.evaluation.differences import paired
+
+    records, found = result.quality.get("records", {}), {}
+    weights = {
+        "perplexity": ("perplexity", None),
+        "word_perplexity": ("documents", "words"),
+        "byte_perplexity": ("documents", "bytes"),
+    }
+    for metric, (part, unit) in weights.items():
+        value, rows = result.metrics.get(metric), records.get(part)
+        if value is not None and rows:
+            found[f"{metric}_stderr"] = value * paired(rows["nll"], rows[unit] if unit else None)[1]
+    return {name: error for name, error in found.items() if math.isfinite(error)}
 
 
 def samples_text(results: list[Result]) -> str:

@@ -1,0 +1,1 @@
+"""slim's sweeper; Hydra finds sweepers only in the package hydra_plugins."""

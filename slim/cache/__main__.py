@@ -1,0 +1,182 @@
+"""The commands: ``python -m slim.cache list|size|prune|verify [--store runs]`` (docs/cache.md).
+
+Exit codes: 0 done, 1 damaged results found, 2 a mistake in the command, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from slim.cache.cleaning import leftovers, remove, require_uploaded, unneeded_results
+from slim.cache.inventory import damage, entries, existing_store, size_of, size_rows, tracked_runs
+from slim.cache.usage import Run
+from slim.errors import SlimError
+from slim.pipeline import gigabytes
+from slim.progress import track
+from slim.store import Store
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        store = existing_store(options.store)
+        return COMMANDS[options.command](store, options)
+    except SlimError as error:
+        print(f"slim: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("slim: Interrupted.", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the four commands."""
+    root = argparse.ArgumentParser(prog="python -m slim.cache", description="The results that slim keeps: docs/cache.md")
+    commands = root.add_subparsers(dest="command", required=True)
+    about = {
+        "list": "every result, what it was made from, and the runs that use it",
+        "size": "how much room results, figures, work in progress and tracking take",
+        "prune": "remove results that no run uses, and what killed processes left",
+        "verify": "read every result again and compare it with its checksums",
+    }
+    added = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
+    for command in added.values():
+        command.add_argument("--store", default=os.environ.get("SLIM_STORE", "runs"), help="folder of the results (runs)")
+    for name in ("list", "prune"):
+        added[name].add_argument("--uri", action="append", default=[], help="a tracking server whose runs count too")
+    for name, text in {
+        "--intermediate": "remove also what is not the end of a run's chain",
+        "--failed": "let runs that failed or were killed count as needing nothing",
+        "--evaluations": "remove all figures too: they are measured again when asked for",
+        "--dry-run": "show what would go, and remove nothing",
+        "--yes": "do not ask",
+    }.items():
+        added["prune"].add_argument(name, action="store_true", help=text)
+    added["verify"].add_argument("--remove", action="store_true", help="remove what is damaged: it is made again when needed")
+    return root
+
+
+def list_command(store: Store, options: argparse.Namespace) -> int:
+    """Print every result."""
+    from rich.table import Table
+
+    found = entries(store, tracked_runs(store, options.uri))
+    table = Table(title=f"{len(found)} results in {store.root}", title_justify="left")
+    for heading in ("result", "method", "made from", "used by"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("size", "made", "last used"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in found:
+        method = entry.manifest.get("method", "[red]no readable slim.json[/]")
+        times = (age(entry.made), age(entry.used))
+        table.add_row(entry.folder.name, method, entry.parent, shown_users(entry.users), gigabytes(entry.size), *times)
+    output().print(table)
+    return 0
+
+
+def shown_users(runs: list[Run]) -> str:
+    """Name up to three runs, each with its experiment."""
+    names = [f"{run.experiment}: {run.name}" for run in runs[:3]]
+    return "\n".join(names + [f"and {len(runs) - 3} more"] * (len(runs) > 3)) or "no run"
+
+
+def age(moment: float) -> str:
+    """Say how long ago a moment was."""
+    seconds = max(0.0, time.time() - moment)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "now"
+
+
+def output():
+    """Return the console for results, wide enough where the output is a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def size_command(store: Store, options: argparse.Namespace) -> int:
+    """Print how much room everything takes."""
+    from rich.table import Table
+
+    table = Table(title=f"{store.root}", title_justify="left")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    table.add_column("size", justify="right")
+    rows = size_rows(store)
+    for name, number, size in rows:
+        table.add_row(name, str(number), gigabytes(size))
+    table.add_section()
+    table.add_row("all", "", gigabytes(sum(size for _, _, size in rows)))
+    output().print(table)
+    return 0
+
+
+def prune_command(store: Store, options: argparse.Namespace) -> int:
+    """Show what no run needs, ask, and remove it."""
+    runs = tracked_runs(store, options.uri, needed=True)
+    require_uploaded(store)
+    found, unneeded, running = unneeded_results(store, runs, options.intermediate, options.failed)
+    figures = sorted((store.root / "evaluations").glob("*.json")) if options.evaluations else []
+    shown = [*(entry.folder for entry in unneeded), *leftovers(store)]
+    if running:
+        print(f"'{running[0].name}' is marked as running in MLflow: what was used since it began is kept.")
+    if not shown and not figures:
+        print(f"Nothing to remove: {len(found)} results, {len(runs)} runs.")
+        return 0
+    sizes = {path: size_of(path) for path in [*shown, *figures]}
+    for path in shown:
+        print(f"{gigabytes(sizes[path]):>10}  {path.name}")
+    if figures:
+        print(f"{gigabytes(sum(sizes[path] for path in figures)):>10}  all {len(figures)} evaluations")
+    total = f"{len(unneeded)} of {len(found)} results, {gigabytes(sum(sizes.values()))} in all"
+    if options.dry_run:
+        print(f"Would remove {total}.")
+    elif options.yes or confirmed(f"Remove {total}? [y/N] "):
+        print(removed_line(*remove(store, list(sizes))))
+    else:
+        print("Nothing was removed.")
+    return 0
+
+
+def removed_line(freed: int, busy: list[str]) -> str:
+    """Say what a removal came to."""
+    left = f" In use by another process and left alone: {', '.join(busy)}." if busy else ""
+    return f"{gigabytes(freed)} removed.{left}"
+
+
+def confirmed(question: str) -> bool:
+    """Ask. Raises ``SlimError`` where nobody can answer."""
+    if not sys.stdin.isatty():
+        raise SlimError("prune asks before it removes anything, and there is no terminal. Add --yes, or --dry-run to look.")
+    return input(question).strip().lower() in ("y", "yes")
+
+
+def verify_command(store: Store, options: argparse.Namespace) -> int:
+    """Read all results again; say which are damaged."""
+    found = entries(store)
+    damaged = {}
+    for entry in track(found, "Verifying"):
+        with store.lock_if_free(entry.folder) as free:
+            reason = damage(entry) if free and entry.folder.is_dir() else None
+        if reason:
+            damaged[entry.folder] = reason
+    figures = sorted((store.root / "evaluations").glob("*.json"))
+    damaged.update({path: "differs from its digest" for path in figures if store.find_evaluation(path) is None})
+    for path, reason in damaged.items():
+        print(f"damaged: {path.name}: {reason}")
+    if damaged and options.remove:
+        print(removed_line(*remove(store, list(damaged))))
+    print(f"{len(found)} results and {len(figures)} evaluations read, {len(damaged)} damaged.")
+    return 1 if damaged else 0
+
+
+COMMANDS = {"list": list_command, "size": size_command, "prune": prune_command, "verify": verify_command}
+
+if __name__ == "__main__":
+    sys.exit(main())

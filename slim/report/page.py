@@ -1,0 +1,68 @@
+"""The report as one HTML page that needs nothing else: plotly, styles and data are inside, and it asks no network."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from slim.report.contents import Contents
+from slim.report.published import MARK
+
+ASSETS = Path(__file__).parent.parent / "assets" / "report"
+
+
+def page(report: Contents) -> str:
+    """Return the page. All that comes from runs is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        report=report,
+        sections=sections(report),
+        mark=MARK,
+        style=(ASSETS / "report.css").read_text(encoding="utf-8"),
+        script=(ASSETS / "report.js").read_text(encoding="utf-8"),
+        plotly=plotly_script() if report.pictures else "",
+        pictures=embedded({picture["id"]: picture["options"] for picture in report.pictures}),
+    )
+
+
+def sections(report: Contents) -> list[tuple[str, str]]:
+    """Return (anchor, heading) of the sections the page has."""
+    listed = [
+        ("best", "The best model for your memory", report.best),
+        ("models", "All models", report.models),
+        *((picture["id"], picture["title"], picture) for picture in report.pictures),
+        ("answers", "Answers side by side", report.answers),
+        ("published", "Published figures", report.published),
+        ("failures", "Runs without results", report.failures),
+        ("settings", "Settings", report.settings),
+    ]
+    return [(anchor, heading) for anchor, heading, content in listed if content]
+
+
+@cache
+def plotly_script() -> str:
+    """Return plotly's script, for use inside ``<script>``."""
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs().replace("</script", "<\\/script")
+
+
+def embedded(value: Any) -> str:
+    """Return JSON that is safe inside ``<script>``: no ``<``, and null for what JSON has no number for."""
+    return json.dumps(finite(value), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity by None, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,115 @@
+"""What a model may take: memory, known from the plan before any work, and a rate, which only measuring tells.
+
+Memory is that of serving one text: the weights as they are stored, plus the keys and values of ``context`` tokens in the type
+that plain weights are stored in. What an engine needs beside them (its code, activations, a GPU's context) is not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slim.architecture import DTYPE_BYTES
+from slim.errors import SlimError
+from slim.families import SLIDING
+from slim.search.metrics import DECODE, offered, require_metric
+from slim.settings import require_number
+
+if TYPE_CHECKING:
+    from slim.architecture import ModelDescription
+    from slim.evaluation.evaluation import Evaluation
+
+GIGABYTE = 1e9  # bytes, as everywhere in slim
+WINDOWED = ("mistral", "phi3")  # families in which every block attends to the window, where there is one
+
+
+class OverBudget(SlimError):
+    """A point that the budget rules out before any work. ``skipped`` tells trackers that nothing was tried.
+
+    needed: the memory that the model would take, bytes.
+    """
+
+    skipped = True
+
+    def __init__(self, message: str, needed: float = 0.0):
+        super().__init__(message)
+        self.needed = needed
+
+
+@dataclass
+class Budget:
+    """Limits of every point of a search; None limits nothing.
+
+    memory_gb: weights and keys and values in 10^9 bytes. context: tokens the keys and values are for; at most what the model
+    was built for counts. tokens_per_second: least decode rate, measured (``eval.speed``). quality: the metric that is the
+    best within the limits, which then have to be given; None where ``search.objectives`` alone says what counts.
+    """
+
+    memory_gb: float | None = None
+    context: int = 2048
+    tokens_per_second: float | None = None
+    quality: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("memory_gb", "tokens_per_second"):
+            if getattr(self, name) is not None:
+                require_number(f"budget.{name}", getattr(self, name), 0)
+        require_number("budget.context", self.context, 0, integer=True)
+        if self.quality is not None and self.memory_gb is None and self.tokens_per_second is None:
+            raise SlimError(
+                "hparams_search=budget needs a budget: budget.memory_gb=4 (weights and cache, 10^9 bytes) or "
+                "budget.tokens_per_second=20, or both."
+            )
+
+    def check(self, evaluation: Evaluation | None) -> None:
+        """Raise ``SlimError`` if what is needed to judge a point will not be measured."""
+        if self.quality is not None:
+            require_metric(f"budget.quality={self.quality}", self.quality, evaluation)
+        if self.tokens_per_second is not None and DECODE not in offered(evaluation):
+            raise SlimError("budget.tokens_per_second is measured, and eval.speed=null measures no speed. Choose eval=quick.")
+
+    def memory(self, weights: float, model: ModelDescription) -> float:
+        """Return the memory of a model whose weights take ``weights`` bytes, in bytes."""
+        return weights + cache_bytes(model, self.context)
+
+    def check_plan(self, model: ModelDescription) -> None:
+        """Raise :class:`OverBudget` if the model that a plan ends in takes more memory than there may be."""
+        needed = self.memory(model.weight_bytes(), model)
+        if self.memory_gb is not None and needed > self.memory_gb * GIGABYTE:
+            raise OverBudget(f"over budget.memory_gb={self.memory_gb:g} by its plan: {size(needed)}", needed)
+
+    def problem(self, memory: float, rate: float | None) -> str | None:
+        """Say which limit a finished model misses: ``memory`` in bytes, ``rate`` in tokens per second; None if none."""
+        if self.memory_gb is not None and memory > self.memory_gb * GIGABYTE:
+            return f"takes {size(memory)}"
+        if self.tokens_per_second is not None and not (rate or 0.0) >= self.tokens_per_second:
+            return f"decodes {rate or 0.0:.1f} tokens/s"
+        return None
+
+
+def cache_bytes(model: ModelDescription, context: int) -> float:
+    """Return the bytes of keys and values of ``context`` tokens, at most the model's own context, of all blocks.
+
+    A block that attends to a window keeps no more than the window. Keys and values have the type of the plain weights.
+    """
+    total, tokens, sliding = 0, min(context, model.context_length), sliding_blocks(model)
+    for block in range(model.blocks):
+        shape = model.at(block)
+        kept = min(tokens, model.entry("sliding_window")) if block in sliding else tokens
+        total += 2 * shape.kv_heads * shape.head_dim * kept
+    return float(total * DTYPE_BYTES.get(model.dtype, 4))
+
+
+def sliding_blocks(model: ModelDescription) -> set[int]:
+    """Return the numbers of the blocks that attend to a window only."""
+    if not model.entry("sliding_window"):
+        return set()
+    types = model.entry("layer_types") or (model.family.layer_types(model.config) if model.known else None)
+    if types is None:
+        return set(range(model.blocks)) if model.config.get("model_type") in WINDOWED else set()
+    return {block for block, kind in enumerate(types) if kind == SLIDING}
+
+
+def size(count: float) -> str:
+    """Show bytes so that they can be compared with a budget: four digits that count."""
+    return f"{count / 1e9:.4g} GB" if count >= 1e8 else f"{count / 1e6:.4g} MB"

@@ -1,0 +1,191 @@
+"""What came of a search: the best point, or the front between several objectives; on screen, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slim.errors import SlimError
+from slim.report.table import FIXED, SPEED, format_figure, markdown_lines
+from slim.search.budget import size
+from slim.search.metrics import DECODE, is_better_high
+from slim.search.point import judge
+from slim.search.space import as_typed, settings
+
+if TYPE_CHECKING:
+    from slim.architecture import ModelDescription
+    from slim.search.budget import Budget
+    from slim.search.settings import Search
+    from slim.sweeps.folder import SweepFolder
+    from slim.sweeps.grid import Planned
+
+JSON, MARKDOWN = "search.json", "search.md"
+
+
+@dataclass
+class Trial:
+    """A point that was run or ruled out.
+
+    number: of the point in its sweep. point: key -> value. asked: Optuna's trial. planned: its configuration. model: the
+    description of the model that it ends in. needed: memory that the plan foresees, bytes. result: see
+    :func:`slim.search.point.judge`; None if it failed. skipped: ruled out by its plan. error: why it failed.
+    """
+
+    number: int
+    point: dict[str, Any]
+    asked: Any = None
+    planned: Planned | None = None
+    model: ModelDescription | None = None
+    needed: float | None = None
+    result: dict | None = None
+    skipped: bool = False
+    error: str | None = None
+
+    @property
+    def good(self) -> bool:
+        """Whether it is in the contest."""
+        return self.result is not None and self.result["problem"] is None
+
+    def take(self, folder: SweepFolder, search: Search) -> None:
+        """Take what the sweep's folder records of it."""
+        record = next((record for record in folder.points() if record["number"] == self.number), None)
+        if record is None or record["status"] != "FINISHED" or not record["final"]:
+            self.error = (record or {}).get("error") or "it ended without a result"
+            return
+        final = record["final"]
+        self.result = {**judge(search, final["metrics"], self.model), "folder": final["folder"]}
+
+
+def conclude(trials: list[Trial], search: Search, folder: Path) -> dict:
+    """Write ``search.json`` and ``search.md`` into a sweep's ``folder`` and return what is in the former.
+
+    Raises ``SlimError`` where no point is any good, with what came nearest to the budget.
+    """
+    found = {
+        "objectives": dict(zip(search.objectives, search.directions, strict=True)),
+        "budget": {name: getattr(search.budget, name) for name in ("memory_gb", "context", "tokens_per_second")},
+        "best": [entry(trial) for trial in best(trials, search.objectives)],
+        "points": [entry(trial) for trial in trials],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / JSON).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not found["best"]:
+        raise SlimError(nothing_good(trials, search.budget))
+    (folder / MARKDOWN).write_text(markdown(found), encoding="utf-8")
+    return found
+
+
+def best(trials: list[Trial], objectives: list[str]) -> list[Trial]:
+    """Return the trials in the contest that no other one beats in every objective, ordered by the last objective.
+
+    A trial is beaten by one that is at least as good in all objectives and better in one; of equal ones the first stays.
+    """
+    costs = [([trial.result["objectives"][name] * (-1 if is_better_high(name) else 1) for name in objectives], trial)
+             for trial in trials if trial.good]  # fmt: skip
+    front = []
+    for number, (own, trial) in enumerate(costs):
+        others = [(other, at) for at, (other, _) in enumerate(costs) if at != number]
+        beaten = any(
+            all(a <= b for a, b in zip(other, own, strict=True)) and (other != own or at < number) for other, at in others
+        )
+        if not beaten:
+            front.append((own, trial))
+    return [trial for _, trial in sorted(front, key=lambda item: item[0][-1])]
+
+
+def entry(trial: Trial) -> dict:
+    """Return a trial as plain JSON values."""
+    result = trial.result or {"objectives": {}, "problem": None}
+    problem = trial.error or result["problem"]
+    state = "skipped" if trial.skipped else "failed" if trial.result is None else "over budget" if problem else "good"
+    return {"settings": trial.point, "state": state, **result, "problem": problem, "planned_memory_bytes": trial.needed}
+
+
+def nothing_good(trials: list[Trial], budget: Budget) -> str:
+    """Say in two lines why no trial is any good."""
+    skipped, run = [trial for trial in trials if trial.skipped], [trial for trial in trials if trial.result is not None]
+    if run:
+        nearest = max(run, key=lambda trial: (trial.result["tokens_per_second"] or 0, -trial.result["memory_bytes"]))
+        return (
+            f"None of the {len(run)} points that were run is within the budget: {name(nearest.point)} "
+            f"{nearest.result['problem']}, and that is the nearest.\nAllow more, or search among smaller models."
+        )
+    if skipped:
+        least = min(skipped, key=lambda trial: trial.needed)
+        return (
+            f"No point meets budget.memory_gb={budget.memory_gb:g}: the smallest of {len(skipped)} would take "
+            f"{size(least.needed)} ({name(least.point)}).\nNothing was run. Allow more, take a smaller budget.context, or "
+            "search among smaller models."
+        )
+    failed = next((trial.error for trial in trials if trial.error), "there was none")
+    return f"No point of the search could be run. The first: {failed}"
+
+
+def name(point: dict) -> str:
+    """Name a point by its settings."""
+    return " ".join(settings(point))
+
+
+def title(found: dict) -> str:
+    """Return what stands above the table."""
+    states, objectives = [point["state"] for point in found["points"]], list(found["objectives"])
+    limits = [f"{key}={value:g}" for key, value in found["budget"].items() if value is not None and key != "context"]
+    best = f"Best {objectives[0]}" if len(objectives) == 1 else f"Pareto front of {' and '.join(objectives)}"
+    skipped = f", {states.count('skipped')} ruled out by their plan" if "skipped" in states else ""
+    within = f" within {' and '.join(limits)}" if limits else ""
+    return f"{best}{within} ({len(states) - states.count('skipped')} points tried{skipped})"
+
+
+def table(found: dict) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows: settings, objectives, memory as the budget counts it, decode rate where it was measured."""
+    keys, objectives = list(found["best"][0]["settings"]), list(found["objectives"])
+    timed = DECODE not in objectives and any(row["tokens_per_second"] is not None for row in found["best"])
+    extra = {"memory (MB)": lambda row: f"{row['memory_bytes'] / 1e6:,.2f}"}
+    if timed:
+        extra["decode (tok/s)"] = lambda row: f"{row['tokens_per_second'] or 0:,.0f}"
+    rows = [
+        [
+            *(as_typed(row["settings"][key]) for key in keys),
+            *(figure(metric, row["objectives"][metric]) for metric in objectives),
+            *(show(row) for show in extra.values()),
+        ]
+        for row in found["best"]
+    ]
+    return [*keys, *map(heading, objectives), *extra], rows
+
+
+def heading(metric: str) -> str:
+    """Return the heading of a metric's column: that of the table over checkpoints, where it has one."""
+    return next((column.heading for column in (*FIXED, *SPEED) if column.metric == metric), metric)
+
+
+def figure(metric: str, value: float) -> str:
+    """Format an objective as the table over checkpoints does, else with four digits that count."""
+    column = next((column for column in (*FIXED, *SPEED) if column.metric == metric), None)
+    return format_figure(value, column) if column else f"{value:.4g}"
+
+
+def markdown(found: dict) -> str:
+    """Return the table in Markdown, with the title above and where the checkpoints are below."""
+    places = [f"- {name(row['settings'])}: `{row['folder']}`" for row in found["best"]]
+    return "\n".join([f"# {title(found)}", "", *markdown_lines(*table(found)), "", *places, ""])
+
+
+def show(found: dict) -> None:
+    """Print the table, and the folder of the checkpoint where there is one point only."""
+    from rich.console import Console
+    from rich.table import Table
+
+    headings, rows = table(found)
+    out, grid = Console(width=None if sys.stdout.isatty() else 160), Table()
+    for column in headings:
+        grid.add_column(column, justify="left" if column in found["best"][0]["settings"] else "right")
+    for row in rows:
+        grid.add_row(*row)
+    out.print(title(found), style="italic", highlight=False, soft_wrap=True)
+    out.print(grid)
+    if len(rows) == 1:
+        out.print(f"its checkpoint: {found['best'][0]['folder']}", highlight=False, soft_wrap=True)

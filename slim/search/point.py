@@ -1,0 +1,64 @@
+"""One point of a search: what its plan foresees, and how good the checkpoint is that it ends in."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from slim.errors import SlimError, did_you_mean
+from slim.search.metrics import DECODE
+from slim.search.settings import Search, read_search
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from slim.architecture import ModelDescription
+
+
+def planned_model(config: DictConfig) -> ModelDescription:
+    """Describe the model at the end of a configuration's chain, without a look at any weights."""
+    from slim.run import build_pipeline
+
+    pipeline = build_pipeline(config)
+    description = pipeline.model.describe()
+    for stage in pipeline.stages:
+        stage.check(description)
+        description = stage.expect(description)
+    return description
+
+
+def values(config: DictConfig, metrics: dict[str, float]) -> float | list[float]:
+    """Return the objectives of a finished point as Hydra's sweepers take them: a number, or a list of several.
+
+    NaN for one that was not measured: the point is finished all the same, and who asked for it says what is wrong.
+    """
+    found = [float(metrics.get(name, math.nan)) for name in read_search(config).objectives]
+    return found[0] if len(found) == 1 else found
+
+
+def objectives(search: Search, metrics: dict[str, float]) -> dict[str, float]:
+    """Return objective -> value. Raises ``SlimError`` for one that was not measured, such as an unknown figure of a task."""
+    for name in search.objectives:
+        if metrics.get(name) is None:
+            raise SlimError(
+                f"search.objectives={name}: no such figure was measured. There are: {', '.join(sorted(metrics))}."
+                f"{did_you_mean(name, metrics)}"
+            )
+    return {name: float(metrics[name]) for name in search.objectives}
+
+
+def judge(search: Search, metrics: dict[str, float], model: ModelDescription) -> dict:
+    """Return ``objectives`` (metric -> value), figures of the checkpoint, and ``problem``: why it is out of the contest.
+
+    ``memory_bytes``: as the budget counts it, with the files of the weights as large as they are. Plain JSON values.
+    """
+    found, rate = objectives(search, metrics), metrics.get(DECODE)
+    memory = search.budget.memory(metrics["bytes_on_disk"], model)
+    undefined = [name for name, value in found.items() if not math.isfinite(value)]
+    return {
+        "objectives": found,
+        "problem": f"{undefined[0]} is not finite" if undefined else search.budget.problem(memory, rate),
+        "memory_bytes": memory,
+        "tokens_per_second": rate,
+        "parameters": metrics["parameters"],
+    }

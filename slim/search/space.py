@@ -1,0 +1,145 @@
+"""The search space: what is fixed, what may vary, and points that were not tried yet.
+
+The syntax is that of the Optuna sweeper, which also reads it: ``choice(2,3,4)``, ``range(1,5)``, ``interval(0.1,0.5)``, and
+``2,3,4`` on the command line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from slim.errors import SlimError
+from slim.lazy import LazyModule
+
+distributions = LazyModule("optuna.distributions")
+LISTED = 20_000  # points of a space that are listed in order to find one that was not tried
+
+
+@dataclass
+class Space:
+    """What varies (key -> Optuna distribution) and what is fixed (key -> as typed); the points that were tried.
+
+    A point is a dict key -> value.
+    """
+
+    varying: dict[str, Any]
+    fixed: dict[str, str] = field(default_factory=dict)
+    tried: set[tuple] = field(default_factory=set)
+
+    @classmethod
+    def read(cls, params: dict[str, Any], typed: list[str], fixed: dict[str, str]) -> Space:
+        """Read a configuration's ``hydra.sweeper.params`` and what was ``typed``, which wins (``fixed``: of that what is)."""
+        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+        swept = [override for override in typed if override not in fixed.values()]
+        try:
+            varying, _ = create_params_from_overrides([*(f"{key}={value}" for key, value in params.items()), *swept])
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            raise SlimError(f"The search space cannot be read: {error}") from error
+        return cls({key: values for key, values in varying.items() if key not in fixed}, fixed)
+
+    def overrides(self, point: dict[str, Any]) -> list[str]:
+        """Return a point with all that is fixed as Hydra overrides."""
+        return [*self.fixed.values(), *settings(point)]
+
+    @property
+    def size(self) -> float:
+        """Number of points; infinite where a setting is continuous."""
+        return math.prod(count(values) for values in self.varying.values())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every point was tried."""
+        return len(self.tried) >= self.size
+
+    def is_new(self, point: dict[str, Any]) -> bool:
+        """Whether a point was not tried yet."""
+        return key_of(point) not in self.tried
+
+    def add(self, point: dict[str, Any]) -> None:
+        """Take a point as tried."""
+        self.tried.add(key_of(point))
+
+    def nearest_new(self, point: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+        """Return a point not tried yet that differs from ``point`` in as few settings as can be, chosen by ``generator``.
+
+        In a space too large to be listed, random points until one is new. There must be one.
+        """
+        if self.size > LISTED:
+            drawn = ({key: draw(values, generator) for key, values in self.varying.items()} for _ in itertools.count())
+            return next(other for other in drawn if self.is_new(other))
+        listed = (
+            dict(zip(self.varying, values, strict=True)) for values in itertools.product(*map(members, self.varying.values()))
+        )
+        left = [other for other in listed if self.is_new(other)]
+        distances = [sum(other[key] != value for key, value in point.items()) for other in left]
+        return generator.choice([other for other, far in zip(left, distances, strict=True) if far == min(distances)])
+
+
+def fixed_overrides(typed: list[str]) -> dict[str, str]:
+    """Return key -> override as typed, of those with one value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(typed)
+    return {override.get_key_element(): override.input_line for override in parsed if not override.is_sweep_override()}
+
+
+def key_of(point: dict[str, Any]) -> tuple:
+    """Return a point so that it can be in a set."""
+    return tuple(sorted((key, repr(value)) for key, value in point.items()))
+
+
+def settings(point: dict[str, Any]) -> list[str]:
+    """Return the settings of a point as Hydra overrides."""
+    return [f"{key}={as_typed(value)}" for key, value in point.items()]
+
+
+def as_typed(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def count(values) -> float:
+    """Return how many values a distribution has, infinity for a continuous one."""
+    if isinstance(values, distributions.CategoricalDistribution):
+        return len(values.choices)
+    if isinstance(values, distributions.IntLogUniformDistribution):
+        return values.high - values.low + 1
+    if isinstance(values, distributions.IntUniformDistribution):
+        return (values.high - values.low) // values.step + 1
+    if isinstance(values, distributions.DiscreteUniformDistribution):
+        return math.floor((values.high - values.low) / values.q + 1e-9) + 1
+    return math.inf
+
+
+def shown(values) -> list[str]:
+    """Return the values of a distribution as typed; of a continuous or a large one its ends."""
+    listed = members(values) if count(values) <= LISTED else [values.low, values.high]
+    return [as_typed(value) for value in listed]
+
+
+def example(values) -> Any:
+    """Return one value of a distribution."""
+    return values.choices[0] if isinstance(values, distributions.CategoricalDistribution) else values.low
+
+
+def members(values) -> list:
+    """Return the values of a distribution that is not continuous."""
+    if isinstance(values, distributions.CategoricalDistribution):
+        return list(values.choices)
+    if isinstance(values, distributions.DiscreteUniformDistribution):
+        return [values.low + number * values.q for number in range(int(count(values)))]
+    return list(range(values.low, values.high + 1, getattr(values, "step", 1)))
+
+
+def draw(values, generator: random.Random) -> Any:
+    """Return a random value of a distribution, a continuous one uniformly between its ends."""
+    if count(values) < LISTED:
+        return generator.choice(members(values))
+    number = generator.uniform(values.low, values.high)
+    return int(number) if isinstance(values.low, int) else number

@@ -1,0 +1,210 @@
+"""Which points a search tries: Optuna proposes, what cannot be or was tried is left out, the rest is run.
+
+Optuna (TPE, arXiv:1907.10902) knows the points it was told of, not the space: with few values per setting it proposes the
+same point again and again, which would cost a trial each. So a proposal that was tried is moved to the nearest point that was
+not. The search ends after ``n_trials`` points that were run, or when all were tried; a point that its plan rules out is no
+trial. The sampler has a seed and what is measured is kept, so the same command makes the same trials again, from the store.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from slim.errors import SlimError
+from slim.progress import console
+from slim.search.budget import OverBudget
+from slim.search.outcome import Trial, conclude, show
+from slim.search.point import planned_model
+from slim.search.settings import Search, read_search
+from slim.search.space import Space, example, fixed_overrides, members, settings, shown
+from slim.settings import require_number
+from slim.sweeps.grid import Planned, plan_point, record_lost, settle
+from slim.sweeps.point import Point, record_failure
+from slim.sweeps.sweep import Sweep, current
+
+if TYPE_CHECKING:
+    from hydra_plugins.slim_search.sweeper import SearchSweeper
+
+RULED_OUT = 20  # points per trial that may be ruled out before a search ends
+
+
+def run_search(sweeper: SearchSweeper, typed: list[str]) -> dict:
+    """Try points until there are enough, print and write what came of them, and return it (see :func:`conclude`)."""
+    fixed = fixed_overrides(typed)
+    search = check_settings(sweeper, fixed)
+    quiet_optuna()
+    params = OmegaConf.to_container(sweeper.config.hydra.sweeper.params, resolve=True)
+    space = Space.read(params, typed, fixed)
+    drop_unknown(sweeper, space, set(params))
+    if not space.varying:
+        raise SlimError(
+            "There is nothing to search: nothing is left that varies. Fix fewer settings, or let others vary, such as "
+            "-m quant.bits=2,3,4."
+        )
+    run = Run(sweeper, space, search)
+    run.announce()
+    while run.goes_on:
+        run.advance()
+    found = conclude(run.trials, search, Path(sweeper.config.hydra.sweep.dir))
+    show(found)
+    return found
+
+
+class Run:
+    """A search under way. wanted: trials still to be made. trials: what was tried, in order, also what was ruled out."""
+
+    def __init__(self, sweeper: SearchSweeper, space: Space, search: Search):
+        import optuna
+        from hydra.utils import instantiate
+
+        self.sweeper, self.space, self.search, self.sweep = sweeper, space, search, current()
+        self.at_once, self.wanted = int(sweeper.settings["n_jobs"]), int(sweeper.settings["n_trials"])
+        self.most = RULED_OUT * self.wanted
+        self.study = optuna.create_study(sampler=instantiate(sweeper.settings["sampler"]), directions=search.directions)
+        self.failed = optuna.trial.TrialState.FAIL
+        self.generator = random.Random(int(sweeper.config.get("seed") or 0))
+        self.trials: list[Trial] = []
+
+    @property
+    def goes_on(self) -> bool:
+        return self.wanted > 0 and not self.space.exhausted and len(self.trials) < self.most
+
+    def announce(self) -> None:
+        """Open the sweep, now that nothing is wrong with what was typed, and tell it what varies."""
+        self.sweep.swept = {key: shown(values) for key, values in self.space.varying.items()}
+        self.sweep.total = int(min(self.wanted, self.space.size))
+        if self.sweep.tracker is None:
+            self.sweep.open()
+        self.sweep.folder.write_header(self.sweep.header())
+
+    def advance(self) -> None:
+        """Try the next points, as many as run at once."""
+        batch: list[Trial] = []
+        while self.goes_on and len(batch) < min(self.at_once, self.wanted):
+            trial = self.ask()
+            if self.settled(trial):
+                self.tell(trial)
+            else:
+                batch.append(trial)
+        self.launch(batch)
+
+    def ask(self) -> Trial:
+        """Return a point that was not tried: Optuna's proposal, or the nearest there is."""
+        asked = self.study.ask(self.space.varying)
+        if not self.space.is_new(asked.params):
+            point = self.space.nearest_new(asked.params, self.generator)
+            self.study.tell(asked, state=self.failed)
+            self.study.enqueue_trial(point)
+            asked = self.study.ask(self.space.varying)
+        self.space.add(asked.params)
+        self.trials.append(Trial(len(self.trials), dict(asked.params), asked))
+        return self.trials[-1]
+
+    def settled(self, trial: Trial) -> bool:
+        """Plan a point; return whether that is all: it cannot be run, is ruled out, or was run before."""
+        planned = plan_point(self.sweeper, self.sweep, trial.number, self.space.overrides(trial.point))
+        try:
+            if planned.error is None:
+                trial.model = planned_model(planned.config)
+                trial.needed = self.search.budget.memory(trial.model.weight_bytes(), trial.model)
+                self.search.budget.check_plan(trial.model)
+        except OverBudget as error:
+            trial.skipped, trial.error = True, str(error)
+            record_skipped(self.sweep, planned, str(error))
+            return True
+        trial.planned = planned
+        return settle(self.sweep, planned)
+
+    def launch(self, batch: list[Trial]) -> None:
+        """Run points and tell Optuna what came of them."""
+        if not batch:
+            return
+        numbered = [[*trial.planned.overrides, f"hydra.sweep.subdir={trial.number}"] for trial in batch]
+        try:
+            self.sweeper.launcher.launch(numbered, initial_job_idx=batch[0].number)
+        except Exception as error:  # a process that died takes the others of the batch with it
+            record_lost(self.sweep, [trial.planned for trial in batch], error)
+        for trial in batch:
+            self.tell(trial)
+
+    def tell(self, trial: Trial) -> None:
+        """Tell Optuna what came of a trial, as the sweep's folder records it.
+
+        One that misses the budget once it is measured has the worst value there is; with several objectives it counts as
+        failed, since what is not finite has no place in the volume behind a front. One that its plan rules out counts as
+        failed, too, and teaches nothing: it costs nothing, and the best points lie beside those that are just too large.
+        """
+        if not trial.skipped:
+            trial.take(self.sweep.folder, self.search)
+            self.wanted -= trial.planned.error is None
+        if trial.good:
+            self.study.tell(trial.asked, list(trial.result["objectives"].values()))
+        elif trial.result is not None and len(self.search.objectives) == 1:
+            self.study.tell(trial.asked, self.search.worst)
+        else:
+            self.study.tell(trial.asked, state=self.failed)
+        self.sweep.total = int(min(len(self.trials) + self.wanted, self.space.size))
+
+
+def record_skipped(sweep: Sweep, planned: Planned, message: str) -> None:
+    """Record a point that its plan rules out: a failed run that was never begun."""
+    point = Point(sweep.folder, planned.number, planned.overrides, sweep.header())
+    record_failure(point, planned.config, message, skipped=True)
+    point.end("FAILED", message, skipped=True)
+
+
+def compose(sweeper: SearchSweeper, overrides: list[str]) -> DictConfig:
+    """Return the configuration of a point as its launcher will compose it."""
+    return sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, overrides)
+
+
+def check_settings(sweeper: SearchSweeper, fixed: dict[str, str]) -> Search:
+    """Return the search's settings. Raises ``SlimError`` for a mistake in them, before the first point."""
+    from hydra.utils import instantiate
+
+    for name in ("n_trials", "n_jobs"):
+        require_number(f"hydra.sweeper.{name}", sweeper.settings[name], 1, integer=True)
+    config = compose(sweeper, list(fixed.values()))
+    if config.plan:
+        raise SlimError("plan=true shows a run or a grid. A search chooses its next point when it knows the last one.")
+    search = read_search(config)
+    if search is None:
+        raise SlimError("A search has objectives: choose hparams_search=pareto or hparams_search=budget.")
+    search.check(instantiate(config.eval) if config.eval and config.eval.get("_target_") else None)
+    return search
+
+
+def drop_unknown(sweeper: SearchSweeper, space: Space, own: set[str]) -> None:
+    """Leave out settings of the search's file (``own``) that what was typed does not have, such as those of pruner=none."""
+    for key in [key for key in space.varying if key in own]:
+        group = key.partition(".")[0]
+        searched = group != key and group in space.varying
+        choices = [settings({group: choice}) for choice in members(space.varying[group])] if searched else [[]]
+        value = settings({key: example(space.varying[key])})
+        if not any(_composes(sweeper, [*space.fixed.values(), *choice, *value]) for choice in choices):
+            del space.varying[key]
+            console().print(f"{key} is not searched: what was chosen has no such setting.", highlight=False, soft_wrap=True)
+
+
+def _composes(sweeper: SearchSweeper, overrides: list[str]) -> bool:
+    try:
+        compose(sweeper, overrides)
+    except Exception:
+        return False
+    return True
+
+
+def quiet_optuna() -> None:
+    """Keep Optuna's log and its notes on what is experimental out of our output. Raises ``SlimError`` where it is missing."""
+    try:
+        import hydra_plugins.hydra_optuna_sweeper  # noqa: F401
+        import optuna
+    except ImportError as error:
+        raise SlimError("A search needs the Optuna sweeper: pip install 'slim[search]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

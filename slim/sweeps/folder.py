@@ -1,0 +1,59 @@
+"""The folder of a sweep, where the processes that run its points meet: ``sweep.json``, and ``point.json`` per point."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from slim.errors import SlimError
+
+HEADER = "sweep.json"
+POINT = "point.json"
+TRACEBACK = "error.txt"
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Hydra's folder of a sweep, with one folder below it per point, named by its number."""
+
+    path: Path
+
+    def claim(self) -> None:
+        """Clear what an earlier sweep left here. Raises ``SlimError`` if that one is still running."""
+        if not (self.path / HEADER).is_file():
+            return
+        pid = self.header()["pid"]
+        if pid != os.getpid() and Path(f"/proc/{pid}").exists():
+            raise SlimError(f"Another sweep is running in {self.path}. Start this one again, or set hydra.sweep.dir=FOLDER.")
+        for path in self.path.glob(f"*/{POINT}"):
+            path.unlink()
+
+    def header(self) -> dict:
+        """Return what the points need to know of their sweep: ``run_id``, ``sweep``, ``swept``, ``pid`` ..."""
+        return json.loads((self.path / HEADER).read_text(encoding="utf-8"))
+
+    def write_header(self, header: dict) -> None:
+        write_json(self.path / HEADER, header)
+
+    def point(self, number: int) -> Path:
+        """Return the folder of a point."""
+        return self.path / str(number)
+
+    def write_point(self, number: int, record: dict) -> None:
+        """Record how a point ended: ``status``, ``error``, ``run_id``, ``seconds``, ``final`` (of the last checkpoint)."""
+        write_json(self.point(number) / POINT, {"number": number, **record})
+
+    def points(self) -> list[dict]:
+        """Return the records of the points that have ended, by number."""
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in self.path.glob(f"*/{POINT}")]
+        return sorted(records, key=lambda record: record["number"])
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,179 @@
+"""All combinations of the swept values: composed and planned one by one, before the first is run."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from slim.cli import expand_alias, explain
+from slim.errors import SlimError
+from slim.progress import console
+from slim.sweeps.names import point_name
+from slim.sweeps.point import Point, describe, record_failure
+from slim.sweeps.sweep import Sweep, current
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from hydra.core.utils import JobReturn
+
+    from hydra_plugins.slim_sweeper.grid import GridSweeper
+
+
+@dataclass
+class Planned:
+    """A combination: its overrides, and either its configuration and name or why it cannot run."""
+
+    number: int
+    overrides: list[str]
+    config: DictConfig | None = None
+    name: str | None = None
+    error: Exception | None = None
+
+
+def run_grid(sweeper: GridSweeper, arguments: list[str]) -> list[Sequence[JobReturn]]:
+    """Run every combination of ``arguments`` and the sweeper's ``params`` that can run and is not finished."""
+    sweep = current()
+    combinations, sweep.swept = expand(parse(sweeper, arguments))
+    points = [plan_point(sweeper, sweep, number, overrides) for number, overrides in enumerate(combinations)]
+    refuse_at_once(sweep, points)
+    if sweep.config.plan:
+        show_plans(sweep, points)
+        return []
+    sweep.total = len(points)
+    sweep.open()
+    missing = [point for point in points if not settle(sweep, point)]
+    wrong = sum(point.error is not None for point in points)
+    announce(len(points), wrong, len(points) - wrong - len(missing))
+    return launch(sweeper, sweep, missing)
+
+
+def parse(sweeper: GridSweeper, arguments: list[str]) -> list[Override]:
+    """Return the parsed overrides: those of ``params`` that are not typed, with what is typed behind them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    params = expand_alias([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
+    typed = {bare(override) for override in arguments}
+    params = [param for param in params if bare(param) not in typed]
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    return parser.parse_overrides([*params, *arguments])
+
+
+def bare(override: str) -> str:
+    """Return what an override sets: ``+model@x=a`` sets ``model@x``."""
+    return re.split(r"[=]", override.lstrip("+~"), maxsplit=1)[0]
+
+
+def expand(overrides: list[Override]) -> tuple[list[list[str]], dict[str, list[str]]]:
+    """Return the overrides of every combination in the order of a nested loop, and key -> values of what is swept.
+
+    Raises ``SlimError`` for an interval, which has no end of values.
+    """
+    choices: dict[str, list[str]] = {}
+    swept: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices[key] = [override.input_line]
+            continue
+        if not override.is_discrete_sweep():
+            raise SlimError(f"{override.input_line} is no list of values. Give some, such as {key}=1,2,3 or {key}=range(1,4).")
+        values = list(override.sweep_string_iterator())
+        choices[key] = [f"{key}={value}" for value in values]
+        if len(values) > 1:
+            swept[key.lstrip("+")] = values
+    return [list(combination) for combination in itertools.product(*choices.values())], swept
+
+
+def plan_point(sweeper: GridSweeper, sweep: Sweep, number: int, overrides: list[str]) -> Planned:
+    """Compose and plan one combination, without any work; what is wrong with it is kept."""
+    point = Planned(number, overrides)
+    loader = sweeper.hydra_context.config_loader
+    try:
+        from slim.run import plan_chains
+
+        point.config = loader.load_sweep_config(sweep.config, overrides)
+        point.name = point_name(plan_chains(point.config), point.config)
+    except Exception as error:
+        point.error = error
+    return point
+
+
+def refuse_at_once(sweep: Sweep, points: list[Planned]) -> None:
+    """Raise what is wrong with every point, before anything is recorded: it is a mistake in the command."""
+    reasons = [explain(point.error, sweep.command, point.overrides) if point.error else None for point in points]
+    if all(point.config is None for point in points) and len(set(reasons)) == 1 and reasons[0]:
+        raise SlimError(reasons[0])
+    outputs = [point.config.output for point in points if point.config is not None and point.config.output is not None]
+    if len(outputs) > len(set(outputs)):
+        raise SlimError(
+            f"output={outputs[0]} would take the result of several points. Leave it out, or name what is swept: "
+            "output='small-${quantizer.bits}'."
+        )
+
+
+def show_plans(sweep: Sweep, points: list[Planned]) -> None:
+    """Print the plan of every point."""
+    from slim.run import build_pipeline, show_plan
+
+    for point in points:
+        print(f"point {point.number}: {' '.join(point.overrides)}", flush=True)
+        if point.error is not None:
+            print(f"cannot run: {explain(point.error, sweep.command, point.overrides) or repr(point.error)}")
+            continue
+        pipeline = build_pipeline(point.config)
+        show_plan(pipeline, pipeline.plan())
+
+
+def settle(sweep: Sweep, planned: Planned) -> bool:
+    """Record a point that needs no run: it cannot be run, or is finished. Returns whether it is so."""
+    point = Point(sweep.folder, planned.number, planned.overrides, sweep.header())
+    if planned.error is not None:
+        reason = lambda error: explain(error, sweep.command, planned.overrides)  # noqa: E731
+        message, own = describe(planned.error, reason, sweep.folder.point(planned.number))
+        record_failure(point, sweep.config if planned.config is None else planned.config, message)
+        point.end("FAILED", message, own=own)
+        return True
+    run_id = sweep.tracker.finished.get((planned.name, point.name))
+    point.final = sweep.tracker.figures(run_id) if run_id else None
+    if point.final is None:
+        return False
+    point.run_id = run_id
+    point.end("FINISHED", reused=True)
+    return True
+
+
+def announce(total: int, wrong: int, done: int) -> None:
+    """Say what there is to do."""
+    notes = [f"{done} done before"] * bool(done) + [f"{wrong} cannot run"] * bool(wrong) + [f"{total - wrong - done} to run"]
+    console().print(f"[bold]Sweep of {total} point{'s' * (total != 1)}[/]: {', '.join(notes)}", highlight=False)
+
+
+def launch(sweeper: GridSweeper, sweep: Sweep, points: list[Planned]) -> list[Any]:
+    """Hand the points to Hydra's launcher, each under its own number."""
+    size = sweeper.max_batch_size or max(len(points), 1)
+    returns = []
+    for batch in (points[start : start + size] for start in range(0, len(points), size)):
+        numbered = [[*point.overrides, f"hydra.sweep.subdir={point.number}"] for point in batch]
+        try:
+            returns.append(sweeper.launcher.launch(numbered, initial_job_idx=batch[0].number))
+            record_lost(sweep, batch, RuntimeError("it ended without a word"))
+        except Exception as error:  # a process that died takes the launcher's other points with it
+            sweep.lost = True
+            record_lost(sweep, batch, error)
+    return returns
+
+
+def record_lost(sweep: Sweep, batch: list[Planned], error: Exception) -> None:
+    """Record the points of a batch that have no record of how they ended, since the process that ran them did."""
+    ended = {record["number"] for record in sweep.folder.points()}
+    for planned in batch:
+        if planned.number not in ended:
+            point = Point(sweep.folder, planned.number, planned.overrides, sweep.header())
+            message, _ = describe(error, lambda _: None, sweep.folder.point(planned.number))
+            record_failure(point, planned.config, message)
+            point.end("FAILED", message, own=True)

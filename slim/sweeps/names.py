@@ -1,0 +1,47 @@
+"""Names by which a sweep and its points are found again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from slim.stage import Stage
+from slim.store import digest
+
+if TYPE_CHECKING:
+    from slim.pipeline import Step
+
+PLACE = re.compile(r"^(tracking\.(run_name|uri|published)|store|ignore_limits|plan)=")  # where and how, not what
+
+
+def typed(hydra: DictConfig) -> list[str]:
+    """Return what was typed (or set for a point), as it was: ``${...}`` in it is not for us to resolve."""
+    return list(OmegaConf.to_container(hydra.overrides.task, resolve=False))
+
+
+def sweep_id(command: str, experiment: str, overrides: Sequence[str], params: dict) -> str:
+    """Name a sweep by its command (``compress``), MLflow experiment and what is set and swept, in whatever order.
+
+    overrides: what was typed, without Hydra's own settings. params: ``hydra.sweeper.params`` of an experiment file.
+    """
+    what = sorted(override for override in overrides if not PLACE.match(override))
+    return digest(["sweep", command, experiment, what, params])
+
+
+def point_name(chains: Sequence[Sequence[Step]], config: DictConfig) -> str:
+    """Name a point by what determines its results: every step, how it is measured, and on which kind of device.
+
+    chains: the planned steps of every pipeline of the point. A step behind a source that has to be fetched first has no
+    digest yet; there its settings count.
+    """
+    steps = [[step.digest or _settings(step) for step in chain] for chain in chains]
+    return digest(["point", steps, OmegaConf.to_container(config.eval, resolve=True), config.device])
+
+
+def _settings(step: Step) -> list:
+    if isinstance(step.stage, Stage):
+        return [step.stage.kind, step.stage.identity(), step.stage.version]
+    return [step.stage.source, step.stage.revision]

@@ -1,0 +1,152 @@
+"""One point of a sweep, in whatever process runs it: which run it belongs to, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from slim.errors import SlimError
+from slim.sweeps.folder import TRACEBACK, SweepFolder
+from slim.sweeps.names import typed
+
+if TYPE_CHECKING:
+    from slim.pipeline import Result
+    from slim.tracking import Tracker
+
+NAME_LIMIT = 200  # the longest name of a run
+_active: Point | None = None
+
+
+@dataclass
+class Point:
+    """A point while it runs.
+
+    overrides: what was set for it, as typed. header: the sweep's (see :class:`SweepFolder`). run_id: its run in MLflow.
+    final: the record of its last checkpoint in ``results.json``, once it has one.
+    """
+
+    folder: SweepFolder
+    number: int
+    overrides: list[str]
+    header: dict
+    run_id: str | None = None
+    final: dict | None = None
+    started: float = field(default_factory=time.time)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that tell this point from the others: key -> value as typed."""
+        return swept_settings(self.overrides, self.header.get("swept"))
+
+    @property
+    def name(self) -> str:
+        """Its name on screen and in MLflow."""
+        told = " ".join(f"{key}={value}" for key, value in self.settings.items()) or " ".join(self.overrides)
+        return told[:NAME_LIMIT] or "(defaults)"
+
+    def tracker(self, config: DictConfig, name: str) -> Tracker:
+        """Return the tracker of this point: below the sweep's run, under ``slim.point`` = ``name``."""
+        from slim.tracking import Tracker, published_tag
+
+        tags = {"slim.point": name, "slim.sweep": self.header["sweep"], **published_tag(config)}
+        tracking = config.tracking
+        tracker = Tracker(config.store, tracking.experiment, self.name, tracking.uri, tags, self.header["run_id"], patient=True)
+        self.run_id = tracker.run_id
+        return tracker
+
+    def keep(self, result: Result) -> str:
+        """Keep the figures of the last checkpoint, with their protocols, for the table of the sweep; return them as JSON."""
+        metrics = result.metrics
+        self.final = {
+            "label": result.label, "folder": str(result.checkpoint.folder), "hash": result.digest, "metrics": metrics,
+            "quality": {part: result.quality.get(part, {}) for part in ("protocol", "metrics")},
+            "speed": {part: result.speed.get(part, {}) for part in ("protocol", "metrics")},
+        }  # fmt: skip
+        return json.dumps(self.final, indent=1) + "\n"
+
+    def end(self, status: str, error: str | None = None, **more: Any) -> None:
+        """Record how the point ended for the sweep's own process."""
+        record = {
+            "overrides": self.settings, "name": self.name, "run_id": self.run_id, "status": status, "error": error,
+            "seconds": round(time.time() - self.started, 3), "final": self.final,
+        }  # fmt: skip
+        self.folder.write_point(self.number, {**record, **more})
+
+
+def swept_settings(overrides: list[str], swept: dict | None) -> dict[str, str]:
+    """Return key -> value of the overrides whose key is in ``swept``; of all where that is not known."""
+    pairs = (override.lstrip("+").partition("=") for override in overrides)
+    return {key: value for key, _, value in pairs if swept is None or key in swept}
+
+
+def active() -> Point | None:
+    """Return the point that this process is running, None outside a sweep."""
+    return _active
+
+
+def run_point(task: Callable[[DictConfig], Any], config: DictConfig, explain: Callable[[BaseException], str | None]) -> Any:
+    """Run one point of a sweep, record how it ended, and return what ``task`` returns.
+
+    explain: one or two lines for a mistake of the user, None for an error of slim's own.
+    Raises ``SlimError``, which every launcher can hand to another process, if the point failed.
+    """
+    global _active
+    _active = point = _begin()
+    try:
+        value = task(config)
+        point.end("FINISHED")
+        return value
+    except Exception as error:
+        skipped = getattr(error, "skipped", False)
+        message, own = describe(error, explain, point.folder.point(point.number))
+        record_failure(point, config, message, skipped)
+        point.end("FAILED", message, skipped=skipped, own=own)
+        raise SlimError(message) from None
+    finally:
+        _active = None
+
+
+def _begin() -> Point:
+    """Find out from Hydra which point this is."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from slim.progress import be_quiet
+
+    hydra = HydraConfig.get()
+    folder = SweepFolder(Path(hydra.sweep.dir).absolute())
+    number = str(hydra.sweep.subdir)  # slim's own sweeper numbers the points here, since it leaves some out
+    header = folder.header()
+    if os.getpid() != header["pid"]:
+        be_quiet()  # the process that was started speaks for all
+    return Point(folder, int(number) if number.isdigit() else hydra.job.num, typed(hydra), header)
+
+
+def describe(error: Exception, explain: Callable, folder: Path) -> tuple[str, bool]:
+    """Return a few words for an error and whether it is slim's own; writes its traceback into ``folder`` then."""
+    message = explain(error)
+    if message is not None:
+        return message, False
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / TRACEBACK
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0] if first else ''} (traceback in {path})", True
+
+
+def record_failure(point: Point, config: DictConfig, message: str, skipped: bool = False) -> None:
+    """Let MLflow know why a point failed before it had a run; the run of one that failed later says so itself."""
+    if point.run_id is not None:
+        return
+    from slim.store import digest
+
+    tracker = point.tracker(config, digest(["unplanned", sorted(point.overrides)]))
+    tracker.log_settings({}, "", point.overrides)
+    tracker.end("FAILED", {"error": message, **({"slim.skipped": "true"} if skipped else {})})

@@ -1,0 +1,135 @@
+"""The sweep's own run in MLflow: found again by its name, with the points that are finished already."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from slim.errors import SlimError
+from slim.outbox import Ledger, is_gone, now
+from slim.tracking import VALUE_LIMIT, published_tag, tracking_uri, ui_command
+
+FINAL = "final.json"  # artifact of a run: the figures of its last checkpoint, with their protocols
+ENDED = ("FINISHED", "FAILED", "KILLED")
+
+
+class SweepRun:
+    """The run that the points of a sweep are below.
+
+    finished: (what determines a point's results, its settings) -> id of its finished run, its final folder still there.
+    Raises ``SlimError`` if the tracking store is not to be had, or another process is running the same sweep.
+    """
+
+    def __init__(self, root: Path, config: DictConfig, sweep: str, overrides: str):
+        self.root, self.sweep = root, sweep
+        self.uri = tracking_uri(root, config.tracking.uri)
+        self._ledger = Ledger(root, self.uri)
+        self.client = self._ledger.client
+        self._lock = self._hold()
+        found = self._find(config.tracking.experiment)
+        self.finished: dict[tuple[str, str], str] = {}
+        if found is None:
+            tags = {"slim.kind": "sweep", "slim.sweep": sweep, "overrides": overrides[:VALUE_LIMIT], **published_tag(config)}
+            name = config.tracking.run_name or f"sweep {overrides}"[:200].strip()
+            self.run_id = self._ledger.create_run(config.tracking.experiment, name, {**tags, "mlflow.source.name": "slim"})
+        else:
+            self.run_id = found.info.run_id
+            self.client.update_run(self.run_id, status="RUNNING")
+            self._clear_up()
+
+    def _hold(self):
+        """Keep other processes from running the same sweep at the same time."""
+        from filelock import FileLock, Timeout
+
+        path = self.root / "sweeps" / f".{self.sweep}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise SlimError("Another process is running this very sweep. Wait for it, or end it first.") from None
+        return lock
+
+    def _find(self, experiment: str):
+        """Return the sweep's run of an earlier start, None if there is none."""
+        found = self.client.get_experiment_by_name(experiment)
+        if found is None:
+            return None
+        wanted = f"tags.`slim.sweep` = '{self.sweep}' and tags.`slim.kind` = 'sweep'"
+        runs = self.client.search_runs([found.experiment_id], wanted, max_results=1)
+        return runs[0] if runs else None
+
+    def children(self, run_id: str | None = None) -> list:
+        """Return the runs below the sweep's run, or below another one."""
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        wanted = f"tags.`mlflow.parentRunId` = '{run_id or self.run_id}'"
+        runs, token = [], None
+        while True:
+            page = self.client.search_runs([experiment], wanted, max_results=1000, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+    def _clear_up(self) -> None:
+        """Note which points are finished, and end the runs that a killed process left open."""
+        for child in self.children():
+            if child.info.status not in ENDED:
+                self._kill(child)
+            folder = child.data.tags.get("slim.folder")
+            if child.info.status == "FINISHED" and folder and Path(folder).is_dir():
+                self.finished.setdefault(identity(child), child.info.run_id)
+
+    def _kill(self, run) -> None:
+        for stage in self.children(run.info.run_id):
+            if stage.info.status not in ENDED:
+                self.client.set_terminated(stage.info.run_id, "KILLED")
+        self.client.set_tag(run.info.run_id, "error", "The process ended before the run did.")
+        self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def figures(self, run_id: str) -> dict | None:
+        """Return the figures of a finished run's last checkpoint, None if they are not to be had."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return json.loads(Path(self.client.download_artifacts(run_id, FINAL)).read_text(encoding="utf-8"))
+        except (MlflowException, OSError, ValueError):
+            return None
+
+    @property
+    def ui_command(self) -> str:
+        """The one command that opens the browser's view of the runs."""
+        return ui_command(self.uri)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Put a file beside the sweep's run."""
+        self._ledger.text(self.run_id, text, name)
+
+    def close(self, status: str, counts: dict[str, int], kept: set[str] | None) -> None:
+        """End the sweep's run. Of its points the runs ``kept`` stay, and finished ones that no kept one repeats; None: all."""
+        self._ledger.log(self.run_id, {}, [[name, float(count), now(), 0] for name, count in counts.items()], {})
+        self._ledger.end(self.run_id, status)
+        self._ledger.close()
+        try:
+            if kept is not None:
+                self._drop_repeated(kept)
+        except Exception as error:
+            if not is_gone(error):
+                raise
+        self._lock.release()
+
+    def _drop_repeated(self, kept: set[str]) -> None:
+        """Delete (MLflow can restore them) earlier attempts at the points whose runs are ``kept``."""
+        children = self.children()
+        names = {identity(child) for child in children if child.info.run_id in kept}
+        for child in children:
+            repeated = child.info.status != "FINISHED" or identity(child) in names
+            if child.info.run_id not in kept and repeated:
+                self.client.delete_run(child.info.run_id)
+
+
+def identity(run) -> tuple[str, str]:
+    """Return what tells the run of a point from those of others: what determines its results, and its settings."""
+    return run.data.tags.get("slim.point", ""), run.info.run_name

@@ -1,0 +1,119 @@
+"""A sweep in the process that was started: its run in MLflow, what is done already, and what is said at its end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from slim.errors import SlimError
+from slim.progress import console
+from slim.sweeps.folder import SweepFolder
+from slim.sweeps.names import sweep_id, typed
+from slim.training import distributed
+
+if TYPE_CHECKING:
+    from slim.sweeps.runs import SweepRun
+
+OWN = "hydra_plugins.slim_"  # how the names of slim's own sweepers begin
+_current: Sweep | None = None
+
+
+class Sweep:
+    """What the process that was started knows of its sweep.
+
+    config: the configuration without what is swept. command: ``compress``, ``train`` or ``evaluate``.
+    """
+
+    def __init__(self, config: DictConfig, command: str):
+        self.config, self.command = config, command
+        self.overrides = typed(config.hydra)
+        self.folder = SweepFolder(Path(config.hydra.sweep.dir).absolute())
+        self.root = Path(config.store).expanduser().absolute()
+        self.swept: dict[str, list[str]] | None = None
+        self.total: int | None = config.hydra.sweeper.get("n_trials")
+        self.tracker: SweepRun | None = None
+        self.lost = False  # whether the launcher lost a process and with it the others that it waited for
+        params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
+        self.id = sweep_id(command, config.tracking.experiment, self.overrides, params)
+
+    @property
+    def own(self) -> bool:
+        """Whether a sweeper of slim's runs it: it opens the sweep by itself, when nothing is wrong with what was typed."""
+        return self.config.hydra.sweeper._target_.startswith(OWN)
+
+    @property
+    def workers(self) -> int:
+        """How many points run at the same time, as far as the launcher says."""
+        count = self.config.hydra.launcher.get("n_jobs") or 1
+        return count if count > 0 else os.cpu_count() or 1
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the points run in other processes than this one."""
+        return not self.config.hydra.launcher._target_.endswith(".BasicLauncher")
+
+    def open(self) -> None:
+        """Begin, or go on with, the sweep's run. Raises ``SlimError`` if the tracking store is not to be had."""
+        from slim.sweeps.runs import SweepRun
+        from slim.sweeps.watch import Watcher
+
+        if self.config.plan:
+            raise SlimError("plan=true shows a run or a grid. A search chooses its next point when it knows the last one.")
+        self.tracker = SweepRun(self.root, self.config, self.id, " ".join(self.overrides))
+        self.folder.claim()
+        self.folder.write_header(self.header())
+        self.watcher = Watcher(self)
+        self.watcher.start()
+
+    def header(self) -> dict:
+        """Return what ``sweep.json`` says before the points are known."""
+        tracking = self.config.tracking
+        return {
+            "sweep": self.id, "run_id": self.tracker.run_id, "command": self.command, "experiment": tracking.experiment,
+            "store": str(self.root), "uri": tracking.uri, "pid": os.getpid(),
+            "overrides": self.overrides, "swept": self.swept,
+        }  # fmt: skip
+
+    def close(self, error: BaseException | None = None) -> int:
+        """End the sweep: table, ``sweep.json``, report. Returns the exit code."""
+        from slim.sweeps.finish import finish
+
+        if self.tracker is None:
+            return 0
+        self.watcher.stop()
+        return finish(self, error)
+
+
+def prepare(config: DictConfig, command: str) -> Sweep:
+    """Make the sweep of this process known."""
+    global _current
+    if distributed.launched():
+        raise SlimError(
+            "torchrun starts the processes of one run, not of a sweep. Start the points one by one, or let a launcher start "
+            "them: hydra/launcher=submitit_slurm."
+        )
+    _current = Sweep(config, command)
+    return _current
+
+
+def current() -> Sweep | None:
+    """Return the sweep that this process was started for, if any."""
+    return _current
+
+
+def close_current(error: BaseException | None = None) -> int:
+    """End the sweep of this process, if there is one that was opened. Returns the exit code, 0 without one."""
+    global _current
+    sweep, _current = _current, None
+    if sweep is None:
+        return 0
+    try:
+        return sweep.close(error)
+    except Exception as other:
+        if error is None:
+            raise
+        console().print(f"[yellow]The sweep's run could not be ended:[/] {other}", highlight=False)  # error says more
+        return 1
