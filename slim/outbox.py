@@ -130,8 +130,9 @@ def _send_one(path: Path, uri: str, client) -> int:
     if state.get("uri") != uri:
         return 0
     calls = path.parent / "calls.jsonl"
-    lines = calls.read_text(encoding="utf-8").splitlines() if calls.exists() else []
-    for line in lines[state["sent"] :]:
+    text = calls.read_text(encoding="utf-8") if calls.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()  # a process that was killed may have left half a line
+    for line in whole[state["sent"] :]:
         call, arguments = json.loads(line)
         run = apply(client, call, arguments, state["ids"])
         if run is not None:
