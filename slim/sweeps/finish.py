@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from slim.sweeps.sweep import Sweep
 
 SHOWN = ("number", "overrides", "run_id", "status", "error", "seconds")
+# For the report: a table in a terminal has only so much room.
+DETAILS = ("prefill_tokens_per_second", "weights_bytes", "resident_bytes", "peak_bytes")
 
 
 @dataclass
@@ -73,12 +75,12 @@ def print_table(sweep: Sweep, points: list[dict]) -> None:
 
     keys = list(sweep.swept or varied(points)) or ["point"]
     figures = {point["number"]: figures_of(point) for point in points if point["final"]}
-    shown = columns(list(figures.values()))
+    shown = [column for column in columns(list(figures.values())) if column.metric not in DETAILS]
     table = Table()
-    for heading in keys:
-        table.add_column(heading)
+    for heading in short_names(keys):
+        table.add_column(heading, overflow="fold")
     for heading in (*(column.heading for column in shown), "seconds"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     table.add_column("status")
     for point in points:
         own = figures.get(point["number"])
@@ -91,6 +93,12 @@ def print_table(sweep: Sweep, points: list[dict]) -> None:
     for point in points:
         if point["error"]:
             print(f"{point['name']}: {point['error']}")
+
+
+def short_names(keys: list[str]) -> list[str]:
+    """Return the last parts of settings' names, ``bits`` for ``quantizer.bits``, unless two have the same."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return last if len(set(last)) == len(last) else keys
 
 
 def figures_of(point: dict) -> Figures:
