@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,6 +21,13 @@ def console():
 
 
 _console = None
+
+
+def results_console(width: int = 160):
+    """Return the console for results: standard output, ``width`` characters wide where that is a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def be_quiet() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from slim.errors import SlimError
 from slim.pipeline import Pipeline, Result, Step
+from slim.progress import results_console
 from slim.stage import Stage
 from slim.store import Store, reraise_full_disk
 from slim.sweeps import point as sweeps
@@ -109,11 +109,9 @@ def lead(config: DictConfig) -> list[Result]:
 
 def show_plan(pipeline: Pipeline, steps: list[Step]) -> None:
     """Print what would run, and whether it fits."""
-    from rich.console import Console
-
     from slim.report.table import plan_table
 
-    out = Console(width=None if sys.stdout.isatty() else 160)
+    out = results_console()
     out.print(plan_table(steps))
     problem = pipeline.limit_problem(steps)
     out.print(f"This would not fit: {problem}" if problem else "Disk and memory suffice.", highlight=False)
@@ -206,12 +204,10 @@ def run_name() -> str | None:
 
 def print_results(results: list[Result], tracker, output: Path | None, comparison, compared: bool) -> None:
     """Print the table, what it cannot show, where the final checkpoint is, and how to browse the runs."""
-    from rich.console import Console
-
     from slim.evaluation.side_by_side import differences_table, notes
     from slim.report.table import terminal_table
 
-    out = Console(width=None if sys.stdout.isatty() else 220)
+    out = results_console(220)
     out.print(terminal_table(results, compared))
     if compared and any(comparison.differences.values()):
         out.print(differences_table(comparison, results[0].label))

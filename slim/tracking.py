@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from slim.checkpoint import REPORT
 from slim.errors import SlimError
 from slim.machine import git_commit, versions
-from slim.outbox import Ledger, now
+from slim.outbox import PARENT, Ledger, now
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
     from slim.pipeline import Result
     from slim.source import Source
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 UNTRACKED = re.compile(r"[^\w\-. :/]")  # characters that MLflow refuses in names
 VALUE_LIMIT = 6000  # the longest parameter value MLflow takes
+PAGE = 1000  # runs asked for at a time
 _clients: dict[str, MlflowClient] = {}  # by address: connecting checks the tables' schema, once per process is enough
 
 
@@ -54,7 +56,7 @@ class Tracker:
         self.uri = tracking_uri(self.root, uri)
         self._experiment = experiment
         self._ledger = Ledger(self.root, self.uri, patient)
-        below = {"mlflow.parentRunId": parent} if parent else {}
+        below = {PARENT: parent} if parent else {}
         self.run_id = self._create_run(run_name, {"slim.kind": "run", **below, **(tags or {})})
 
     def __enter__(self) -> Tracker:
@@ -82,7 +84,7 @@ class Tracker:
 
     def log_result(self, result: Result, stage: Source | Stage, curves: list) -> None:
         """Record a checkpoint of the chain as a nested run."""
-        run_id = self._create_run(result.label, {"mlflow.parentRunId": self.run_id, "slim.kind": "stage"})
+        run_id = self._create_run(result.label, {PARENT: self.run_id, "slim.kind": "stage"})
         manifest = result.checkpoint.manifest
         settings = manifest.get("settings") or {"source": result.label}
         facts = {name: value for name, value in result.facts.items() if isinstance(value, (int, float))}
@@ -132,6 +134,22 @@ def summary(error: BaseException) -> str:
     """Return an error in one or two lines, with its type where it is not meant for people."""
     named = str(error) if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"
     return "\n".join(named.strip().splitlines()[:2])
+
+
+def search_runs(client: MlflowClient, experiments: list[str], query: str = "") -> list[Run]:
+    """Return all runs of some experiments that ``query`` finds, the oldest first, however many pages they fill."""
+    runs, token = [], None
+    while experiments:
+        page = client.search_runs(experiments, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=token)
+        runs, token = [*runs, *page], page.token
+        if not token:
+            break
+    return runs
+
+
+def children(client: MlflowClient, experiment: str, run_id: str) -> list[Run]:
+    """Return the runs of an experiment whose parent is the run ``run_id``, the oldest first."""
+    return search_runs(client, [experiment], f"tags.`{PARENT}` = '{run_id}'")
 
 
 def tracking_uri(root: Path, uri: str | None) -> str:

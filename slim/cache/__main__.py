@@ -15,7 +15,7 @@ from slim.cache.inventory import damage, entries, existing_store, size_of, size_
 from slim.cache.usage import Run
 from slim.errors import SlimError
 from slim.pipeline import gigabytes
-from slim.progress import track
+from slim.progress import results_console, track
 from slim.store import Store
 
 
@@ -74,7 +74,7 @@ def list_command(store: Store, options: argparse.Namespace) -> int:
         method = entry.manifest.get("method", "[red]no readable slim.json[/]")
         times = (age(entry.made), age(entry.used))
         table.add_row(entry.folder.name, method, entry.parent, shown_users(entry.users), gigabytes(entry.size), *times)
-    output().print(table)
+    results_console(200).print(table)
     return 0
 
 
@@ -93,13 +93,6 @@ def age(moment: float) -> str:
     return "now"
 
 
-def output():
-    """Return the console for results, wide enough where the output is a file."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 200)
-
-
 def size_command(store: Store, options: argparse.Namespace) -> int:
     """Print how much room everything takes."""
     from rich.table import Table
@@ -113,7 +106,7 @@ def size_command(store: Store, options: argparse.Namespace) -> int:
         table.add_row(name, str(number), gigabytes(size))
     table.add_section()
     table.add_row("all", "", gigabytes(sum(size for _, _, size in rows)))
-    output().print(table)
+    results_console(200).print(table)
     return 0
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PARENT = "mlflow.parentRunId"
+from slim.outbox import PARENT
+
 HASH = re.compile(r"\(([0-9a-f]+)\)")
 ENDED_BADLY = ("FAILED", "KILLED")
 
@@ -74,18 +75,12 @@ def _records(uri: str) -> tuple[dict, dict[str, str]]:
     from mlflow.exceptions import MlflowException
 
     from slim.errors import SlimError
-    from slim.tracking import connect
+    from slim.tracking import connect, search_runs
 
     try:
         client = connect(uri)
         names = {found.experiment_id: found.name for found in client.search_experiments()}
-        records, token = {}, None
-        while names:
-            page = client.search_runs(list(names), max_results=1000, page_token=token)
-            records.update({record.info.run_id: record for record in page})
-            token = page.token
-            if not token:
-                break
+        records = {record.info.run_id: record for record in reversed(search_runs(client, list(names)))}
     except MlflowException as error:
         raise SlimError(f"The runs in {uri} cannot be read: {str(error).splitlines()[0]}") from error
     return records, names

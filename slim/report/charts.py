@@ -12,7 +12,6 @@ import textwrap
 from slim.plots import KEPT, REMOVED
 from slim.report.measures import (
     BYTES,
-    DECODE,
     axis_title,
     error,
     is_perplexity,
@@ -25,8 +24,7 @@ from slim.report.measures import (
     with_error,
 )
 from slim.report.points import Point, settings_lines
-from slim.report.table import Column, by_protocol
-from slim.report.table import cell as table_cell
+from slim.report.table import DECODE, Column, by_protocol
 
 COLOURS = (KEPT, REMOVED, "#5a9e6f", "#a277b5", "#c49a2b", "#3fa7b5", "#b5566f", "#7f8c4a", "#8c6d52", "#6b7785")
 SYMBOLS = {"source": "diamond", "step": "square", "final": "circle"}
@@ -159,8 +157,3 @@ def speed_picture(points: list[Point]) -> dict | None:
 def size_picture(points: list[Point]) -> dict | None:
     """Return the Pareto front of quality and bytes on disk."""
     return pareto_picture(points, BYTES, "pareto-size")
-
-
-def heat_cell(point: Point, column: Column) -> str:
-    """Return the figure in a cell of a heat map, as the tables show it; NaN stays visible."""
-    return table_cell(point.row, column)

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from slim.checkpoint import read_json
 from slim.errors import SlimError, did_you_mean
-from slim.report.runs import KIND, PARENT, search
+from slim.outbox import PARENT
+from slim.report.runs import KIND
+from slim.tracking import connect as client_of
+from slim.tracking import search_runs, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,9 +25,6 @@ def connect(what: str, store: str | None, uri: str | None) -> MlflowClient:
     Without both it is that of the sweep in the folder ``what``, or of the default store.
     Raises ``SlimError`` if nothing has been tracked there, or the server does not answer.
     """
-    from slim.tracking import connect as client_of
-    from slim.tracking import tracking_uri
-
     header = summary(what) if store is None and uri is None else {}
     root, uri = Path(store or header.get("store") or STORE).expanduser().absolute(), uri or header.get("uri")
     if uri is None and not (root / "mlflow.db").is_file():
@@ -81,7 +81,7 @@ def _run_by_id(client: MlflowClient, what: str) -> str | None:
 
 def _tops(client: MlflowClient, experiments: list[str], what: str) -> list[str]:
     """Return the runs of an experiment that are nobody's child."""
-    runs = [run.info.run_id for run in search(client, experiments) if PARENT not in run.data.tags]
+    runs = [run.info.run_id for run in search_runs(client, experiments) if PARENT not in run.data.tags]
     if not runs:
         raise SlimError(f"The experiment {what} has no runs yet.")
     return runs
@@ -91,7 +91,7 @@ def _by_name(client: MlflowClient, experiments: list[str], what: str) -> str | N
     """Return the newest run called ``what`` that is no stage; a sweep is also found by ``slim.sweep``."""
     found = [
         run
-        for run in search(client, experiments)
+        for run in search_runs(client, experiments)
         if run.data.tags.get(KIND, "stage" if PARENT in run.data.tags else "run") != "stage"
         and what in (run.info.run_name, run.data.tags.get("slim.sweep"))
     ]

@@ -6,11 +6,11 @@ import json
 from collections import defaultdict
 from itertools import combinations
 
-from slim.report.charts import heat_cell, hover
+from slim.report.charts import hover
 from slim.report.measures import axis_title, primary, quality_columns, value
 from slim.report.points import Point, plain_settings, varying_settings
 from slim.report.runs import Row
-from slim.report.table import Column
+from slim.report.table import Column, cell
 
 MOST = 24  # entries of the drop-down
 SMALLEST = 2  # values a setting must take
@@ -94,7 +94,7 @@ def _option(pair: tuple[str, str], rest: str, grid: dict, column: Column) -> dic
         "x": [f"{x:g}" for x in xs],
         "y": [f"{y:g}" for y in ys],
         "z": [[None if point is None else value(point, column) for point in line] for line in cells],
-        "text": [["" if point is None else heat_cell(point, column) for point in line] for line in cells],
+        "text": [["" if point is None else cell(point.row, column) for point in line] for line in cells],
         "texttemplate": "%{text}",
         "hoverinfo": "text",
         "hovertext": [["not run, or failed" if point is None else hover(point, (column,)) for point in line] for line in cells],

@@ -6,17 +6,10 @@ import math
 from collections.abc import Sequence
 
 from slim.report.points import Point
-from slim.report.table import Column, by_protocol, figure, format_figure, standard_error
+from slim.report.table import PERPLEXITIES, SIMILARITY, Column, by_protocol, figure, format_figure, standard_error
 
 BYTES = Column("size on disk (MB)", "bytes_on_disk", 1e-6, 2, "low")
-DECODE = Column("decode (tok/s)", "decode_tokens_per_second", 1, 0, "high")
 MEAN = Column("mean accuracy", "tasks/acc", 100, 1, "high")
-PERPLEXITIES = (
-    Column("perplexity", "perplexity", 1, 3, "low"),
-    Column("word perplexity", "word_perplexity", 1, 3, "low"),
-    Column("byte perplexity", "byte_perplexity", 1, 4, "low"),
-)
-SIMILARITY = Column("similarity", "similarity/mean", 1, 3, "high")
 
 
 def quality_columns(points: list[Point]) -> list[Column]:
@@ -80,16 +73,16 @@ def against_source(point: Point, column: Column) -> str:
     return f"{change:+.{digits}f}{unit}" if math.isfinite(change) else "NaN"
 
 
-def front(coordinates: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points that no other dominates, by the first coordinate; lower is better in both.
+def front(costs: Sequence[Sequence[float]]) -> list[int]:
+    """Return the indices of the points that no other dominates, by the first coordinate; lower is better in all.
 
-    A point is dominated if another is as good in both coordinates and better in one; equal points both stay.
+    A point is dominated if another is as good in every coordinate and better in one; equal points all stay.
     """
-    best, found = math.inf, []
-    for index in sorted(range(len(coordinates)), key=lambda i: coordinates[i]):
-        if coordinates[index][1] < best or (found and coordinates[index] == coordinates[found[-1]]):
+    found: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda i: costs[i]):  # what dominates a point stands before it
+        own = costs[index]
+        if not any(costs[other] != own and all(a <= b for a, b in zip(costs[other], own, strict=True)) for other in found):
             found.append(index)
-            best = coordinates[index][1]
     return found
 
 

@@ -10,17 +10,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from slim.store import digest
+from slim.tracking import children
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-PARENT, KIND, POINT, SKIPPED, PUBLISHED = "mlflow.parentRunId", "slim.kind", "slim.point", "slim.skipped", "slim.published"
+KIND, POINT, SKIPPED, PUBLISHED = "slim.kind", "slim.point", "slim.skipped", "slim.published"
 FIRST_KINDS = ("source", "initialise")  # kinds that begin a chain
 PLACES = re.compile(r"^[+~]*(store|output|tracking|hydra|plan|ignore_limits)\b")  # settings that do not change a result
 CREDENTIALS = re.compile(r"://[^/@\s]+@")
 NO_REASON = "no reason recorded"
-PAGE = 1000  # runs asked for at a time
 
 
 @dataclass(frozen=True)
@@ -165,27 +165,12 @@ def _expand(client: MlflowClient, run_ids: list[str], found: Collection) -> list
 def sweep_points(client: MlflowClient, sweep: Run) -> list[Run]:
     """Return one run per point of a sweep: the newest that finished, else the newest."""
     best: dict[str, Run] = {}
-    for run in children(client, sweep):
+    for run in children(client, sweep.info.experiment_id, sweep.info.run_id):
         name = run.data.tags.get(POINT, run.info.run_id)
         rank = lambda one: (one.info.status == "FINISHED", one.info.start_time)  # noqa: E731
         if name not in best or rank(run) >= rank(best[name]):
             best[name] = run
     return list(best.values())
-
-
-def children(client: MlflowClient, parent: Run) -> list[Run]:
-    """Return the runs whose parent is ``parent``."""
-    return search(client, [parent.info.experiment_id], f"tags.`{PARENT}` = '{parent.info.run_id}'")
-
-
-def search(client: MlflowClient, experiments: list[str], query: str = "") -> list[Run]:
-    """Return all runs that ``query`` finds, oldest first, however many pages they fill."""
-    runs, token = [], None
-    while True:
-        page = client.search_runs(experiments, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=token)
-        runs, token = [*runs, *page], page.token
-        if not token:
-            return runs
 
 
 def _unstarted(client: MlflowClient, sweep: Run) -> list[Failure]:

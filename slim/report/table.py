@@ -25,17 +25,22 @@ class Column:
     protocol: str | None = None  # key of the protocol whose figures the column holds
 
 
-FIXED = (
-    Column("parameters (M)", "parameters", 1e-6, 2),
-    Column("disk (MB)", "bytes_on_disk", 1e-6, 2, "low"),
+PERPLEXITIES = (
     Column("perplexity", "perplexity", 1, 3, "low"),
     Column("word perplexity", "word_perplexity", 1, 3, "low"),
     Column("byte perplexity", "byte_perplexity", 1, 4, "low"),
 )
+SIMILARITY = Column("similarity", "similarity/mean", 1, 3, "high")
+DECODE = Column("decode (tok/s)", "decode_tokens_per_second", 1, 0, "high")
+FIXED = (
+    Column("parameters (M)", "parameters", 1e-6, 2),
+    Column("disk (MB)", "bytes_on_disk", 1e-6, 2, "low"),
+    *PERPLEXITIES,
+)
 SPEED = (
-    Column("similarity", "similarity/mean", 1, 3, "high"),
+    SIMILARITY,
     Column("prefill (tok/s)", "prefill_tokens_per_second", 1, 0, "high"),
-    Column("decode (tok/s)", "decode_tokens_per_second", 1, 0, "high"),
+    DECODE,
     Column("energy (J/tok)", "energy_joules_per_token", 1, 3, "low"),
     Column("energy (J/tok, estimate)", "energy_joules_per_token_estimate", 1, 3, "low"),
     Column("weights (MB)", "weights_bytes", 1e-6, 2, "low"),

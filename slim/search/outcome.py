@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slim.errors import SlimError
+from slim.progress import results_console
+from slim.report.measures import front
 from slim.report.table import FIXED, SPEED, format_figure, markdown_lines
 from slim.search.budget import size
 from slim.search.metrics import DECODE, is_better_high
@@ -83,17 +84,12 @@ def best(trials: list[Trial], objectives: list[str]) -> list[Trial]:
 
     A trial is beaten by one that is at least as good in all objectives and better in one; of equal ones the first stays.
     """
-    costs = [([trial.result["objectives"][name] * (-1 if is_better_high(name) else 1) for name in objectives], trial)
-             for trial in trials if trial.good]  # fmt: skip
-    front = []
-    for number, (own, trial) in enumerate(costs):
-        others = [(other, at) for at, (other, _) in enumerate(costs) if at != number]
-        beaten = any(
-            all(a <= b for a, b in zip(other, own, strict=True)) and (other != own or at < number) for other, at in others
-        )
-        if not beaten:
-            front.append((own, trial))
-    return [trial for _, trial in sorted(front, key=lambda item: item[0][-1])]
+    good, signs = [trial for trial in trials if trial.good], [-1 if is_better_high(name) else 1 for name in objectives]
+    costs = [
+        tuple(sign * trial.result["objectives"][name] for name, sign in zip(objectives, signs, strict=True)) for trial in good
+    ]
+    first = {costs[index]: index for index in sorted(front(costs), reverse=True)}
+    return [good[index] for index in sorted(first.values(), key=lambda index: (costs[index][-1], index))]
 
 
 def entry(trial: Trial) -> dict:
@@ -176,11 +172,10 @@ def markdown(found: dict) -> str:
 
 def show(found: dict) -> None:
     """Print the table, and the folder of the checkpoint where there is one point only."""
-    from rich.console import Console
     from rich.table import Table
 
     headings, rows = table(found)
-    out, grid = Console(width=None if sys.stdout.isatty() else 160), Table()
+    out, grid = results_console(), Table()
     for column in headings:
         grid.add_column(column, justify="left" if column in found["best"][0]["settings"] else "right")
     for row in rows:

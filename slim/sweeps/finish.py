@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slim.progress import console
+from slim.progress import console, results_console
 
 if TYPE_CHECKING:
     from slim.sweeps.sweep import Sweep
@@ -67,7 +66,6 @@ def varied(points: list[dict]) -> dict[str, list[str]]:
 
 def print_table(sweep: Sweep, points: list[dict]) -> None:
     """Print one table: a row per point with its settings, figures of its last checkpoint, how it ended, and seconds."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -87,7 +85,7 @@ def print_table(sweep: Sweep, points: list[dict]) -> None:
         cells = [cell(own, column) if own else "-" for column in shown]
         settings = [escape(str(point["overrides"].get(key, point["name"] if key == "point" else "-"))) for key in keys]
         table.add_row(*settings, *cells, "-" if point.get("reused") else f"{point['seconds']:.1f}", status(point))
-    out = Console(width=None if sys.stdout.isatty() else 220)
+    out = results_console(220)
     out.print(f"Sweep of {len(points)} point{'s' * (len(points) != 1)}: the last checkpoint of each", highlight=False)
     out.print(table)
     for point in points:

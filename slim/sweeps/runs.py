@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from slim.errors import SlimError
 from slim.outbox import Ledger, is_gone, now
-from slim.tracking import VALUE_LIMIT, published_tag, tracking_uri, ui_command
+from slim.tracking import VALUE_LIMIT, children, published_tag, tracking_uri, ui_command
 
 FINAL = "final.json"  # artifact of a run: the figures of its last checkpoint, with their protocols
 ENDED = ("FINISHED", "FAILED", "KILLED")
@@ -64,18 +64,11 @@ class SweepRun:
     def children(self, run_id: str | None = None) -> list:
         """Return the runs below the sweep's run, or below another one."""
         experiment = self.client.get_run(self.run_id).info.experiment_id
-        wanted = f"tags.`mlflow.parentRunId` = '{run_id or self.run_id}'"
-        runs, token = [], None
-        while True:
-            page = self.client.search_runs([experiment], wanted, max_results=1000, page_token=token)
-            runs += page
-            token = page.token
-            if not token:
-                return runs
+        return children(self.client, experiment, run_id or self.run_id)
 
     def _clear_up(self) -> None:
         """Note which points are finished, and end the runs that a killed process left open."""
-        for child in self.children():
+        for child in reversed(self.children()):  # of several finished ones the newest counts
             if child.info.status not in ENDED:
                 self._kill(child)
             folder = child.data.tags.get("slim.folder")
