@@ -148,6 +148,17 @@ def test_sending_goes_on_where_it_was_broken_off(tmp_path, server):
     assert sorted(run[0] for run in content(tmp_path)) == ["a", "b"]
 
 
+def test_half_a_line_of_a_killed_process_holds_nothing_up(tmp_path, server):
+    box = Outbox(tmp_path, SERVER)
+    box.add("create_run", {"experiment": "test", "place": None, "name": "a", "tags": {}, "time": 1, "run": "a"})
+    with (box.folder / "calls.jsonl").open("a", encoding="utf-8") as file:
+        file.write('["end", {"run": "a", "sta')
+    box.close()
+    server(fresh_store(tmp_path), None)
+    Ledger(tmp_path, SERVER).close()
+    assert [run[0] for run in content(tmp_path)] == ["a"] and not box.folder.exists()
+
+
 def test_what_a_server_refuses_is_no_outage(tmp_path):
     from mlflow.exceptions import MlflowException
 
