@@ -33,16 +33,18 @@ import torch
 import yaml
 from distill_cost import cache, memory, pruned, run, text_data
 
-from slim.checkpoint import load_model, load_tokenizer
+from slim.checkpoints.source import EMBEDDED, Source
+from slim.checkpoints.stage import Context
+from slim.checkpoints.tokenizer import load_tokenizer
+from slim.checkpoints.untrained import Untrained
 from slim.data.examples import TinyChat, TinyText
 from slim.distillation import stage as distillation
 from slim.distillation.layer_map import Matching
 from slim.distillation.questions import Generation
 from slim.evaluation.perplexity import Perplexity, exponential, negative_log_likelihood
 from slim.evaluation.tasks import Tasks
-from slim.quantization.rtn import RTN
-from slim.source import EMBEDDED, Source, Untrained
-from slim.stage import Context
+from slim.loading.load_model import load_model
+from slim.quantization.methods.rtn import RTN
 from slim.training import tune
 
 
@@ -169,7 +171,7 @@ def dskd(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(spec=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     number, text = dict(type=int), dict()
     changes = dict(nargs="*", default=[], help="settings of the distillation, such as loss=reverse")

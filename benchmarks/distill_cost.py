@@ -12,21 +12,21 @@ from types import SimpleNamespace
 
 import torch
 
-from slim.checkpoint import open_checkpoint
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.source import EMBEDDED, Source
+from slim.checkpoints.stage import Context, Stage
 from slim.data.calibration import Calibration
 from slim.data.examples import TextData, TinyText, TrainingData
 from slim.distillation import stage as distillation
 from slim.evaluation.memory import process_bytes, reset_process_peak
 from slim.pruning.taylor import Taylor
-from slim.source import EMBEDDED, Source
-from slim.stage import Context, Stage
 from slim.training import callbacks
 
 
 def run(stage: Stage, source: Path, target: Path) -> dict:
     """Run a stage into a new folder and return its facts."""
     target.mkdir(parents=True)
-    stage.check(open_checkpoint(source).description)
+    stage.check(open_checkpoint(source).spec)
     return stage.run(source, target, Context())
 
 

@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slim.cli import compose
+from slim.chain.build import build_pipeline
+from slim.chain.compose import compose
 from slim.report.table import markdown_table
-from slim.run import build_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRA = (
@@ -33,7 +33,7 @@ embedded model. Perplexity is that of the tiny world's held-out text, the tasks 
 def commands() -> list[str]:
     """Return the commands at the head of the choice files, and ``EXTRA``."""
     found = []
-    for path in sorted((ROOT / "conf" / "quantizer").glob("*.yaml")):
+    for path in sorted((ROOT / "slim" / "conf" / "quantizer").glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
         found += [line.removeprefix("# ") for line in lines if line.startswith("# python compress.py")]
     return [*found, *EXTRA]

@@ -24,15 +24,19 @@ from pathlib import Path
 
 import torch
 
-from slim.architecture import ModelDescription
-from slim.blockwise import Visitor, Walk
-from slim.checkpoint import copy_companions, load_model, load_tokenizer, open_checkpoint
+from slim.calibration.loaded_blocks import BlockChain
+from slim.calibration.sequential import BlockMethod, SequentialCalibration
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.stage import Context
+from slim.checkpoints.tokenizer import load_tokenizer
+from slim.checkpoints.writer import copy_companions
 from slim.data.calibration import Calibration
 from slim.evaluation.memory import process_bytes, reset_process_peak
 from slim.evaluation.perplexity import Perplexity as PerplexityProtocol
 from slim.evaluation.perplexity import exponential, negative_log_likelihood
+from slim.loading.load_model import load_model
+from slim.models.spec import ModelSpec
 from slim.pruning.angular import Angular
-from slim.pruning.forward import BlockChain
 from slim.pruning.magnitude import Magnitude
 from slim.pruning.ppl import Perplexity, perplexities_without
 from slim.pruning.rules import default_ends
@@ -41,7 +45,6 @@ from slim.pruning.weights import MagnitudeWeights, SparseGPT, Wanda
 from slim.pruning.width_activation import WidthActivation
 from slim.pruning.width_magnitude import WidthL1, WidthL2, WidthRandom
 from slim.pruning.width_taylor import WidthTaylor, channel_taylor_scores
-from slim.stage import Context
 
 TINY = Path(__file__).parent.parent / "slim" / "assets" / "tiny"
 SHAPE = dict(
@@ -53,9 +56,9 @@ SHAPE = dict(
 # --- quality --------------------------------------------------------------------------------------------------------
 
 
-def structured(model: ModelDescription, blocks: int, text: Calibration) -> list[tuple[str, type, dict]]:
+def structured(spec: ModelSpec, blocks: int, text: Calibration) -> list[tuple[str, type, dict]]:
     """Return (name, stage, settings) of depth and width methods that remove about the same number of parameters."""
-    pruned = model.blocks - sum(default_ends(model.blocks))
+    pruned = spec.blocks - sum(default_ends(spec.blocks))
     common = {"calibration": text}
     width = {**common, "ratio": blocks / pruned, "rounding": 32}
     return [
@@ -69,9 +72,9 @@ def structured(model: ModelDescription, blocks: int, text: Calibration) -> list[
     ]  # fmt: skip
 
 
-def unstructured(model: ModelDescription, blocks: int, text: Calibration) -> list[tuple[str, type, dict]]:
+def unstructured(spec: ModelSpec, blocks: int, text: Calibration) -> list[tuple[str, type, dict]]:
     """Return (name, stage, settings) of weight pruning with as many zeros as the others remove, and of 2:4."""
-    patterns = ((f"{blocks / model.blocks:.0%}", {"sparsity": blocks / model.blocks}), ("2:4", {"n": 2, "m": 4}))
+    patterns = ((f"{blocks / spec.blocks:.0%}", {"sparsity": blocks / spec.blocks}), ("2:4", {"n": 2, "m": 4}))
     return [
         (f"weights {name}, {label}", stage, settings | ({} if stage is MagnitudeWeights else {"calibration": text}))
         for label, settings in patterns
@@ -94,20 +97,20 @@ def perplexity(folder: Path, windows: torch.Tensor) -> float:
 
 def quality(args: argparse.Namespace) -> None:
     """Print the table of perplexities in Markdown."""
-    source, model = Path(args.model), open_checkpoint(args.model).description
+    source, spec = Path(args.model), open_checkpoint(args.model).spec
     text = Calibration(args.calibration, samples=128, length=256)
     windows = PerplexityProtocol(args.test, window=256, limit=args.windows).windows(load_tokenizer(source), 256)
-    print(f"unpruned: {perplexity(source, windows):.3f}, {model.parameters():,} parameters")
+    print(f"unpruned: {perplexity(source, windows):.3f}, {spec.parameters():,} parameters")
     print("| method | parameters (M) | perplexity | with reconstruction |\n| --- | ---: | ---: | ---: |")
     better = rows = 0
-    for name, stage, settings in structured(model, args.blocks, text):
+    for name, stage, settings in structured(spec, args.blocks, text):
         plain, facts = perplexity_after(stage(**settings), source, windows)
         fitted, _ = perplexity_after(stage(**settings, reconstruct=True), source, windows)
         better, rows = better + (fitted < plain), rows + 1
         print(f"| {name} | {facts['parameters_after'] / 1e6:.2f} | {plain:.3f} | {fitted:.3f} |", flush=True)
     print(f"reconstruction helps in {better} of {rows} rows")
     print("| method | zeros among all parameters | perplexity |\n| --- | ---: | ---: |")
-    for name, stage, settings in unstructured(model, args.blocks, text):
+    for name, stage, settings in unstructured(spec, args.blocks, text):
         found, facts = perplexity_after(stage(**settings), source, windows)
         print(f"| {name} | {facts['sparsity_of_all_parameters']:.1%} | {found:.3f} |", flush=True)
 
@@ -123,40 +126,40 @@ def random_model(layers: int):
     torch.manual_seed(0)
     made = AutoConfig.for_model(SHAPE["model_type"], num_hidden_layers=layers, **config)
     model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).eval()
-    return model, ModelDescription({**SHAPE, "num_hidden_layers": layers})
+    return model, ModelSpec({**SHAPE, "num_hidden_layers": layers})
 
 
-def plain_backward(model, description: ModelDescription, tokens: torch.Tensor) -> None:
+def plain_backward(model, spec: ModelSpec, tokens: torch.Tensor) -> None:
     model.requires_grad_(True)
     model(tokens, labels=tokens, use_cache=False).loss.backward()
 
 
-def depth_scores(model, description: ModelDescription, tokens: torch.Tensor) -> None:
-    block_taylor_scores(model, description.family, tokens)
+def depth_scores(model, spec: ModelSpec, tokens: torch.Tensor) -> None:
+    block_taylor_scores(model, spec.family, tokens)
 
 
-def width_scores(model, description: ModelDescription, tokens: torch.Tensor) -> None:
-    channel_taylor_scores(model, description.family, tokens, range(description.blocks), "first")
+def width_scores(model, spec: ModelSpec, tokens: torch.Tensor) -> None:
+    channel_taylor_scores(model, spec.family, tokens, range(spec.blocks), "first")
 
 
 def peak_of(way: str, layers: int, samples: int, length: int, queue) -> None:
     """Put (peak over the weights in bytes, seconds) of one way into ``queue``."""
-    model, description = random_model(layers)
+    model, spec = random_model(layers)
     tokens = torch.randint(0, SHAPE["vocab_size"], (samples, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model(tokens[:1, :8])  # libraries and threads
     reset_process_peak()
     before, started = process_bytes("VmRSS"), time.monotonic()
-    {"plain": plain_backward, "depth": depth_scores, "width": width_scores}[way](model, description, tokens)
+    {"plain": plain_backward, "depth": depth_scores, "width": width_scores}[way](model, spec, tokens)
     queue.put((process_bytes("VmHWM") - before, time.monotonic() - started))
 
 
 def memory(args: argparse.Namespace) -> None:
     """Print peak memory over the weights of the three ways."""
-    description = ModelDescription({**SHAPE, "num_hidden_layers": args.layers})
-    largest = 2 * max(rows * columns for rows, columns in description.block_linears().values())
+    spec = ModelSpec({**SHAPE, "num_hidden_layers": args.layers})
+    largest = 2 * max(rows * columns for rows, columns in spec.block_linears().values())
     states = 2 * (args.layers + 1) * args.samples * args.length * SHAPE["hidden_size"]
-    print(f"{description.parameters():,} parameters, weights {description.weight_bytes() / 1e6:.0f} MB; the largest "
+    print(f"{spec.parameters():,} parameters, weights {spec.weight_bytes() / 1e6:.0f} MB; the largest "
           f"of a block {largest / 1e6:.0f} MB; inputs of all blocks {states / 1e6:.0f} MB")  # fmt: skip
     context = multiprocessing.get_context("spawn")
     for way, label in (("depth", "taylor"), ("width", "width_taylor"), ("plain", "loss.backward()")):
@@ -171,10 +174,10 @@ def memory(args: argparse.Namespace) -> None:
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-class Nothing(Visitor):
+class Nothing(BlockMethod):
     """Asks for all Gram matrices and leaves the weights alone: the floor of every calibrated method."""
 
-    def visit(self, view) -> dict[str, float]:
+    def process(self, view) -> dict[str, float]:
         return {}
 
 
@@ -186,7 +189,7 @@ def speed(args: argparse.Namespace) -> None:
         copy_companions(TINY, source)
         tokens = torch.randint(0, 1000, (args.samples, args.length), generator=torch.Generator().manual_seed(0))
         started = time.process_time()
-        Walk(open_checkpoint(source), Nothing(), None, tokens).run()
+        SequentialCalibration(open_checkpoint(source), Nothing(), None, tokens).run()
         floor = time.process_time() - started
         print(f"one forward over {tokens.numel()} tokens and the Gram matrices, {args.layers} blocks: {floor:.1f} s")
         for name, stage in (("wanda 2:4", Wanda), ("sparsegpt 2:4", SparseGPT), ("wanda 50 %", Wanda)):
@@ -204,17 +207,17 @@ def speed(args: argparse.Namespace) -> None:
 
 def count_forwards() -> None:
     """Print how many forwards the ppl criterion takes for all blocks of the embedded model."""
-    model, description = load_model(TINY), open_checkpoint(TINY).description
+    model, spec = load_model(TINY), open_checkpoint(TINY).spec
     calls, step = [], BlockChain.step
     BlockChain.step = lambda chain, index, hidden: (calls.append(index), step(chain, index, hidden))[1]
-    perplexities_without(model, description.family, torch.zeros(4, 32, dtype=torch.long))
-    limit = math.floor((description.blocks + 1) / 2) + 1
-    print(f"ppl over {description.blocks} blocks: {len(calls) / description.blocks:.2f} forwards (limit {limit})")
+    perplexities_without(model, spec.family, torch.zeros(4, 32, dtype=torch.long))
+    limit = math.floor((spec.blocks + 1) / 2) + 1
+    print(f"ppl over {spec.blocks} blocks: {len(calls) / spec.blocks:.2f} forwards (limit {limit})")
 
 
 def main() -> None:
     """Read the arguments and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(spec=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     table = commands.add_parser("quality")
     for name in ("model", "calibration", "test"):

@@ -11,7 +11,7 @@ own environment (PATH is that environment's python with `pip install llmcompress
 the same machine; prints ratios. Without --other-python slim alone. table: seconds, perplexity and size of slim's methods.
 memory: peak memory and time of GPTQ on a random model of TinyLlama-1.1B's shape, against what must be held and done.
 decode: tokens per second of that model in 4 bits and plain. kernels: how long a layer of 2048 x 5632 takes packed and
-dense, by number of rows: where the int4 kernel loses to unpacking is the threshold in slim/quantization/linear.py.
+dense, by number of rows: where the int4 kernel loses to unpacking is the threshold in slim/quantization/kernels/linear.py.
 
 OMP_NUM_THREADS sets the cores. Times and memory need an otherwise idle machine; perplexities do not.
 """
@@ -31,8 +31,8 @@ import torch
 from quantize_quality import Yardstick
 from quantize_stages import in_child, run_stage
 
-from slim.quantization import linear
-from slim.quantization.linear import QuantLinear
+from slim.quantization.kernels import linear
+from slim.quantization.kernels.linear import QuantLinear
 from slim.quantization.scheme import Scheme
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 256, 1024)

@@ -18,9 +18,11 @@ from quantize_quality import Quality, Yardstick
 from quantize_stages import TOKENS, in_child, median_run, run_stage
 from safetensors.torch import load_file, save_file
 
-from slim.checkpoint import load_tokenizer, open_checkpoint, sha256
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.tokenizer import load_tokenizer
+from slim.core.errors import SlimError
+from slim.core.io import sha256
 from slim.data.calibration import Calibration
-from slim.errors import SlimError
 
 WORKER = Path(__file__).parent / "other" / "llmcompressor_worker.py"
 NAMESAKES = ("awq", "gptq")
@@ -67,8 +69,8 @@ class Other:
         if found.get("inputs") != self.inputs:
             self.run(method, bits, group, folder)
             found = {"inputs": self.inputs, "versions": self.versions}
-        if found.get("yardstick") != yardstick.identity:
-            found |= {"yardstick": yardstick.identity, "quality": dataclasses.asdict(yardstick.measure(folder))}
+        if found.get("yardstick") != yardstick.cache_key:
+            found |= {"yardstick": yardstick.cache_key, "quality": dataclasses.asdict(yardstick.measure(folder))}
         figures.write_text(json.dumps(found, indent=1) + "\n")
         self.versions = found["versions"]
         return Quality(**found["quality"])

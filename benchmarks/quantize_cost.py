@@ -14,10 +14,12 @@ from quantize_floor import floor, input_widths
 from quantize_stages import TOKENS, Run, in_child, run_stage
 from safetensors.torch import save_file
 
-from slim.architecture import ModelDescription
-from slim.checkpoint import copy_companions, load_model, open_checkpoint, write_config
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.shards import ShardWriter
+from slim.checkpoints.writer import copy_companions, write_config
 from slim.evaluation.speed import Speed
-from slim.shards import ShardWriter
+from slim.loading.load_model import load_model
+from slim.models.spec import ModelSpec
 
 TINY = Path(__file__).parent.parent / "slim" / "assets" / "tiny"
 SHAPE = {
@@ -32,7 +34,7 @@ def random_model(blocks: int) -> Iterator[Path]:
     """Write a random bfloat16 model of ``SHAPE`` with ``blocks`` blocks, tensor by tensor; yield its folder."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder)
-        model = ModelDescription({**SHAPE, "num_hidden_layers": blocks})
+        model = ModelSpec({**SHAPE, "num_hidden_layers": blocks})
         generator, writer = torch.Generator().manual_seed(0), ShardWriter(target)
         for name, shape in tensor_shapes(model).items():
             tensor = torch.randn(shape, generator=generator) * 0.02 if len(shape) == 2 else torch.ones(shape)
@@ -43,24 +45,24 @@ def random_model(blocks: int) -> Iterator[Path]:
         yield target
 
 
-def tensor_shapes(model: ModelDescription) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor, as a Llama checkpoint has them."""
-    width, head = model.hidden_size, (model.vocab_size, model.hidden_size)
+    width, head = spec.hidden_size, (spec.vocab_size, spec.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": head}
-    for block in range(model.blocks):
+    for block in range(spec.blocks):
         prefix = f"model.layers.{block}"
-        shapes |= {f"{prefix}.{name}.weight": shape for name, shape in model.block_linears().items()}
+        shapes |= {f"{prefix}.{name}.weight": shape for name, shape in spec.block_linears().items()}
         shapes |= {f"{prefix}.{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
     return shapes | {"model.norm.weight": (width,), "lm_head.weight": head}
 
 
-def least_bytes(model: ModelDescription, tokens: int) -> dict[str, int]:
+def least_bytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
     """Return the bytes, in float32, of one block, of its Gram matrices, and of the hidden states of all tokens."""
-    grams = sum(width**2 for width in input_widths(model))
-    return {"block": 4 * model.block_parameters(), "Gram": 4 * grams, "hidden": 4 * tokens * model.hidden_size}
+    hessians = sum(width**2 for width in input_widths(spec))
+    return {"block": 4 * spec.block_parameters(), "Gram": 4 * hessians, "hidden": 4 * tokens * spec.hidden_size}
 
 
-def quantised(blocks: int, options: argparse.Namespace) -> tuple[list[Run], float]:
+def quantized(blocks: int, options: argparse.Namespace) -> tuple[list[Run], float]:
     """Quantise a model of ``blocks`` blocks ``repeats`` times; return the runs, and the floor of one in seconds."""
     shape = (options.samples, options.length)
     with random_model(blocks) as model, tempfile.TemporaryDirectory() as scratch:
@@ -80,14 +82,14 @@ def quantised(blocks: int, options: argparse.Namespace) -> tuple[list[Run], floa
 
 def memory(options: argparse.Namespace) -> None:
     """Print the peak of GPTQ for the whole and for half of the depth, over what must be held, and time over the floor."""
-    least = least_bytes(ModelDescription({**SHAPE, "num_hidden_layers": 1}), options.samples * options.length)
+    least = least_bytes(ModelSpec({**SHAPE, "num_hidden_layers": 1}), options.samples * options.length)
     print(f"{options.method}, 4 bits, groups of 128, {options.samples} x {options.length} tokens, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
     print(f"must be held: {sum(least.values()) / 1e6:.0f} MB ("
           + ", ".join(f"{name} {size / 1e6:.0f}" for name, size in least.items()) + ")", flush=True)  # fmt: skip
     peaks = {}
     for blocks in (options.layers // 2, options.layers):
-        runs, seconds = quantised(blocks, options)
+        runs, seconds = quantized(blocks, options)
         peaks[blocks] = max(run.peak for run in runs)
         taken = statistics.median(run.seconds for run in runs)
         print(f"{blocks} blocks: peak over what must be held {peaks[blocks] / sum(least.values()):.2f} (limit 1.3), "

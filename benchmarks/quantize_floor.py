@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slim.architecture import ModelDescription
-from slim.blockpass import Gram
-from slim.checkpoint import TensorReader, open_checkpoint
+from slim.calibration.block_runner import Hessian
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.reader import TensorReader
+from slim.models.spec import ModelSpec
 
 BATCHES = (1024, 4096)  # tokens in a forward; the faster counts
 TIMED_BLOCKS = 2
@@ -29,15 +30,15 @@ class Floor:
 
     read: float
     forward: float
-    gram: float
+    hessian: float
     factor: float
 
     @property
     def total(self) -> float:
-        return self.read + self.forward + self.gram + self.factor
+        return self.read + self.forward + self.hessian + self.factor
 
     def __str__(self) -> str:
-        parts = f"read {self.read:.2f}, forward {self.forward:.2f}, Gram {self.gram:.2f}, factor {self.factor:.2f}"
+        parts = f"read {self.read:.2f}, forward {self.forward:.2f}, Gram {self.hessian:.2f}, factor {self.factor:.2f}"
         return f"{self.total:.2f} s ({parts})"
 
 
@@ -49,15 +50,15 @@ def floor(folder: Path, shape: tuple[int, int]) -> Floor:
     return Floor(
         read=best(lambda: read_blocks(checkpoint)),
         forward=forward_seconds(model, folder, shape) * model.blocks,
-        gram=sum(gram_seconds(width, shape[0] * shape[1]) for width in widths) * model.blocks,
+        hessian=sum(gram_seconds(width, shape[0] * shape[1]) for width in widths) * model.blocks,
         factor=sum(factor_seconds(width) for width in widths) * model.blocks,
     )
 
 
-def input_widths(model: ModelDescription) -> list[int]:
+def input_widths(spec: ModelSpec) -> list[int]:
     """Return the widths of a block's distinct inputs."""
-    linears = model.block_linears()
-    return [linears[segment.linears[0]][1] for segment in model.family.segments]
+    linears = spec.block_linears()
+    return [linears[group.linears[0]][1] for group in spec.family.linear_groups]
 
 
 def best(work: Callable[[], object]) -> float:
@@ -79,12 +80,12 @@ def read_blocks(checkpoint) -> None:
 
 
 @torch.inference_mode()
-def forward_seconds(model: ModelDescription, folder: Path, shape: tuple[int, int]) -> float:
+def forward_seconds(spec: ModelSpec, folder: Path, shape: tuple[int, int]) -> float:
     """Return seconds of one block for all tokens in float32, embeddings and head left out."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.num_hidden_layers = TIMED_BLOCKS + 1
     decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().base_model
-    hidden = torch.randn(shape[0], shape[1], model.hidden_size)
+    hidden = torch.randn(shape[0], shape[1], spec.hidden_size)
     times = []
     for size in BATCHES:
         batches = hidden.split(max(1, size // shape[1]))
@@ -100,11 +101,11 @@ def forward_seconds(model: ModelDescription, folder: Path, shape: tuple[int, int
 def gram_seconds(width: int, tokens: int) -> float:
     """Return seconds of X^T X for float32 X [tokens, width], by the faster of one product and slim's half of one."""
     inputs = torch.randn(min(tokens, max(BATCHES)), width)
-    return min(best(lambda: inputs.T @ inputs), best(lambda: Gram(width).add(inputs))) * tokens / len(inputs)
+    return min(best(lambda: inputs.T @ inputs), best(lambda: Hessian(width).add(inputs))) * tokens / len(inputs)
 
 
 def factor_seconds(width: int) -> float:
     """Return seconds of one Cholesky factorisation, float32 [width, width]."""
     inputs = torch.randn(width, width)
-    gram = inputs @ inputs.T + width * torch.eye(width)
-    return best(lambda: torch.linalg.cholesky(gram))
+    hessian = inputs @ inputs.T + width * torch.eye(width)
+    return best(lambda: torch.linalg.cholesky(hessian))

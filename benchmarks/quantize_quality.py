@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from slim.checkpoint import load_model, load_tokenizer
+from slim.checkpoints.tokenizer import load_tokenizer
 from slim.evaluation.perplexity import Perplexity, exponential, negative_log_likelihood
+from slim.loading.load_model import load_model
 
 BATCH = 16  # windows in one forward
 
@@ -36,7 +37,7 @@ class Yardstick:
         self.reference = load_model(source, "float32")
 
     @property
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         """What figures must share to be compared."""
         digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
         return {"windows": list(self.windows.shape), "sha256": digest, "compared": self.compared}

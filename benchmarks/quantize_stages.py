@@ -15,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from slim.checkpoints.stage import Context, Stage
 from slim.evaluation.memory import process_bytes, release, reset_process_peak
-from slim.stage import Context, Stage
 
 TOKENS = "tokens"  # name of the int64 tensor [samples, length] in a file of calibration tokens
 
@@ -56,7 +56,12 @@ def run_stage(spec: str, model: Path, tokens_file: Path, target: Path, bits: int
 def import_libraries() -> None:
     """Import what any run imports, and let the linear algebra library set itself up."""
     importlib.import_module("matplotlib.figure")
-    for module in ("slim.blockwise", "slim.checkpoint", "slim.quantization.visitor", "slim.progress"):
+    for module in (
+        "slim.calibration.sequential",
+        "slim.checkpoints.checkpoint",
+        "slim.quantization.methods.block_method",
+        "slim.core.console",
+    ):
         importlib.import_module(module)
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -50,11 +50,11 @@ def command(*arguments: str, threads: int | None = None) -> tuple[float, str]:
 
 def bare(store: Path) -> list[float]:
     """Return the seconds of quantising and evaluating each point behind the last result in ``store``, called directly."""
-    from slim.cli import compose
-    from slim.pipeline import Pipeline
-    from slim.run import build_pipeline
-    from slim.source import Source
-    from slim.store import Store
+    from slim.chain.build import build_pipeline
+    from slim.chain.compose import compose
+    from slim.chain.pipeline import Pipeline
+    from slim.checkpoints.source import Source
+    from slim.checkpoints.store import Store
 
     chain = build_pipeline(compose("compress", [*SHARED, "quant=none", f"store={store}", *extra]))
     healed = Source(str(chain.plan()[-1].folder))
@@ -135,7 +135,7 @@ def report(name: str, value: float, limit: float) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(spec=__doc__.splitlines()[0])
     parser.add_argument("--parallel", action="store_true", help="two joblib processes against one")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)

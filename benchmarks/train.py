@@ -23,9 +23,11 @@ from pathlib import Path
 
 import torch
 
-from slim.checkpoint import load_model, load_tokenizer, open_checkpoint
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.tokenizer import load_tokenizer
 from slim.data.packing import IGNORE, Example, Windows, separate
 from slim.data.tiny import TinyChat
+from slim.loading.load_model import load_model
 from slim.training import batches, fit, forward, module
 from slim.training.adapters import add_adapters
 
@@ -39,7 +41,7 @@ def prepared(folder: Path, lora: bool = True) -> torch.nn.Module:
     model = load_model(folder, "float32")
     if lora:
         torch.manual_seed(0)
-        return add_adapters(model, 8, 16, 0.0, list(open_checkpoint(folder).description.block_linears()))
+        return add_adapters(model, 8, 16, 0.0, list(open_checkpoint(folder).spec.block_linears()))
     return model.requires_grad_(True)
 
 
@@ -55,7 +57,7 @@ def by_hand(model: torch.nn.Module, windows: Windows, steps: int, rows: int) -> 
     """Train without any framework; the loss as transformers computes it."""
     held_out = batches.in_order(windows, rows)[:1]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
     order = batches.window_order(len(windows), steps * rows, seed=0).view(steps, rows)
     begin = clock()
     forward.mean_nll(model, held_out)
@@ -65,15 +67,15 @@ def by_hand(model: torch.nn.Module, windows: Windows, steps: int, rows: int) -> 
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     forward.mean_nll(model, held_out)
     return clock() - begin, loss.item()
 
 
 def by_slim(model: torch.nn.Module, windows: Windows, steps: int, rows: int) -> tuple[float, float]:
     """Train as slim does, set-up of Lightning included."""
-    learner = module.LanguageModelling(model, module.Optimisation(steps, RATE, "constant"))
+    learner = module.LanguageModeling(model, module.Optimization(steps, RATE, "constant"))
     order = batches.window_order(len(windows), steps * rows, seed=0)
     data = batches.WindowData(batches.MicroBatches(windows, order, rows))
     ignore = lambda *_: None  # noqa: E731
@@ -150,7 +152,7 @@ def compare(title: str, loops: dict[str, Callable[[], tuple[float, float]]], tok
 
 def same_batches(options: argparse.Namespace, other: Callable, name: str, kinds: tuple[bool, ...]) -> None:
     steps, rows = options.steps, options.rows
-    windows = random_windows(steps * rows, open_checkpoint(options.folder).description.vocab_size)
+    windows = random_windows(steps * rows, open_checkpoint(options.folder).spec.vocab_size)
     for lora in kinds:
         loops = {
             name: lambda lora=lora: other(prepared(options.folder, lora), windows, steps, rows),
@@ -192,7 +194,7 @@ def pairs(folder: Path, count: int) -> list[Example]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(spec=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("hand", "trainer", "padding"))
     parser.add_argument("folder", nargs="?", type=Path, default=TINY)
     parser.add_argument("--steps", type=int, default=20)

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 import logging
 
-from slim import perlayer
+from slim.models import heterogeneous as perlayer
 
 perlayer.register()
 # bitsandbytes, which PEFT imports, warns of an optional package at import and of every product it casts to float16.

@@ -49,7 +49,7 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     """A random Llama of four narrow blocks."""
-    from tests.distilling import NARROW
+    from tests.support.distilling import NARROW
 
     return build_small("llama", tmp_path_factory.mktemp("teacher") / "teacher", num_hidden_layers=4, **NARROW)
 
@@ -57,7 +57,8 @@ def teacher(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, teacher) -> Path:
     """Its first and its third block."""
-    from slim.checkpoint import open_checkpoint, write_blocks
+    from slim.checkpoints.checkpoint import open_checkpoint
+    from slim.checkpoints.writer import write_blocks
 
     folder = tmp_path_factory.mktemp("student") / "student"
     folder.mkdir()
@@ -70,7 +71,7 @@ def build_small(model_type: str, folder: Path, **changes) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from slim.checkpoint import copy_companions
+    from slim.checkpoints.writer import copy_companions
 
     tiny = ROOT / "slim" / "assets" / "tiny"
     settings = dict(

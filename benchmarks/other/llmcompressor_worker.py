@@ -56,7 +56,7 @@ def samples(path: Path, batch: int) -> DataLoader:
 
 def main() -> None:
     """Load, quantise (timed), save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(spec=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("out", type=Path)

@@ -13,10 +13,10 @@ import time
 from slim.cache.cleaning import leftovers, remove, require_uploaded, unneeded_results
 from slim.cache.inventory import damage, entries, existing_store, size_of, size_rows, tracked_runs
 from slim.cache.usage import Run
-from slim.errors import SlimError
-from slim.pipeline import gigabytes
-from slim.progress import results_console, track
-from slim.store import Store
+from slim.checkpoints.store import Store
+from slim.core.console import results_console, track
+from slim.core.errors import SlimError
+from slim.core.text import gigabytes
 
 
 def main(arguments: list[str] | None = None) -> int:

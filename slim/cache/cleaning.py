@@ -8,8 +8,8 @@ from pathlib import Path
 
 from slim.cache.inventory import OUTBOX, UNFINISHED, Entry, entries, size_of, unfinished_folders
 from slim.cache.usage import ENDED_BADLY, Run, final_users
-from slim.errors import SlimError
-from slim.store import Store
+from slim.checkpoints.store import Store
+from slim.core.errors import SlimError
 
 WRITING_SECONDS = 3600  # how long writing a file of figures takes at the very most
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slim.cache.usage import Run, read_runs, users
-from slim.checkpoint import MANIFEST, checksums, open_checkpoint, read_json
-from slim.errors import SlimError
-from slim.store import Store
+from slim.checkpoints.checkpoint import MANIFEST, checksums, open_checkpoint
+from slim.checkpoints.store import Store
+from slim.core.errors import SlimError
+from slim.core.io import read_json
 
 DATABASE = "mlflow.db"
 OUTBOX = "outbox"

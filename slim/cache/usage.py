@@ -1,7 +1,7 @@
 """Which runs use which results of the store, as MLflow has recorded it.
 
 A run is a command, or a point of a sweep. The checkpoints of its chain are runs below it, tagged ``hash``, ``folder`` and
-``lineage`` (``slim/tracking.py``). A run that is deleted in MLflow, or stands below one that is, uses nothing.
+``lineage`` (``slim/tracking/tracker.py``). A run that is deleted in MLflow, or stands below one that is, uses nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slim.outbox import PARENT
+from slim.tracking.offline_queue import PARENT
 
 HASH = re.compile(r"\(([0-9a-f]+)\)")
 ENDED_BADLY = ("FAILED", "KILLED")
@@ -74,8 +74,8 @@ def _records(uri: str) -> tuple[dict, dict[str, str]]:
     """Return run id -> MLflow's record of every run that is not deleted, and experiment id -> name."""
     from mlflow.exceptions import MlflowException
 
-    from slim.errors import SlimError
-    from slim.tracking import connect, search_runs
+    from slim.core.errors import SlimError
+    from slim.tracking.tracker import connect, search_runs
 
     try:
         client = connect(uri)

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
+from slim.core.errors import SlimError
+from slim.core.settings import dataclass_cache_key
 from slim.data.encoding import Message, encode_conversations, encode_documents, end_token, turns
 from slim.data.packing import Windows, concatenate, fit_length, separate
-from slim.errors import SlimError
-from slim.settings import dataclass_identity
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PARTS = (TRAIN, VALIDATION, TEST)
@@ -33,8 +33,8 @@ class TrainingData:
     endless = False
     title = "The data"
 
-    def identity(self) -> dict:
-        return dataclass_identity(self)
+    def cache_key(self) -> dict:
+        return dataclass_cache_key(self)
 
     def windows(self, part: str, tokenizer, window: int, tokens: int | None = None) -> Windows:
         """Return ``part`` (``"train"``, ``"validation"`` or ``"test"``) as windows of ``window`` tokens.

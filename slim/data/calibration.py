@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_number
 from slim.data.text import Text
-from slim.errors import SlimError
-from slim.lazy import LazyModule
-from slim.settings import require_number
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ class Calibration(Text):
     first_documents: number of documents from the start that are read; None for all. separator: what stands between them.
     """
 
+    cache_name: ClassVar[str] = "Calibration"
+
     samples: int = 128
     length: int = 512
     seed: int = 0
@@ -38,7 +40,7 @@ class Calibration(Text):
             require_number("calibration.first_documents", self.first_documents, 1, integer=True)
         super().__post_init__()
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         found = {**self.text_identity(), "samples": self.samples, "length": self.length, "seed": self.seed}
         if self.first_documents is not None:
             found["first_documents"] = self.first_documents

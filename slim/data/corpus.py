@@ -6,12 +6,12 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+from slim.core.errors import SlimError
+from slim.core.settings import cache_name, require_flag, require_number
 from slim.data.base import TEST, VALIDATION, PlainText, TrainingData, is_test, is_validation
 from slim.data.text import Text
-from slim.errors import SlimError
-from slim.settings import require_flag, require_number
 
 BUFFER = 4096  # documents that are shuffled together where the whole is never in memory
 PASSAGE = 4000  # characters, where a text has no documents of its own
@@ -96,7 +96,7 @@ class Corpus(TrainingData):
             own["test_fraction"] = self.test_fraction
         if self.streaming:  # another order
             own["streaming"] = True
-        return {"class": type(self).__name__, **self._text_identity, **own}
+        return {"class": cache_name(self), **self._text_identity, **own}
 
     @cached_property
     def _text_identity(self) -> dict:
@@ -151,6 +151,8 @@ class TextData(Corpus, PlainText):
         documents as they are. A ``.txt`` file, being one document, is always cut.
     """
 
+    cache_name: ClassVar[str] = "TextData"
+
     column: str = "text"
     passage: int = 0
 
@@ -164,7 +166,7 @@ class TextData(Corpus, PlainText):
     def source(self, split: str) -> Text:
         return Text(self.text, self.subset, split, self.column, self.revision, self.streaming)
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         return self.part_identity("passage")
 
     def documents(self, part: str) -> Iterator[str]:

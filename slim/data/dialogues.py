@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from slim.core.errors import SlimError
+from slim.core.settings import require_choice
 from slim.data.base import Conversations
 from slim.data.corpus import Corpus
 from slim.data.encoding import Message
-from slim.errors import SlimError
-from slim.settings import require_choice
 
 # What data sets call who speaks.
 ROLES = {
@@ -61,13 +61,15 @@ class Pairs(Dialogue):
     context: a column that is appended to the prompt where it is not empty.
     """
 
+    cache_name: ClassVar[str] = "Pairs"
+
     prompt: str = "prompt"
     answer: str | None = "answer"
     context: str | None = None
 
     column_settings: ClassVar[tuple[str, ...]] = ("prompt", "answer")
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         found = self.part_identity("answer", "context", "long")
         return {**found, "column": self.prompt}
 
@@ -110,13 +112,15 @@ class Messages(Dialogue):
     said. What stands behind the last answer is left out.
     """
 
+    cache_name: ClassVar[str] = "Messages"
+
     messages: str = "messages"
     role: str = "role"
     content: str = "content"
 
     column_settings: ClassVar[tuple[str, ...]] = ("messages",)
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         return self.part_identity("messages", "role", "content", "long")
 
     def conversations(self, part: str) -> Iterator[list[Message]]:
@@ -162,6 +166,8 @@ class Passages(Pairs):
 
     Rows whose answer is "No Answer Present.", or of whose passages none is selected, count as unanswered.
     """
+
+    cache_name: ClassVar[str] = "Passages"
 
     prompt: str = "query"
     answer: str | None = "answers"

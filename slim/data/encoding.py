@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+from slim.core.errors import SlimError
 from slim.data.packing import IGNORE, Example
-from slim.errors import SlimError
 
 AT_ONCE = 256  # texts per call of the tokenizer, which works on several in parallel
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from slim.lazy import LazyModule
+from slim.core.lazy import LazyModule
 
 if TYPE_CHECKING:
     import torch

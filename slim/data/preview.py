@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+from slim.core.console import console
 from slim.data.packing import IGNORE, Windows
-from slim.progress import console
 
 FILE = "examples.txt"
 LEGEND = "The first training examples, decoded. What stands between « and » is read and not learnt."

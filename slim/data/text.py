@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from slim.checkpoint import sha256
-from slim.errors import SlimError
+from slim.core.errors import SlimError
+from slim.core.io import sha256
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
-from slim.checkpoint import sha256
+from slim.core.errors import SlimError
+from slim.core.settings import dataclass_cache_key, require_choice, require_number
 from slim.data.base import TEST, TRAIN, VALIDATION, Conversations, PlainText
-from slim.errors import SlimError
-from slim.settings import dataclass_identity, require_choice, require_number
-
-WORLD = Path(__file__).parent.parent / "world"
-
-
-def world_checksum() -> str:
-    """Return the SHA-256 of the generator: another generator is another text."""
-    digest = hashlib.sha256()
-    for path in sorted(WORLD.glob("*.py")):
-        digest.update(path.name.encode() + sha256(path).encode())
-    return digest.hexdigest()
+from slim.tiny_world import GENERATOR
 
 
 @dataclass
@@ -32,6 +21,8 @@ class TinyText(PlainText):
     Validation is text from the calibration split, the test text from the held-out one: wordings that training never shows.
     """
 
+    cache_name: ClassVar[str] = "TinyText"
+
     world: int = 0
     seed: int = 0
     endless = True
@@ -41,11 +32,11 @@ class TinyText(PlainText):
         require_number("data.world", self.world, 0, integer=True)
         require_number("data.seed", self.seed, 0, integer=True)
 
-    def identity(self) -> dict:
-        return {**dataclass_identity(self), "generator": world_checksum()}
+    def cache_key(self) -> dict:
+        return {**dataclass_cache_key(self), "generator": GENERATOR}
 
     def documents(self, part: str) -> Iterator[str]:
-        from slim.world import World
+        from slim.tiny_world import World
 
         # One document seed further, so that validation is not the very text that quantisers calibrate on.
         splits = {TRAIN: ("train", self.seed), VALIDATION: ("calibration", self.seed + 1), TEST: ("heldout", self.seed)}
@@ -59,6 +50,8 @@ class TinyChat(Conversations):
     world: seed of the world. seed: of the questions. long: ``cut`` or ``drop`` what exceeds the window.
     examples: number of questions to learn from, so that the data has an end and epochs; None for ever new ones.
     """
+
+    cache_name: ClassVar[str] = "TinyChat"
 
     world: int = 0
     seed: int = 0
@@ -78,14 +71,14 @@ class TinyChat(Conversations):
         """Whether epochs mean nothing."""
         return self.examples is None
 
-    def identity(self) -> dict:
-        found = {**dataclass_identity(self), "generator": world_checksum()}
+    def cache_key(self) -> dict:
+        found = {**dataclass_cache_key(self), "generator": GENERATOR}
         if self.examples is None:  # as before there was such a setting, so that results keep their names
             del found["examples"]
         return found
 
     def pairs(self, part: str) -> Iterator[tuple[str, str]]:
-        from slim.world import World
+        from slim.tiny_world import World
 
         if part == TEST:
             raise SlimError(f"{self.title} have no test part: the tasks tiny_facts, tiny_pronouns and tiny_next test them.")

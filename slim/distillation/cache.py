@@ -5,7 +5,7 @@ What is kept per token with a label, at the temperature T that is used: the toke
 had back: z = T (log p + log Z)). The student's distribution is put into the same k + 1 classes. At k = 64 that is 392
 bytes a token, where all of 128k float16 logits are 256 kB.
 
-A cache is a folder of safetensors with ``cache.json``, whose ``identity`` names teacher, tokenizer, template and data.
+A cache is a folder of safetensors with ``cache.json``, whose ``cache_key`` names teacher, tokenizer, template and data.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slim.checkpoint import read_header, read_json, save_tensors
+from slim.core.errors import SlimError
+from slim.core.io import read_header, read_json, save_tensors
 from slim.data.packing import Windows
-from slim.errors import SlimError
 
 RECORD = "cache.json"
 PART_TOKENS = 2**17  # tokens per file, about
@@ -82,7 +82,7 @@ def windows_digest(windows: Windows) -> str:
     return found.hexdigest()
 
 
-def write_cache(folder: Path, rows: Iterator[dict[str, Tensor]], identity: dict, facts: dict) -> None:
+def write_cache(folder: Path, rows: Iterator[dict[str, Tensor]], cache_key: dict, facts: dict) -> None:
     """Write what :func:`top_classes` gives for one piece of the tokens after another into the empty ``folder``."""
     pending: list[dict[str, Tensor]] = []
     lengths: list[int] = []
@@ -99,7 +99,7 @@ def write_cache(folder: Path, rows: Iterator[dict[str, Tensor]], identity: dict,
             flush()
     if pending:
         flush()
-    record = {"identity": identity, "facts": facts, "lengths": lengths}
+    record = {"identity": cache_key, "facts": facts, "lengths": lengths}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -110,12 +110,12 @@ def part_name(number: int) -> str:
 class TeacherCache:
     """Reads a cache made for ``windows``, one window at a time, without loading the rest.
 
-    Raises ``SlimError`` if it was made for something else than ``identity`` says, or is damaged.
+    Raises ``SlimError`` if it was made for something else than ``cache_key`` says, or is damaged.
     """
 
-    def __init__(self, folder: Path, windows: Windows, identity: dict):
+    def __init__(self, folder: Path, windows: Windows, cache_key: dict):
         record = read_json(folder / RECORD)
-        require_identity(folder, record["identity"], identity)
+        require_cache_key(folder, record["identity"], cache_key)
         self.facts: dict = record["facts"]
         self.starts = [0, *accumulate(windows.loss_tokens.tolist())]
         self.bounds = [0, *accumulate(record["lengths"])]
@@ -137,7 +137,7 @@ class TeacherCache:
                 yield {name: part.get_slice(name)[cut] for name in TENSORS}
 
 
-def require_identity(folder: Path, found: dict, wanted: dict) -> None:
+def require_cache_key(folder: Path, found: dict, wanted: dict) -> None:
     """Raise ``SlimError`` naming what a cache was made with that is not what is to be used now."""
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:

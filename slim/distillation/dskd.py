@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from slim.checkpoint import load_tokenizer
+from slim.checkpoints.tokenizer import load_tokenizer
+from slim.core.errors import SlimError
 from slim.data.encoding import end_token
 from slim.data.examples import TRAIN, VALIDATION
 from slim.data.packing import IGNORE, Windows
@@ -17,10 +18,9 @@ from slim.distillation.module import Distilling
 from slim.distillation.pairing import Rows, paired_windows, teacher_batch
 from slim.distillation.tasks import DistillationTask, to_device
 from slim.distillation.teacher import full_vocabulary, same_vocabulary
-from slim.errors import SlimError
 from slim.training.fit import autocast
 from slim.training.forward import last_hidden, plain_model, sequence_nll
-from slim.training.module import Optimisation
+from slim.training.module import Optimization
 
 if TYPE_CHECKING:
     from slim.distillation.stage import Distillation
@@ -72,7 +72,7 @@ class DualSpaceTask(DistillationTask):
 
     # The objective
 
-    def learner(self, model: nn.Module, optimisation: Optimisation) -> Distilling:
+    def learner(self, model: nn.Module, optimisation: Optimization) -> Distilling:
         stage = self.tuner
         teacher = stage.teacher.load(self.device)
         self.teacher_loss = self.measure_teacher(teacher)
@@ -80,7 +80,7 @@ class DualSpaceTask(DistillationTask):
         student = plain_model(model)
         ours, theirs = self.shared_tokens()
         projectors = head_projectors(student, teacher, ours, theirs)
-        classes = (self.checkpoint.description.vocab_size, stage.teacher.source.describe().vocab_size)
+        classes = (self.checkpoint.spec.vocab_size, stage.teacher.source.describe().vocab_size)
         settings = (teacher, projectors, stage.divergence(), stage.temperature, stage.hard_weight, classes)
         if self.same:
             goal = DualSpace(*settings)
@@ -101,7 +101,7 @@ class DualSpaceTask(DistillationTask):
 
     def shared_tokens(self) -> tuple[Tensor, Tensor]:
         """Return the ids of the tokens that both vocabularies have, in both. Raises ``SlimError`` if there are none."""
-        sizes = (self.checkpoint.description.vocab_size, self.tuner.teacher.source.describe().vocab_size)
+        sizes = (self.checkpoint.spec.vocab_size, self.tuner.teacher.source.describe().vocab_size)
         ours, theirs = (full_vocabulary(one.folder) for one in (self.checkpoint, self.tuner.teacher.checkpoint))
         shared = sorted(token for token in ours.keys() & theirs.keys() if ours[token] < sizes[0] and theirs[token] < sizes[1])
         if not shared:

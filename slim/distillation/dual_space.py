@@ -34,7 +34,7 @@ from slim.distillation.chunks import chunk_rows, chunked_sum
 from slim.distillation.losses import Divergence, softened
 from slim.distillation.objective import head_parameters
 from slim.distillation.pairing import Rows, segments_of, teacher_batch
-from slim.logits import head_logits
+from slim.models.logits import head_logits
 from slim.training.forward import counted, last_hidden, plain_model
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from slim.errors import SlimError
-from slim.settings import require_number
+from slim.core.errors import SlimError
+from slim.core.settings import require_number
 
 if TYPE_CHECKING:
-    from slim.architecture import ModelDescription
+    from slim.models.spec import ModelSpec
 
 
 @dataclass
@@ -21,6 +21,8 @@ class Matching:
     layers: the teacher's block that each block of the student stands for, ascending, such as [0,1,4,7]. None: found by
         comparing the weights where the shapes are alike (a pruned student), else evenly spaced.
     """
+
+    cache_name: ClassVar[str] = "Matching"
 
     hidden: float = 0.0
     attention: float = 0.0
@@ -42,7 +44,7 @@ class Matching:
         """Whether anything is matched."""
         return bool(self.hidden or self.attention)
 
-    def check(self, student: ModelDescription, teacher: ModelDescription) -> None:
+    def check(self, student: ModelSpec, teacher: ModelSpec) -> None:
         """Raise ``SlimError`` for a map that does not fit the two models."""
         if not self.wanted:
             return

@@ -1,20 +1,20 @@
-"""Distillation on Lightning: the student of :class:`slim.training.module.LanguageModelling` with another objective."""
+"""Distillation on Lightning: the student of :class:`slim.training.module.LanguageModeling` with another objective."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from slim.training.module import LanguageModelling, Optimisation
+from slim.training.module import LanguageModeling, Optimization
 
 
-class Distilling(LanguageModelling):
+class Distilling(LanguageModeling):
     """Trains ``model`` by ``objective(model, batch)``, a loss summed over tokens, and what the objective itself learns.
 
     objective: a module with the frozen teacher in it. rate: highest learning rate of the objective's own parameters, such
     as projectors between both models; they are no part of the result.
     """
 
-    def __init__(self, model: nn.Module, optimisation: Optimisation, objective: nn.Module, rate: float = 0.0):
+    def __init__(self, model: nn.Module, optimisation: Optimization, objective: nn.Module, rate: float = 0.0):
         super().__init__(model, optimisation)
         self.objective, self.rate = objective, rate
 

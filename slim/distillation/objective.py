@@ -18,7 +18,7 @@ from slim.distillation.cache import TeacherCache, student_classes, teacher_class
 from slim.distillation.chunks import chunk_rows, chunked_sum
 from slim.distillation.losses import Divergence, softened
 from slim.distillation.matching import LayerMatching
-from slim.logits import head_logits
+from slim.models.logits import head_logits
 from slim.training.forward import body_outputs, counted, plain_model
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from slim.core.errors import SlimError
 from slim.data.encoding import encode_pairs, end_token, render, turns
 from slim.data.examples import TRAIN, VALIDATION, Conversations
 from slim.data.packing import IGNORE, Example, Windows, separate
@@ -25,10 +26,9 @@ from slim.distillation.generate import generate
 from slim.distillation.module import Distilling
 from slim.distillation.objective import LiveTeacher
 from slim.distillation.tasks import DistillationTask
-from slim.errors import SlimError
 from slim.training.batches import MicroBatches, window_order
 from slim.training.fit import autocast
-from slim.training.module import Optimisation
+from slim.training.module import Optimization
 
 if TYPE_CHECKING:
     from slim.distillation.stage import Distillation
@@ -158,7 +158,7 @@ class OnPolicyTask(DistillationTask):
         self.teacher_loss = self.measure(self.teacher)
         return LiveTeacher(self.teacher, self.tuner.temperature, self.classes)
 
-    def learner(self, model: nn.Module, optimisation: Optimisation) -> Distilling:
+    def learner(self, model: nn.Module, optimisation: Optimization) -> Distilling:
         self.student = model
         return super().learner(model, optimisation)
 

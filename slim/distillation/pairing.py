@@ -11,10 +11,10 @@ from itertools import tee
 import torch
 from torch import Tensor
 
+from slim.core.errors import SlimError
 from slim.data.encoding import encode_conversations, end_token
 from slim.data.examples import Conversations, TrainingData
 from slim.data.packing import IGNORE, Example, Windows, best_fit, separate
-from slim.errors import SlimError
 
 Rows = list[list[Example]]  # for every window the sequences in it, in their order
 

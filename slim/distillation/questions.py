@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from slim.errors import SlimError
-from slim.settings import require_number
+from slim.core.errors import SlimError
+from slim.core.settings import require_number
 
 ANSWERS = ("data", "teacher", "student", "both")
 
@@ -19,6 +20,8 @@ class Generation:
     student_share: with ``answers="both"``, the share of steps whose answers are the student's (lambda of Agarwal et al.,
         arXiv:2306.13649), the others the teacher's.
     """
+
+    cache_name: ClassVar[str] = "Generation"
 
     questions: int = 32
     new_tokens: int = 64

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from slim.checkpoints.source import Source
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import dataclass_cache_key, require_choice, require_number
 from slim.distillation import CHUNK_ELEMENTS
 from slim.distillation.layer_map import Matching
 from slim.distillation.questions import ANSWERS, Generation
 from slim.distillation.teacher import BASE, DTYPES, QUANTS, Teacher, same_vocabulary
-from slim.errors import SlimError
-from slim.lazy import LazyModule
-from slim.settings import dataclass_identity, require_choice, require_number
-from slim.source import Source
 from slim.training import qlora, tune
 
 if TYPE_CHECKING:
-    from slim.architecture import ModelDescription
-    from slim.checkpoint import Checkpoint
+    from slim.checkpoints.checkpoint import Checkpoint
     from slim.distillation import dskd, losses, on_policy, tasks
+    from slim.models.spec import ModelSpec
 else:
     dskd, losses, on_policy, tasks = (
         LazyModule(f"slim.distillation.{name}") for name in ("dskd", "losses", "on_policy", "tasks")
@@ -39,7 +39,7 @@ LOSSES = {
     "adaptive": "head",
 }
 FUNCTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
-CHOSEN_ONLY = {"identity": False}  # in the identity by the teacher's content
+CHOSEN_ONLY = {"cache_key": False}  # in the identity by the teacher's content
 
 
 @dataclass
@@ -125,43 +125,43 @@ class Distillation(tune.Tuner):
                 "(as teacher=on_policy does)."
             )
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         unused = {setting for setting in LOSSES.values() if setting not in (None, LOSSES[self.loss])}
         unused |= set() if self.method == "dskd" else {"align"}
         unused |= {"generation"} if self.answers == "data" else set()
         unused |= set() if self.match.wanted else {"match"}
         unused |= set() if self.cache else {"top_k"}  # the only trace that a cache leaves in the result
-        settings = {name: value for name, value in dataclass_identity(self).items() if name not in unused}
+        settings = {name: value for name, value in dataclass_cache_key(self).items() if name not in unused}
         return {**settings, "teacher": self.teacher.digest}
 
     # Checks
 
-    def check(self, model: ModelDescription) -> None:
-        super().check(model)
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
         taught_by = self.teacher.check()
-        self.match.check(model, taught_by)
-        self._check_vocabulary(model)
+        self.match.check(spec, taught_by)
+        self._check_vocabulary(spec)
         if self.window > taught_by.context_length:
             raise SlimError(
                 f"teacher.window={self.window} exceeds the context of the teacher {taught_by.name}. "
                 f"At most {taught_by.context_length}."
             )
 
-    def _check_vocabulary(self, model: ModelDescription) -> None:
+    def _check_vocabulary(self, spec: ModelSpec) -> None:
         """Compare the teacher's vocabulary with that of the chain's beginning, where both are at hand."""
         if self.method == "dskd" or not isinstance(self.base, Source):
             return
         folders = self.base.local_folder(), self.teacher.source.local_folder()
         if all(folders) and not same_vocabulary(*folders):
-            raise SlimError(self.vocabulary_problem(model.name))
+            raise SlimError(self.vocabulary_problem(spec.name))
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        return super().peak_bytes(model, device) + self.teacher.bytes(device)
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        return super().peak_bytes(spec, device) + self.teacher.bytes(device)
 
-    def activation_bytes(self, model: ModelDescription) -> int:
-        logits = self.batch_tokens // self.accumulation * model.vocab_size
+    def activation_bytes(self, spec: ModelSpec) -> int:
+        logits = self.batch_tokens // self.accumulation * spec.vocab_size
         # in chunks: both logits, their softmaxes, and what the divergence keeps for its gradient
-        return super().activation_bytes(model) - 4 * 3 * logits + 4 * 8 * min(logits, CHUNK_ELEMENTS)
+        return super().activation_bytes(spec) - 4 * 3 * logits + 4 * 8 * min(logits, CHUNK_ELEMENTS)
 
     def vocabulary_problem(self, student: str) -> str:
         """Say that the vocabularies differ, and what can be done."""
@@ -190,22 +190,28 @@ class Distillation(tune.Tuner):
 class Lora(Distillation, tune.Lora):
     """Distillation into low-rank adapters, merged afterwards."""
 
+    cache_name: ClassVar[str] = "Lora"
+
 
 @dataclass
 class QLora(Distillation, qlora.QLora):
     """Distillation into low-rank adapters on a quantised base, merged afterwards."""
+
+    cache_name: ClassVar[str] = "QLora"
 
 
 @dataclass
 class Full(Distillation, tune.Full):
     """Distillation into all weights."""
 
+    cache_name: ClassVar[str] = "Full"
+
 
 def distill(train: str = "lora", stage: str = "distill", **settings) -> Distillation:
     """Return the stage: ``train="lora"`` for adapters, ``"qlora"`` for those on a quantised base, ``"full"`` for all weights,
     which has no adapters' settings.
 
-    stage: ``"tune"`` lets a configuration's tuner say how to train (``slim.run.learn_from_teacher``).
+    stage: ``"tune"`` lets a configuration's tuner say how to train (``slim.chain.build.learn_from_teacher``).
     """
     kinds = {"lora": Lora, "qlora": QLora, "full": Full}
     require_choice("teacher.train", train, kinds)

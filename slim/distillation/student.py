@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from slim.architecture import ModelDescription
-from slim.checkpoint import open_checkpoint, write_blocks
-from slim.errors import SlimError
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.stage import Context, Stage
+from slim.checkpoints.writer import write_blocks
+from slim.core.errors import SlimError
+from slim.core.settings import require_number
+from slim.models.spec import ModelSpec
 from slim.pruning.calibrated import LIBRARY_BYTES, shard_bytes
 from slim.pruning.rules import block_list
-from slim.settings import require_number
-from slim.stage import Context, Stage
 
 
 def evenly_spaced(blocks: int, kept: int) -> list[int]:
@@ -33,6 +34,8 @@ class Layers(Stage):
     keep: how many, evenly spaced, or a list of block numbers. every: 2 keeps blocks 0, 2, 4, ...
     Neither keeps half of them, evenly spaced.
     """
+
+    cache_name: ClassVar[str] = "Layers"
 
     keep: int | list[int] | None = None
     every: int | None = None
@@ -59,28 +62,28 @@ class Layers(Stage):
             return self.keep
         return evenly_spaced(blocks, self.keep or (blocks + 1) // 2)
 
-    def check(self, model: ModelDescription) -> None:
-        model.family  # noqa: B018 - refuses families whose parts are unknown
-        model.require_merged()
-        if model.quantization is not None:
-            raise SlimError(f"{model.name} is quantised. Build the student from plain weights and quantise the result.")
-        most = self.keep if isinstance(self.keep, int) else len(self.kept(model.blocks))
-        outside = [block for block in (self.keep if isinstance(self.keep, list) else ()) if block >= model.blocks]
+    def check(self, spec: ModelSpec) -> None:
+        spec.family  # noqa: B018 - refuses families whose parts are unknown
+        spec.require_merged()
+        if spec.quantization is not None:
+            raise SlimError(f"{spec.name} is quantised. Build the student from plain weights and quantise the result.")
+        most = self.keep if isinstance(self.keep, int) else len(self.kept(spec.blocks))
+        outside = [block for block in (self.keep if isinstance(self.keep, list) else ()) if block >= spec.blocks]
         if outside:
-            raise SlimError(f"student_init.keep names block {outside[0]}: {model.name} has blocks 0 to {model.blocks - 1}.")
-        if most >= model.blocks:
-            raise SlimError(f"student_init.keep={most} drops nothing: {model.name} has {model.blocks} blocks. Keep fewer.")
+            raise SlimError(f"student_init.keep names block {outside[0]}: {spec.name} has blocks 0 to {spec.blocks - 1}.")
+        if most >= spec.blocks:
+            raise SlimError(f"student_init.keep={most} drops nothing: {spec.name} has {spec.blocks} blocks. Keep fewer.")
 
-    def expect(self, model: ModelDescription) -> ModelDescription:
-        return model.with_blocks(self.kept(model.blocks))
+    def output_spec(self, spec: ModelSpec) -> ModelSpec:
+        return spec.with_blocks(self.kept(spec.blocks))
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        return LIBRARY_BYTES + shard_bytes(model)
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        return LIBRARY_BYTES + shard_bytes(spec)
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
         checkpoint = open_checkpoint(source)
-        self.check(checkpoint.description)
-        kept = self.kept(checkpoint.description.blocks)
+        self.check(checkpoint.spec)
+        kept = self.kept(checkpoint.spec.blocks)
         write_blocks(checkpoint, target, kept)
-        removed = [block for block in range(checkpoint.description.blocks) if block not in kept]
+        removed = [block for block in range(checkpoint.spec.blocks) if block not in kept]
         return {"kept_blocks": kept, "removed_blocks": removed}

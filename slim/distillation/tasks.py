@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from slim.checkpoint import sha256
+from slim.checkpoints.store import Store, digest
+from slim.core.console import console, track
+from slim.core.errors import SlimError
+from slim.core.io import sha256
+from slim.core.settings import cache_key
 from slim.distillation.cache import TeacherCache, teach, windows_digest, write_cache
 from slim.distillation.chunks import chunk_rows
 from slim.distillation.matching import LayerMatching, found_map, projector
 from slim.distillation.module import Distilling
 from slim.distillation.objective import CachedTeacher, LiveTeacher, TokenDistillation
 from slim.distillation.teacher import same_vocabulary
-from slim.errors import SlimError
-from slim.logits import head_logits
-from slim.progress import console, track
-from slim.settings import identity
-from slim.store import Store, digest
+from slim.models.logits import head_logits
 from slim.training import tune
 from slim.training.batches import in_order
 from slim.training.fit import autocast
 from slim.training.forward import mean_nll, plain_model
-from slim.training.module import Optimisation
+from slim.training.module import Optimization
 from slim.training.task import Task
 
 if TYPE_CHECKING:
@@ -69,11 +69,11 @@ class DistillationTask(Task):
     @property
     def classes(self) -> int:
         """How many logits count: models of one family may pad the same vocabulary to different sizes."""
-        return min(self.checkpoint.description.vocab_size, self.tuner.teacher.source.describe().vocab_size)
+        return min(self.checkpoint.spec.vocab_size, self.tuner.teacher.source.describe().vocab_size)
 
     # The objective
 
-    def learner(self, model: nn.Module, optimisation: Optimisation) -> Distilling:
+    def learner(self, model: nn.Module, optimisation: Optimization) -> Distilling:
         self.require_same_vocabulary()
         teacher = self.cached_teacher() if self.tuner.cache else self.live_teacher()
         self.introduce(model)
@@ -84,7 +84,7 @@ class DistillationTask(Task):
     @property
     def projector_rate(self) -> float:
         """Highest learning rate of projectors: of matrices that are trained in full, whatever the student's is."""
-        return self.tuner.projector_rate or tune.Full.width_rate / self.checkpoint.description.hidden_size
+        return self.tuner.projector_rate or tune.Full.width_rate / self.checkpoint.spec.hidden_size
 
     def matching(self, student: nn.Module, teacher: nn.Module) -> LayerMatching:
         """Return the losses on what happens inside, for models that give it."""
@@ -92,9 +92,9 @@ class DistillationTask(Task):
         if settings.attention:  # the faster implementations never have the whole map
             student.set_attn_implementation("eager"), teacher.set_attn_implementation("eager")
         own, others = (
-            model.get_submodule(description.family.blocks)
-            for model, description in (
-                (student, self.checkpoint.description), (teacher, self.tuner.teacher.source.describe()),
+            model.get_submodule(spec.family.blocks)
+            for model, spec in (
+                (student, self.checkpoint.spec), (teacher, self.tuner.teacher.source.describe()),
             )
         )  # fmt: skip
         layers = found_map(own, others) if settings.layers is None else settings.layers
@@ -103,7 +103,7 @@ class DistillationTask(Task):
 
     def require_same_vocabulary(self) -> None:
         if not same_vocabulary(self.checkpoint.folder, self.tuner.teacher.checkpoint.folder):
-            raise SlimError(self.tuner.vocabulary_problem(self.checkpoint.description.name))
+            raise SlimError(self.tuner.vocabulary_problem(self.checkpoint.spec.name))
 
     def live_teacher(self) -> LiveTeacher:
         return LiveTeacher(self.open_teacher(), self.tuner.temperature, self.classes)
@@ -143,7 +143,7 @@ class DistillationTask(Task):
             "teacher": [stage.teacher.digest, stage.dtype, stage.quant, self.precision],
             "tokenizer": sha256(numbers) if numbers.is_file() else digest(self.tokenizer.get_vocab()),
             "template": digest(template),
-            "data": identity(stage.data),
+            "data": cache_key(stage.data),
             "windows": windows_digest(self.training),
             "validation": windows_digest(self.validation),
             "temperature": stage.temperature,

@@ -9,15 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.checkpoint import load_model, load_tokenizer
-from slim.errors import SlimError
-from slim.source import Source, verified_checksums
-from slim.stage import Context, Stage
-from slim.store import digest
+from slim.checkpoints.source import Source, verified_checksums
+from slim.checkpoints.stage import Context, Stage
+from slim.checkpoints.store import digest
+from slim.checkpoints.tokenizer import load_tokenizer
+from slim.core.errors import SlimError
+from slim.loading.load_model import load_model
 
 if TYPE_CHECKING:
-    from slim.architecture import ModelDescription
-    from slim.checkpoint import Checkpoint
+    from slim.checkpoints.checkpoint import Checkpoint
+    from slim.models.spec import ModelSpec
 
 BASE = "base"
 QUANTS = (None, "nf4", "int8")
@@ -64,20 +65,20 @@ class Teacher:
     @property
     def quantizer(self) -> Stage | None:
         """The stage that quantises it, or None."""
-        from slim.quantization import bnb
+        from slim.quantization.methods import bitsandbytes as bnb
 
         return None if self.quant is None else {"nf4": bnb.NF4, "int8": bnb.Int8}[self.quant]()
 
-    def check(self) -> ModelDescription:
+    def check(self) -> ModelSpec:
         """Describe what will teach. Raises ``SlimError`` for what cannot, before any work."""
-        model = self.source.describe()
-        model.family  # noqa: B018 - refuses families whose parts are unknown
+        spec = self.source.describe()
+        spec.family  # noqa: B018 - refuses families whose parts are unknown
         if self.quantizer is None:
-            return model
-        if model.quantization is not None:
-            raise SlimError(f"teacher.quant={self.quant}: {model.name} is quantised already. Leave teacher.quant out.")
-        self.quantizer.check(model)
-        return self.quantizer.expect(model)
+            return spec
+        if spec.quantization is not None:
+            raise SlimError(f"teacher.quant={self.quant}: {spec.name} is quantised already. Leave teacher.quant out.")
+        self.quantizer.check(spec)
+        return self.quantizer.output_spec(spec)
 
     def bytes(self, device: str) -> int:
         """Estimate the memory of its weights."""

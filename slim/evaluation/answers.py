@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from slim.core.console import track
+from slim.core.errors import SlimError
+from slim.core.settings import require_flag, require_number
 from slim.data.text import ASSETS, Text
-from slim.errors import SlimError
-from slim.progress import track
-from slim.settings import require_flag, require_number
 
 if TYPE_CHECKING:
-    from slim.architecture import ModelDescription
+    from slim.models.spec import ModelSpec
 
 EMBEDDED = {"tiny:questions": ASSETS / "tiny_world" / "conversations_validation.jsonl"}
 
@@ -33,6 +33,8 @@ class Answers:
         says first in such a chat; None for nothing.
     similarity: embedding model (a checkpoint folder, or a hub id with sentence-transformers); None compares nothing.
     """
+
+    cache_name: ClassVar[str] = "Answers"
 
     questions: str = "tiny:questions"
     question: str = "instruction"
@@ -52,26 +54,26 @@ class Answers:
             raise SlimError("eval.answers.system is said in a chat only: add eval.answers.chat=true, or leave it out.")
         self._text = Text(str(EMBEDDED.get(self.questions, self.questions)))
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         own = {name: getattr(self, name) for name in ("question", "reference", "limit", "new_tokens", "chat", "system")}
         return {**self._text.text_identity(), **own, "similarity": self._encoder_identity()}
 
     def _encoder_identity(self) -> str | dict | None:
-        from slim.evaluation.similarity import encoder_identity
+        from slim.evaluation.similarity import encoder_cache_key
 
-        return None if self.similarity is None else encoder_identity(self.similarity)
+        return None if self.similarity is None else encoder_cache_key(self.similarity)
 
-    def check(self, model: ModelDescription) -> None:
+    def check(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` for questions that cannot be read, and for an embedding model that cannot be used."""
         from slim.evaluation.similarity import check_encoder
 
         self.pairs()
         if self.similarity is not None:
             check_encoder(self.similarity)
-        if self.new_tokens >= model.context_length:
+        if self.new_tokens >= spec.context_length:
             raise SlimError(
                 f"eval.answers.new_tokens={self.new_tokens} leaves no room for a question in the context of "
-                f"{model.context_length} tokens of {model.name}. Take fewer."
+                f"{spec.context_length} tokens of {spec.name}. Take fewer."
             )
 
     def check_tokenizer(self, tokenizer) -> None:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
 
 TEMPORARY = (408, 409, 425, 429, 500, 502, 503, 504)  # answers of a server that may be better in a moment
 
@@ -87,7 +87,8 @@ class LocalModel:
         return continue_ids(model, tokenizer, ids, new_tokens)
 
     def _load(self) -> tuple:
-        from slim.checkpoint import load_model, load_tokenizer
+        from slim.checkpoints.tokenizer import load_tokenizer
+        from slim.loading.load_model import load_model
 
         if self._loaded is None:
             tokenizer = load_tokenizer(self.folder)

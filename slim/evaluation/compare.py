@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
-from slim.errors import SlimError
+from slim.checkpoints.store import digest
+from slim.core.errors import SlimError
 from slim.evaluation.differences import Difference, differences, similarity_gaps
 from slim.evaluation.verdicts import Verdicts
-from slim.store import digest
 
 if TYPE_CHECKING:
+    from slim.checkpoints.result import Result
+    from slim.checkpoints.store import Store
     from slim.evaluation.evaluation import Evaluation
-    from slim.pipeline import Result
-    from slim.store import Store
 
 SIMILAR = 0.01  # cosine similarities that differ by less are a tie
 
@@ -48,7 +46,7 @@ class Comparison:
 
     def files(self, results: list[Result]) -> dict[str, str]:
         """Return file name -> text of what is worth keeping."""
-        from slim.evaluation.side_by_side import answers_text, differences_text, judge_text
+        from slim.report.side_by_side import answers_text, differences_text, judge_text
 
         files = {}
         if any(self.differences.values()):
@@ -80,7 +78,7 @@ def compare(results: list[Result], evaluation: Evaluation | None, store: Store, 
 def _judge(comparison: Comparison, results: list[Result], evaluation: Evaluation, store: Store, device: str) -> None:
     judge = evaluation.judge
     client = judge.client(device)
-    path = store.root / "verdicts" / f"{digest(judge.identity())}.jsonl"
+    path = store.root / "verdicts" / f"{digest(judge.cache_key())}.jsonl"
     with store.lock(path):
         verdicts = Verdicts(path)
         answers = [result.quality["records"]["answers"] for result in results]
@@ -101,38 +99,6 @@ def similarity_wins(first: Result, second: Result) -> dict[str, int]:
         return {}
     wins, losses = sum(gap > SIMILAR for gap in gaps), sum(gap < -SIMILAR for gap in gaps)
     return {"wins": wins, "ties": len(gaps) - wins - losses, "losses": losses}
-
-
-def execute(config: DictConfig) -> list[Result]:
-    """Measure one checkpoint, or all of ``model.source=[A,B,C]`` and compare them in one table."""
-    from slim import run
-
-    if not isinstance(config.model.get("source"), ListConfig):
-        return run.execute(config)
-    run.quiet_libraries()
-    if config.plan or config.output is not None:
-        raise SlimError("plan=true and output= take one checkpoint. Leave them out, or give model.source=FOLDER.")
-    pipelines = [run.build_pipeline(single) for single in one_by_one(config)]
-    if any(pipeline.stages for pipeline in pipelines):
-        raise SlimError("Several checkpoints are measured as they are. Leave out pruner, tuner, teacher and quantizer.")
-    for pipeline in pipelines:
-        pipeline.plan()
-    return run.run_compared(pipelines, config)
-
-
-def one_by_one(config: DictConfig) -> list[DictConfig]:
-    """Return a configuration for each source. Raises ``SlimError`` for an empty list or one that names a source twice."""
-    sources = [str(source) for source in config.model.source]
-    twice = [source for source, count in Counter(sources).items() if count > 1]
-    if not sources or twice:
-        wrong = f"{twice[0]} is named twice" if twice else "the list is empty"
-        raise SlimError(f"model.source takes different checkpoints, and {wrong}: model.source=[FOLDER,FOLDER]")
-    singles = []
-    for source in sources:
-        single = config.copy()
-        OmegaConf.update(single, "model.source", source)
-        singles.append(single)
-    return singles
 
 
 def name_apart(results: list[Result]) -> None:

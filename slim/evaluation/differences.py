@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from slim.evaluation.protocol import protocol_key
 
 if TYPE_CHECKING:
-    from slim.pipeline import Result
+    from slim.checkpoints.result import Result
 
 NO_FIGURES = {"doc_id", "doc_hash", "filter", "context", "choices", "scores", "target", "answer"}
 

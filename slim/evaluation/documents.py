@@ -20,15 +20,15 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from slim.core.console import track
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_choice, require_number
 from slim.data.text import Text
-from slim.errors import SlimError
 from slim.evaluation.perplexity import exponential, token_nll
 from slim.evaluation.task_files import shipped_folder
-from slim.lazy import LazyModule
-from slim.progress import track
-from slim.settings import require_choice, require_number
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,8 @@ class DocumentPerplexity(Text):
         counted before. ``"none"`` for plain text.
     """
 
+    cache_name: ClassVar[str] = "DocumentPerplexity"
+
     window: int | None = None
     limit: int | None = None
     detokenizer: str = "none"
@@ -59,7 +61,7 @@ class DocumentPerplexity(Text):
                 require_number(f"eval.documents.{name}", getattr(self, name), low, integer=True)
         super().__post_init__()
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         own = {"window": self.window, "limit": self.limit, "detokenizer": self.detokenizer}
         return {**self.text_identity(), **own}
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slim.errors import SlimError, did_you_mean
+from slim.core.errors import SlimError, did_you_mean
 
 RAPL = Path("/sys/class/powercap")
 JOULES_PER_KWH = 3.6e6

@@ -9,20 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.checkpoint import resolve_dtype
+from slim.core.errors import SlimError
+from slim.core.hardware import fingerprint
+from slim.core.settings import cache_key, require_choice, require_number
 from slim.data.text import Text
-from slim.errors import SlimError
 from slim.evaluation.answers import Answers
 from slim.evaluation.documents import DocumentPerplexity
 from slim.evaluation.judge import Judge
 from slim.evaluation.perplexity import Perplexity
 from slim.evaluation.speed import Speed, preset
 from slim.evaluation.tasks import Tasks
-from slim.machine import fingerprint
-from slim.settings import identity, require_choice, require_number
+from slim.models.spec import resolve_dtype
 
 if TYPE_CHECKING:
-    from slim.architecture import ModelDescription
+    from slim.models.spec import ModelSpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_RULES = {"auto": "float32 on a CPU, the stored type elsewhere"}
@@ -91,63 +91,63 @@ class Evaluation:
         """Whether speed and memory are measured."""
         return self.speed is not None
 
-    def quality_dtype(self, model: ModelDescription, device: str) -> str:
+    def quality_dtype(self, spec: ModelSpec, device: str) -> str:
         """Return the type quality is measured in, such as ``"float32"``."""
-        return resolve_dtype(model, self.dtype, device)
+        return resolve_dtype(spec, self.dtype, device)
 
-    def speed_dtype(self, model: ModelDescription, device: str) -> str:
+    def speed_dtype(self, spec: ModelSpec, device: str) -> str:
         """Return the type speed and memory are measured in: with ``dtype="auto"`` the fastest one for the checkpoint.
 
         On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel and that of bitsandbytes take no
         other.
         """
-        from slim.quantization.bnb import is_bitsandbytes
+        from slim.quantization.methods.bitsandbytes import is_bitsandbytes
 
-        if self.dtype == "auto" and device == "cpu" and model.quantization is not None:
-            blocks = model.family.blocks + "."
-            if is_bitsandbytes(model.quantization):
-                widths = {4 if model.quantization.get("load_in_4bit") else 8}
+        if self.dtype == "auto" and device == "cpu" and spec.quantization is not None:
+            blocks = spec.family.blocks + "."
+            if is_bitsandbytes(spec.quantization):
+                widths = {4 if spec.quantization.get("load_in_4bit") else 8}
             else:
-                widths = {scheme.bits for layer, scheme in model.packed_schemes().items() if layer.startswith(blocks)}
+                widths = {scheme.bits for layer, scheme in spec.packed_schemes().items() if layer.startswith(blocks)}
             if widths == {4}:
                 return "bfloat16"
-        return self.quality_dtype(model, device)
+        return self.quality_dtype(spec, device)
 
-    def check(self, model: ModelDescription) -> None:
-        """Raise ``SlimError`` for what cannot work on ``model``. Reads no weights and takes well under a second."""
+    def check(self, spec: ModelSpec) -> None:
+        """Raise ``SlimError`` for what cannot work on ``spec``. Reads no weights and takes well under a second."""
         if self.tasks:
             self.tasks.check()
         if self.speed:
-            self.speed.check(model)
+            self.speed.check(spec)
         if self.answers:
-            self.answers.check(model)
+            self.answers.check(spec)
         if self.energy is not None:
             from slim.evaluation.energy import check_country
 
             check_country(self.energy)
-        if self.prompts and self.new_tokens >= model.context_length:
+        if self.prompts and self.new_tokens >= spec.context_length:
             raise SlimError(
                 f"eval.new_tokens={self.new_tokens} leaves no room for a prompt in the context of "
-                f"{model.context_length} tokens of {model.name}. Take fewer."
+                f"{spec.context_length} tokens of {spec.name}. Take fewer."
             )
 
-    def quality_identity(self) -> dict:
+    def quality_cache_key(self) -> dict:
         """Return what determines perplexity, accuracies and sample generations, as plain JSON values."""
         return {
             "version": self.quality_version,
             "dtype": DTYPE_RULES.get(self.dtype, self.dtype),
-            **{name: identity(part) for name, part in self._quality_parts().items()},
+            **{name: cache_key(part) for name, part in self._quality_parts().items()},
             "prompts": self.prompts,
             "new_tokens": self.new_tokens if self.prompts else None,
         }
 
-    def speed_identity(self) -> dict:
+    def speed_cache_key(self) -> dict:
         """Return what determines speed and memory on a given machine, as plain JSON values."""
         own_prompts = self.speed is None or self.speed.prompts
         return {
             "version": self.speed_version,
             "dtype": DTYPE_RULES.get(self.dtype, self.dtype),
-            "speed": identity(self.speed),
+            "speed": cache_key(self.speed),
             "energy": self.energy,
             "text": None if own_prompts else self._speed_text().text_identity(),
         }

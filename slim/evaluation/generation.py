@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from slim.lazy import LazyModule
-from slim.progress import track
+from slim.core.console import track
+from slim.core.lazy import LazyModule
 
 if TYPE_CHECKING:
     import torch

@@ -21,11 +21,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from slim.errors import SlimError
+from slim.core.console import progress_bar
+from slim.core.errors import SlimError
 from slim.evaluation.documents import document_nll, document_tokens
 from slim.evaluation.local_data import use_local_files
 from slim.evaluation.task_files import data_files, is_local, read_rows
-from slim.progress import progress_bar
 
 CPU_BATCH = 32  # answers in one forward pass on a CPU, where larger batches gain nothing
 LOGITS_AT_ONCE = 2**26  # entries of a document's logits beyond which they are computed in slices: 256 MiB in float32

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from slim.lazy import LazyModule
+from slim.core.lazy import LazyModule
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,8 @@ REPEATING = 0.5  # share of repeated n-grams from which an answer is flagged
 
 def repeated_ngrams(tokens: list[int], n: int = NGRAM) -> float | None:
     """Return the share of n-grams that were there before, 0 to 1; None for fewer than two n-grams."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return None if len(grams) < 2 else 1 - len(set(grams)) / len(grams)
+    hessians = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return None if len(hessians) < 2 else 1 - len(set(hessians)) / len(hessians)
 
 
 def repetition(tokenizer, answers: Iterable[str]) -> dict[str, float]:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from slim.checkpoint import checksums
-from slim.errors import SlimError
+from slim.checkpoints.checkpoint import checksums
+from slim.checkpoints.store import digest
+from slim.core.console import track
+from slim.core.errors import SlimError
+from slim.core.settings import require_flag, require_number
 from slim.evaluation.chat import Endpoint, LocalModel
 from slim.evaluation.verdicts import Verdicts
-from slim.progress import track
-from slim.settings import require_flag, require_number
-from slim.store import digest
 
 RULES = """\
 You compare two answers to a question with a reference answer. Judge how correct and how helpful each is; length, style and \
@@ -46,6 +46,8 @@ class Judge:
     a verdict that cannot be read is asked for again.
     seed: of the order shown first. new_tokens: most tokens of reason and verdict.
     """
+
+    cache_name: ClassVar[str] = "Judge"
 
     model: str
     endpoint: str | None = None
@@ -76,7 +78,7 @@ class Judge:
                 "eval.judge.endpoint=http://HOST:PORT/v1."
             )
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         """Return what determines a verdict besides the case, as plain JSON values."""
         local = None if self.endpoint else checksums(Path(self.model).expanduser())
         name = self.model if self.endpoint else None
@@ -126,7 +128,7 @@ class Judge:
         return {**row, "winner": settle([opinion["verdict"] for opinion in opinions]), "opinions": opinions}
 
     def _ask(self, case: str, verdicts: Verdicts, client) -> dict:
-        key = digest([self.identity(), RULES, case])
+        key = digest([self.cache_key(), RULES, case])
         known = verdicts.find(key)
         if known is not None:
             return known

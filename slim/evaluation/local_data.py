@@ -11,7 +11,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
 from slim.evaluation.task_files import FUNCTION, read_plain, read_rows
 
 OTHER_NAMES = {"wikitext": ("wikitext2_raw_test",)}  # names under which a task's questions are known besides its own

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from slim.machine import trim_heap
+from slim.core.hardware import trim_heap
 
 STATUS = Path("/proc/self/status")
 ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"

@@ -19,16 +19,16 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import FAMILIES
+from slim.core.console import track
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_number
 from slim.data.calibration import encode_long
 from slim.data.text import Text, load_dataset_files
-from slim.errors import SlimError
-from slim.lazy import LazyModule
-from slim.logits import head_logits
-from slim.progress import track
-from slim.settings import require_number
+from slim.models.logits import head_logits
+from slim.models.spec import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,11 @@ class Perplexity(Text):
         only by rounding.
     """
 
+    cache_name: ClassVar[str] = "Perplexity"
+
     window: int = 2048
     limit: int | None = None
-    batch_size: int | None = field(default=None, metadata={"identity": False})
+    batch_size: int | None = field(default=None, metadata={"cache_key": False})
     separator: str = "\n\n"
     first_documents: int | None = None
     files: str | None = None
@@ -68,7 +70,7 @@ class Perplexity(Text):
                 require_number(f"eval.perplexity.{name}", getattr(self, name), 1, integer=True)
         super().__post_init__()
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         source = {"files": self.files, "revision": self.revision} if self.files else {}
         joined = {"separator": self.separator, "first_documents": self.first_documents}
         return {**self.text_identity(), **source, **joined, "window": self.window, "limit": self.limit}

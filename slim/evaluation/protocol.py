@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slim.store import digest
+from slim.checkpoints.store import digest
 
 if TYPE_CHECKING:
-    from slim.pipeline import Result
+    from slim.checkpoints.result import Result
 
 PARTS = {
     "perplexity": ("perplexity",),

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from slim.evaluation.memory import MemoryMeter, release
-from slim.quantization.bnb import is_bitsandbytes
+from slim.quantization.methods.bitsandbytes import is_bitsandbytes
 
 if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
@@ -24,14 +24,15 @@ def measure(
     and loaded a second time only where speed and quality are measured in different types, or where the model was changed to
     be fast.
     """
-    from slim.checkpoint import load_tokenizer, open_checkpoint
+    from slim.checkpoints.checkpoint import open_checkpoint
+    from slim.checkpoints.tokenizer import load_tokenizer
 
     quality, speed = quality and evaluation.has_quality, speed and evaluation.has_speed
     found: dict[str, dict | None] = {"quality": None, "speed": None}
     if not quality and not speed:
         return found
-    tokenizer, description, model = load_tokenizer(folder), open_checkpoint(folder).description, None
-    quality_type, speed_type = evaluation.quality_dtype(description, device), evaluation.speed_dtype(description, device)
+    tokenizer, spec, model = load_tokenizer(folder), open_checkpoint(folder).spec, None
+    quality_type, speed_type = evaluation.quality_dtype(spec, device), evaluation.speed_dtype(spec, device)
     if quality:
         evaluation.check_tokenizer(tokenizer)
     seed_everything()
@@ -53,14 +54,15 @@ def measure(
 
 def _measure_speed(folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str) -> tuple:
     """Return the loaded model (None where it was changed to be fast) and its speed and memory."""
-    from slim.checkpoint import load_model, open_checkpoint
+    from slim.checkpoints.checkpoint import open_checkpoint
+    from slim.loading.load_model import load_model
 
     prompts = evaluation.speed_prompts(tokenizer)  # outside the meter: tokenising a long text takes memory too
     warm_up(folder, device)
     with MemoryMeter(device) as meter:
         model, changed = load_model(folder, dtype, device), False
-        if is_bitsandbytes(open_checkpoint(folder).description.quantization):
-            from slim.quantization.bnb_model import use_cpu_kernel
+        if is_bitsandbytes(open_checkpoint(folder).spec.quantization):
+            from slim.loading.bitsandbytes import use_cpu_kernel
 
             changed = use_cpu_kernel(model)
         figures = evaluation.measure_speed(model, prompts)
@@ -73,7 +75,7 @@ def _measure_quality(model, folder: Path, evaluation: Evaluation, tokenizer, dty
     """Return quality of ``model``, loading it first where it is None."""
     import torch
 
-    from slim.checkpoint import load_model
+    from slim.loading.load_model import load_model
 
     with torch.inference_mode():
         return evaluation.measure_quality(model or load_model(folder, dtype, device), tokenizer)
@@ -85,17 +87,19 @@ def warm_up(folder: Path, device: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from slim.architecture import FAMILIES
-    from slim.checkpoint import copy_companions, load_model, open_checkpoint
+    from slim.checkpoints.checkpoint import open_checkpoint
+    from slim.checkpoints.writer import copy_companions
     from slim.evaluation.speed import Speed
+    from slim.loading.load_model import load_model
+    from slim.models.spec import FAMILIES
 
     checkpoint = open_checkpoint(folder)
-    if is_bitsandbytes(checkpoint.description.quantization):
-        from slim.quantization.bnb_model import library
+    if is_bitsandbytes(checkpoint.spec.quantization):
+        from slim.loading.bitsandbytes import library
 
         library()
-    elif checkpoint.description.quantization is not None:
-        import slim.quantization.load  # noqa: F401
+    elif checkpoint.spec.quantization is not None:
+        import slim.loading.packed  # noqa: F401
     model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:
         return

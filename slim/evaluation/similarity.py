@@ -14,9 +14,10 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.checkpoint import checksums, read_json, sha256
-from slim.errors import SlimError
-from slim.lazy import LazyModule
+from slim.checkpoints.checkpoint import checksums
+from slim.core.errors import SlimError
+from slim.core.io import read_json, sha256
+from slim.core.lazy import LazyModule
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def encoder_name(name: str) -> str:
     return f"{Path(name).name if Path(name).is_dir() else name} ({how})"
 
 
-def encoder_identity(name: str) -> dict:
+def encoder_cache_key(name: str) -> dict:
     """Return what determines the embeddings, as plain JSON: the files' checksums for a folder, the name for a hub model."""
     folder = Path(name).expanduser()
     pooling = sha256(folder / POOLING) if (folder / POOLING).is_file() else None

@@ -11,20 +11,20 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from slim.core.console import track
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_choice, require_flag, require_number
 from slim.data.calibration import encode_long
-from slim.errors import SlimError
 from slim.evaluation.timing import Run, compiled, timed_run
-from slim.lazy import LazyModule
-from slim.progress import track
-from slim.settings import require_choice, require_flag, require_number
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.architecture import ModelDescription
     from slim.data.text import Text
+    from slim.models.spec import ModelSpec
 else:
     torch = LazyModule("torch")
 
@@ -50,6 +50,8 @@ class Speed:
         the distance between their quartiles beside it.
     compile: run the forward pass through torch.compile, with a cache of fixed size; the warm-up compiles.
     """
+
+    cache_name: ClassVar[str] = "Speed"
 
     prompts: list[str] = field(default_factory=list)
     count: int = 5
@@ -77,20 +79,20 @@ class Speed:
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
             raise SlimError("eval.speed.prompts takes texts that are not empty, such as eval.speed.prompts=['Hello'].")
 
-    def check(self, model: ModelDescription) -> None:
+    def check(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` if prompt and answer do not fit into the model's context."""
         if self.max_length is not None:
-            if self.max_length > model.context_length:
+            if self.max_length > spec.context_length:
                 raise SlimError(
-                    f"eval.speed.max_length={self.max_length} exceeds the context of {model.context_length} tokens of "
-                    f"{model.name}. Take at most that many."
+                    f"eval.speed.max_length={self.max_length} exceeds the context of {spec.context_length} tokens of "
+                    f"{spec.name}. Take at most that many."
                 )
             return
-        room = model.context_length - self.new_tokens
+        room = spec.context_length - self.new_tokens
         if room < (1 if self.prompts else max(self.prompt_length)):
             raise SlimError(
                 f"eval.speed.prompt_length={max(self.prompt_length)} and new_tokens={self.new_tokens} exceed the context of "
-                f"{model.context_length} tokens of {model.name}. "
+                f"{spec.context_length} tokens of {spec.name}. "
                 f"Take prompt_length up to {max(room, 0)}, or fewer new tokens."
             )
 

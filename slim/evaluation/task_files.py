@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from slim.checkpoint import sha256
+from slim.core.errors import SlimError
+from slim.core.io import sha256
 from slim.data.text import ASSETS, json_lines
-from slim.errors import SlimError
 
 EMBEDDED = ASSETS / "tiny_world"
 ENDINGS = (".yaml", ".yml")

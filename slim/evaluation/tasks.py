@@ -11,12 +11,13 @@ import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-from slim.checkpoint import sha256
-from slim.errors import SlimError
+from slim.core.errors import SlimError
+from slim.core.io import sha256
+from slim.core.settings import require_number
 from slim.evaluation import task_files
 from slim.evaluation.local_data import check_rows, local_files
-from slim.settings import require_number
 
 FEWSHOT_SEED = 1234  # lm-eval's own default, so that figures equal those of its command line
 
@@ -34,10 +35,12 @@ class Tasks:
     seed: of the choice of few-shot examples; the default is lm-eval's own.
     """
 
+    cache_name: ClassVar[str] = "Tasks"
+
     names: list[str] = field(default_factory=list)
     limit: int | None = None
     num_fewshot: int | None = None
-    batch_size: int | None = field(default=None, metadata={"identity": False})
+    batch_size: int | None = field(default=None, metadata={"cache_key": False})
     local_data: str | None = None
     seed: int = FEWSHOT_SEED
 
@@ -50,7 +53,7 @@ class Tasks:
             if getattr(self, name) is not None:
                 require_number(f"eval.tasks.{name}", getattr(self, name), low, integer=True)
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         tasks = [{**task_files.fingerprint(name), **self._local_checksums(name)} for name in self.names]
         asked = {"limit": self.limit, "num_fewshot": self.num_fewshot, "seed": self.seed}
         return {"tasks": tasks, **asked, "lm_eval": task_files.harness_version()}

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
 from slim.evaluation.generation import decode, prefill
-from slim.lazy import LazyModule
 
 if TYPE_CHECKING:
     import torch

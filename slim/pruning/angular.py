@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import ModelDescription
-from slim.checkpoint import Checkpoint
-from slim.lazy import LazyModule
-from slim.progress import progress_bar
+from slim.calibration.loaded_blocks import BlockChain, batches
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.stage import Context
+from slim.core.console import progress_bar
+from slim.core.lazy import LazyModule
+from slim.models.spec import ModelSpec
 from slim.pruning.depth import CalibratedDepthPruning, Choice
-from slim.pruning.forward import BlockChain, batches
 from slim.pruning.rules import require_numbers
-from slim.stage import Context
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.architecture import Family
+    from slim.models.spec import Family
 else:
     torch = LazyModule("torch")
 
@@ -56,9 +56,7 @@ def candidate_runs(blocks: int, length: int, protected: Iterable[int] = ()) -> l
     return [run for run in runs if forbidden.isdisjoint(range(*run))]
 
 
-def state_distances(
-    model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None
-) -> torch.Tensor:
+def state_distances(model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None) -> torch.Tensor:
     """Return the mean angular distance between the inputs of blocks i and j at the last token, float64 [L + 1, L + 1].
 
     tokens: int64 [samples, length]. Row and column L stand for the output of the last block.
@@ -89,6 +87,8 @@ class Angular(CalibratedDepthPruning):
     Unless the settings say otherwise, block 0 alone is protected: runs start at 1 to L - n, as in PruneMe.
     """
 
+    cache_name: ClassVar[str] = "Angular"
+
     criterion: ClassVar[str] = "angular"
     limit_note: ClassVar[str] = " in one run"
 
@@ -102,24 +102,22 @@ class Angular(CalibratedDepthPruning):
     def choose(self, source: Checkpoint, context: Context) -> Choice:
         model, tokens = self.load(source, context)
         with progress_bar("Angular distances", total=len(batches(tokens))) as advance:
-            distances = state_distances(model, source.description.family, tokens, advance).tolist()
-        depth = source.description.blocks
+            distances = state_distances(model, source.spec.family, tokens, advance).tolist()
+        depth = source.spec.blocks
         length = self.wanted(depth)
-        runs = [
-            (start, end, distances[start][end]) for start, end in candidate_runs(depth, length, self.protected(depth))
-        ]
+        runs = [(start, end, distances[start][end]) for start, end in candidate_runs(depth, length, self.protected(depth))]
         start, end = choose_run(runs)
         scores = [distances[first][first + length] for first in range(depth - length + 1)]
         return Choice(list(range(start, end)), scores, {"runs": runs, "distances": by_length(distances)})
 
     def plot(self, path: Path, choice: Choice, depth: int) -> None:
-        from slim.plots import run_distances
+        from slim.core.figures import run_distances
 
         starts = [start for start, _, _ in choice.details["runs"]]
         run_distances(path, choice.scores, choice.details["distances"], starts, choice.removed)
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
-        return self.batch_bytes(model, device)
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
+        return self.batch_bytes(spec, device)
 
 
 def by_length(distances: list[list[float]]) -> list[list[float]]:

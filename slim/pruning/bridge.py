@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slim.blockpass import Entrance, Gram, enter
-from slim.checkpoint import Checkpoint, copy_companions, write_config
+from slim.calibration.block_runner import CapturedInputs, Hessian, capture_inputs
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.meta_model import MetaModel, stored_dtype
+from slim.checkpoints.shards import SHARD_BYTES, ShardWriter
+from slim.checkpoints.writer import copy_companions, write_config
 from slim.pruning.least_squares import solve
-from slim.shards import SHARD_BYTES, ShardWriter
-from slim.skeleton import Skeleton, stored_dtype
 
 
 @dataclass
@@ -71,11 +72,11 @@ class Bridging:
 
     def __init__(self, source: Checkpoint, removed: list[int], tokens: torch.Tensor, damping: float, device: str):
         self.source, self.removed, self.damping, self.device = source, removed, damping, device
-        self.skeleton = Skeleton(source, device)
-        self.family = self.skeleton.family
-        self.last = self.family.segments[-1].linears[0]
-        self.entrance: Entrance = enter(self.skeleton, tokens)
-        self.pruned = list(self.entrance.hidden)  # hidden states of the model without the blocks
+        self.meta_model = MetaModel(source, device)
+        self.family = self.meta_model.family
+        self.last = self.family.linear_groups[-1].linears[0]
+        self.captured: CapturedInputs = capture_inputs(self.meta_model, tokens)
+        self.pruned = list(self.captured.hidden)  # hidden states of the model without the blocks
         self.gaps = {gap.removed[-1]: gap for gap in find_gaps(removed)}
         self.in_front = {gap.block for gap in self.gaps.values()}
         self.pending: Pending | None = None
@@ -83,28 +84,28 @@ class Bridging:
     def write(self, target: Path, shard_bytes: int = SHARD_BYTES, advance: Callable[[], object] = lambda: None) -> list[Gap]:
         """Write the checkpoint into ``target`` and return the gaps with their errors. ``advance``: after each block."""
         writer = ShardWriter(target, shard_bytes)
-        prefix, depth = self.family.blocks, self.source.description.blocks
+        prefix, depth = self.family.blocks, self.source.spec.blocks
         kept = [block for block in range(depth) if block not in self.removed]
         for name in self.source.tensors:
             if not name.startswith(prefix + "."):
-                writer.add(name, self.skeleton.reader.read(name))
+                writer.add(name, self.meta_model.reader.read(name))
         for block in range(depth):
             for done, tensors in self._block(block):
                 for name, tensor in tensors.items():
                     writer.add(f"{prefix}.{kept.index(done)}.{name}", tensor)
             advance()
         writer.close()
-        write_config(self.source.description.with_blocks(kept).config, target)
+        write_config(self.source.spec.with_blocks(kept).config, target)
         copy_companions(self.source.folder, target)
         return list(self.gaps.values())
 
     def _block(self, index: int) -> list[tuple[int, dict[str, torch.Tensor]]]:
         """Pass both hidden states through a block; return (block, tensors) of what is ready to be written."""
         name = f"{self.family.blocks}.{index}"
-        block = self.skeleton.load(name)
+        block = self.meta_model.load(name)
         ready = []
         if index not in self.removed:
-            tensors = dict(self.skeleton.reader.read_module(name))
+            tensors = dict(self.meta_model.reader.read_module(name))
             if index in self.in_front:
                 self.pending = Pending(tensors)
             else:
@@ -113,7 +114,7 @@ class Bridging:
             self._advance(block, index)
         if index in self.gaps:
             ready.append((self.gaps[index].block, self._close(self.gaps[index])))
-        self.skeleton.drop(name)
+        self.meta_model.drop(name)
         return ready
 
     def _advance(self, block: nn.Module, index: int) -> None:
@@ -125,10 +126,10 @@ class Bridging:
             self.pruned = [self._run(block, index, hidden) for hidden in self.pruned]
         if hook is not None:
             hook.remove()
-        self.entrance.hidden = [self._run(block, index, hidden) for hidden in self.entrance.hidden]
+        self.captured.hidden = [self._run(block, index, hidden) for hidden in self.captured.hidden]
 
     def _run(self, block: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        args, kwargs = self.entrance.calls[len(hidden)][index]
+        args, kwargs = self.captured.calls[len(hidden)][index]
         with torch.no_grad():
             output = block(hidden.to(self.device), *args, **kwargs)
         return (output[0] if isinstance(output, tuple) else output).cpu()
@@ -137,14 +138,14 @@ class Bridging:
         """Fit the map over a gap, pass it to the hidden states, and return the tensors of the block in front."""
         inputs, tensors, self.pending = self.pending.inputs, self.pending.tensors, None
         weight = f"{self.last}.weight"
-        gram, cross = Gram(inputs[0].shape[-1], self.device), 0
-        for z, there, here in zip(inputs, self.entrance.hidden, self.pruned, strict=True):
+        hessian, cross = Hessian(inputs[0].shape[-1], self.device), 0
+        for z, there, here in zip(inputs, self.captured.hidden, self.pruned, strict=True):
             z, missing = z.to(self.device).flatten(0, 1), (there - here).to(self.device).flatten(0, 1)
-            gram.add(z)
+            hessian.add(z)
             cross = cross + z.T @ missing
         stored = stored_dtype(self.source.tensors[f"{self.family.blocks}.{gap.block}.{weight}"][1])
         old = tensors[weight].float().to(self.device)
-        tensors[weight] = (old + solve(gram.matrix(), cross, self.damping).T.float()).to(stored)
+        tensors[weight] = (old + solve(hessian.matrix(), cross, self.damping).T.float()).to(stored)
         change = tensors[weight].float() - old
         gap.error_cut = self._error()
         for batch, z in enumerate(inputs):
@@ -154,6 +155,6 @@ class Bridging:
 
     def _error(self) -> float:
         """Return |x' - x| / |x| over all calibration tokens: x' of the pruned model, x of the dense one."""
-        pairs = list(zip(self.pruned, self.entrance.hidden, strict=True))
+        pairs = list(zip(self.pruned, self.captured.hidden, strict=True))
         difference = sum((here - there).double().square().sum() for here, there in pairs)
         return float((difference / sum(there.double().square().sum() for _, there in pairs)).sqrt())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import Checkpoint, resolve_dtype
+from slim.calibration.loaded_blocks import LOGITS_AT_ONCE
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.stage import Context
+from slim.core.settings import require_number
 from slim.data.calibration import Calibration
-from slim.pruning.forward import LOGITS_AT_ONCE
-from slim.settings import require_number
-from slim.stage import Context
+from slim.models.spec import DTYPE_BYTES, ModelSpec, resolve_dtype
 
 # What torch, transformers and a picture take by themselves on a CPU (measured: 450 to 500 MB over the interpreter).
 LIBRARY_BYTES = 500_000_000
@@ -26,22 +26,23 @@ def chosen_windows(calibration: Calibration, samples: int | None, length: int | 
 
 def load_with_tokens(source: Checkpoint, windows: Calibration, context: Context):
     """Return the loaded model and its calibration tokens, int64 [samples, length], on the CPU."""
-    from slim.checkpoint import load_model, load_tokenizer
+    from slim.checkpoints.tokenizer import load_tokenizer
+    from slim.loading.load_model import load_model
 
-    tokens = windows.tokens(load_tokenizer(source.folder), source.description.context_length)
+    tokens = windows.tokens(load_tokenizer(source.folder), source.spec.context_length)
     return load_model(source.folder, device=context.device), tokens
 
 
-def forward_bytes(model: ModelDescription, device: str, samples: int, length: int) -> int:
+def forward_bytes(spec: ModelSpec, device: str, samples: int, length: int) -> int:
     """Estimate weights, one block's activations for ``samples`` windows at a time, and some tokens' logits."""
-    dtype = resolve_dtype(model, "auto", device)
+    dtype = resolve_dtype(spec, "auto", device)
     width = DTYPE_BYTES.get(dtype, 4)
-    tokens = samples * min(length, model.context_length)
-    block = tokens * (8 * model.hidden_size + 4 * model.intermediate_size + 4 * model.heads * model.head_dim) * width
-    logits = min(LOGITS_AT_ONCE, tokens * model.vocab_size)  # as computed, in float32, their softmax, its gradient
-    return LIBRARY_BYTES + model.weight_bytes(dtype) + block + 4 * 4 * logits
+    tokens = samples * min(length, spec.context_length)
+    block = tokens * (8 * spec.hidden_size + 4 * spec.intermediate_size + 4 * spec.heads * spec.head_dim) * width
+    logits = min(LOGITS_AT_ONCE, tokens * spec.vocab_size)  # as computed, in float32, their softmax, its gradient
+    return LIBRARY_BYTES + spec.weight_bytes(dtype) + block + 4 * 4 * logits
 
 
-def shard_bytes(model: ModelDescription) -> int:
+def shard_bytes(spec: ModelSpec) -> int:
     """Estimate what copying the largest tensor to a checkpoint takes."""
-    return model.vocab_size * model.hidden_size * DTYPE_BYTES.get(model.dtype, 4)
+    return spec.vocab_size * spec.hidden_size * DTYPE_BYTES.get(spec.dtype, 4)

@@ -13,23 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from slim.accounting import MACS_TOKENS, before_and_after
-from slim.architecture import ModelDescription
-from slim.checkpoint import REPORT, Checkpoint, open_checkpoint, write_blocks
+from slim.calibration.loaded_blocks import batch_samples
+from slim.checkpoints.checkpoint import REPORT, Checkpoint, open_checkpoint
+from slim.checkpoints.stage import Context, Stage
+from slim.checkpoints.writer import write_blocks
+from slim.core.errors import SlimError
+from slim.core.settings import cache_key, dataclass_cache_key, require_flag, require_number
 from slim.data.calibration import Calibration
-from slim.errors import SlimError
-from slim.families import FAMILIES
-from slim.pruning.calibrated import (
-    LIBRARY_BYTES,
-    chosen_windows,
-    forward_bytes,
-    load_with_tokens,
-    shard_bytes,
-)
-from slim.pruning.forward import batch_samples
+from slim.models.accounting import MACS_TOKENS, before_and_after
+from slim.models.families import FAMILIES
+from slim.models.spec import ModelSpec
+from slim.pruning.calibrated import LIBRARY_BYTES, chosen_windows, forward_bytes, load_with_tokens, shard_bytes
 from slim.pruning.rules import block_list, default_blocks, default_ends, is_share, removal_order, share_of_blocks
-from slim.settings import dataclass_identity, identity, require_flag, require_number
-from slim.stage import Context, Stage
 
 
 @dataclass
@@ -107,12 +102,12 @@ class DepthPruning(Stage):
         if both:
             raise SlimError(f"pruner.remove and pruner.protect both name block {both[0]}. Take it out of one of them.")
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         if self.remove is None:
-            settings = {**dataclass_identity(self), **self.scoring_identity()}
+            settings = {**dataclass_cache_key(self), **self.scoring_identity()}
         else:  # the same blocks whatever the criterion's name
-            settings = {"class": DepthPruning.__name__, "remove": self.remove, "macs_tokens": self.macs_tokens}
-        fitted = {"damping": self.damping, "calibration": identity(self.calibration)} if self.reconstruct else {}
+            settings = {"class": "DepthPruning", "remove": self.remove, "macs_tokens": self.macs_tokens}
+        fitted = {"damping": self.damping, "calibration": cache_key(self.calibration)} if self.reconstruct else {}
         unused = ("reconstruct", "damping", "calibration")
         return {**{key: value for key, value in settings.items() if key not in unused}, **fitted}
 
@@ -141,62 +136,62 @@ class DepthPruning(Stage):
         """Return how many blocks of a model of ``blocks`` blocks are to be removed."""
         return share_of_blocks(self.blocks, blocks) if is_share(self.blocks) else self.blocks or default_blocks(blocks)
 
-    def check(self, model: ModelDescription) -> None:
-        depth, family = model.blocks, model.family  # the family raises where it is unknown
-        model.require_merged()
-        if model.quantization is not None:
-            raise SlimError(f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
+    def check(self, spec: ModelSpec) -> None:
+        depth, family = spec.blocks, spec.family  # the family raises where it is unknown
+        spec.require_merged()
+        if spec.quantization is not None:
+            raise SlimError(f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
         if self.reconstruct and family.norms_outputs:
             possible = ", ".join(name for name, other in FAMILIES.items() if not other.norms_outputs)
             raise SlimError(
-                f"pruner.reconstruct=true cannot fold its map into a projection of {model.name}: a norm follows it. "
+                f"pruner.reconstruct=true cannot fold its map into a projection of {spec.name}: a norm follows it. "
                 f"Leave it out; it works for {possible}."
             )
         for setting, named in (("protect", self.protect), ("remove", self.remove)):
             outside = [block for block in named or () if block >= depth]
             if outside:
-                raise SlimError(f"pruner.{setting} names block {outside[0]}: {model.name} has blocks 0 to {depth - 1}.")
+                raise SlimError(f"pruner.{setting} names block {outside[0]}: {spec.name} has blocks 0 to {depth - 1}.")
         if self.remove is not None:
             if len(self.remove) == depth:
-                raise SlimError(f"pruner.remove names all {depth} blocks of {model.name}. At least one has to stay.")
+                raise SlimError(f"pruner.remove names all {depth} blocks of {spec.name}. At least one has to stay.")
         elif self.wanted(depth) > self.removable(depth):
-            raise SlimError(self._too_many(model))
+            raise SlimError(self._too_many(spec))
 
-    def _too_many(self, model: ModelDescription) -> str:
-        protected, most = self.protected(model.blocks), self.removable(model.blocks)
+    def _too_many(self, spec: ModelSpec) -> str:
+        protected, most = self.protected(spec.blocks), self.removable(spec.blocks)
         advice = f"Set pruner.blocks to at most {most}, or protect fewer" if most > 0 else "Protect fewer"
         return (
-            f"pruner.blocks={self.wanted(model.blocks)} is too many: {model.name} has {model.blocks} blocks, protected "
+            f"pruner.blocks={self.wanted(spec.blocks)} is too many: {spec.name} has {spec.blocks} blocks, protected "
             f"{protected or 'none'}, so {max(0, most)} can be removed{self.limit_note}.\n"
             f"{advice} (pruner.protect_first=0 pruner.protect_last=0 protects none)."
         )
 
-    def expect(self, model: ModelDescription) -> ModelDescription:
+    def output_spec(self, spec: ModelSpec) -> ModelSpec:
         if self.remove is not None:
-            return model.with_blocks([block for block in range(model.blocks) if block not in self.remove])
-        return model.with_blocks(list(range(model.blocks - self.wanted(model.blocks))))
+            return spec.with_blocks([block for block in range(spec.blocks) if block not in self.remove])
+        return spec.with_blocks(list(range(spec.blocks - self.wanted(spec.blocks))))
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        scoring = 0 if self.remove is not None else self.scoring_bytes(model, device)
-        fitting = self.fitting_bytes(model) if self.reconstruct else 0
-        return max(scoring, LIBRARY_BYTES + shard_bytes(model) + fitting)
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        scoring = 0 if self.remove is not None else self.scoring_bytes(spec, device)
+        fitting = self.fitting_bytes(spec) if self.reconstruct else 0
+        return max(scoring, LIBRARY_BYTES + shard_bytes(spec) + fitting)
 
-    def fitting_bytes(self, model: ModelDescription) -> int:
+    def fitting_bytes(self, spec: ModelSpec) -> int:
         """Estimate the peak memory of ``reconstruct``: a block, both hidden states, a projection's inputs, the fit."""
-        from slim.blockwise import walk_bytes
+        from slim.calibration.sequential import calibration_bytes
 
-        samples, length = self.calibration.samples, min(self.calibration.length, model.context_length)
-        inputs = 4 * samples * length * (model.intermediate_size + model.hidden_size)
-        fit = 3 * 8 * model.intermediate_size**2
-        return 2 * 4 * model.block_parameters() + walk_bytes(model, samples, length) + inputs + fit
+        samples, length = self.calibration.samples, min(self.calibration.length, spec.context_length)
+        inputs = 4 * samples * length * (spec.intermediate_size + spec.hidden_size)
+        fit = 3 * 8 * spec.intermediate_size**2
+        return 2 * 4 * spec.block_parameters() + calibration_bytes(spec, samples, length) + inputs + fit
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         """Estimate the peak memory of scoring, in bytes."""
         raise NotImplementedError
 
     def choose(self, source: Checkpoint, context: Context) -> Choice:
         """Score the blocks of ``source`` and choose which to remove."""
-        return self.choose_by(self.scores(source, context), source.description.blocks)
+        return self.choose_by(self.scores(source, context), source.spec.blocks)
 
     def choose_by(self, scores: list[float], depth: int) -> Choice:
         """Choose the blocks with the smallest of ``scores``, one score per block."""
@@ -209,9 +204,9 @@ class DepthPruning(Stage):
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
         checkpoint = open_checkpoint(source)
-        self.check(checkpoint.description)
+        self.check(checkpoint.spec)
         choice = Choice(self.remove) if self.remove is not None else self.choose(checkpoint, context)
-        depth = checkpoint.description.blocks
+        depth = checkpoint.spec.blocks
         kept = [block for block in range(depth) if block not in choice.removed]
         fitted = self._write(checkpoint, target, choice.removed, kept, context)
         facts = {
@@ -221,7 +216,7 @@ class DepthPruning(Stage):
             "scores": choice.scores,
             **fitted,
         }
-        account = before_and_after(checkpoint.description, open_checkpoint(target).description, self.macs_tokens)
+        account = before_and_after(checkpoint.spec, open_checkpoint(target).spec, self.macs_tokens)
         if choice.scores:
             self._report(target / REPORT, {**facts, **account}, choice, depth)
         return {**facts, **{key: value for key, value in account.items() if not key.startswith("blocks_")}}
@@ -231,13 +226,13 @@ class DepthPruning(Stage):
         if not self.reconstruct:
             write_blocks(source, target, kept)
             return {}
-        from slim.checkpoint import load_tokenizer
-        from slim.progress import progress_bar
+        from slim.checkpoints.tokenizer import load_tokenizer
+        from slim.core.console import progress_bar
         from slim.pruning.bridge import Bridging
 
-        tokens = self.calibration.tokens(load_tokenizer(source.folder), source.description.context_length)
+        tokens = self.calibration.tokens(load_tokenizer(source.folder), source.spec.context_length)
         bridging = Bridging(source, removed, tokens, self.damping, context.device)
-        with progress_bar("Bridging gaps", total=source.description.blocks) as advance:
+        with progress_bar("Bridging gaps", total=source.spec.blocks) as advance:
             gaps = bridging.write(target, advance=advance)
         bridged = [block for gap in gaps for block in gap.removed]
         return {
@@ -253,7 +248,7 @@ class DepthPruning(Stage):
 
     def plot(self, path: Path, choice: Choice, depth: int) -> None:
         """Draw the scores."""
-        from slim.plots import bar_scores
+        from slim.core.figures import bar_scores
 
         bar_scores(
             path, choice.scores, choice.removed, self.protected(depth), score=self.score_label,
@@ -281,13 +276,13 @@ class CalibratedDepthPruning(DepthPruning):
 
     def scoring_identity(self) -> dict:
         """The samples as they are used: settings of the calibration that the pruner replaces do not count."""
-        return {"samples": None, "length": None, "windows": self.windows.identity()}
+        return {"samples": None, "length": None, "windows": self.windows.cache_key()}
 
     def load(self, source: Checkpoint, context: Context):
         """Return the loaded model and its calibration tokens, int64 [samples, length], on the CPU."""
         return load_with_tokens(source, self.windows, context)
 
-    def batch_bytes(self, model: ModelDescription, device: str) -> int:
+    def batch_bytes(self, spec: ModelSpec, device: str) -> int:
         """Estimate the peak of a forward, batch by batch."""
         samples = min(self.windows.samples, batch_samples(self.windows.length))
-        return forward_bytes(model, device, samples, self.windows.length)
+        return forward_bytes(spec, device, samples, self.windows.length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slim.lazy import LazyModule
+from slim.core.lazy import LazyModule
 
 if TYPE_CHECKING:
     import torch
@@ -12,19 +12,19 @@ else:
     torch = LazyModule("torch")
 
 
-def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Return G + damping * mean(diag G) * I in float64."""
-    gram = gram.double()
-    ridge = damping * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
-    return gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    hessian = hessian.double()
+    ridge = damping * hessian.diagonal().mean() + torch.finfo(torch.float32).tiny
+    return hessian + ridge * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
 
 
-def solve(gram: torch.Tensor, right: torch.Tensor, damping: float) -> torch.Tensor:
+def solve(hessian: torch.Tensor, right: torch.Tensor, damping: float) -> torch.Tensor:
     """Return (G + damping)^-1 B for symmetric G [n, n] and B [n, k], float64."""
-    return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped(gram, damping)))
+    return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped(hessian, damping)))
 
 
-def refit_columns(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+def refit_columns(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
     """Return the weights [out, kept] of the kept inputs that best repeat the layer's output without the others.
 
         W' = argmin |X W^T - X[:, keep] W'^T|^2 + damping |W' - W[:, keep]|^2
@@ -39,5 +39,5 @@ def refit_columns(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, 
     gone[kept] = False
     if not gone.any():
         return weight.clone()
-    change = solve(gram[kept][:, kept], gram[kept][:, gone] @ weight[:, gone].T, damping)
+    change = solve(hessian[kept][:, kept], hessian[kept][:, gone] @ weight[:, gone].T, damping)
     return weight[:, kept] + change.T.to(weight.dtype)

@@ -12,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import ModelDescription
-from slim.checkpoint import Checkpoint, TensorReader
-from slim.progress import track
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.reader import TensorReader
+from slim.checkpoints.stage import Context
+from slim.core.console import track
+from slim.models.spec import ModelSpec
 from slim.pruning.depth import DepthPruning
-from slim.stage import Context
 
 if TYPE_CHECKING:
     import torch
@@ -32,21 +33,23 @@ def magnitude_score(weight: torch.Tensor, offset: float = 0.0) -> float:
 class Magnitude(DepthPruning):
     """``pruner=magnitude``. Settings: see :class:`DepthPruning`."""
 
+    cache_name: ClassVar[str] = "Magnitude"
+
     criterion: ClassVar[str] = "magnitude"
     score_label: ClassVar[str] = "sum of |w|"
 
     def scores(self, source: Checkpoint, context: Context) -> list[float]:
-        reader, family = TensorReader(source), source.description.family
+        reader, family = TensorReader(source), source.spec.family
         return [
             sum(
                 magnitude_score(reader.read(name), family.offset(name))
                 for name in weight_names(source, f"{family.blocks}.{block}.")
             )
-            for block in track(range(source.description.blocks), "Magnitude of blocks")
+            for block in track(range(source.spec.blocks), "Magnitude of blocks")
         ]
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
-        largest = max(rows * columns for rows, columns in model.block_linears().values())
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
+        largest = max(rows * columns for rows, columns in spec.block_linears().values())
         return largest * (4 + 4 + 4)  # as stored, in float32, its absolute values
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slim.checkpoint import Checkpoint, TensorReader
-from slim.lazy import LazyModule
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.reader import TensorReader
+from slim.core.lazy import LazyModule
 
 if TYPE_CHECKING:
     import torch
@@ -56,12 +57,12 @@ def restore_zeros(model: nn.Module, source: Checkpoint) -> int:
 
     model: with the names of ``source``, for example after training it or after merging adapters into it.
     """
-    reader, description = TensorReader(source), source.description
+    reader, spec = TensorReader(source), source.spec
     restored = 0
     with torch.no_grad():
-        for block in range(description.blocks):
-            for name in description.block_linears(block):
-                full = f"{description.family.blocks}.{block}.{name}.weight"
+        for block in range(spec.blocks):
+            for name in spec.block_linears(block):
+                full = f"{spec.family.blocks}.{block}.{name}.weight"
                 weight = model.get_parameter(full)
                 zero = (reader.read(full) == 0).to(weight.device)
                 restored += int(torch.count_nonzero(weight[zero]))

@@ -18,20 +18,20 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import ModelDescription
-from slim.checkpoint import Checkpoint
-from slim.lazy import LazyModule
-from slim.progress import progress_bar
+from slim.calibration.loaded_blocks import BlockChain, batches
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.stage import Context
+from slim.core.console import progress_bar
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_flag
+from slim.models.spec import ModelSpec
 from slim.pruning.depth import CalibratedDepthPruning, Choice
-from slim.pruning.forward import BlockChain, batches
 from slim.pruning.rules import require_numbers
-from slim.settings import require_flag
-from slim.stage import Context
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.architecture import Family
+    from slim.models.spec import Family
 else:
     torch = LazyModule("torch")
 
@@ -122,6 +122,8 @@ class Perplexity(CalibratedDepthPruning):
     Other settings: see :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened LLaMA.
     """
 
+    cache_name: ClassVar[str] = "Perplexity"
+
     iterative: bool = False
     samples: int | None = 10
     length: int | None = 128
@@ -135,13 +137,13 @@ class Perplexity(CalibratedDepthPruning):
 
     def choose(self, source: Checkpoint, context: Context) -> Choice:
         model, tokens = self.load(source, context)
-        description = source.description
+        spec = source.spec
         if self.iterative:
-            return self.choose_greedily(Greedy(model, description.family, tokens), description.blocks)
-        steps = len(batches(tokens)) * (description.blocks + 1)
+            return self.choose_greedily(Greedy(model, spec.family, tokens), spec.blocks)
+        steps = len(batches(tokens)) * (spec.blocks + 1)
         with progress_bar("Perplexity without each block", total=steps) as advance:
-            scores, whole = perplexities_without(model, description.family, tokens, advance)
-        choice = self.choose_by(scores, description.blocks)
+            scores, whole = perplexities_without(model, spec.family, tokens, advance)
+        choice = self.choose_by(scores, spec.blocks)
         choice.details["unpruned"] = whole
         return choice
 
@@ -160,9 +162,9 @@ class Perplexity(CalibratedDepthPruning):
         order = [step["removed"] for step in steps]
         return Choice(sorted(order), first, {"order": order, "steps": steps})
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         kept = 0
         if self.iterative:
-            length = min(self.windows.length, model.context_length)
-            kept = 4 * model.blocks * self.windows.samples * length * model.hidden_size
-        return self.batch_bytes(model, device) + kept
+            length = min(self.windows.length, spec.context_length)
+            kept = 4 * spec.blocks * self.windows.samples * length * spec.hidden_size
+        return self.batch_bytes(spec, device) + kept

@@ -6,8 +6,8 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from slim.errors import SlimError
-from slim.settings import require_number
+from slim.core.errors import SlimError
+from slim.core.settings import require_number
 
 
 def removal_order(scores: Sequence[float], protected: Collection[int] = ()) -> list[int]:
@@ -56,9 +56,7 @@ def block_list(setting: str, value: Any) -> list[int] | None:
     if value is None:
         return None
     if isinstance(value, (str, int)) or not isinstance(value, Collection):
-        raise SlimError(
-            f"{setting}={value} is not possible. It takes a list of block numbers, such as {setting}=[3,4]."
-        )
+        raise SlimError(f"{setting}={value} is not possible. It takes a list of block numbers, such as {setting}=[3,4].")
     for block in value:
         require_number(f"{setting} with block", block, 0, integer=True)
     twice = [block for block in set(value) if list(value).count(block) > 1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slim.lazy import LazyModule
+from slim.core.lazy import LazyModule
 from slim.pruning.least_squares import damped
 from slim.pruning.masks import largest_kept, n_of_m_kept
 
@@ -25,21 +25,21 @@ else:
 BLOCK = 128  # columns whose mask is chosen together, as in the paper
 
 
-def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
+def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Return U, the upper Cholesky factor of (G + damping mean(diag G))^-1, float32 [in, in]."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
-    return torch.linalg.cholesky(inverse, upper=True).to(gram.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
+    return torch.linalg.cholesky(inverse, upper=True).to(hessian.dtype)
 
 
 def sparsegpt(
-    weight: torch.Tensor, gram: torch.Tensor, damping: float, sparsity: float, n_of_m: tuple[int, int] | None = None
+    weight: torch.Tensor, hessian: torch.Tensor, damping: float, sparsity: float, n_of_m: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """Return pruned and updated weights, [out, in].
 
     weight: float32 [out, in]. gram: G, [in, in]. sparsity: share that goes of every block of columns; with ``n_of_m``
     n of every m successive weights of a row stay instead.
     """
-    weight, factor = weight.clone(), inverse_factor(gram, damping)
+    weight, factor = weight.clone(), inverse_factor(hessian, damping)
     width = BLOCK if n_of_m is None else max(1, BLOCK // n_of_m[1]) * n_of_m[1]
     for start in range(0, weight.shape[1], width):
         stop = min(start + width, weight.shape[1])
@@ -48,9 +48,7 @@ def sparsegpt(
     return weight
 
 
-def prune_columns(
-    weight: torch.Tensor, factor: torch.Tensor, sparsity: float, n_of_m: tuple[int, int] | None
-) -> torch.Tensor:
+def prune_columns(weight: torch.Tensor, factor: torch.Tensor, sparsity: float, n_of_m: tuple[int, int] | None) -> torch.Tensor:
     """Prune a block of columns in place and return its errors e, both [out, columns]. factor: U of the block."""
     diagonal = factor.diagonal()
     kept = torch.ones_like(weight, dtype=torch.bool)

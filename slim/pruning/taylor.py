@@ -20,19 +20,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import Checkpoint, resolve_dtype
-from slim.lazy import LazyModule
-from slim.progress import progress_bar
+from slim.calibration.loaded_blocks import BlockChain
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.stage import Context
+from slim.core.console import progress_bar
+from slim.core.lazy import LazyModule
+from slim.models.spec import DTYPE_BYTES, ModelSpec, resolve_dtype
 from slim.pruning.calibrated import forward_bytes
 from slim.pruning.depth import CalibratedDepthPruning
-from slim.pruning.forward import BlockChain
-from slim.stage import Context
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.architecture import Family
+    from slim.models.spec import Family
 else:
     torch = LazyModule("torch")
 
@@ -87,14 +87,10 @@ def output_gradient(chain: BlockChain, output: torch.Tensor, tokens: torch.Tenso
     return output.grad
 
 
-def block_backward(
-    chain: BlockChain, index: int, state: torch.Tensor, gradient: torch.Tensor
-) -> tuple[float, torch.Tensor]:
+def block_backward(chain: BlockChain, index: int, state: torch.Tensor, gradient: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Return block ``index``'s score and its input's gradient, given its input and its output's gradient."""
     block = chain.blocks[index]
-    weights = {
-        parameter: chain.family.offset(name) for name, parameter in block.named_parameters() if name.endswith("weight")
-    }
+    weights = {parameter: chain.family.offset(name) for name, parameter in block.named_parameters() if name.endswith("weight")}
     scores = []
 
     def score(weight: torch.Tensor) -> None:
@@ -124,6 +120,8 @@ def called_with_gradients(weights: Iterable[torch.Tensor], use: Callable[[torch.
 class Taylor(CalibratedDepthPruning):
     """``pruner=taylor``. Settings: :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened LLaMA."""
 
+    cache_name: ClassVar[str] = "Taylor"
+
     samples: int | None = 10
     length: int | None = 128
 
@@ -132,20 +130,20 @@ class Taylor(CalibratedDepthPruning):
 
     def scores(self, source: Checkpoint, context: Context) -> list[float]:
         model, tokens = self.load(source, context)
-        with progress_bar("Taylor scores of blocks", total=2 * source.description.blocks) as advance:
-            return block_taylor_scores(model, source.description.family, tokens, advance)
+        with progress_bar("Taylor scores of blocks", total=2 * source.spec.blocks) as advance:
+            return block_taylor_scores(model, source.spec.family, tokens, advance)
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
-        return backward_bytes(model, device, self.windows.samples, self.windows.samples, self.windows.length)
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
+        return backward_bytes(spec, device, self.windows.samples, self.windows.samples, self.windows.length)
 
 
-def backward_bytes(model: ModelDescription, device: str, samples: int, together: int, length: int) -> int:
+def backward_bytes(spec: ModelSpec, device: str, samples: int, together: int, length: int) -> int:
     """Estimate the peak of a block by block backward: inputs of all blocks, one block's graph, the largest gradient.
 
     samples: of ``length`` tokens, in all. together: how many go back through a block at once.
     """
-    width = DTYPE_BYTES.get(resolve_dtype(model, "auto", device), 4)
-    states = (model.blocks + 1) * samples * min(length, model.context_length) * model.hidden_size * width
-    largest = max(rows * columns for rows, columns in model.block_linears().values())
+    width = DTYPE_BYTES.get(resolve_dtype(spec, "auto", device), 4)
+    states = (spec.blocks + 1) * samples * min(length, spec.context_length) * spec.hidden_size * width
+    largest = max(rows * columns for rows, columns in spec.block_linears().values())
     # all samples go forward at once; one block's graph and gradients take about twice what its plain forward holds
-    return forward_bytes(model, device, max(samples, 2 * together), length) + states + largest * width
+    return forward_bytes(spec, device, max(samples, 2 * together), length) + states + largest * width

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import ModelDescription
-from slim.blockwise import SegmentView, Visitor, relative_error
-from slim.checkpoint import Checkpoint, open_checkpoint
+from slim.calibration.errors import relative_error
+from slim.calibration.sequential import BlockMethod, LinearGroup
+from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from slim.checkpoints.stage import Context, Stage
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import dataclass_cache_key, require_number
 from slim.data.calibration import Calibration
-from slim.errors import SlimError
-from slim.lazy import LazyModule
+from slim.models.spec import ModelSpec
 from slim.pruning import calibrated
 from slim.pruning.masks import largest_kept, n_of_m_kept
 from slim.pruning.sparsegpt import sparsegpt
-from slim.settings import dataclass_identity, require_number
-from slim.stage import Context, Stage
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ else:
 NOTE = "Zeros are stored like other weights: they save neither memory nor time without an engine that uses them."
 
 
-class SparsityVisitor(Visitor):
+class SparsityMethod(BlockMethod):
     """A weight pruning method on the walk, with the settings of its stage. dtype: type in which weights are stored."""
 
     resumable = True
@@ -49,17 +50,17 @@ class SparsityVisitor(Visitor):
     def resume(self, state: dict) -> None:
         self.zeros = state["zeros"]
 
-    def visit(self, view: SegmentView) -> dict[str, float]:
+    def process(self, view: LinearGroup) -> dict[str, float]:
         errors = {}
         for name, linear in view.linears.items():
             pruned = self.prune(linear.weight, view).to(self.dtype).float()
-            errors[name] = relative_error(pruned - linear.weight, linear.weight, view.gram)
+            errors[name] = relative_error(pruned - linear.weight, linear.weight, view.hessian)
             linear.weight.copy_(pruned)
             zeros = pruned.numel() - int(torch.count_nonzero(pruned))
             self.zeros.append({"zeros": zeros, "weights": pruned.numel()})
         return errors
 
-    def prune(self, weight: torch.Tensor, view: SegmentView) -> torch.Tensor:
+    def prune(self, weight: torch.Tensor, view: LinearGroup) -> torch.Tensor:
         """Return the pruned weights of one layer of the segment, [out, in]."""
         raise NotImplementedError
 
@@ -69,33 +70,33 @@ class SparsityVisitor(Visitor):
         return weight.masked_fill(~kept, 0)
 
 
-class MagnitudeVisitor(SparsityVisitor):
+class MagnitudeMethod(SparsityMethod):
     """The smallest weights of a layer, or of every m, go."""
 
-    needs_gram = False
+    needs_hessian = False
 
-    def prune(self, weight: torch.Tensor, view: SegmentView) -> torch.Tensor:
+    def prune(self, weight: torch.Tensor, view: LinearGroup) -> torch.Tensor:
         if self.n_of_m:
             return self.masked(weight, weight.abs())
         return self.masked(weight.view(1, -1), weight.abs().view(1, -1)).view_as(weight)
 
 
-class WandaVisitor(SparsityVisitor):
+class WandaMethod(SparsityMethod):
     """The weights with the smallest share in their row's output go."""
 
-    def prune(self, weight: torch.Tensor, view: SegmentView) -> torch.Tensor:
-        return self.masked(weight, weight.abs() * view.gram.diagonal().sqrt())
+    def prune(self, weight: torch.Tensor, view: LinearGroup) -> torch.Tensor:
+        return self.masked(weight, weight.abs() * view.hessian.diagonal().sqrt())
 
 
-class SparseGPTVisitor(SparsityVisitor):
+class SparseGPTMethod(SparsityMethod):
     """The cheapest weights go, and the others of their row make up for them."""
 
     def __init__(self, stage: SparseGPT, dtype: torch.dtype):
         super().__init__(stage, dtype)
         self.damping = stage.damping
 
-    def prune(self, weight: torch.Tensor, view: SegmentView) -> torch.Tensor:
-        return sparsegpt(weight, view.gram, self.damping, self.sparsity, self.n_of_m)
+    def prune(self, weight: torch.Tensor, view: LinearGroup) -> torch.Tensor:
+        return sparsegpt(weight, view.hessian, self.damping, self.sparsity, self.n_of_m)
 
 
 @dataclass(kw_only=True)
@@ -112,7 +113,7 @@ class WeightPruning(Stage):
 
     kind: ClassVar[str] = "prune"
     criterion: ClassVar[str]  # name in facts and pictures
-    visitor: ClassVar[type[SparsityVisitor]]
+    method: ClassVar[type[SparsityMethod]]
 
     def __post_init__(self) -> None:
         number = isinstance(self.sparsity, (int, float)) and not isinstance(self.sparsity, bool)
@@ -151,52 +152,52 @@ class WeightPruning(Stage):
             return 1 - self.n / self.m
         return 0.5 if self.sparsity is None else self.sparsity
 
-    def identity(self) -> dict:
-        return {**dataclass_identity(self), "sparsity": self.share}
+    def cache_key(self) -> dict:
+        return {**dataclass_cache_key(self), "sparsity": self.share}
 
-    def check(self, model: ModelDescription) -> None:
-        model.family  # noqa: B018 - refuses families whose parts are unknown
-        model.require_merged()
-        if model.quantization is not None:
-            raise SlimError(f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
-        for block in range(model.blocks if self.m else 0):
-            for name, (_, columns) in model.block_linears(block).items():
+    def check(self, spec: ModelSpec) -> None:
+        spec.family  # noqa: B018 - refuses families whose parts are unknown
+        spec.require_merged()
+        if spec.quantization is not None:
+            raise SlimError(f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
+        for block in range(spec.blocks if self.m else 0):
+            for name, (_, columns) in spec.block_linears(block).items():
                 if columns % self.m:
                     raise SlimError(
                         f"pruner.m={self.m} does not divide the {columns} inputs of {name} in block {block} of "
-                        f"{model.name}. Use one that does, such as 4."
+                        f"{spec.name}. Use one that does, such as 4."
                     )
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        largest = max(rows * columns for rows, columns in model.block_linears().values())
-        block = 2 * 4 * model.block_parameters() + 4 * 4 * largest
-        return calibrated.LIBRARY_BYTES + block + calibrated.shard_bytes(model)
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        largest = max(rows * columns for rows, columns in spec.block_linears().values())
+        block = 2 * 4 * spec.block_parameters() + 4 * 4 * largest
+        return calibrated.LIBRARY_BYTES + block + calibrated.shard_bytes(spec)
 
     def tokens(self, source: Checkpoint):
         """Return calibration tokens, int64 [samples, length], or None for a method without calibration."""
         return None
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        from slim.blockwise import rewrite
-        from slim.progress import console
+        from slim.calibration.sequential import transform_checkpoint
+        from slim.core.console import console
 
         checkpoint = open_checkpoint(source)
-        model = checkpoint.description
-        self.check(model)
-        visitor = self.visitor(self, getattr(torch, model.dtype))
-        errors = rewrite(checkpoint, target, visitor, model.config, context, self.tokens(checkpoint))
+        spec = checkpoint.spec
+        self.check(spec)
+        method = self.method(self, getattr(torch, spec.dtype))
+        errors = transform_checkpoint(checkpoint, target, method, spec.config, context, self.tokens(checkpoint))
         console().print(NOTE, highlight=False)
-        return self._facts(model, visitor, errors, target)
+        return self._facts(spec, method, errors, target)
 
-    def _facts(self, model: ModelDescription, visitor: SparsityVisitor, errors: list, target: Path) -> dict:
+    def _facts(self, spec: ModelSpec, method: SparsityMethod, errors: list, target: Path) -> dict:
         from slim.pruning.weights_report import write_report
 
-        write_report(target, self.criterion, self.share, visitor.zeros, errors)
-        zeros, weights = (sum(row[key] for row in visitor.zeros) for key in ("zeros", "weights"))
+        write_report(target, self.criterion, self.share, method.zeros, errors)
+        zeros, weights = (sum(row[key] for row in method.zeros) for key in ("zeros", "weights"))
         return {
             "criterion": self.criterion,
             "sparsity": zeros / weights,
-            "sparsity_of_all_parameters": zeros / model.parameters(),
+            "sparsity_of_all_parameters": zeros / spec.parameters(),
             "mask": {"kind": "n:m" if self.n else "unstructured", "n": self.n, "m": self.m},
             "layer_error_mean": sum(item.error for item in errors) / len(errors),
             "layer_error_max": max(item.error for item in errors),
@@ -208,8 +209,10 @@ class WeightPruning(Stage):
 class MagnitudeWeights(WeightPruning):
     """``pruner=magnitude_weights``. Settings: see :class:`WeightPruning`."""
 
+    cache_name: ClassVar[str] = "MagnitudeWeights"
+
     criterion: ClassVar[str] = "magnitude"
-    visitor: ClassVar[type[SparsityVisitor]] = MagnitudeVisitor
+    method: ClassVar[type[SparsityMethod]] = MagnitudeMethod
 
 
 @dataclass(kw_only=True)
@@ -221,38 +224,42 @@ class CalibratedWeightPruning(WeightPruning):
     version: ClassVar[int] = 2
 
     def tokens(self, source: Checkpoint):
-        from slim.checkpoint import load_tokenizer
+        from slim.checkpoints.tokenizer import load_tokenizer
 
-        return self.calibration.tokens(load_tokenizer(source.folder), source.description.context_length)
+        return self.calibration.tokens(load_tokenizer(source.folder), source.spec.context_length)
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        from slim.blockwise import walk_bytes
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        from slim.calibration.sequential import calibration_bytes
 
-        length = min(self.calibration.length, model.context_length)
-        return super().peak_bytes(model, device) + walk_bytes(model, self.calibration.samples, length)
+        length = min(self.calibration.length, spec.context_length)
+        return super().peak_bytes(spec, device) + calibration_bytes(spec, self.calibration.samples, length)
 
 
 @dataclass(kw_only=True)
 class Wanda(CalibratedWeightPruning):
     """``pruner=wanda``. Settings: see :class:`CalibratedWeightPruning`."""
 
+    cache_name: ClassVar[str] = "Wanda"
+
     criterion: ClassVar[str] = "wanda"
-    visitor: ClassVar[type[SparsityVisitor]] = WandaVisitor
+    method: ClassVar[type[SparsityMethod]] = WandaMethod
 
 
 @dataclass(kw_only=True)
 class SparseGPT(CalibratedWeightPruning):
     """``pruner=sparsegpt``. damping: ridge, in means of the Gram matrix's diagonal."""
 
+    cache_name: ClassVar[str] = "SparseGPT"
+
     damping: float = 0.01
 
     criterion: ClassVar[str] = "sparsegpt"
-    visitor: ClassVar[type[SparsityVisitor]] = SparseGPTVisitor
+    method: ClassVar[type[SparsityMethod]] = SparseGPTMethod
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("pruner.damping", self.damping, 1e-9)
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        widest = max(columns for _, columns in model.block_linears().values())
-        return super().peak_bytes(model, device) + 3 * 8 * widest**2
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        widest = max(columns for _, columns in spec.block_linears().values())
+        return super().peak_bytes(spec, device) + 3 * 8 * widest**2

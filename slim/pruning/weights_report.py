@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.checkpoint import REPORT
-from slim.plots import new_figure, save_figure
+from slim.checkpoints.checkpoint import REPORT
+from slim.core.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
-    from slim.blockwise import LayerError
+    from slim.calibration.errors import LayerError
 
 
 def write_report(target: Path, criterion: str, wanted: float, zeros: list[dict], errors: list[LayerError]) -> None:

@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.accounting import MACS_TOKENS, before_and_after
-from slim.architecture import DTYPE_BYTES, ModelDescription
-from slim.checkpoint import REPORT, Checkpoint, open_checkpoint
+from slim.calibration.loaded_blocks import batch_samples
+from slim.checkpoints.checkpoint import REPORT, Checkpoint, open_checkpoint
+from slim.checkpoints.stage import Context, Stage
+from slim.core.errors import SlimError
+from slim.core.settings import dataclass_cache_key, require_choice, require_flag, require_number
 from slim.data.calibration import Calibration
-from slim.errors import SlimError
-from slim.families import FAMILIES
+from slim.models.accounting import MACS_TOKENS, before_and_after
+from slim.models.families import FAMILIES
+from slim.models.spec import DTYPE_BYTES, ModelSpec
 from slim.pruning import calibrated
-from slim.pruning.forward import batch_samples
 from slim.pruning.rules import default_ends
 from slim.pruning.width_scores import FOLDINGS, OWN, UnitScores
 from slim.pruning.width_sizes import LLM_PRUNER, Width, pruned_width, width_of, with_widths
-from slim.settings import dataclass_identity, require_choice, require_flag, require_number
-from slim.stage import Context, Stage
 
 if TYPE_CHECKING:
     from slim.pruning.width_visitor import Kept
@@ -93,124 +93,122 @@ class WidthPruning(Stage):
                 f"Use pruner.first_block={last} pruner.last_block={first}."
             )
 
-    def identity(self) -> dict:
-        settings = dataclass_identity(self)
+    def cache_key(self) -> dict:
+        settings = dataclass_cache_key(self)
         if not self.reconstruct:
             for unused in ("calibration", "damping"):
                 settings.pop(unused)
         return settings
 
-    def block_range(self, model: ModelDescription) -> range:
+    def block_range(self, spec: ModelSpec) -> range:
         """Return the blocks to prune."""
         if self.uniform:
-            return range(model.blocks)
-        before, behind = default_ends(model.blocks)
+            return range(spec.blocks)
+        before, behind = default_ends(spec.blocks)
         first = before if self.first_block is None else self.first_block
-        last = model.blocks - 1 - behind if self.last_block is None else self.last_block
+        last = spec.blocks - 1 - behind if self.last_block is None else self.last_block
         return range(first, last + 1)
 
-    def widths(self, model: ModelDescription) -> dict[int, Width]:
+    def widths(self, spec: ModelSpec) -> dict[int, Width]:
         """Return the sizes that the pruned blocks will have."""
-        return {block: pruned_width(model, block, self.ratio, self.rounding) for block in self.block_range(model)}
+        return {block: pruned_width(spec, block, self.ratio, self.rounding) for block in self.block_range(spec)}
 
-    def check(self, model: ModelDescription) -> None:
-        depth, family = model.blocks, model.family  # the family raises where it is unknown
+    def check(self, spec: ModelSpec) -> None:
+        depth, family = spec.blocks, spec.family  # the family raises where it is unknown
         if family.fused:
             possible = ", ".join(name for name, other in FAMILIES.items() if not other.fused)
             raise SlimError(
-                f"{model.name} keeps several projections in one matrix ({family.fused[0]}), which width pruning cannot cut. "
+                f"{spec.name} keeps several projections in one matrix ({family.fused[0]}), which width pruning cannot cut. "
                 f"It works for {possible}. Depth and weight pruning work for this model."
             )
-        model.require_merged()
-        if model.quantization is not None:
-            raise SlimError(
-                f"{model.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
-            )
+        spec.require_merged()
+        if spec.quantization is not None:
+            raise SlimError(f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
         for name in ("first_block", "last_block"):
             if (getattr(self, name) or 0) >= depth:
-                raise SlimError(f"pruner.{name}={getattr(self, name)}: {model.name} has blocks 0 to {depth - 1}.")
-        if not self.block_range(model):
+                raise SlimError(f"pruner.{name}={getattr(self, name)}: {spec.name} has blocks 0 to {depth - 1}.")
+        if not self.block_range(spec):
             raise SlimError(
                 f"No block is left to prune between pruner.first_block and pruner.last_block in the {depth} blocks of "
-                f"{model.name}. Give both, such as pruner.first_block=0 pruner.last_block={depth - 1}."
+                f"{spec.name}. Give both, such as pruner.first_block=0 pruner.last_block={depth - 1}."
             )
-        self._check_widths(model)
+        self._check_widths(spec)
 
-    def _check_widths(self, model: ModelDescription) -> None:
-        widths = self.widths(model)
+    def _check_widths(self, spec: ModelSpec) -> None:
+        widths = self.widths(spec)
         for block, width in widths.items():
             if width.kv_heads < 1 or width.channels < 1:
                 what = "key/value heads" if width.kv_heads < 1 else "MLP channels"
                 raise SlimError(f"pruner.ratio={self.ratio} removes all {what} of block {block}. Use a smaller ratio.")
         if self.uniform and len(set(widths.values())) > 1:
-            raise SlimError(f"The blocks of {model.name} differ in size already. Use pruner.uniform=false.")
-        if all(width == width_of(model, block) for block, width in widths.items()):
+            raise SlimError(f"The blocks of {spec.name} differ in size already. Use pruner.uniform=false.")
+        if all(width == width_of(spec, block) for block, width in widths.items()):
             raise SlimError(
-                f"pruner.ratio={self.ratio} removes nothing from {model.name} with pruner.rounding={self.rounding}. "
+                f"pruner.ratio={self.ratio} removes nothing from {spec.name} with pruner.rounding={self.rounding}. "
                 "Use a larger ratio, or a smaller rounding."
             )
-        with_widths(model, widths)
+        with_widths(spec, widths)
 
-    def expect(self, model: ModelDescription) -> ModelDescription:
-        return with_widths(model, self.widths(model))
+    def output_spec(self, spec: ModelSpec) -> ModelSpec:
+        return with_widths(spec, self.widths(spec))
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        from slim.blockwise import walk_bytes
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        from slim.calibration.sequential import calibration_bytes
 
-        block = calibrated.LIBRARY_BYTES + 2 * 4 * model.block_parameters() + calibrated.shard_bytes(model)
+        block = calibrated.LIBRARY_BYTES + 2 * 4 * spec.block_parameters() + calibrated.shard_bytes(spec)
         if self.reconstruct:
-            length = min(self.calibration.length, model.context_length)
-            widest = max(columns for _, columns in model.block_linears().values())
-            block += walk_bytes(model, self.calibration.samples, length) + 3 * 8 * widest**2
-        return max(self.scoring_bytes(model, device), block)
+            length = min(self.calibration.length, spec.context_length)
+            widest = max(columns for _, columns in spec.block_linears().values())
+            block += calibration_bytes(spec, self.calibration.samples, length) + 3 * 8 * widest**2
+        return max(self.scoring_bytes(spec, device), block)
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         """Estimate the peak memory of scoring, in bytes."""
-        largest = max(rows * columns for rows, columns in model.block_linears().values())
-        return calibrated.LIBRARY_BYTES + largest * (DTYPE_BYTES.get(model.dtype, 4) + 3 * 4)
+        largest = max(rows * columns for rows, columns in spec.block_linears().values())
+        return calibrated.LIBRARY_BYTES + largest * (DTYPE_BYTES.get(spec.dtype, 4) + 3 * 4)
 
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
         """Return the scores of the units of every block in ``blocks``; the smallest go."""
         raise NotImplementedError
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        from slim.pruning.width_visitor import Kept, WidthVisitor
+        from slim.pruning.width_visitor import Kept, WidthMethod
 
         checkpoint = open_checkpoint(source)
-        model = checkpoint.description
-        self.check(model)
-        widths = self.widths(model)
-        self._say_if_heads_stay(model, widths)
-        scores = self.scores(checkpoint, self.block_range(model), context)
-        kept = {block: Kept.of(model, block, widths[block], found) for block, found in scores.items()}
-        visitor = WidthVisitor(model, kept, self.damping if self.reconstruct else None)
-        self._write(checkpoint, target, visitor, context)
-        return self._report(target, model, kept, scores, visitor)
+        spec = checkpoint.spec
+        self.check(spec)
+        widths = self.widths(spec)
+        self._say_if_heads_stay(spec, widths)
+        scores = self.scores(checkpoint, self.block_range(spec), context)
+        kept = {block: Kept.of(spec, block, widths[block], found) for block, found in scores.items()}
+        method = WidthMethod(spec, kept, self.damping if self.reconstruct else None)
+        self._write(checkpoint, target, method, context)
+        return self._report(target, spec, kept, scores, method)
 
-    def _say_if_heads_stay(self, model: ModelDescription, widths: dict[int, Width]) -> None:
-        if heads_stay(model, widths):
-            from slim.progress import console
+    def _say_if_heads_stay(self, spec: ModelSpec, widths: dict[int, Width]) -> None:
+        if heads_stay(spec, widths):
+            from slim.core.console import console
 
             console().print(
-                f"pruner.ratio={self.ratio} removes no whole key/value group of the {model.kv_heads} in a block: "
+                f"pruner.ratio={self.ratio} removes no whole key/value group of the {spec.kv_heads} in a block: "
                 "only MLP channels are pruned."
             )
 
-    def _write(self, checkpoint: Checkpoint, target: Path, visitor, context: Context) -> None:
-        from slim.blockwise import rewrite
-        from slim.checkpoint import load_tokenizer
+    def _write(self, checkpoint: Checkpoint, target: Path, method, context: Context) -> None:
+        from slim.calibration.sequential import transform_checkpoint
+        from slim.checkpoints.tokenizer import load_tokenizer
 
-        model, tokens = checkpoint.description, None
+        spec, tokens = checkpoint.spec, None
         if self.reconstruct:
-            tokens = self.calibration.tokens(load_tokenizer(checkpoint.folder), model.context_length)
+            tokens = self.calibration.tokens(load_tokenizer(checkpoint.folder), spec.context_length)
         recorded = context if self.reconstruct else Context(context.device)  # errors of weights alone are no curve
-        rewrite(checkpoint, target, visitor, self.expect(model).config, recorded, tokens)
+        transform_checkpoint(checkpoint, target, method, self.output_spec(spec).config, recorded, tokens)
 
-    def _report(self, target: Path, model, kept: dict[int, Kept], scores: dict[int, UnitScores], visitor) -> dict:
+    def _report(self, target: Path, model, kept: dict[int, Kept], scores: dict[int, UnitScores], method) -> dict:
         """Write scores and pictures for people and return the facts for the manifest."""
         from slim.pruning.width_report import write_report
 
-        result = self.expect(model)
+        result = self.output_spec(model)
         account = before_and_after(model, result, self.macs_tokens)
         write_report(target / REPORT, self.criterion, model, result, kept, scores, account)
         widths = self.widths(model)
@@ -222,12 +220,12 @@ class WidthPruning(Stage):
             "heads_pruned": not heads_stay(model, widths),
             **{key: value for key, value in account.items() if not key.startswith("blocks_")},
         }
-        return {**facts, **visitor.facts()}
+        return {**facts, **method.facts()}
 
 
-def heads_stay(model: ModelDescription, widths: dict[int, Width]) -> bool:
+def heads_stay(spec: ModelSpec, widths: dict[int, Width]) -> bool:
     """Whether no block loses a key/value group."""
-    return all(width.kv_heads == width_of(model, block).kv_heads for block, width in widths.items())
+    return all(width.kv_heads == width_of(spec, block).kv_heads for block, width in widths.items())
 
 
 @dataclass(kw_only=True)
@@ -245,9 +243,9 @@ class CalibratedWidthPruning(WidthPruning):
         super().__post_init__()
         self.windows = calibrated.chosen_windows(self.calibration, self.samples, self.length)
 
-    def identity(self) -> dict:
+    def cache_key(self) -> dict:
         """The samples as they are used, for the scores and, if there is one, for the fit."""
-        settings = {**super().identity(), "windows": self.windows.identity()}
+        settings = {**super().cache_key(), "windows": self.windows.cache_key()}
         for replaced in ("samples", "length"):
             settings.pop(replaced)
         return settings
@@ -256,6 +254,6 @@ class CalibratedWidthPruning(WidthPruning):
         """Return the loaded model and the tokens for the scores, int64 [samples, length], on the CPU."""
         return calibrated.load_with_tokens(source, self.windows, context)
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         samples = min(self.windows.samples, batch_samples(self.windows.length))
-        return calibrated.forward_bytes(model, device, samples, self.windows.length)
+        return calibrated.forward_bytes(spec, device, samples, self.windows.length)

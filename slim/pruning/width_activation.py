@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.checkpoint import Checkpoint
-from slim.lazy import LazyModule
-from slim.progress import progress_bar
-from slim.pruning.forward import BlockChain, batches
+from slim.calibration.loaded_blocks import BlockChain, batches
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.stage import Context
+from slim.core.console import progress_bar
+from slim.core.lazy import LazyModule
 from slim.pruning.width import CalibratedWidthPruning
 from slim.pruning.width_scores import UnitScores, coupled_tensors, unit_scores
-from slim.stage import Context
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.architecture import Family
+    from slim.models.spec import Family
 else:
     torch = LazyModule("torch")
 
@@ -62,11 +62,13 @@ def mean_absolute_inputs(
 class WidthActivation(CalibratedWidthPruning):
     """``pruner=width_activation``. Settings: see :class:`CalibratedWidthPruning`."""
 
+    cache_name: ClassVar[str] = "WidthActivation"
+
     criterion: ClassVar[str] = "activation"
 
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
         model, tokens = self.load(source, context)
-        description = source.description
+        spec = source.spec
         with progress_bar("Activations of heads and channels", total=len(batches(tokens))) as advance:
-            found = mean_absolute_inputs(model, description.family, tokens, blocks, advance)
-        return {block: unit_scores(sizes, description, block, self.folding) for block, sizes in found.items()}
+            found = mean_absolute_inputs(model, spec.family, tokens, blocks, advance)
+        return {block: unit_scores(sizes, spec, block, self.folding) for block, sizes in found.items()}

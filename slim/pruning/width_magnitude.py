@@ -10,15 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import ModelDescription
-from slim.checkpoint import Checkpoint, TensorReader
-from slim.lazy import LazyModule
-from slim.progress import track
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.reader import TensorReader
+from slim.checkpoints.stage import Context
+from slim.core.console import track
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_number
+from slim.models.spec import ModelSpec
 from slim.pruning.width import WidthPruning
 from slim.pruning.width_scores import UnitScores, coupled_tensors, sum_per_unit, unit_scores
 from slim.pruning.width_sizes import width_of
-from slim.settings import require_number
-from slim.stage import Context
 
 if TYPE_CHECKING:
     import torch
@@ -38,21 +39,23 @@ class WidthMagnitude(WidthPruning):
     power: ClassVar[int]
 
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
-        reader, model = TensorReader(source), source.description
+        reader, spec = TensorReader(source), source.spec
         found = {}
         for block in track(blocks, "Sizes of heads and channels"):
-            prefix = f"{model.family.blocks}.{block}"
+            prefix = f"{spec.family.blocks}.{block}"
             sizes = {
                 tensor.name: weight_sizes(reader.read(f"{prefix}.{tensor.name}.weight"), self.power, tensor.rows)
-                for tensor in coupled_tensors(model.family)
+                for tensor in coupled_tensors(spec.family)
             }
-            found[block] = unit_scores(sizes, model, block, self.folding)
+            found[block] = unit_scores(sizes, spec, block, self.folding)
         return found
 
 
 @dataclass(kw_only=True)
 class WidthL1(WidthMagnitude):
     """``pruner=width_l1``. Settings: see :class:`WidthPruning`."""
+
+    cache_name: ClassVar[str] = "WidthL1"
 
     criterion: ClassVar[str] = "l1"
     power: ClassVar[int] = 1
@@ -62,6 +65,8 @@ class WidthL1(WidthMagnitude):
 class WidthL2(WidthMagnitude):
     """``pruner=width_l2``. Settings: see :class:`WidthPruning`."""
 
+    cache_name: ClassVar[str] = "WidthL2"
+
     criterion: ClassVar[str] = "l2"
     power: ClassVar[int] = 2
 
@@ -69,6 +74,8 @@ class WidthL2(WidthMagnitude):
 @dataclass(kw_only=True)
 class WidthRandom(WidthPruning):
     """``pruner=width_random``. seed: of the draw. Other settings: see :class:`WidthPruning`."""
+
+    cache_name: ClassVar[str] = "WidthRandom"
 
     seed: int = 0
 
@@ -82,10 +89,10 @@ class WidthRandom(WidthPruning):
         generator = torch.Generator().manual_seed(self.seed)
         found = {}
         for block in blocks:
-            width = width_of(source.description, block)
+            width = width_of(source.spec, block)
             groups = torch.rand(width.kv_heads, generator=generator)
             found[block] = UnitScores(groups, torch.rand(width.channels, generator=generator))
         return found
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         return 0

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.architecture import ModelDescription
-from slim.plots import KEPT, REMOVED, new_figure, save_figure
+from slim.core.figures import KEPT, REMOVED, new_figure, save_figure
+from slim.models.spec import ModelSpec
 from slim.pruning.width_sizes import width_of
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write_report(
-    folder: Path, criterion: str, before: ModelDescription, after: ModelDescription, kept: Mapping[int, Kept],
+    folder: Path, criterion: str, before: ModelSpec, after: ModelSpec, kept: Mapping[int, Kept],
     scores: Mapping[int, UnitScores], account: dict,
 ) -> None:  # fmt: skip
     """Write ``width_scores.json``, ``width_kept.png`` and ``head_scores.png`` into ``folder``."""
@@ -37,7 +37,7 @@ def write_report(
     plot_heads(folder / "head_scores.png", kept, scores, criterion)
 
 
-def plot_kept(path: Path, before: ModelDescription, after: ModelDescription, title: str) -> None:
+def plot_kept(path: Path, before: ModelSpec, after: ModelSpec, title: str) -> None:
     """Draw query heads and MLP channels of every block, what went on top in another colour."""
     figure = new_figure(max(6.0, 2 + 0.24 * before.blocks), 4.6)
     blocks = range(before.blocks)

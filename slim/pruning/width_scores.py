@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slim.architecture import Family, ModelDescription
-from slim.errors import SlimError
-from slim.lazy import LazyModule
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.models.spec import Family, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +44,10 @@ class Coupled:
 
 def coupled_tensors(family: Family) -> Iterator[Coupled]:
     """Yield the coupled linear layers of a block: the last segment of each part loses inputs, the others outputs."""
-    linears = {name for segment in family.segments for name in segment.linears}
-    for segment in family.segments:
-        for name in segment.linears:
-            yield Coupled(name, name.startswith(family.attention + "."), segment.fed_by not in linears)
+    linears = {name for group in family.linear_groups for name in group.linears}
+    for group in family.linear_groups:
+        for name in group.linears:
+            yield Coupled(name, name.startswith(family.attention + "."), group.scale_into not in linears)
 
 
 @dataclass
@@ -78,13 +78,11 @@ def fold(scores: torch.Tensor, kv_heads: int, head_dim: int, folding: str = OWN)
     return scores.view(kv_heads, -1, head_dim).sum(1).flatten()
 
 
-def unit_scores(
-    scores: dict[str, torch.Tensor], model: ModelDescription, block: int, folding: str = OWN
-) -> UnitScores:
+def unit_scores(scores: dict[str, torch.Tensor], spec: ModelSpec, block: int, folding: str = OWN) -> UnitScores:
     """Combine scores per channel of some coupled tensors, by their names within the block, into scores of units."""
-    shape = model.at(block)
+    shape = spec.at(block)
     attention, mlp = [], []
-    for tensor in coupled_tensors(model.family):
+    for tensor in coupled_tensors(spec.family):
         if tensor.name not in scores:
             continue
         found = scores[tensor.name]

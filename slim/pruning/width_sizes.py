@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from slim.architecture import ModelDescription
-from slim.errors import SlimError
+from slim.core.errors import SlimError
+from slim.models.spec import ModelSpec
 
 LLM_PRUNER = "llm_pruner"
 # Families whose configuration takes one number of heads for all blocks, and one that divides the hidden size.
@@ -35,19 +35,19 @@ class Width:
     channels: int
 
 
-def width_of(model: ModelDescription, block: int) -> Width:
+def width_of(spec: ModelSpec, block: int) -> Width:
     """Return the sizes of a block as they are."""
-    shape = model.at(block)
+    shape = spec.at(block)
     return Width(shape.kv_heads, shape.heads, shape.intermediate_size)
 
 
-def pruned_width(model: ModelDescription, block: int, ratio: float, rounding: int | str) -> Width:
+def pruned_width(spec: ModelSpec, block: int, ratio: float, rounding: int | str) -> Width:
     """Return the sizes of a block after removing the share ``ratio`` of its heads and channels.
 
     rounding: ``"llm_pruner"``: as above. A number: MLP channels to the nearest multiple of it, and as many of the
     key/value groups as leave the attention's output a multiple of it (where it was one), never more than above.
     """
-    shape = model.at(block)
+    shape = spec.at(block)
     repeats = shape.heads // shape.kv_heads
     keys = shape.kv_heads * shape.head_dim
     dropped = (keys - int(keys * (1 - ratio))) // shape.head_dim
@@ -62,7 +62,7 @@ def pruned_width(model: ModelDescription, block: int, ratio: float, rounding: in
     return Width(kept, kept * repeats, channels)
 
 
-def with_widths(model: ModelDescription, widths: Mapping[int, Width]) -> ModelDescription:
+def with_widths(spec: ModelSpec, widths: Mapping[int, Width]) -> ModelSpec:
     """Return the description with the blocks in ``widths`` at their new sizes.
 
     Alike in all blocks it is a stock config, otherwise ``per_layer_config``. Llama's and Gemma's configurations refuse
@@ -70,29 +70,29 @@ def with_widths(model: ModelDescription, widths: Mapping[int, Width]) -> ModelDe
     Llama's and takes them.
     Raises ``SlimError`` where neither can hold the result.
     """
-    changed = [width if (width := widths.get(block)) else width_of(model, block) for block in range(model.blocks)]
+    changed = [width if (width := widths.get(block)) else width_of(spec, block) for block in range(spec.blocks)]
     entries = [dict(zip(SIZES, (width.heads, width.kv_heads, width.channels), strict=True)) for width in changed]
-    others = {key for differing in model.differing.values() for key in differing} - set(SIZES)
-    config = {key: value for key, value in model.config.items() if key != "per_layer_config"}
-    config["head_dim"] = model.head_dim
+    others = {key for differing in spec.differing.values() for key in differing} - set(SIZES)
+    config = {key: value for key, value in spec.config.items() if key != "per_layer_config"}
+    config["head_dim"] = spec.head_dim
     if not others and all(entry == entries[0] for entry in entries):
         config.update(entries[0])
     else:
-        config.update({key: model.config.get(key) or getattr(model, name) for key, name in PLAIN.items()})
-        config["per_layer_config"] = differing_entries(model, config, entries)
+        config.update({key: spec.config.get(key) or getattr(spec, name) for key, name in PLAIN.items()})
+        config["per_layer_config"] = differing_entries(spec, config, entries)
     if config["model_type"] in EVEN_HEADS and not has_even_heads(config):
-        config = as_mistral(config, model.name)
-    return ModelDescription(config, model.name)
+        config = as_mistral(config, spec.name)
+    return ModelSpec(config, spec.name)
 
 
 PLAIN = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "intermediate_size": "intermediate_size"}
 
 
-def differing_entries(model: ModelDescription, config: dict, entries: list[dict]) -> dict[str, dict]:
+def differing_entries(spec: ModelSpec, config: dict, entries: list[dict]) -> dict[str, dict]:
     """Return ``per_layer_config``: for every block what differs from ``config``."""
     found = {}
     for block, entry in enumerate(entries):
-        whole = {**model.differing.get(block, {}), **entry}
+        whole = {**spec.differing.get(block, {}), **entry}
         differing = {key: value for key, value in whole.items() if config.get(key) != value}
         if differing:
             found[str(block)] = differing

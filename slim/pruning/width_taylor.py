@@ -21,16 +21,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import Family, ModelDescription
-from slim.checkpoint import Checkpoint
-from slim.lazy import LazyModule
-from slim.progress import progress_bar
-from slim.pruning.forward import BlockChain
+from slim.calibration.loaded_blocks import BlockChain
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.stage import Context
+from slim.core.console import progress_bar
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_choice
+from slim.models.spec import Family, ModelSpec
 from slim.pruning.taylor import backward_bytes, block_inputs, called_with_gradients, output_gradient
 from slim.pruning.width import CalibratedWidthPruning
 from slim.pruning.width_scores import Coupled, UnitScores, coupled_tensors, sum_per_unit, unit_scores
-from slim.settings import require_choice
-from slim.stage import Context
 
 if TYPE_CHECKING:
     import torch
@@ -154,6 +154,8 @@ class WidthTaylor(CalibratedWidthPruning):
     Other settings: see :class:`CalibratedWidthPruning`; 10 samples of 64 tokens as in LLM-Pruner.
     """
 
+    cache_name: ClassVar[str] = "WidthTaylor"
+
     order: str = FIRST
     samples: int | None = 10
     length: int | None = 64
@@ -166,13 +168,13 @@ class WidthTaylor(CalibratedWidthPruning):
 
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
         model, tokens = self.load(source, context)
-        description = source.description
-        steps = 2 * description.blocks - min(blocks)
+        spec = source.spec
+        steps = 2 * spec.blocks - min(blocks)
         with progress_bar("Taylor scores of heads and channels", total=steps) as advance:
-            found = channel_taylor_scores(model, description.family, tokens, blocks, self.order, advance)
-        return {block: unit_scores(sizes, description, block, self.folding) for block, sizes in found.items()}
+            found = channel_taylor_scores(model, spec.family, tokens, blocks, self.order, advance)
+        return {block: unit_scores(sizes, spec, block, self.folding) for block, sizes in found.items()}
 
-    def scoring_bytes(self, model: ModelDescription, device: str) -> int:
+    def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         together = self.windows.samples if self.order in (FIRST, VECTORISED) else 1
-        kept = 8 * model.block_parameters() if self.order == MIXED else 0
-        return backward_bytes(model, device, self.windows.samples, together, self.windows.length) + kept
+        kept = 8 * spec.block_parameters() if self.order == MIXED else 0
+        return backward_bytes(spec, device, self.windows.samples, together, self.windows.length) + kept

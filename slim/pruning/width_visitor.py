@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from slim.architecture import ModelDescription
-from slim.blockwise import SegmentView, Visitor, relative_error
+from slim.calibration.errors import relative_error
+from slim.calibration.sequential import BlockMethod, LinearGroup
+from slim.models.spec import ModelSpec
 from slim.pruning.least_squares import refit_columns
 from slim.pruning.width_scores import Coupled, UnitScores, coupled_tensors, smallest
 from slim.pruning.width_sizes import Width
@@ -27,9 +28,9 @@ class Kept:
     head_dim: int
 
     @classmethod
-    def of(cls, model: ModelDescription, block: int, width: Width, scores: UnitScores) -> Kept:
+    def of(cls, spec: ModelSpec, block: int, width: Width, scores: UnitScores) -> Kept:
         """Keep the units of a block that are left when those with the smallest scores have gone."""
-        shape = model.at(block)
+        shape = spec.at(block)
         groups = set(range(shape.kv_heads)) - set(smallest(scores.groups, shape.kv_heads - width.kv_heads))
         channels = set(range(shape.intermediate_size))
         channels -= set(smallest(scores.channels, shape.intermediate_size - width.channels))
@@ -46,37 +47,37 @@ class Kept:
         return (torch.tensor(self.groups)[:, None] * per_group + torch.arange(per_group)).flatten()
 
 
-class WidthVisitor(Visitor):
+class WidthMethod(BlockMethod):
     """Cuts the blocks in ``kept``; refits what reads the removed units where ``damping`` is a number.
 
     While the walk is in a block its layers keep their shapes: columns of removed units are zero, which computes the
     same.
     """
 
-    def __init__(self, model: ModelDescription, kept: dict[int, Kept], damping: float | None = None):
+    def __init__(self, spec: ModelSpec, kept: dict[int, Kept], damping: float | None = None):
         self.kept, self.damping = kept, damping
-        self.needs_gram = damping is not None
-        self.coupled = {tensor.name: tensor for tensor in coupled_tensors(model.family)}
-        self.stored = getattr(torch, model.dtype)
+        self.needs_hessian = damping is not None
+        self.coupled = {tensor.name: tensor for tensor in coupled_tensors(spec.family)}
+        self.stored = getattr(torch, spec.dtype)
         self.errors: list[tuple[float, float]] = []  # per refitted layer: output error without the fit, with it
 
-    def visit(self, view: SegmentView) -> dict[str, float]:
+    def process(self, view: LinearGroup) -> dict[str, float]:
         if view.block not in self.kept:
             return {}
         inputs = {name: layer for name, layer in view.linears.items() if not self.coupled[name].rows}
         return {name: self._cut_inputs(view, name, layer) for name, layer in inputs.items()}
 
-    def _cut_inputs(self, view: SegmentView, name: str, layer: nn.Linear) -> float:
+    def _cut_inputs(self, view: LinearGroup, name: str, layer: nn.Linear) -> float:
         """Zero the removed inputs of a layer, refit the others, and return its relative output error."""
         weight = layer.weight
         kept = self.kept[view.block].indices(self.coupled[name], weight.shape[1]).to(weight.device)
         cut = torch.zeros_like(weight)
         cut[:, kept] = weight[:, kept]
-        error = relative_error(cut - weight, weight, view.gram)
+        error = relative_error(cut - weight, weight, view.hessian)
         if self.damping is not None and len(kept) < weight.shape[1]:
             before = error
-            cut[:, kept] = refit_columns(weight, view.gram, kept, self.damping).to(self.stored).float()
-            error = relative_error(cut - weight, weight, view.gram)
+            cut[:, kept] = refit_columns(weight, view.hessian, kept, self.damping).to(self.stored).float()
+            error = relative_error(cut - weight, weight, view.hessian)
             self.errors.append((before, error))
         weight.copy_(cut)
         return error

@@ -6,22 +6,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from slim.architecture import ModelDescription
-from slim.errors import SlimError
+from slim.core.errors import SlimError
+from slim.core.settings import require_choice
+from slim.models.spec import ModelSpec
 from slim.quantization.scheme import BITS, GROUP_SIZES, WHOLE_ROW, Scheme
-from slim.settings import require_choice
 
 PLAIN_BITS = 16  # in an override: leave the layer as it is
 HEAD_SCHEME = Scheme(8, WHOLE_ROW, True)  # per row and symmetric: what torch's int8 kernel multiplies with
 OVERRIDE_KEYS = {"bits": (*BITS, PLAIN_BITS), "group_size": (*GROUP_SIZES, WHOLE_ROW), "symmetric": (True, False)}
 
 
-def layer_shapes(model: ModelDescription) -> dict[str, tuple[int, int]]:
+def layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """Return full name -> (out_features, in_features) for every linear layer of the blocks, in order."""
     return {
-        f"{model.family.blocks}.{block}.{name}": shape
-        for block in range(model.blocks)
-        for name, shape in model.block_linears(block).items()
+        f"{spec.family.blocks}.{block}.{name}": shape
+        for block in range(spec.blocks)
+        for name, shape in spec.block_linears(block).items()
     }
 
 
@@ -44,15 +44,15 @@ def check_overrides(overrides: Mapping) -> None:
 
 
 def assign(
-    model: ModelDescription, schemes: Mapping[str, Scheme], overrides: Mapping[str, Mapping], lm_head: bool, embeddings: bool
+    spec: ModelSpec, schemes: Mapping[str, Scheme], overrides: Mapping[str, Mapping], lm_head: bool, embeddings: bool
 ) -> dict[str, Scheme]:
     """Return full layer name -> scheme, with ``overrides`` applied in their order; layers left plain are not in it.
 
     schemes: of the blocks' layers before overrides. A pattern is a whole name with ``*`` for anything. Raises
     ``SlimError`` for patterns that no layer has, and for groups that do not divide a layer's inputs.
     """
-    family, found = model.family, dict(schemes)
-    if lm_head or (embeddings and model.tied):
+    family, found = spec.family, dict(schemes)
+    if lm_head or (embeddings and spec.tied):
         found[family.head] = HEAD_SCHEME
     if embeddings:
         found[family.embeddings] = HEAD_SCHEME
@@ -60,7 +60,7 @@ def assign(
         names = [name for name in found if fnmatchcase(name, pattern)]
         if not names:
             raise SlimError(
-                f"quant.overrides: '{pattern}' is not the name of any quantised layer of {model.name}. "
+                f"quant.overrides: '{pattern}' is not the name of any quantised layer of {spec.name}. "
                 f"Names look like '{next(iter(schemes))}'; * stands for anything, such as '*.down_proj'."
             )
         for name in names:
@@ -68,7 +68,7 @@ def assign(
     found = {name: scheme for name, scheme in found.items() if scheme.bits != PLAIN_BITS}
     if not found:
         raise SlimError("quant.overrides leave no layer to quantise. Use quant=none for that.")
-    check_groups(model, found)
+    check_groups(spec, found)
     return found
 
 
@@ -78,23 +78,23 @@ def pinned_layers(names: Iterable[str], overrides: Mapping[str, Mapping]) -> set
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def check_plain(model: ModelDescription) -> None:
-    """Raise ``SlimError`` if ``model`` is quantised already or of an unknown family."""
-    model.family  # noqa: B018 - refuses families whose parts are unknown
-    model.require_merged()
-    if model.quantization is not None:
-        method = model.quantization.get("quant_method", "an unknown method")
-        raise SlimError(f"{model.name} is already quantised ({method}). Quantise the model it was made from.")
+def check_plain(spec: ModelSpec) -> None:
+    """Raise ``SlimError`` if ``spec`` is quantised already or of an unknown family."""
+    spec.family  # noqa: B018 - refuses families whose parts are unknown
+    spec.require_merged()
+    if spec.quantization is not None:
+        method = spec.quantization.get("quant_method", "an unknown method")
+        raise SlimError(f"{spec.name} is already quantised ({method}). Quantise the model it was made from.")
 
 
-def check_groups(model: ModelDescription, schemes: Mapping[str, Scheme]) -> None:
+def check_groups(spec: ModelSpec, schemes: Mapping[str, Scheme]) -> None:
     """Raise ``SlimError`` if a layer's groups do not divide its inputs."""
-    inputs = {name: columns for name, (_, columns) in layer_shapes(model).items()}
-    inputs |= dict.fromkeys((model.family.head, model.family.embeddings), model.hidden_size)
+    inputs = {name: columns for name, (_, columns) in layer_shapes(spec).items()}
+    inputs |= dict.fromkeys((spec.family.head, spec.family.embeddings), spec.hidden_size)
     bad = [name for name, scheme in schemes.items() if inputs[name] % scheme.group(inputs[name])]
     if bad:
         fits = [size for size in GROUP_SIZES if all(inputs[name] % size == 0 for name in schemes)]
         raise SlimError(
             f"quant.group_size={schemes[bad[0]].group_size} does not divide the {inputs[bad[0]]} inputs of {bad[0]} "
-            f"in {model.name}. Sizes that fit all layers: {', '.join(map(str, [*fits, WHOLE_ROW]))}."
+            f"in {spec.name}. Sizes that fit all layers: {', '.join(map(str, [*fits, WHOLE_ROW]))}."
         )

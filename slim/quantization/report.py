@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.plots import new_figure, save_figure
+from slim.core.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
-    from slim.architecture import ModelDescription
-    from slim.blockwise import LayerError
+    from slim.calibration.errors import LayerError
+    from slim.models.spec import ModelSpec
 
 
 def plot_layer_errors(path: Path, errors: Sequence[LayerError]) -> None:
@@ -28,9 +28,7 @@ def plot_layer_errors(path: Path, errors: Sequence[LayerError]) -> None:
     save_figure(figure, path)
 
 
-def write_allocation(
-    folder: Path, model: ModelDescription, errors: Mapping[str, Mapping[int, float]], bits: Mapping[str, int]
-) -> None:
+def write_allocation(folder: Path, spec: ModelSpec, errors: Mapping[str, Mapping[int, float]], bits: Mapping[str, int]) -> None:
     """Write ``bits.json`` and ``bits.png`` into ``folder``: chosen bits and predicted errors of every layer.
 
     errors: full layer name -> bits -> share of its output that rounding to them changes. bits: layer -> chosen bits.
@@ -41,9 +39,9 @@ def write_allocation(
         for name, found in errors.items()
     ]
     (folder / "bits.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    layers = list(model.block_linears())
-    grid = [[bits[f"{model.family.blocks}.{block}.{layer}"] for block in range(model.blocks)] for layer in layers]
-    figure = new_figure(max(6.0, 3.0 + 0.3 * model.blocks), 0.4 * len(layers) + 1.6)
+    layers = list(spec.block_linears())
+    grid = [[bits[f"{spec.family.blocks}.{block}.{layer}"] for block in range(spec.blocks)] for layer in layers]
+    figure = new_figure(max(6.0, 3.0 + 0.3 * spec.blocks), 0.4 * len(layers) + 1.6)
     axes = figure.subplots()
     axes.imshow(grid, aspect="auto", cmap="viridis", vmin=2, vmax=8)
     for row, widths in enumerate(grid):

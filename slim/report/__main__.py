@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
 
 DESCRIPTION = "Write report.html (one page, works offline) and report.md about tracked runs."
 

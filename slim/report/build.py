@@ -22,10 +22,10 @@ def build_report(client: MlflowClient, run_ids: list[str], title: str | None = N
 
     client: of the store or server that holds them; nothing else is read. title: of the page; None: what was typed.
     """
-    from slim.report.contents import contents
     from slim.report.markdown import markdown
     from slim.report.page import page
     from slim.report.runs import collect
+    from slim.report.sections import sections
 
-    report = contents(collect(client, run_ids, title))
+    report = sections(collect(client, run_ids, title))
     return Report(page(report), markdown(report))

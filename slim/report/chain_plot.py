@@ -6,15 +6,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.plots import KEPT, new_figure, save_figure
-from slim.report.charts import COLOURS
-from slim.report.measures import MEAN, axis_title, error, is_perplexity, primary, quality_columns, task_columns, value
+from slim.core.figures import KEPT, new_figure, save_figure
+from slim.report.charts import COLORS
+from slim.report.pareto import MEAN, axis_title, error, is_perplexity, primary, quality_columns, task_columns, value
 from slim.report.points import Point, step_name
 from slim.report.runs import Row
 from slim.report.table import Column, by_protocol, record
 
 if TYPE_CHECKING:
-    from slim.pipeline import Result
+    from slim.checkpoints.result import Result
 
 FLAT_TO = 4  # ratio of largest to smallest perplexity from which the axis is logarithmic
 
@@ -50,7 +50,7 @@ def _draw(axes, points: list[Point], columns: list[Column]) -> None:
         heights = [math.nan if (found := value(point, column)) is None else found for point in points]
         spread = [error(point, column) or 0.0 for point in points]
         mean = column.metric == MEAN.metric
-        colour = KEPT if len(columns) == 1 else "black" if mean else COLOURS[number % len(COLOURS)]
+        colour = KEPT if len(columns) == 1 else "black" if mean else COLORS[number % len(COLORS)]
         style = {"color": colour, "linestyle": "--" if mean else "-", "linewidth": 1.4}
         axes.errorbar(range(len(points)), heights, yerr=spread, marker="o", capsize=2, label=column.heading, **style)
         if len(columns) == 1:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import html
 import textwrap
 
-from slim.plots import KEPT, REMOVED
-from slim.report.measures import (
+from slim.core.figures import KEPT, REMOVED
+from slim.report.pareto import (
     BYTES,
     axis_title,
     error,
@@ -26,7 +26,7 @@ from slim.report.measures import (
 from slim.report.points import Point, settings_lines
 from slim.report.table import DECODE, Column, by_protocol
 
-COLOURS = (KEPT, REMOVED, "#5a9e6f", "#a277b5", "#c49a2b", "#3fa7b5", "#b5566f", "#7f8c4a", "#8c6d52", "#6b7785")
+COLORS = (KEPT, REMOVED, "#5a9e6f", "#a277b5", "#c49a2b", "#3fa7b5", "#b5566f", "#7f8c4a", "#8c6d52", "#6b7785")
 SYMBOLS = {"source": "diamond", "step": "square", "final": "circle"}
 HOVER_WIDTH = 90  # characters of a line in the text that shows over a point
 LOG_FROM = 8  # ratio of largest to smallest figure from which an axis is logarithmic
@@ -130,7 +130,7 @@ def _bars(candidates: list[Point], columns: list[Column], label: str) -> dict:
             "error_y": {"type": "data", "array": [error(point, column) for column in columns], "thickness": 1.2, "width": 3},
             "hoverinfo": "text",
             "hovertext": [f"<b>{_wrap(point.name)}</b><br>{html.escape(c.heading)}: {with_error(point, c)}" for c in columns],
-            "marker": {"color": COLOURS[number % len(COLOURS)]},
+            "marker": {"color": COLORS[number % len(COLORS)]},
             "visible": True if id(point) in shown else "legendonly",
         }
         for number, point in enumerate(points)

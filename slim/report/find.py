@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.checkpoint import read_json
-from slim.errors import SlimError, did_you_mean
-from slim.outbox import PARENT
+from slim.core.errors import SlimError, did_you_mean
+from slim.core.io import read_json
 from slim.report.runs import KIND
-from slim.tracking import connect as client_of
-from slim.tracking import search_runs, tracking_uri
+from slim.tracking.offline_queue import PARENT
+from slim.tracking.tracker import connect as client_of
+from slim.tracking.tracker import search_runs, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slim.architecture import ADAPTER
+from slim.models.spec import ADAPTER
 
 NOT_TRIED = "It was not tried."
 PLAIN = 'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")'

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from slim.report.contents import Contents, Table
+from slim.core.text import markdown_lines
 from slim.report.published import MARK, Published
-from slim.report.table import markdown_lines
+from slim.report.sections import Sections, Table
 
 LONGEST = 300  # characters of an answer
 
 
-def markdown(report: Contents) -> str:
+def markdown(report: Sections) -> str:
     """Return the tables of a report as Markdown."""
     lines = [f"# {plain(report.title)}", "", plain(report.summary), ""]
     lines += [line for note in report.notes for line in (plain(note), "")]

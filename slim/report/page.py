@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from slim.report.contents import Contents
 from slim.report.published import MARK
+from slim.report.sections import Sections
 
 ASSETS = Path(__file__).parent.parent / "assets" / "report"
 
 
-def page(report: Contents) -> str:
+def page(report: Sections) -> str:
     """Return the page. All that comes from runs is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -32,7 +32,7 @@ def page(report: Contents) -> str:
     )
 
 
-def sections(report: Contents) -> list[tuple[str, str]]:
+def sections(report: Sections) -> list[tuple[str, str]]:
     """Return (anchor, heading) of the sections the page has."""
     listed = [
         ("best", "The best model for your memory", report.best),

@@ -9,8 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from slim.store import digest
-from slim.tracking import children
+from slim.checkpoints.store import digest
+from slim.tracking.tracker import children
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from slim.core.text import markdown_lines
 from slim.evaluation.protocol import protocol_key, variants
 
 if TYPE_CHECKING:
-    from slim.pipeline import Result, Step
+    from slim.checkpoints.result import Result
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,6 @@ def markdown_table(results: list[Result], compared: bool = False) -> str:
     return "\n".join(markdown_lines(headings, rows(results, shown, ("**", "**") if compared else None))) + "\n"
 
 
-def markdown_lines(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table: names to the left, figures to the right."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
-    return [lines[0], "| --- |" + " ---: |" * (len(headings) - 1), *lines[1:]]
-
-
 def json_table(results: list[Result]) -> str:
     """Return all figures with their protocols as JSON: one record per checkpoint, see :func:`record`."""
     return json.dumps([record(result) for result in results], indent=2) + "\n"
@@ -206,22 +201,3 @@ def samples_text(results: list[Result]) -> str:
             lines.append(f"- **{result.label}**: {result.quality['samples'][index]['answer'].strip()!r}")
         lines.append("")
     return "\n".join(lines)
-
-
-def plan_table(steps: list[Step]):
-    """Return what a run would do as a rich ``Table``."""
-    from rich.table import Table
-
-    from slim.pipeline import gigabytes
-    from slim.stage import Stage
-
-    table = Table(title="Plan: nothing has been run", title_justify="left")
-    for heading in ("stage", "result", "parameters", "on disk", "peak memory", "folder"):
-        table.add_column(heading, justify="right" if heading in ("parameters", "on disk", "peak memory") else "left")
-    for step in steps:
-        state = "there already" if step.cached else "to be made" if isinstance(step.stage, Stage) else "to be fetched"
-        peak = "-" if step.cached or not step.peak_bytes else gigabytes(step.peak_bytes)
-        size = gigabytes(step.description.weight_bytes())
-        folder = step.folder.name if step.folder else "-"
-        table.add_row(step.label, state, f"{step.description.parameters():,}", size, peak, folder)
-    return table

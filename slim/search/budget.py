@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slim.architecture import DTYPE_BYTES
-from slim.errors import SlimError
-from slim.families import SLIDING
+from slim.core.errors import SlimError
+from slim.core.settings import require_number
+from slim.models.families import SLIDING
+from slim.models.spec import DTYPE_BYTES
 from slim.search.metrics import DECODE, offered, require_metric
-from slim.settings import require_number
 
 if TYPE_CHECKING:
-    from slim.architecture import ModelDescription
     from slim.evaluation.evaluation import Evaluation
+    from slim.models.spec import ModelSpec
 
 GIGABYTE = 1e9  # bytes, as everywhere in slim
 WINDOWED = ("mistral", "phi3")  # families in which every block attends to the window, where there is one
@@ -68,13 +68,13 @@ class Budget:
         if self.tokens_per_second is not None and DECODE not in offered(evaluation):
             raise SlimError("budget.tokens_per_second is measured, and eval.speed=null measures no speed. Choose eval=quick.")
 
-    def memory(self, weights: float, model: ModelDescription) -> float:
+    def memory(self, weights: float, spec: ModelSpec) -> float:
         """Return the memory of a model whose weights take ``weights`` bytes, in bytes."""
-        return weights + cache_bytes(model, self.context)
+        return weights + cache_bytes(spec, self.context)
 
-    def check_plan(self, model: ModelDescription) -> None:
+    def check_plan(self, spec: ModelSpec) -> None:
         """Raise :class:`OverBudget` if the model that a plan ends in takes more memory than there may be."""
-        needed = self.memory(model.weight_bytes(), model)
+        needed = self.memory(spec.weight_bytes(), spec)
         if self.memory_gb is not None and needed > self.memory_gb * GIGABYTE:
             raise OverBudget(f"over budget.memory_gb={self.memory_gb:g} by its plan: {size(needed)}", needed)
 
@@ -87,26 +87,26 @@ class Budget:
         return None
 
 
-def cache_bytes(model: ModelDescription, context: int) -> float:
+def cache_bytes(spec: ModelSpec, context: int) -> float:
     """Return the bytes of keys and values of ``context`` tokens, at most the model's own context, of all blocks.
 
     A block that attends to a window keeps no more than the window. Keys and values have the type of the plain weights.
     """
-    total, tokens, sliding = 0, min(context, model.context_length), sliding_blocks(model)
-    for block in range(model.blocks):
-        shape = model.at(block)
-        kept = min(tokens, model.entry("sliding_window")) if block in sliding else tokens
+    total, tokens, sliding = 0, min(context, spec.context_length), sliding_blocks(spec)
+    for block in range(spec.blocks):
+        shape = spec.at(block)
+        kept = min(tokens, spec.entry("sliding_window")) if block in sliding else tokens
         total += 2 * shape.kv_heads * shape.head_dim * kept
-    return float(total * DTYPE_BYTES.get(model.dtype, 4))
+    return float(total * DTYPE_BYTES.get(spec.dtype, 4))
 
 
-def sliding_blocks(model: ModelDescription) -> set[int]:
+def sliding_blocks(spec: ModelSpec) -> set[int]:
     """Return the numbers of the blocks that attend to a window only."""
-    if not model.entry("sliding_window"):
+    if not spec.entry("sliding_window"):
         return set()
-    types = model.entry("layer_types") or (model.family.layer_types(model.config) if model.known else None)
+    types = spec.entry("layer_types") or (spec.family.layer_types(spec.config) if spec.known else None)
     if types is None:
-        return set(range(model.blocks)) if model.config.get("model_type") in WINDOWED else set()
+        return set(range(spec.blocks)) if spec.config.get("model_type") in WINDOWED else set()
     return {block for block, kind in enumerate(types) if kind == SLIDING}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slim.errors import SlimError, did_you_mean
+from slim.core.errors import SlimError, did_you_mean
 from slim.evaluation.protocol import PARTS
 from slim.report.table import FIXED, SPEED
 

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slim.errors import SlimError
-from slim.progress import results_console
-from slim.report.measures import front
-from slim.report.table import FIXED, SPEED, format_figure, markdown_lines
+from slim.core.console import results_console
+from slim.core.errors import SlimError
+from slim.core.text import markdown_lines
+from slim.report.pareto import front
+from slim.report.table import FIXED, SPEED, format_figure
 from slim.search.budget import size
 from slim.search.metrics import DECODE, is_better_high
 from slim.search.point import judge
 from slim.search.space import as_typed, settings
 
 if TYPE_CHECKING:
-    from slim.architecture import ModelDescription
+    from slim.models.spec import ModelSpec
     from slim.search.budget import Budget
     from slim.search.settings import Search
     from slim.sweeps.folder import SweepFolder
@@ -39,7 +40,7 @@ class Trial:
     point: dict[str, Any]
     asked: Any = None
     planned: Planned | None = None
-    model: ModelDescription | None = None
+    model: ModelSpec | None = None
     needed: float | None = None
     result: dict | None = None
     skipped: bool = False

@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from slim.errors import SlimError, did_you_mean
+from slim.core.errors import SlimError, did_you_mean
 from slim.search.metrics import DECODE
 from slim.search.settings import Search, read_search
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from slim.architecture import ModelDescription
+    from slim.models.spec import ModelSpec
 
 
-def planned_model(config: DictConfig) -> ModelDescription:
+def planned_model(config: DictConfig) -> ModelSpec:
     """Describe the model at the end of a configuration's chain, without a look at any weights."""
-    from slim.run import build_pipeline
+    from slim.chain.build import build_pipeline
 
     pipeline = build_pipeline(config)
-    description = pipeline.model.describe()
+    spec = pipeline.model.describe()
     for stage in pipeline.stages:
-        stage.check(description)
-        description = stage.expect(description)
-    return description
+        stage.check(spec)
+        spec = stage.output_spec(spec)
+    return spec
 
 
 def values(config: DictConfig, metrics: dict[str, float]) -> float | list[float]:
@@ -47,13 +47,13 @@ def objectives(search: Search, metrics: dict[str, float]) -> dict[str, float]:
     return {name: float(metrics[name]) for name in search.objectives}
 
 
-def judge(search: Search, metrics: dict[str, float], model: ModelDescription) -> dict:
+def judge(search: Search, metrics: dict[str, float], spec: ModelSpec) -> dict:
     """Return ``objectives`` (metric -> value), figures of the checkpoint, and ``problem``: why it is out of the contest.
 
     ``memory_bytes``: as the budget counts it, with the files of the weights as large as they are. Plain JSON values.
     """
     found, rate = objectives(search, metrics), metrics.get(DECODE)
-    memory = search.budget.memory(metrics["bytes_on_disk"], model)
+    memory = search.budget.memory(metrics["bytes_on_disk"], spec)
     undefined = [name for name, value in found.items() if not math.isfinite(value)]
     return {
         "objectives": found,

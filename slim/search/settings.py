@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
 from slim.search.budget import Budget
 from slim.search.metrics import is_better_high, require_metric
 

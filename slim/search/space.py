@@ -12,8 +12,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from slim.errors import SlimError
-from slim.lazy import LazyModule
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
 
 distributions = LazyModule("optuna.distributions")
 LISTED = 20_000  # points of a space that are listed in order to find one that was not tried

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from slim.errors import SlimError
-from slim.progress import console
+from slim.core.console import console
+from slim.core.errors import SlimError
+from slim.core.settings import require_number
 from slim.search.budget import OverBudget
 from slim.search.outcome import Trial, conclude, show
 from slim.search.point import planned_model
 from slim.search.settings import Search, read_search
 from slim.search.space import Space, example, fixed_overrides, members, settings, shown
-from slim.settings import require_number
-from slim.sweeps.grid import Planned, plan_point, record_lost, settle
+from slim.sweeps.grid import Planned, finalize, plan_point, record_lost
 from slim.sweeps.point import Point, record_failure
 from slim.sweeps.sweep import Sweep, current
 
@@ -118,7 +118,7 @@ class Run:
             record_skipped(self.sweep, planned, str(error))
             return True
         trial.planned = planned
-        return settle(self.sweep, planned)
+        return finalize(self.sweep, planned)
 
     def launch(self, batch: list[Trial]) -> None:
         """Run points and tell Optuna what came of them."""

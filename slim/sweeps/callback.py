@@ -10,12 +10,14 @@ from omegaconf import DictConfig
 
 
 class SweepCallback:
-    """Opens the sweep in MLflow before its first point. ``slim.cli.launch`` closes it, since Hydra does not after an error."""
+    """Opens the sweep in MLflow before its first point.
+
+    ``slim.cli.launch.launch`` closes it, since Hydra does not after an error.
+    """
 
     def on_multirun_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
         """Prepare the sweep. slim's own sweepers open it, when they know that there is a point to run."""
-        from slim.cli import fail
-        from slim.errors import SlimError
+        from slim.core.errors import SlimError, fail
         from slim.sweeps import sweep
 
         try:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slim.progress import console, results_console
+from slim.core.console import console, results_console
 
 if TYPE_CHECKING:
     from slim.sweeps.sweep import Sweep

@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
+from slim.core.io import write_json
 
 HEADER = "sweep.json"
 POINT = "point.json"
@@ -49,11 +50,3 @@ class SweepFolder:
         """Return the records of the points that have ended, by number."""
         records = [json.loads(path.read_text(encoding="utf-8")) for path in self.path.glob(f"*/{POINT}")]
         return sorted(records, key=lambda record: record["number"])
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

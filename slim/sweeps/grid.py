@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from slim.cli import expand_alias, explain
-from slim.errors import SlimError
-from slim.progress import console
+from slim.chain.compose import expand_alias
+from slim.chain.explain import explain
+from slim.core.console import console
+from slim.core.errors import SlimError
 from slim.sweeps.names import point_name
 from slim.sweeps.point import Point, describe, record_failure
 from slim.sweeps.sweep import Sweep, current
@@ -46,7 +47,7 @@ def run_grid(sweeper: GridSweeper, arguments: list[str]) -> list[Sequence[JobRet
         return []
     sweep.total = len(points)
     sweep.open()
-    missing = [point for point in points if not settle(sweep, point)]
+    missing = [point for point in points if not finalize(sweep, point)]
     wrong = sum(point.error is not None for point in points)
     announce(len(points), wrong, len(points) - wrong - len(missing))
     return launch(sweeper, sweep, missing)
@@ -94,7 +95,7 @@ def plan_point(sweeper: GridSweeper, sweep: Sweep, number: int, overrides: list[
     point = Planned(number, overrides)
     loader = sweeper.hydra_context.config_loader
     try:
-        from slim.run import plan_chains
+        from slim.chain.build import plan_chains
 
         point.config = loader.load_sweep_config(sweep.config, overrides)
         point.name = point_name(plan_chains(point.config), point.config)
@@ -118,7 +119,8 @@ def refuse_at_once(sweep: Sweep, points: list[Planned]) -> None:
 
 def show_plans(sweep: Sweep, points: list[Planned]) -> None:
     """Print the plan of every point."""
-    from slim.run import build_pipeline, show_plan
+    from slim.chain.build import build_pipeline
+    from slim.report.plan import show_plan
 
     for point in points:
         print(f"point {point.number}: {' '.join(point.overrides)}", flush=True)
@@ -129,7 +131,7 @@ def show_plans(sweep: Sweep, points: list[Planned]) -> None:
         show_plan(pipeline, pipeline.plan())
 
 
-def settle(sweep: Sweep, planned: Planned) -> bool:
+def finalize(sweep: Sweep, planned: Planned) -> bool:
     """Record a point that needs no run: it cannot be run, or is finished. Returns whether it is so."""
     point = Point(sweep.folder, planned.number, planned.overrides, sweep.header())
     if planned.error is not None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from slim.stage import Stage
-from slim.store import digest
+from slim.checkpoints.stage import Stage
+from slim.checkpoints.store import digest
 
 if TYPE_CHECKING:
-    from slim.pipeline import Step
+    from slim.checkpoints.result import Step
 
 PLACE = re.compile(r"^(tracking\.(run_name|uri|published)|store|ignore_limits|plan)=")  # where and how, not what
 
@@ -43,5 +43,5 @@ def point_name(chains: Sequence[Sequence[Step]], config: DictConfig) -> str:
 
 def _settings(step: Step) -> list:
     if isinstance(step.stage, Stage):
-        return [step.stage.kind, step.stage.identity(), step.stage.version]
+        return [step.stage.kind, step.stage.cache_key(), step.stage.version]
     return [step.stage.source, step.stage.revision]

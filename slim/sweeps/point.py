@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
 from slim.sweeps.folder import TRACEBACK, SweepFolder
 from slim.sweeps.names import typed
 
 if TYPE_CHECKING:
-    from slim.pipeline import Result
-    from slim.tracking import Tracker
+    from slim.checkpoints.result import Result
+    from slim.tracking.tracker import Tracker
 
 NAME_LIMIT = 200  # the longest name of a run
 _active: Point | None = None
@@ -54,7 +54,7 @@ class Point:
 
     def tracker(self, config: DictConfig, name: str) -> Tracker:
         """Return the tracker of this point: below the sweep's run, under ``slim.point`` = ``name``."""
-        from slim.tracking import Tracker, published_tag
+        from slim.tracking.tracker import Tracker, published_tag
 
         tags = {"slim.point": name, "slim.sweep": self.header["sweep"], **published_tag(config)}
         tracking = config.tracking
@@ -118,7 +118,7 @@ def _begin() -> Point:
     """Find out from Hydra which point this is."""
     from hydra.core.hydra_config import HydraConfig
 
-    from slim.progress import be_quiet
+    from slim.core.console import be_quiet
 
     hydra = HydraConfig.get()
     folder = SweepFolder(Path(hydra.sweep.dir).absolute())
@@ -145,7 +145,7 @@ def record_failure(point: Point, config: DictConfig, message: str, skipped: bool
     """Let MLflow know why a point failed before it had a run; the run of one that failed later says so itself."""
     if point.run_id is not None:
         return
-    from slim.store import digest
+    from slim.checkpoints.store import digest
 
     tracker = point.tracker(config, digest(["unplanned", sorted(point.overrides)]))
     tracker.log_settings({}, "", point.overrides)

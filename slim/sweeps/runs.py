@@ -7,9 +7,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from slim.errors import SlimError
-from slim.outbox import Ledger, is_gone, now
-from slim.tracking import VALUE_LIMIT, children, published_tag, tracking_uri, ui_command
+from slim.core.errors import SlimError
+from slim.tracking.offline_queue import TrackingClient, is_gone, now
+from slim.tracking.tracker import VALUE_LIMIT, children, published_tag, tracking_uri, ui_command
 
 FINAL = "final.json"  # artifact of a run: the figures of its last checkpoint, with their protocols
 ENDED = ("FINISHED", "FAILED", "KILLED")
@@ -25,15 +25,15 @@ class SweepRun:
     def __init__(self, root: Path, config: DictConfig, sweep: str, overrides: str):
         self.root, self.sweep = root, sweep
         self.uri = tracking_uri(root, config.tracking.uri)
-        self._ledger = Ledger(root, self.uri)
-        self.client = self._ledger.client
+        self._tracking = TrackingClient(root, self.uri)
+        self.client = self._tracking.client
         self._lock = self._hold()
         found = self._find(config.tracking.experiment)
         self.finished: dict[tuple[str, str], str] = {}
         if found is None:
             tags = {"slim.kind": "sweep", "slim.sweep": sweep, "overrides": overrides[:VALUE_LIMIT], **published_tag(config)}
             name = config.tracking.run_name or f"sweep {overrides}"[:200].strip()
-            self.run_id = self._ledger.create_run(config.tracking.experiment, name, {**tags, "mlflow.source.name": "slim"})
+            self.run_id = self._tracking.create_run(config.tracking.experiment, name, {**tags, "mlflow.source.name": "slim"})
         else:
             self.run_id = found.info.run_id
             self.client.update_run(self.run_id, status="RUNNING")
@@ -98,13 +98,13 @@ class SweepRun:
 
     def log_text(self, text: str, name: str) -> None:
         """Put a file beside the sweep's run."""
-        self._ledger.text(self.run_id, text, name)
+        self._tracking.text(self.run_id, text, name)
 
     def close(self, status: str, counts: dict[str, int], kept: set[str] | None) -> None:
         """End the sweep's run. Of its points the runs ``kept`` stay, and finished ones that no kept one repeats; None: all."""
-        self._ledger.log(self.run_id, {}, [[name, float(count), now(), 0] for name, count in counts.items()], {})
-        self._ledger.end(self.run_id, status)
-        self._ledger.close()
+        self._tracking.log(self.run_id, {}, [[name, float(count), now(), 0] for name, count in counts.items()], {})
+        self._tracking.end(self.run_id, status)
+        self._tracking.close()
         try:
             if kept is not None:
                 self._drop_repeated(kept)

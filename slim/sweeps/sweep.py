@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from slim.errors import SlimError
-from slim.progress import console
+from slim.core import processes
+from slim.core.console import console
+from slim.core.errors import SlimError
 from slim.sweeps.folder import SweepFolder
 from slim.sweeps.names import sweep_id, typed
-from slim.training import distributed
 
 if TYPE_CHECKING:
     from slim.sweeps.runs import SweepRun
@@ -90,7 +90,7 @@ class Sweep:
 def prepare(config: DictConfig, command: str) -> Sweep:
     """Make the sweep of this process known."""
     global _current
-    if distributed.launched():
+    if processes.launched():
         raise SlimError(
             "torchrun starts the processes of one run, not of a sweep. Start the points one by one, or let a launcher start "
             "them: hydra/launcher=submitit_slurm."

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from statistics import median
 from typing import TYPE_CHECKING
 
-from slim.progress import console, progress_bar
+from slim.core.console import console, progress_bar
 
 if TYPE_CHECKING:
     from slim.sweeps.sweep import Sweep

@@ -11,15 +11,14 @@ ones. Whether that reproduces the adapted model, and changes the base at all, is
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from slim.errors import SlimError
-from slim.quantization.linear import QuantLinear
+from slim.core.errors import SlimError
+from slim.loading.adapters import quiet_peft, teach_packed_layers
+from slim.quantization.kernels.linear import QuantLinear
 
 
 def add_adapters(
@@ -54,24 +53,6 @@ def wrap(model: nn.Module, config) -> nn.Module:
     teach_packed_layers(config)
     with quiet_peft():
         return get_peft_model(model, config)
-
-
-def teach_packed_layers(config) -> None:
-    """Tell PEFT that slim's packed layers take the adapters of dense ones: these only add to what a layer gives."""
-    from peft.tuners.lora.layer import Linear
-
-    config._register_custom_module({QuantLinear: Linear})
-
-
-class quiet_peft(warnings.catch_warnings):
-    """Within it PEFT and bitsandbytes say nothing of layers they do not know and kernels that are not needed here."""
-
-    def __enter__(self):
-        entered = super().__enter__()
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message="Unsupported layer type")
-        return entered
 
 
 @torch.no_grad()

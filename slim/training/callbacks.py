@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from slim.core import processes
 from slim.training import distributed
 from slim.training.forward import mean_nll
-from slim.training.module import LanguageModelling
+from slim.training.module import LanguageModeling
 
 RECORDS = 100  # points of the training curve, about
 FASTEST = 1e-9  # seconds: a clock that has not moved must not divide by zero
@@ -136,7 +137,7 @@ class Validation(pl.Callback):
             self.measure(module, step)
             self.stop_early(trainer, step)
 
-    def measure(self, module: LanguageModelling, step: int) -> None:
+    def measure(self, module: LanguageModeling, step: int) -> None:
         with self.autocast():
             loss = self.loss(module)
         self.outcome.validation[step] = loss
@@ -144,8 +145,8 @@ class Validation(pl.Callback):
         if loss < self.outcome.validation[self.outcome.best_step]:  # never true for NaN
             self.outcome.best_step, self.outcome.best_state = step, trained_state(module.model)
 
-    def loss(self, module: LanguageModelling) -> float:
-        if distributed.world() == 1:
+    def loss(self, module: LanguageModeling) -> float:
+        if processes.world_size() == 1:
             return mean_nll(module.model, self.batches, module.device)
         return distributed.mean_nll(module, self.batches)
 
@@ -159,7 +160,7 @@ class Validation(pl.Callback):
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the parameters that require gradients, whole, on the CPU."""
     return {
-        name: distributed.whole(parameter).detach().to("cpu", copy=True)
+        name: distributed.gather_full(parameter).detach().to("cpu", copy=True)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -170,4 +171,4 @@ def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put the values of :func:`trained_state` back."""
     parameters = dict(model.named_parameters())
     for name, value in state.items():
-        distributed.assign(parameters[name], value)
+        distributed.copy_full(parameters[name], value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from slim.checkpoint import REPORT
-from slim.plots import KEPT, REMOVED, new_figure, save_figure
+from slim.checkpoints.checkpoint import REPORT
+from slim.core.figures import KEPT, REMOVED, new_figure, save_figure
 from slim.training.callbacks import Outcome
 
 

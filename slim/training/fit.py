@@ -15,13 +15,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from slim.progress import console
-from slim.training import distributed
+from slim.core import processes
+from slim.core.console import console
 from slim.training.batches import WindowData
 from slim.training.callbacks import Outcome, Report, Validation
 from slim.training.hardware import DEEPSPEED
-from slim.training.module import LanguageModelling, NotFinite
-from slim.training.resume import Keeper, SavedTraining, resumed_outcome
+from slim.training.module import LanguageModeling, NotFinite
+from slim.training.resume import SavedTraining, StateSaver, resumed_outcome
 from slim.training.strategies import AUTOCAST, trainer_settings
 
 
@@ -46,7 +46,7 @@ class Loop:
         if self.work is None:
             return None
         setting = {"device": self.device.split(":")[0], "precision": self.precision}
-        pieces = {"strategy": self.strategy, "processes": distributed.world()} if self.strategy in DEEPSPEED else {}
+        pieces = {"strategy": self.strategy, "processes": processes.world_size()} if self.strategy in DEEPSPEED else {}
         return SavedTraining(self.work, {**setting, **pieces})
 
 
@@ -57,7 +57,7 @@ def autocast(device: str, precision: str) -> Callable[[], contextlib.AbstractCon
 
 
 def fit(
-    module: LanguageModelling, data: WindowData, validation: list[dict], loop: Loop, metric: Callable, advance: Callable
+    module: LanguageModeling, data: WindowData, validation: list[dict], loop: Loop, metric: Callable, advance: Callable
 ) -> Outcome:
     """Train ``module`` on ``data`` and return what happened; the model is left in its last state.
 
@@ -70,7 +70,7 @@ def fit(
     outcome = resumed_outcome(record) if record else Outcome()
     callbacks = watchers(module, validation, loop, outcome, metric, advance)
     if saved:
-        callbacks.append(Keeper(saved, record, outcome, callbacks[0]))
+        callbacks.append(StateSaver(saved, record, outcome, callbacks[0]))
     if record:
         replay(outcome, record["step"], metric, advance)
         data.first = record["step"] * data.batches.accumulation
@@ -101,7 +101,7 @@ def fit(
 
 
 def watchers(
-    module: LanguageModelling, validation: list[dict], loop: Loop, outcome: Outcome, metric: Callable, advance: Callable
+    module: LanguageModeling, validation: list[dict], loop: Loop, outcome: Outcome, metric: Callable, advance: Callable
 ) -> list[pl.Callback]:
     """Return the callbacks that record and validate."""
 

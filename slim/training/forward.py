@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slim.data.packing import IGNORE
-from slim.logits import head_logits
+from slim.models.logits import head_logits
 
 
 def sequence_nll(model: nn.Module, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:

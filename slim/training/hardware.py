@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from slim.errors import SlimError
-from slim.settings import require_choice, require_flag
-from slim.training import distributed
+from slim.core import processes
+from slim.core.errors import SlimError
+from slim.core.settings import require_choice, require_flag
 
-SPEED_ONLY = {"identity": False}
+SPEED_ONLY = {"cache_key": False}
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 DEEPSPEED = ("deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload")
 STRATEGIES = ("auto", "ddp", "fsdp", *DEEPSPEED)
@@ -27,6 +28,8 @@ class Hardware:
         are several. There are as many devices as processes.
     gradient_checkpointing: compute activations twice instead of keeping them; a third slower, far less memory.
     """
+
+    cache_name: ClassVar[str] = "Hardware"
 
     accelerator: str = field(default="auto", metadata=SPEED_ONLY)
     precision: str = "auto"
@@ -48,14 +51,14 @@ class Hardware:
                 f"trainer.strategy={self.strategy} needs DeepSpeed. Install it: pip install 'slim[deepspeed]', "
                 "or use trainer=fsdp."
             )
-        if self.strategy in ("ddp", "fsdp") and not distributed.launched():
+        if self.strategy in ("ddp", "fsdp") and not processes.launched():
             raise SlimError(
                 f"trainer.strategy={self.strategy} shares the work among processes, one per device, and there is one. "
                 "Start them: torchrun --nproc_per_node 2 compress.py ... (or use trainer=cpu, trainer=gpu)."
             )
-        if rows % distributed.world():
+        if rows % processes.world_size():
             raise SlimError(
-                f"{distributed.world()} processes cannot share {rows} windows per micro-batch. "
+                f"{processes.world_size()} processes cannot share {rows} windows per micro-batch. "
                 f"Make {setting} larger, or start fewer processes."
             )
 
@@ -67,14 +70,14 @@ class Hardware:
 
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise SlimError("trainer.accelerator=gpu: torch sees no GPU. Use trainer.accelerator=cpu or auto.")
-        if distributed.world() == 1:
+        if processes.world_size() == 1:
             return "cuda"
-        if distributed.local_world() > torch.cuda.device_count():
+        if processes.local_world_size() > torch.cuda.device_count():
             raise SlimError(
-                f"There are {distributed.local_world()} processes and {torch.cuda.device_count()} GPUs on this machine. "
+                f"There are {processes.local_world_size()} processes and {torch.cuda.device_count()} GPUs on this machine. "
                 "Start one process per GPU: torchrun --nproc_per_node gpu ..."
             )
-        return f"cuda:{distributed.local_rank()}"
+        return f"cuda:{processes.local_rank()}"
 
     def resolved_precision(self, device: str) -> str:
         """Return Lightning's name of the precision on ``device``."""
@@ -85,7 +88,7 @@ class Hardware:
     @property
     def resolved_strategy(self) -> str:
         """The strategy, with ``auto`` only where there is one process."""
-        return "ddp" if self.strategy == "auto" and distributed.world() > 1 else self.strategy
+        return "ddp" if self.strategy == "auto" and processes.world_size() > 1 else self.strategy
 
     @property
     def sharded(self) -> bool:

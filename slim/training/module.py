@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from slim.core import processes
 from slim.training import distributed, optimizers
 from slim.training.forward import sequence_nll
 from slim.training.schedule import learning_rate_factor
@@ -21,7 +22,7 @@ class NotFinite(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Optimisation:
+class Optimization:
     """An optimiser (``optimizers.py``) and its schedule.
 
     warmup: in steps. floor: factor on the learning rate at the end. betas: decay of the two moments.
@@ -39,13 +40,13 @@ class Optimisation:
     optimizer: str = "adamw"
 
 
-class LanguageModelling(pl.LightningModule):
+class LanguageModeling(pl.LightningModule):
     """Trains the parameters of ``model`` that require gradients to predict the tokens with labels.
 
     model: a causal language model of transformers, plain or wrapped by PEFT. optimisation: None to evaluate only.
     """
 
-    def __init__(self, model: nn.Module, optimisation: Optimisation | None = None):
+    def __init__(self, model: nn.Module, optimisation: Optimization | None = None):
         super().__init__()
         self.model = model
         self.optimisation = optimisation
@@ -71,14 +72,14 @@ class LanguageModelling(pl.LightningModule):
     def training_step(self, batch: dict, index: int) -> Tensor:
         parts = self.trainer.accumulate_grad_batches
         total = self(distributed.rows_of(batch))
-        everywhere = distributed.summed(total.detach())
+        everywhere = distributed.sum_over_processes(total.detach())
         if not torch.isfinite(everywhere):
             raise NotFinite(f"The loss is {everywhere.item()} at step {self.trainer.global_step + 1}{where(batch)}")
         self.step_nll = everywhere + (0 if index % parts == 0 else self.step_nll)
         # Lightning divides by the number of micro-batches, DeepSpeed does so again, and gradients are averaged over processes;
         # here the step's number of tokens is the only denominator.
         divided = parts**2 if self.trainer.strategy.handles_gradient_accumulation else parts
-        return total * (divided * distributed.world() / batch["loss_tokens"])
+        return total * (divided * processes.world_size() / batch["loss_tokens"])
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip here, since Lightning refuses to together with a fused optimiser in mixed precision.
@@ -95,13 +96,13 @@ class LanguageModelling(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         o = self.optimisation
-        optimiser = optimizers.build(o.optimizer, self.parameter_groups(), o.learning_rate, o.betas)
+        optimizer = optimizers.build(o.optimizer, self.parameter_groups(), o.learning_rate, o.betas)
         if self.trainer.precision == SCALED:
-            unfused(optimiser)
+            unfused(optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: learning_rate_factor(step, o.steps, o.schedule, o.warmup, o.floor)
+            optimizer, lambda step: learning_rate_factor(step, o.steps, o.schedule, o.warmup, o.floor)
         )
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def where(batch: dict) -> str:
@@ -111,13 +112,13 @@ def where(batch: dict) -> str:
     return f", in windows {', '.join(str(number) for number in batch['windows'].tolist())} of the training data"
 
 
-def unfused(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def unfused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Let the scaler of a float16 training undo its scale before gradients are clipped: a fused step does so inside."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         if group.get("fused"):
             group["fused"] = False
-    optimiser._step_supports_amp_scaling = False
-    return optimiser
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:

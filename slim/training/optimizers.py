@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -16,22 +16,23 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import ModelDescription
-from slim.checkpoint import load_model, open_checkpoint
-from slim.errors import SlimError
-from slim.lazy import LazyModule
-from slim.quantization import bnb
-from slim.settings import require_choice, require_flag
-from slim.stage import Context
-from slim.training import distributed
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.stage import Context
+from slim.core import processes
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_choice, require_flag
+from slim.loading.load_model import load_model
+from slim.models.spec import ModelSpec
+from slim.quantization.methods import bitsandbytes as bnb
 from slim.training.tune import Lora
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.checkpoint import Checkpoint
+    from slim.checkpoints.checkpoint import Checkpoint
     from slim.training import adapters, fit, task
 else:
     adapters = LazyModule("slim.training.adapters")
@@ -47,6 +48,8 @@ class QLora(Lora):
     base_quant: how the base is held: ``nf4`` or ``int8``. double_quant: of nf4: quantise the scales too.
     """
 
+    cache_name: ClassVar[str] = "QLora"
+
     base_quant: str = "nf4"
     double_quant: bool = True
 
@@ -60,37 +63,37 @@ class QLora(Lora):
         """The stage that quantises the base."""
         return bnb.NF4(self.double_quant) if self.base_quant == "nf4" else bnb.Int8()
 
-    def check_weights(self, model: ModelDescription) -> None:
-        if model.quantization is not None:
+    def check_weights(self, spec: ModelSpec) -> None:
+        if spec.quantization is not None:
             raise SlimError(
-                f"{model.name} is quantised already, and tuner=qlora quantises by itself. "
+                f"{spec.name} is quantised already, and tuner=qlora quantises by itself. "
                 "Use tuner=lora tuner.merge=false to train adapters beside it."
             )
         self.refuse_splitting()
         bnb.require_library()
-        self.quantizer.check(model)
+        self.quantizer.check(spec)
 
-    def expect(self, model: ModelDescription) -> ModelDescription:
-        return model if self.merge else super().expect(self.quantizer.expect(model))
+    def output_spec(self, spec: ModelSpec) -> ModelSpec:
+        return spec if self.merge else super().output_spec(self.quantizer.output_spec(spec))
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        packed = super().peak_bytes(self.quantizer.expect(model), device)
-        dense = model.weight_bytes("float32" if device == "cpu" else None)  # while merging, beside the packed base
-        merging = self.quantizer.expect(model).weight_bytes() + dense if self.merge else 0
-        return max(self.quantizer.peak_bytes(model, device), packed, merging)
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        packed = super().peak_bytes(self.quantizer.output_spec(spec), device)
+        dense = spec.weight_bytes("float32" if device == "cpu" else None)  # while merging, beside the packed base
+        merging = self.quantizer.output_spec(spec).weight_bytes() + dense if self.merge else 0
+        return max(self.quantizer.peak_bytes(spec, device), packed, merging)
 
     # The work
 
     def trained_on(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """Quantise the source into the work folder, once for all processes and for a training that goes on."""
         folder = context.work / BASE
-        if distributed.leads() and not folder.is_dir():
+        if processes.is_main_process() and not folder.is_dir():
             partial = folder.with_name(BASE + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.quantizer.run(checkpoint.folder, partial, Context(context.device))
             partial.rename(folder)
-        distributed.agree(True)  # the others wait for it
+        processes.broadcast_flag(True)  # the others wait for it
         return open_checkpoint(folder)
 
     def run(self, source: Path, target: Path, context: Context) -> dict:

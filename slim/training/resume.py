@@ -16,8 +16,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from slim.machine import versions
-from slim.progress import console
+from slim.core import processes
+from slim.core.console import console
+from slim.core.hardware import versions
 from slim.training import distributed
 from slim.training.callbacks import Outcome, Record, Report, trained_state
 from slim.training.zero_state import is_partitioned, own_state, restore_own_state
@@ -50,17 +51,17 @@ class SavedTraining:
         return {**record, "tensors": {**load_file(self.folder / record["file"]), **mine}}
 
     def _own(self, step: int) -> Path:
-        return self.folder / f"step-{step}.part-{distributed.rank()}.training"
+        return self.folder / f"step-{step}.part-{processes.rank()}.training"
 
     def write(self, record: dict, tensors: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
         """Replace what is saved, at once or not at all. mine: tensors that every process has of its own; all call this."""
-        from slim.checkpoint import save_tensors
+        from slim.core.io import save_tensors
 
         if mine:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(mine, self._own(record["step"]))
-            distributed.summed(torch.zeros(1))  # no one goes on before all have written
-        if not distributed.leads():
+            distributed.sum_over_processes(torch.zeros(1))  # no one goes on before all have written
+        if not processes.is_main_process():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{record['step']}.training"
@@ -74,7 +75,7 @@ class SavedTraining:
                 old.unlink()
 
 
-class Keeper(pl.Callback):
+class StateSaver(pl.Callback):
     """Saves the state of a training from time to time, and puts back what was saved. The last of the callbacks.
 
     record: what :meth:`SavedTraining.read` found, or None.
@@ -103,7 +104,7 @@ class Keeper(pl.Callback):
 
     def due(self) -> bool:
         """Whether it is time to save: one process decides, since sharded states are gathered by all."""
-        return distributed.agree(time.monotonic() - self.last >= self.wait)
+        return processes.broadcast_flag(time.monotonic() - self.last >= self.wait)
 
 
 # The state
@@ -114,13 +115,13 @@ def training_state(trainer, module, report: Report, outcome: Outcome) -> tuple[d
 
     The last is what other processes have otherwise: their part of parameters and optimiser under DeepSpeed, else nothing.
     """
-    optimiser, mine, tensors = trainer.optimizers[0], {}, {}
-    if is_partitioned(optimiser):
-        state, flat = own_state(optimiser)
+    optimizer, mine, tensors = trainer.optimizers[0], {}, {}
+    if is_partitioned(optimizer):
+        state, flat = own_state(optimizer)
         plain, mine = optimiser_state(state)
         mine |= {f"flat.{number}": part.to("cpu", copy=True) for number, part in enumerate(flat)}
     else:
-        plain, tensors = optimiser_state(optimiser.state_dict())
+        plain, tensors = optimiser_state(optimizer.state_dict())
         tensors |= {f"parameter.{name}": value for name, value in trained_state(module).items()}
     tensors |= {f"best.{name}": value for name, value in (outcome.best_state or {}).items()}
     tensors["random.cpu"] = torch.get_rng_state()
@@ -139,7 +140,7 @@ def training_state(trainer, module, report: Report, outcome: Outcome) -> tuple[d
 
 
 def optimiser_state(state: dict) -> tuple[dict, dict[str, Tensor]]:
-    """Return the groups and whatever is no tensor as JSON values, and the tensors by ``optimiser.<parameter>.<name>``.
+    """Return the groups and whatever is no tensor as JSON values, and the tensors by ``optimizer.<parameter>.<name>``.
 
     state: a state dictionary of torch's.
     """
@@ -148,7 +149,7 @@ def optimiser_state(state: dict) -> tuple[dict, dict[str, Tensor]]:
     for number, values in state["state"].items():
         plain[str(number)] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         tensors |= {
-            f"optimiser.{number}.{name}": distributed.whole(value).detach().to("cpu", copy=True)
+            f"optimiser.{number}.{name}": distributed.gather_full(value).detach().to("cpu", copy=True)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
@@ -168,7 +169,7 @@ def restore_training(record: dict, trainer, module: nn.Module, report: Report) -
     with torch.no_grad():
         for name, value in tensors.items():
             if name.startswith("parameter."):
-                distributed.assign(parameters[name.removeprefix("parameter.")], value)
+                distributed.copy_full(parameters[name.removeprefix("parameter.")], value)
     restore_optimiser(trainer.optimizers[0], record["optimiser"], tensors)
     trainer.lr_scheduler_configs[0].scheduler.load_state_dict(record["schedule"])
     trainer.strategy.precision_plugin.load_state_dict(record["scaler"])
@@ -180,16 +181,16 @@ def restore_training(record: dict, trainer, module: nn.Module, report: Report) -
         torch.cuda.set_rng_state(tensors["random.cuda"], module.device)
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, plain: dict, tensors: dict[str, Tensor]) -> None:
+def restore_optimiser(optimizer: torch.optim.Optimizer, plain: dict, tensors: dict[str, Tensor]) -> None:
     """Put back what :func:`optimiser_state` gave; JSON has made lists of tuples and texts of numbers."""
-    parts = is_partitioned(optimiser)
-    inner = optimiser.optimizer if parts else optimiser
+    parts = is_partitioned(optimizer)
+    inner = optimizer.optimizer if parts else optimizer
     state: dict[int, dict] = {int(number): dict(values) for number, values in plain["state"].items()}
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         if name.startswith("optimiser."):
             _, number, key = name.split(".", 2)
-            state[int(number)][key] = value if parts else distributed.like(value, parameters[int(number)])
+            state[int(number)][key] = value if parts else distributed.shard_like(value, parameters[int(number)])
     groups = [
         {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in saved.items()}
         for own, saved in zip(inner.param_groups, plain["groups"], strict=True)
@@ -197,6 +198,6 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, plain: dict, tensors: di
     moments = {"state": state, "param_groups": groups}
     if parts:
         flat = [tensors[f"flat.{number}"] for number in range(sum(name.startswith("flat.") for name in tensors))]
-        restore_own_state(optimiser, moments, flat)
+        restore_own_state(optimizer, moments, flat)
     else:
-        optimiser.load_state_dict(moments)
+        optimizer.load_state_dict(moments)

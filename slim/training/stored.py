@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from slim.checkpoint import Checkpoint, TensorReader
-from slim.progress import console
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.reader import TensorReader
+from slim.core.console import console
 from slim.pruning.masks import mask_of, restore_zeros
 
 
-def settle(model: nn.Module, source: Checkpoint) -> dict:
+def finalize(model: nn.Module, source: Checkpoint) -> dict:
     """Bring a trained plain model to the numbers that will be stored; return facts about what that changed."""
     facts = keep_zeros(model, source)
-    round_to(model, source.description.dtype)
+    round_to(model, source.spec.dtype)
     return facts | {"weights_changed": weights_changed(model, source)}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from slim.training import distributed
+from slim.core import processes
 from slim.training.hardware import DEEPSPEED
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
@@ -26,8 +26,8 @@ def trainer_settings(strategy: str, device: str, precision: str, clip: float = 0
     where = {"accelerator": "gpu" if on_gpu else "cpu", **precision_settings(precision, on_gpu)}
     if strategy == "auto":
         return {**where, "devices": 1}
-    machines = distributed.world() // distributed.local_world()
-    where |= {"devices": distributed.local_world(), "num_nodes": machines, "strategy": build(strategy, on_gpu)}
+    machines = processes.world_size() // processes.local_world_size()
+    where |= {"devices": processes.local_world_size(), "num_nodes": machines, "strategy": build(strategy, on_gpu)}
     return where | ({"gradient_clip_val": clip or None} if strategy in DEEPSPEED else {})
 
 
@@ -48,7 +48,7 @@ def build(strategy: str, on_gpu: bool):
         return DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo")
     if strategy == "fsdp":
         # "auto" would mean tensor parallelism, for which the model's layers are not prepared.
-        return ModelParallelStrategy(data_parallel_size=distributed.world(), tensor_parallel_size=1)
+        return ModelParallelStrategy(data_parallel_size=processes.world_size(), tensor_parallel_size=1)
     return deepspeed_strategy(strategy, on_gpu)
 
 

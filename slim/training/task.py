@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.utils.data import Dataset
 
-from slim.checkpoint import Checkpoint, load_tokenizer
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.tokenizer import load_tokenizer
 from slim.data.examples import TRAIN, VALIDATION
 from slim.data.packing import Windows
 from slim.training.batches import MicroBatches, in_order, window_order
-from slim.training.module import LanguageModelling, Optimisation
+from slim.training.module import LanguageModeling, Optimization
 
 if TYPE_CHECKING:
     from slim.training.tuner import Tuner
@@ -44,9 +45,9 @@ class Task:
         """Optimiser steps in one pass over the training data."""
         return len(self.training) / (self.tuner.rows * self.tuner.accumulation)
 
-    def learner(self, model: nn.Module, optimisation: Optimisation) -> LanguageModelling:
+    def learner(self, model: nn.Module, optimisation: Optimization) -> LanguageModeling:
         """Return the Lightning module that trains ``model``."""
-        return LanguageModelling(model, optimisation)
+        return LanguageModeling(model, optimisation)
 
     def micro_batches(self, steps: int) -> Dataset:
         """Return the micro-batches of the whole training in their order."""

@@ -6,24 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.architecture import ADAPTER
-from slim.checkpoint import load_model, write_blocks
-from slim.errors import SlimError
-from slim.lazy import LazyModule
+from slim.checkpoints.writer import write_blocks
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_flag, require_number
+from slim.loading.load_model import load_model
+from slim.models.spec import ADAPTER
 from slim.quantization.assign import layer_shapes
-from slim.quantization.bnb import is_bitsandbytes, require_library
-from slim.settings import require_flag, require_number
+from slim.quantization.methods.bitsandbytes import is_bitsandbytes, require_library
 from slim.training.targets import find_ranks, find_targets, require_small
 from slim.training.tuner import Tuner
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.architecture import ModelDescription
-    from slim.checkpoint import Checkpoint
-    from slim.training import adapters, beside, stored, task
+    from slim.checkpoints.checkpoint import Checkpoint
+    from slim.loading import adapters as adapter_checkpoint
+    from slim.models.spec import ModelSpec
+    from slim.training import adapters, stored, task
 else:
-    adapters, beside, stored = (LazyModule(f"slim.training.{name}") for name in ("adapters", "beside", "stored"))
+    adapter_checkpoint = LazyModule("slim.loading.adapters")
+    adapters, stored = LazyModule("slim.training.adapters"), LazyModule("slim.training.stored")
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Lora(Tuner):
     dora: train the length of every row of the weights apart from its direction.
     merge: fold the adapters into the weights; False leaves them beside the weights, which stay as they are.
     """
+
+    cache_name: ClassVar[str] = "Lora"
 
     r: int = 8
     alpha: float = 16
@@ -67,23 +72,23 @@ class Lora(Tuner):
     def packages(self) -> tuple[str, ...]:
         return ("peft",)
 
-    def check(self, model: ModelDescription) -> None:
-        super().check(model)
-        require_small(model, self.ranks(model), self.group)
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        require_small(spec, self.ranks(spec), self.group)
 
-    def check_weights(self, model: ModelDescription) -> None:
-        if model.quantization is None:
+    def check_weights(self, spec: ModelSpec) -> None:
+        if spec.quantization is None:
             return
         if self.merge:
             raise SlimError(
-                f"{model.name} is quantised, and merged adapters would make its weights plain again. "
+                f"{spec.name} is quantised, and merged adapters would make its weights plain again. "
                 f"Use {self.group}.merge=false to keep them beside it. Or: Tune first and quantise the result."
             )
         self.refuse_splitting()
-        if is_bitsandbytes(model.quantization):
+        if is_bitsandbytes(spec.quantization):
             require_library()
             return
-        model.packed_schemes()  # refuses formats that slim does not read
+        spec.packed_schemes()  # refuses formats that slim does not read
         if self.dora:
             need = "needs plain weights or those of bitsandbytes"
             raise SlimError(f"{self.group}.dora=true {need}. Use {self.group}.dora=false.")
@@ -96,36 +101,36 @@ class Lora(Tuner):
                 "Use trainer=ddp or trainer=deepspeed_zero2."
             )
 
-    def ranks(self, model: ModelDescription) -> dict[str, int]:
+    def ranks(self, spec: ModelSpec) -> dict[str, int]:
         """Return full name -> rank of the layers with adapters. Raises ``SlimError`` for names that do not exist."""
-        adapted = find_targets(model, self.targets, self.setting("targets"))
-        return find_ranks(model, adapted, self.r, self.rank_pattern, self.group)
+        adapted = find_targets(spec, self.targets, self.setting("targets"))
+        return find_ranks(spec, adapted, self.r, self.rank_pattern, self.group)
 
-    def target_names(self, model: ModelDescription) -> list[str]:
+    def target_names(self, spec: ModelSpec) -> list[str]:
         """Return the layers with adapters as PEFT takes them: names within a block, or whole ones where blocks differ."""
-        adapted, linears = self.ranks(model), list(model.block_linears())
+        adapted, linears = self.ranks(spec), list(spec.block_linears())
         within = [name for name in linears if any(whole.endswith(f".{name}") for whole in adapted)]
-        return within if len(adapted) == model.blocks * len(within) else list(adapted)
+        return within if len(adapted) == spec.blocks * len(within) else list(adapted)
 
-    def adapter_parameters(self, model: ModelDescription) -> int:
+    def adapter_parameters(self, spec: ModelSpec) -> int:
         """Count the adapters' parameters: r (in + out) per linear layer, with DoRA out more."""
-        shapes = layer_shapes(model)
-        return sum(rank * sum(shapes[name]) + self.dora * shapes[name][0] for name, rank in self.ranks(model).items())
+        shapes = layer_shapes(spec)
+        return sum(rank * sum(shapes[name]) + self.dora * shapes[name][0] for name, rank in self.ranks(spec).items())
 
-    def expect(self, model: ModelDescription) -> ModelDescription:
+    def output_spec(self, spec: ModelSpec) -> ModelSpec:
         if self.merge:
-            return model
-        return model.with_config(**{ADAPTER: {"parameters": self.adapter_parameters(model)}})
+            return spec
+        return spec.with_config(**{ADAPTER: {"parameters": self.adapter_parameters(spec)}})
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        plain = "float32" if device == "cpu" and model.quantization is None else None
-        trained = self.bytes_per_trained * self.adapter_parameters(model)  # merging makes one layer's product
-        return model.weight_bytes(plain) + trained + self.activation_bytes(model)
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        plain = "float32" if device == "cpu" and spec.quantization is None else None
+        trained = self.bytes_per_trained * self.adapter_parameters(spec)  # merging makes one layer's product
+        return spec.weight_bytes(plain) + trained + self.activation_bytes(spec)
 
-    def prepare(self, source: Path, device: str, description: ModelDescription):
+    def prepare(self, source: Path, device: str, spec: ModelSpec):
         model = load_model(source, device=device, trainable=True)
         return adapters.add_adapters(
-            model, self.r, self.alpha, self.dropout, self.target_names(description), self.rslora, self.dora, self.rank_pattern
+            model, self.r, self.alpha, self.dropout, self.target_names(spec), self.rslora, self.dora, self.rank_pattern
         )
 
     def finish(self, model, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
@@ -134,7 +139,7 @@ class Lora(Tuner):
             return model, {"adapter_effect": adapters.adapter_effect(model, probe)}
         plain, facts = self.merged(model, probe, learnt)
         tell_merged(facts)
-        return plain, facts | stored.settle(plain, learnt.checkpoint)
+        return plain, facts | stored.finalize(plain, learnt.checkpoint)
 
     def merged(self, model, probe: torch.Tensor, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
         """Return the plain model with the adapters of ``model`` folded in, and by how much its outputs differ."""
@@ -147,13 +152,13 @@ class Lora(Tuner):
         if self.merge or not better:
             super().save(model, better, checkpoint if self.merge else base, base, target)
             return
-        write_blocks(base, target, list(range(base.description.blocks)))
-        beside.save_adapter(model, target)
+        write_blocks(base, target, list(range(base.spec.blocks)))
+        adapter_checkpoint.save_adapter(model, target)
 
 
 def tell_merged(facts: dict) -> None:
     """Print what merging changed."""
-    from slim.progress import console
+    from slim.core.console import console
 
     console().print(
         f"Adapters merged: outputs differ from the trained model's by at most {facts['merge_error']:.2g} (logits); "
@@ -166,10 +171,12 @@ def tell_merged(facts: dict) -> None:
 class Full(Tuner):
     """All weights are trained, in float32."""
 
+    cache_name: ClassVar[str] = "Full"
+
     width_rate: ClassVar[float] = 0.1
 
-    def peak_bytes(self, model: ModelDescription, device: str) -> int:
-        return self.bytes_per_trained * model.parameters() + self.activation_bytes(model)
+    def peak_bytes(self, spec: ModelSpec, device: str) -> int:
+        return self.bytes_per_trained * spec.parameters() + self.activation_bytes(spec)
 
-    def prepare(self, source: Path, device: str, description: ModelDescription):
+    def prepare(self, source: Path, device: str, spec: ModelSpec):
         return load_model(source, "float32", device).requires_grad_(True)

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.checkpoint import open_checkpoint, save_model, write_blocks
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.stage import Context, Stage
+from slim.checkpoints.writer import write_blocks
+from slim.core import processes
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.core.settings import require_choice, require_number
 from slim.data import preview
 from slim.data.examples import TrainingData
-from slim.errors import SlimError
-from slim.lazy import LazyModule
-from slim.settings import require_choice, require_number
-from slim.stage import Context, Stage
-from slim.training import distributed
+from slim.loading.save_model import save_model
 from slim.training.hardware import Hardware
 from slim.training.optimizers import OPTIMIZERS, require_device, require_optimizer
 from slim.training.schedule import SCHEDULES
@@ -23,8 +25,8 @@ from slim.training.schedule import SCHEDULES
 if TYPE_CHECKING:
     import torch
 
-    from slim.architecture import ModelDescription
-    from slim.checkpoint import Checkpoint
+    from slim.checkpoints.checkpoint import Checkpoint
+    from slim.models.spec import ModelSpec
     from slim.training import batches, callbacks, curves, fit, forward, module, stored, task
 else:
     torch = LazyModule("torch")
@@ -131,29 +133,29 @@ class Tuner(Stage):
         """Windows per micro-batch."""
         return self.batch_tokens // (self.window * self.accumulation)
 
-    def rate(self, model: ModelDescription) -> float:
-        """Return the highest learning rate for ``model``."""
-        return self.learning_rate or self.width_rate / model.hidden_size
+    def rate(self, spec: ModelSpec) -> float:
+        """Return the highest learning rate for ``spec``."""
+        return self.learning_rate or self.width_rate / spec.hidden_size
 
-    def check(self, model: ModelDescription) -> None:
+    def check(self, spec: ModelSpec) -> None:
         for package in ("lightning", *self.packages()):
             if importlib.util.find_spec(package) is None:
                 raise SlimError(f"Tuning needs the package {package}. Install it: pip install {package}")
         require_optimizer(self.optimizer, self.setting("optimizer"))
         self.trainer.check(self.rows, self.setting("batch_tokens"))
-        model.family  # noqa: B018 - refuses families whose parts are unknown
-        model.require_merged()
-        self.check_weights(model)
-        if self.window > model.context_length:
+        spec.family  # noqa: B018 - refuses families whose parts are unknown
+        spec.require_merged()
+        self.check_weights(spec)
+        if self.window > spec.context_length:
             raise SlimError(
-                f"{self.group}.window={self.window} exceeds the context of {model.name}. At most {model.context_length}."
+                f"{self.group}.window={self.window} exceeds the context of {spec.name}. At most {spec.context_length}."
             )
 
-    def check_weights(self, model: ModelDescription) -> None:
+    def check_weights(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` for weights that cannot be trained."""
-        if model.quantization is not None:
+        if spec.quantization is not None:
             raise SlimError(
-                f"{model.name} is quantised, and only plain weights can be tuned whole. Tune first and quantise the result, "
+                f"{spec.name} is quantised, and only plain weights can be tuned whole. Tune first and quantise the result, "
                 f"or train adapters beside it: tuner=lora tuner.merge=false."
             )
 
@@ -161,12 +163,12 @@ class Tuner(Stage):
         """Packages needed beside Lightning."""
         return ()
 
-    def activation_bytes(self, model: ModelDescription) -> int:
+    def activation_bytes(self, spec: ModelSpec) -> int:
         """Estimate the bytes that one micro-batch keeps for its backward pass, logits included."""
         tokens = self.batch_tokens // self.accumulation
-        width = 12 * model.hidden_size + 6 * model.intermediate_size + 4 * model.heads * model.head_dim
-        blocks = 1 if self.trainer.gradient_checkpointing else model.blocks
-        return 4 * tokens * (width * blocks + model.hidden_size * model.blocks + 3 * model.vocab_size)
+        width = 12 * spec.hidden_size + 6 * spec.intermediate_size + 4 * spec.heads * spec.head_dim
+        blocks = 1 if self.trainer.gradient_checkpointing else spec.blocks
+        return 4 * tokens * (width * blocks + spec.hidden_size * spec.blocks + 3 * spec.vocab_size)
 
     @property
     def bytes_per_trained(self) -> int:
@@ -179,13 +181,13 @@ class Tuner(Stage):
         """Return the checkpoint that is trained: the source, unless the tuner quantises it first."""
         return checkpoint
 
-    def prepare(self, source: Path, device: str, description: ModelDescription):
+    def prepare(self, source: Path, device: str, spec: ModelSpec):
         """Load the model and choose what trains."""
         raise NotImplementedError
 
     def finish(self, model, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
         """Return the model to save, from the trained one, its numbers rounded as stored, and facts about the step between."""
-        return model, stored.settle(model, learnt.checkpoint)
+        return model, stored.finalize(model, learnt.checkpoint)
 
     def measure(self, model, learnt: task.Task) -> float:
         """Return the validation loss of ``model`` in the precision of the training, nats per token."""
@@ -211,17 +213,17 @@ class Tuner(Stage):
 
         base = self.trained_on(checkpoint, context)
         torch.manual_seed(self.seed)  # new adapters, dropout
-        model = self.prepare(base.folder, "cpu" if self.trainer.sharded else device, base.description)
+        model = self.prepare(base.folder, "cpu" if self.trainer.sharded else device, base.spec)
         if self.trainer.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        learner = learnt.learner(model, self.optimisation(steps, checkpoint.description))
+        learner = learnt.learner(model, self.optimisation(steps, checkpoint.spec))
         outcome = self.train(learner, learnt, context)
-        if not distributed.leads():
+        if not processes.is_main_process():
             return {}
 
         if self.trainer.sharded:  # this process has only its part of what was trained
             torch.manual_seed(self.seed)
-            model = self.prepare(base.folder, device, base.description)
+            model = self.prepare(base.folder, device, base.spec)
         model = model.to(device)
         untouched, facts, better = self.untouched_loss(outcome, learnt), {}, False
         if outcome.best_state is not None:
@@ -233,7 +235,7 @@ class Tuner(Stage):
         after = after if better else untouched
         curves.write_curves(outcome, target)
         preview.write_examples(learnt.training, learnt.tokenizer, target / curves.REPORT)
-        facts = {"validation_loss_after": after, "learning_rate": self.rate(checkpoint.description), **facts}
+        facts = {"validation_loss_after": after, "learning_rate": self.rate(checkpoint.spec), **facts}
         facts |= self.inherited(checkpoint)
         return {**self.facts(outcome, steps), **learnt.facts(), **facts}
 
@@ -241,16 +243,16 @@ class Tuner(Stage):
         """Return what is learnt: here, to predict the next token."""
         return task.Task(self, checkpoint, device, precision)
 
-    def optimisation(self, steps: int, description: ModelDescription) -> module.Optimisation:
+    def optimisation(self, steps: int, spec: ModelSpec) -> module.Optimization:
         """Return how the parameters are moved."""
-        return module.Optimisation(
-            steps, self.rate(description), self.schedule, round(self.warmup * steps), self.weight_decay, self.floor,
+        return module.Optimization(
+            steps, self.rate(spec), self.schedule, round(self.warmup * steps), self.weight_decay, self.floor,
             self.betas, self.clip, self.optimizer,
         )  # fmt: skip
 
-    def train(self, learner: module.LanguageModelling, learnt: task.Task, context: Context) -> fit.Outcome:
+    def train(self, learner: module.LanguageModeling, learnt: task.Task, context: Context) -> fit.Outcome:
         """Run the training. Raises ``SlimError`` if it changed nothing."""
-        from slim.progress import progress_bar
+        from slim.core.console import progress_bar
 
         steps = learner.optimisation.steps
         data = batches.WindowData(learnt.micro_batches(steps))
@@ -273,13 +275,13 @@ class Tuner(Stage):
         if better:
             save_model(model, checkpoint.folder, target)
             return
-        from slim.progress import console
+        from slim.core.console import console
 
         console().print(
             f"[bold red]{self.title} did not lower the validation loss: the result is the untouched model. "
             f"[/]Try a lower {self.group}.learning_rate, more {self.group}.steps or other data."
         )
-        write_blocks(checkpoint, target, list(range(checkpoint.description.blocks)))
+        write_blocks(checkpoint, target, list(range(checkpoint.spec.blocks)))
 
     def facts(self, outcome: fit.Outcome, steps: int) -> dict:
         """Return what the manifest keeps of the training."""

@@ -13,26 +13,26 @@ MOMENTS = ("base_optimizer_state", "optimizer_state_dict")  # as ZeRO-2 and ZeRO
 FLAT = ("single_partition_of_fp32_groups", "fp32_flat_groups")
 
 
-def is_partitioned(optimiser: torch.optim.Optimizer) -> bool:
+def is_partitioned(optimizer: torch.optim.Optimizer) -> bool:
     """Whether DeepSpeed has taken the optimiser to pieces."""
-    return hasattr(optimiser, FLAT[0]) or hasattr(optimiser, "fp32_partitioned_groups_flat")
+    return hasattr(optimizer, FLAT[0]) or hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
-def own_state(optimiser: torch.optim.Optimizer) -> tuple[dict, list[Tensor]]:
+def own_state(optimizer: torch.optim.Optimizer) -> tuple[dict, list[Tensor]]:
     """Return torch's state dictionary of this process' part, and its flat float32 parameters."""
-    state = optimiser.state_dict()
+    state = optimizer.state_dict()
     moments, flat = ((state[name] for name in names if name in state) for names in (MOMENTS, FLAT))
     return next(moments), [part.detach() for part in next(flat)]
 
 
 @torch.no_grad()
-def restore_own_state(optimiser: torch.optim.Optimizer, moments: dict, flat: list[Tensor]) -> None:
+def restore_own_state(optimizer: torch.optim.Optimizer, moments: dict, flat: list[Tensor]) -> None:
     """Put back what :func:`own_state` gave, in the model's parameters too; all processes must call this."""
-    if hasattr(optimiser, "fp32_partitioned_groups_flat"):
-        state = {**optimiser.state_dict(), MOMENTS[1]: moments, FLAT[1]: flat}
-        optimiser._rigid_load_state_dict(state)
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        state = {**optimizer.state_dict(), MOMENTS[1]: moments, FLAT[1]: flat}
+        optimizer._rigid_load_state_dict(state)
         return
-    optimiser.optimizer.load_state_dict(moments)
-    for part, saved in zip(optimiser.single_partition_of_fp32_groups, flat, strict=True):
+    optimizer.optimizer.load_state_dict(moments)
+    for part, saved in zip(optimizer.single_partition_of_fp32_groups, flat, strict=True):
         part[: saved.numel()].copy_(saved)  # padding stands behind
-    optimiser.update_lp_params()
+    optimizer.update_lp_params()

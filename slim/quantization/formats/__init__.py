@@ -7,12 +7,12 @@ not in it is plain. :data:`FORMATS` turns that into a ``quantization_config`` an
 
 from __future__ import annotations
 
-from slim.errors import SlimError
+from slim.core.errors import SlimError
+from slim.core.settings import require_choice
 from slim.quantization.formats.awq import AwqGemm
 from slim.quantization.formats.base import Format, Packed, Stored
 from slim.quantization.formats.compressed_tensors import CompressedTensors
 from slim.quantization.formats.gptq import Gptq
-from slim.settings import require_choice
 
 __all__ = ["FORMATS", "Format", "Packed", "Stored", "get_format", "read_config"]
 

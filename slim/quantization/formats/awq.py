@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from slim.errors import SlimError
-from slim.lazy import LazyModule
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
 from slim.quantization.formats.base import (
     EMBEDDINGS,
     HEADS,
@@ -29,14 +29,14 @@ from slim.quantization.formats.base import (
     require_scheme,
 )
 from slim.quantization.formats.gptq import any_of, overridden
-from slim.quantization.packing import pack, unpack
+from slim.quantization.kernels.packing import pack, unpack
 from slim.quantization.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.checkpoint import TensorReader
-    from slim.quantization.grid import Quantised
+    from slim.checkpoints.reader import TensorReader
+    from slim.quantization.solvers.grid import Quantized
 else:
     torch = LazyModule("torch")
 
@@ -85,7 +85,7 @@ class AwqGemm(Format):
             **({"dynamic": {f"-:{any_of(inside)}": {}}} if inside else {}),  # GPTQModel looks here
         }
 
-    def tensors(self, layer: Quantised) -> dict[str, torch.Tensor]:
+    def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
         return {
             "qweight": pack_interleaved(layer.codes.T),
             "qzeros": pack_interleaved(layer.zero.T),

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slim.architecture import FAMILIES
-from slim.errors import SlimError
-from slim.lazy import LazyModule
-from slim.quantization.packing import MAX_BITS
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.models.spec import FAMILIES
+from slim.quantization.kernels.packing import MAX_BITS
 from slim.quantization.scheme import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.checkpoint import TensorReader
-    from slim.quantization.grid import Quantised
+    from slim.checkpoints.reader import TensorReader
+    from slim.quantization.solvers.grid import Quantized
 else:
     torch = LazyModule("torch")
 
@@ -89,7 +89,7 @@ class Format:
         """
         raise NotImplementedError
 
-    def tensors(self, layer: Quantised) -> dict[str, torch.Tensor]:
+    def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
         """Return a quantised layer as it is stored: end of the tensor's name -> tensor."""
         raise NotImplementedError
 
@@ -184,7 +184,7 @@ def read_group_index(reader: TensorReader, name: str, columns: int, scheme: Sche
     return None if torch.equal(index, plain) else index
 
 
-def plain_index(layer: Quantised) -> torch.Tensor:
+def plain_index(layer: Quantized) -> torch.Tensor:
     """Return the group of every column of a quantised layer, int32 [in]."""
     if layer.group_index is not None:
         return layer.group_index.to(torch.int32)

@@ -16,9 +16,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from slim.architecture import DTYPE_BYTES
-from slim.errors import SlimError
-from slim.lazy import LazyModule
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
+from slim.models.spec import DTYPE_BYTES
 from slim.quantization.formats.base import (
     EMBEDDINGS,
     Format,
@@ -31,14 +31,14 @@ from slim.quantization.formats.base import (
     read_words,
     show,
 )
-from slim.quantization.packing import MAX_BITS, pack, pack_columns, unpack_columns, words_per_row
+from slim.quantization.kernels.packing import MAX_BITS, pack, pack_columns, unpack_columns, words_per_row
 from slim.quantization.scheme import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.checkpoint import TensorReader
-    from slim.quantization.grid import Quantised
+    from slim.checkpoints.reader import TensorReader
+    from slim.quantization.solvers.grid import Quantized
 else:
     torch = LazyModule("torch")
 
@@ -74,7 +74,7 @@ class CompressedTensors(Format):
             "ignore": [layer for layer in linears if layer not in schemes],
         }
 
-    def tensors(self, layer: Quantised) -> dict[str, torch.Tensor]:
+    def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
         bits = layer.scheme.bits
         tensors = {
             "weight_packed": pack(layer.codes, bits),

@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from slim.errors import SlimError
-from slim.lazy import LazyModule
+from slim.core.errors import SlimError
+from slim.core.lazy import LazyModule
 from slim.quantization.formats.base import (
     EMBEDDINGS,
     HEADS,
@@ -34,14 +34,14 @@ from slim.quantization.formats.base import (
     require_integer,
     require_scheme,
 )
-from slim.quantization.packing import pack, pack_columns, unpack, words_per_row
+from slim.quantization.kernels.packing import pack, pack_columns, unpack, words_per_row
 from slim.quantization.scheme import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from slim.checkpoint import TensorReader
-    from slim.quantization.grid import Quantised
+    from slim.checkpoints.reader import TensorReader
+    from slim.quantization.solvers.grid import Quantized
 else:
     torch = LazyModule("torch")
 
@@ -87,7 +87,7 @@ class Gptq(Format):
             "meta": {"quantizer": ["slim"]},
         }
 
-    def tensors(self, layer: Quantised) -> dict[str, torch.Tensor]:
+    def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
         bits, zero = layer.scheme.bits, layer.zero
         if layer.scheme.symmetric:
             zero = (zero.to(torch.int16) - 1) & (2**bits - 1)

@@ -1,0 +1,1 @@
+"""Sequential calibration: one decoder block after another, with the inputs of its linear layers."""

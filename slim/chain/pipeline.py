@@ -1,0 +1,223 @@
+"""The chain of stages from a source to a small model: what is there is used, what is missing is made, all is measured.
+
+The pipeline knows nothing of methods. It names each result by a hash of the stage's settings and version and of the
+parent's hash, so the same stage after the same parent is never computed twice.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.result import Result, Step
+from slim.checkpoints.source import Source, verified_checksums
+from slim.checkpoints.stage import Context, Stage
+from slim.checkpoints.store import Store, digest, write_manifest
+from slim.core import processes
+from slim.core.console import console
+from slim.core.errors import SlimError
+from slim.core.hardware import available_memory, fingerprint, free_disk, git_commit, versions
+from slim.core.settings import cache_name
+from slim.core.text import gigabytes
+from slim.evaluation.energy import stage_energy
+
+if TYPE_CHECKING:
+    from slim.evaluation.evaluation import Evaluation
+    from slim.tracking.tracker import Tracker
+
+
+@dataclass
+class Pipeline:
+    """A source, the stages behind it, and how each checkpoint is measured.
+
+    model: where the chain begins. stages: in their order. evaluation: protocol for every checkpoint, or None.
+    store: where results are kept. device: ``cpu`` or ``cuda``. ignore_limits: go on where the plan exceeds disk or memory.
+    """
+
+    model: Source | Stage
+    stages: list[Stage]
+    evaluation: Evaluation | None
+    store: Store
+    device: str = "cpu"
+    ignore_limits: bool = False
+    _verified: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
+
+    def plan(self) -> list[Step]:
+        """Describe every step without doing any work; raises ``SlimError`` for whatever cannot work."""
+        steps = [self._first_step()]
+        for stage in self.stages:
+            parent = steps[-1]
+            stage.check(parent.spec)
+            steps.append(self._step(stage, parent))
+        if self.evaluation is not None:
+            for step in steps:
+                self.evaluation.check(step.spec)
+        return steps
+
+    def _first_step(self) -> Step:
+        spec = self.model.describe()
+        if isinstance(self.model, Stage):
+            name = digest([self.model.cache_key(), self.model.version])
+            folder = self.store.stage_folder(self.model.kind, name)
+            peak = self.model.peak_bytes(spec, self.device)
+            return Step(label(self.model), self.model, spec, name, folder, folder.is_dir(), peak)
+        local = self.model.local_folder()
+        if local is None:
+            return Step(self.model.label, self.model, spec)
+        checkpoint = self.model.resolve()
+        return Step(self.model.label, self.model, spec, self._source_digest(checkpoint), local, True)
+
+    def _source_digest(self, checkpoint: Checkpoint) -> str:
+        if checkpoint.folder not in self._verified:  # reading a large model once is enough
+            self._verified[checkpoint.folder] = digest(verified_checksums(checkpoint))
+        return self._verified[checkpoint.folder]
+
+    def _step(self, stage: Stage, parent: Step) -> Step:
+        spec = stage.output_spec(parent.spec)
+        peak = stage.peak_bytes(parent.spec, self.device)
+        step = Step(label(stage), stage, spec, peak_bytes=peak)
+        if parent.digest is not None:
+            step.digest = stage_digest(stage, parent.digest)
+            step.folder = self.store.stage_folder(stage.kind, step.digest)
+            step.cached = step.folder.is_dir()
+        return step
+
+    def check_limits(self, steps: list[Step]) -> None:
+        """Raise ``SlimError`` if the stages still to run need more disk or memory than there is."""
+        problem = None if self.ignore_limits else self.limit_problem(steps)
+        if problem:
+            raise SlimError(f"{problem} Use less, or add ignore_limits=true to try all the same.")
+
+    def limit_problem(self, steps: list[Step]) -> str | None:
+        """Say what the stages still to run lack: disk or memory, how much is needed, free and missing; None if nothing."""
+        missing = [step for step in steps if isinstance(step.stage, Stage) and not step.cached]
+        if not missing:
+            return None
+        disk, free = sum(step.spec.weight_bytes() for step in missing), free_disk(self.store.root)
+        if disk > free:
+            return (
+                f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free at {self.store.root}: "
+                f"{gigabytes(disk - free)} are missing (store=FOLDER chooses another place)."
+            )
+        worst, memory = max(missing, key=lambda step: step.peak_bytes), available_memory(self.device)
+        if memory is not None and worst.peak_bytes > memory:
+            return (
+                f"'{worst.label}' needs about {gigabytes(worst.peak_bytes)} of memory, and {gigabytes(memory)} are free on "
+                f"{self.device}: {gigabytes(worst.peak_bytes - memory)} are missing."
+            )
+        return None
+
+    def run(self, tracker: Tracker | None = None) -> list[Result]:
+        """Run what is not there yet, evaluate every checkpoint, and return the source and all results in order."""
+        self.check_limits(self.plan())
+        results: list[Result] = []
+        for stage in [self.model, *self.stages]:
+            started = time.monotonic()
+            result, curves = self._make(stage, results[-1] if results else None)
+            result.seconds = time.monotonic() - started
+            self._evaluate(result)
+            results.append(result)
+            if tracker is not None:
+                tracker.log_result(result, stage, curves)
+        return results
+
+    def _make(self, stage: Source | Stage, parent: Result | None) -> tuple[Result, list]:
+        if isinstance(stage, Source):
+            checkpoint = stage.resolve()
+            name = self._source_digest(checkpoint)
+            return Result(stage.label, checkpoint, name, True, 0.0, content=name), []
+        name = stage_digest(stage, parent.digest) if parent else digest([stage.cache_key(), stage.version])
+        folder = self.store.stage_folder(stage.kind, name)
+        with self.store.lock(folder):
+            checkpoint = self.store.find(folder)
+            cached = checkpoint is not None
+            if not cached:
+                self._run_stage(stage, parent, name, folder)
+                checkpoint = Checkpoint(folder)
+        manifest = checkpoint.manifest
+        content = digest(manifest["checksums"])
+        return Result(label(stage), checkpoint, name, cached, 0.0, content, manifest["facts"]), manifest["curves"]
+
+    def _run_stage(self, stage: Stage, parent: Result | None, name: str, folder: Path) -> None:
+        console().print(f"[bold]{label(stage)}[/] ...", highlight=False)
+        curves: list = []
+        context = Context(
+            self.device,
+            metric=lambda key, value, at=None: curves.append([key, value, at]),
+            work=self.store.work_folder(folder),
+        )
+        started = time.time()
+        if stage.together:
+            processes.broadcast(
+                {"stage": self._number(stage), "source": str(parent.checkpoint.folder), "work": str(context.work)}
+            )
+        with self.store.writing(folder) as partial:
+            used: dict = {}
+            with stage_energy(getattr(self.evaluation, "energy", None), self.device, used):
+                facts = stage.run(parent.checkpoint.folder if parent else None, partial, context)
+            facts = {**facts, **used}
+            manifest = {
+                "kind": stage.kind,
+                "method": cache_name(stage),
+                "settings": stage.cache_key(),
+                "version": stage.version,
+                "hash": name,
+                "lineage": [*lineage(parent), {"label": label(stage), "hash": name}],
+                "versions": versions(),
+                "git_commit": git_commit(),
+                "seconds": round(time.time() - started, 3),
+                "facts": facts,
+                "curves": curves,
+            }
+            write_manifest(partial, manifest)
+
+    def _number(self, stage: Stage) -> int:
+        return next(number for number, own in enumerate(self.stages) if own is stage)
+
+    def _evaluate(self, result: Result) -> None:
+        """Fill in quality (a fact about a checkpoint) and speed (one about a checkpoint on a machine)."""
+        if self.evaluation is None:
+            return
+        evaluation, spec = self.evaluation, result.checkpoint.spec
+        quality = [evaluation.quality_cache_key(), self.device, evaluation.quality_dtype(spec, self.device)]
+        speed = [evaluation.speed_cache_key(), evaluation.speed_dtype(spec, self.device), fingerprint(self.device)]
+        keys = {
+            "quality": digest(["quality", result.content, *quality]),
+            "speed": digest(["speed", result.content, self.device, *speed]),
+        }
+        files = {part: self.store.evaluation_file(key) for part, key in keys.items()}
+        with self.store.lock(files["quality"]):
+            found = {part: self.store.find_evaluation(path) for part, path in files.items()}
+            missing = {part for part, figures in found.items() if figures is None}
+            if missing:
+                from slim.evaluation.run import measure
+
+                console().print(f"[dim]evaluating {result.label} ...[/]", highlight=False)
+                measured = measure(
+                    result.checkpoint.folder, evaluation, self.device,
+                    quality="quality" in missing, speed="speed" in missing,
+                )  # fmt: skip
+                for part in missing:
+                    found[part] = measured[part] or {}
+                    self.store.write_evaluation(files[part], found[part])
+        result.quality, result.speed = found["quality"], found["speed"]
+
+
+def label(stage: Stage) -> str:
+    """Name a stage in tables: its kind and method."""
+    return f"{stage.kind} {cache_name(stage).lower()}"
+
+
+def stage_digest(stage: Stage, parent: str) -> str:
+    """Name the result of ``stage`` after the result named ``parent``."""
+    return digest([stage.kind, stage.cache_key(), stage.version, parent])
+
+
+def lineage(parent: Result | None) -> list[dict]:
+    """Return the chain up to ``parent`` as recorded in its manifest; a foreign checkpoint is one entry."""
+    if parent is None:
+        return []
+    return parent.checkpoint.manifest.get("lineage") or [{"label": parent.label, "hash": parent.digest}]

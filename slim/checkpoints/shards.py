@@ -1,0 +1,139 @@
+"""Writing a checkpoint's tensors as they come, without collecting them in memory first.
+
+The safetensors library writes a file from tensors that are all there. Here a file is begun with room for its header,
+tensors follow one after another, and the header is filled in at the end (spaces behind the JSON are part of the format:
+https://github.com/huggingface/safetensors#format). Small tensors wait for the end of their file and stand there by
+the size of their numbers, so that everything is aligned and there are no gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slim.checkpoints.checkpoint import INDEX
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 2**31  # a file gets no more tensors once it has this many bytes
+HEADER_BYTES = 2**18  # room for the header: some 2000 tensors
+COMPACT_BYTES = 2**26  # files below this are written again without the room that was not needed
+ENTRY_BYTES = 128  # more than the entry of a tensor takes beside its name
+LARGE_BYTES = 2**16  # tensors of at least this size are written at once
+NAMES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+class ShardWriter:
+    """Writes tensors into ``model-*.safetensors`` below ``target``, with an index where there are several files.
+
+    shard_bytes: size from which another file is begun. work: folder in which files are kept until ``close``, so that an
+    interrupted writer can go on there (see ``state``); by default they are written in place.
+    """
+
+    def __init__(self, target: Path, shard_bytes: int = SHARD_BYTES, work: Path | None = None):
+        self.target, self.folder, self.shard_bytes = target, work or target, shard_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self._entries: dict[str, dict] = {}  # of the file being written
+        self._offset = 0
+        self._header = 0  # bytes its header will take, at most
+        self._shards: list[list[str]] = []
+        self._total = 0
+        self._file = None
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor under its full name. A full disk raises ``OSError`` like any other file operation."""
+        tensor = tensor.detach().to("cpu").contiguous()
+        room = len(name) + ENTRY_BYTES
+        if self._header + room > HEADER_BYTES:
+            self._finish()
+        self._header += room
+        if tensor.nbytes >= LARGE_BYTES and tensor.nbytes % 8 == 0:
+            self._write(name, tensor)
+        else:
+            self.pending[name] = tensor.clone()  # without the larger storage it may be part of
+        if self._offset + sum(small.nbytes for small in self.pending.values()) >= self.shard_bytes:
+            self._finish()
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
+        if self._file is None:
+            self._file = self._path(len(self._shards)).open("wb")
+            self._file.seek(8 + HEADER_BYTES)
+        self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        end = self._offset + tensor.nbytes
+        dtype = NAMES[str(tensor.dtype).removeprefix("torch.")]
+        self._entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
+        self._offset = end
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def _finish(self) -> None:
+        """Write the small tensors and the header of the present file, if it has any tensors."""
+        for name, tensor in sorted(self.pending.items(), key=lambda item: (-item[1].element_size(), item[0])):
+            self._write(name, tensor)
+        self.pending = {}
+        if self._file is None:
+            return
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
+        if self._offset < COMPACT_BYTES:
+            self._compact(header.ljust(len(header) + -len(header) % 8))
+        else:
+            self._file.seek(0)
+            self._file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
+            self._file.close()
+        self._shards.append(list(self._entries))
+        self._total += self._offset
+        self._file, self._entries, self._offset, self._header = None, {}, 0, 0
+
+    def _compact(self, header: bytes) -> None:
+        """Write the present file again without unused room: it would be a good part of a small file."""
+        self._file.close()
+        path = self._path(len(self._shards))
+        whole = path.with_suffix(".compact")
+        with path.open("rb") as data, whole.open("wb") as file:
+            data.seek(8 + HEADER_BYTES)
+            file.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(data, file)
+        whole.replace(path)
+
+    def close(self) -> None:
+        """Finish the last file, and give all of them their final names and place."""
+        self._finish()
+        count, weight_map = len(self._shards), {}
+        for number, tensors in enumerate(self._shards):
+            name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._path(number).rename(self.target / name)
+            weight_map.update(dict.fromkeys(tensors, name))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            (self.target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def state(self) -> dict:
+        """Return what a later writer in the same ``work`` folder needs, beside ``pending``, as plain JSON values."""
+        if self._file is not None:
+            self._file.flush()
+        return {
+            "shards": self._shards,
+            "total": self._total,
+            "entries": self._entries,
+            "offset": self._offset,
+            "header": self._header,
+            "open": self._file is not None,
+        }
+
+    def resume(self, state: dict, pending: dict[str, torch.Tensor]) -> None:
+        """Go on where ``state`` was taken; what was written since is cut off."""
+        self._shards, self._total, self._entries = state["shards"], state["total"], state["entries"]
+        self._offset, self._header, self.pending = state["offset"], state["header"], pending
+        if state["open"]:
+            self._file = self._path(len(self._shards)).open("r+b")
+            self._file.truncate(8 + HEADER_BYTES + self._offset)
+            self._file.seek(0, 2)

@@ -1,0 +1,70 @@
+"""From the command line to the pipeline: ``quant`` for ``quantizer``, short errors, exit codes.
+
+Exit codes: 0 done, 1 an error inside slim (with its traceback), 2 a mistake in the command or a limit of the machine,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+from slim.chain.compose import CONF, expand_alias
+from slim.chain.explain import explain
+from slim.cli.experiments import check_experiments
+from slim.core.errors import fail
+
+
+def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Run ``task`` with the configuration of this process' command line and end the process with the exit code."""
+    import hydra
+
+    sys.argv[1:] = expand_alias(sys.argv[1:])
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to us
+
+    arguments = sys.argv[1:]
+
+    def job(config: DictConfig) -> Any:
+        if is_sweep():
+            from slim.sweeps.point import run_point
+
+            return run_point(task, config, lambda error: explain(error, config_name, arguments))
+        try:
+            return task(config)
+        except Exception as error:  # Hydra would print a line of its own first
+            message = explain(error, config_name, arguments)
+            if message is None:
+                raise
+            fail(message, 2)
+
+    try:
+        check_experiments(arguments, CONF, config_name)
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    except KeyboardInterrupt as error:
+        close_sweep(error)
+        fail("Interrupted. Finished stages are kept; the same command goes on from there.", 130)
+    except Exception as error:
+        close_sweep(error)
+        message = explain(error, config_name, arguments)
+        if message is None:
+            raise
+        fail(message, 2)
+    sys.exit(close_sweep())
+
+
+def close_sweep(error: BaseException | None = None) -> int:
+    """End the sweep that this process was started for, if any; return the exit code for its points."""
+    sweep = sys.modules.get("slim.sweeps.sweep")  # not imported where there is no sweep
+    return sweep.close_current(error) if sweep is not None else 0
+
+
+def is_sweep() -> bool:
+    """Whether this process runs a point of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -1,0 +1,26 @@
+"""The one exception for everything that the person at the keyboard can put right."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+
+
+class SlimError(Exception):
+    """A mistake in what was asked for, or a limit of the machine: shown as one or two lines, without a traceback.
+
+    The message says what is wrong, what is allowed and what to type instead.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean x?"`` for the entry of ``known`` nearest to ``word``, or an empty string."""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
+def fail(message: str, code: int) -> None:
+    """Print an error and end the process."""
+    print(f"slim: {message}", file=sys.stderr)
+    sys.exit(code)

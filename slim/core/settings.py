@@ -1,0 +1,71 @@
+"""Checks that settings classes share. Each raises ``SlimError`` naming the setting as the user types it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from slim.core.errors import SlimError, did_you_mean
+
+
+def require_choice(setting: str, value: Any, allowed: Collection) -> None:
+    """Require ``value`` to be one of ``allowed``."""
+    if value not in allowed:
+        shown = ", ".join(str(choice) for choice in allowed)
+        hint = did_you_mean(str(value), [str(choice) for choice in allowed])
+        raise SlimError(f"{setting}={value} is not possible. Allowed: {shown}.{hint}")
+
+
+def require_number(setting: str, value: Any, low: float, high: float = float("inf"), integer: bool = False) -> None:
+    """Require ``low <= value <= high`` (both included), and a whole number where ``integer``."""
+    kind = "a whole number" if integer else "a number"
+    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        limit = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise SlimError(f"{setting}={value} is not possible. It takes {kind} {limit}.")
+
+
+def require_flag(setting: str, value: Any) -> None:
+    """Require true or false."""
+    if not isinstance(value, bool):
+        raise SlimError(f"{setting}={value} is not possible. Allowed: true, false.")
+
+
+def cache_key(value: Any) -> Any:
+    """Reduce settings to plain JSON values that determine a result, for hashing and for the manifest.
+
+    An object with its own ``cache_key()`` decides for itself (a text adds its checksum); a dataclass gives its fields,
+    without those marked ``field(metadata={"cache_key": False})`` (they change speed or looks, not the result).
+    """
+    if hasattr(value, "cache_key"):
+        return value.cache_key()
+    if dataclasses.is_dataclass(value):
+        return dataclass_cache_key(value)
+    if isinstance(value, dict):
+        return {str(key): cache_key(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [cache_key(item) for item in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be part of a stage's settings")
+
+
+def dataclass_cache_key(value: Any) -> dict:
+    """Return class name and fields of a settings dataclass as plain JSON values (see :func:`cache_key`)."""
+    fields = {
+        field.name: cache_key(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if field.metadata.get("cache_key", True)
+    }
+    return {"class": cache_name(value), **fields}
+
+
+def cache_name(value: Any) -> str:
+    """Return the name under which results record the class of ``value``.
+
+    It is the class's own ``cache_name``, which must never change: a class may be renamed or moved, and results that were made
+    before are still found. Classes without one go by their own name, so
+    a subclass never takes the results of its base.
+    """
+    return vars(type(value)).get("cache_name", type(value).__name__)

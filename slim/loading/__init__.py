@@ -1,0 +1,1 @@
+"""Checkpoints as models to use: plain and packed weights, adapters."""

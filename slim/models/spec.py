@@ -1,0 +1,284 @@
+"""What slim must know of a model: where blocks, projections, norms and heads are, and how large.
+
+Everything here is read from ``config.json`` alone, without torch and without weights, so that a plan or a wrong setting
+is answered at once. The names of a family's parts are in ``families.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from slim.core.errors import SlimError
+from slim.models.families import FAMILIES, FUSED, Family, LinearGroupSpec
+
+ADAPTER = "slim_adapter"  # entry of config.json, and below it "parameters": how many the adapter has
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A checkpoint as far as ``config.json`` tells: sizes, counts, how its weights are stored.
+
+    config: the parsed ``config.json``.
+    name: how to call the model in messages.
+    """
+
+    config: dict
+    name: str = "the model"
+
+    def __post_init__(self) -> None:
+        if "text_config" in self.config:
+            raise SlimError(
+                f"{self.name} is a model of several parts (model_type '{self.config.get('model_type')}'); slim compresses "
+                "text models.\nSave its text part as a checkpoint first: docs/architecture.md, 'Another family'."
+            )
+        missing = [
+            key
+            for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+            if not isinstance(self.config.get(key), int)
+        ]
+        if missing:
+            raise SlimError(f"config.json of {self.name} lacks {', '.join(missing)}: not a decoder-only language model.")
+
+    @property
+    def family(self) -> Family:
+        """The family's description. Raises ``SlimError`` for a family without one."""
+        model_type = self.config.get("model_type", "")
+        if model_type not in FAMILIES:
+            raise SlimError(
+                f"slim does not know the model family '{model_type}' of {self.name}. Known: {', '.join(FAMILIES)}.\n"
+                f"To describe it, add Family('{model_type}', ...) to FAMILIES in slim/models/families.py; "
+                "docs/architecture.md, 'Another family', says how."
+            )
+        return FAMILIES[model_type]
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a description of the family."""
+        return self.config.get("model_type") in FAMILIES
+
+    def entry(self, key: str) -> Any:
+        """Return an entry of the config, or what the family assumes where ``config.json`` does not have it, or None."""
+        if key in self.config or not self.known:
+            return self.config.get(key)
+        return self.family.defaults.get(key)
+
+    @property
+    def blocks(self) -> int:
+        return self.config["num_hidden_layers"]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config["hidden_size"]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.config["intermediate_size"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config["vocab_size"]
+
+    @property
+    def heads(self) -> int:
+        return self.config["num_attention_heads"]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.entry("num_key_value_heads") or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.entry("head_dim") or self.hidden_size // self.heads
+
+    @property
+    def context_length(self) -> int:
+        """Longest input in tokens that the model was built for."""
+        return self.config.get("max_position_embeddings") or 2048
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head shares the embedding's weights."""
+        return bool(self.entry("tie_word_embeddings"))
+
+    @property
+    def dtype(self) -> str:
+        """Type in which weights that are not quantised are stored, such as ``"bfloat16"``."""
+        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+    @property
+    def quantization(self) -> dict | None:
+        """The ``quantization_config``, or None for plain weights."""
+        return self.config.get("quantization_config")
+
+    @property
+    def adapter(self) -> dict | None:
+        """What ``config.json`` says of an adapter beside the weights (``slim/loading/adapters.py``), or None."""
+        return self.config.get(ADAPTER)
+
+    def require_merged(self) -> None:
+        """Raise ``SlimError`` where an adapter lies beside the weights: it was trained for these weights as they are."""
+        if self.adapter is not None:
+            raise SlimError(
+                f"{self.name} has an adapter beside its weights, and changing these would leave the adapter without what it "
+                "was trained on. Put this stage before the tuner, or tune with tuner.merge=true."
+            )
+
+    @property
+    def differing(self) -> dict[int, dict]:
+        """Where blocks differ in size: block -> entries that replace the config's own there (``per_layer_config``)."""
+        return {int(block): entries for block, entries in (self.config.get("per_layer_config") or {}).items()}
+
+    def at(self, block: int) -> ModelSpec:
+        """Return the description of a model whose blocks are all like ``block``; itself where blocks do not differ."""
+        if not self.config.get("per_layer_config"):
+            return self
+        plain = {key: value for key, value in self.config.items() if key != "per_layer_config"}
+        return dataclasses.replace(self, config={**plain, **self.differing.get(block, {})})
+
+    def block_linears(self, block: int | None = None) -> dict[str, tuple[int, int]]:
+        """Return name within a block -> (out_features, in_features) for every linear layer of ``block``.
+
+        Without a number those of every block, or, where blocks differ, the largest rows and columns of each layer.
+        """
+        if block is not None:
+            return self.at(block)._linears()
+        every = [self.at(index)._linears() for index in ([*range(self.blocks)] if self.differing else [0])]
+        return {name: (max(sizes[name][0] for sizes in every), max(sizes[name][1] for sizes in every)) for name in every[0]}
+
+    def _projections(self) -> dict[str, tuple[int, int]]:
+        """Return projection -> (out_features, in_features), fused ones and their parts alike."""
+        hidden, width = self.hidden_size, self.intermediate_size
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        sizes = {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+            "gate_proj": (width, hidden),
+            "up_proj": (width, hidden),
+            "down_proj": (hidden, width),
+        }
+        fused = {name: (sum(sizes[part][0] for part in parts), hidden) for name, parts in FUSED.items()}
+        return sizes | fused
+
+    def _linears(self) -> dict[str, tuple[int, int]]:
+        sizes = self._projections()
+        return {name: sizes[name.split(".")[-1]] for group in self.family.linear_groups for name in group.linears}
+
+    def first_scaled_row(self, group: LinearGroupSpec) -> int:
+        """Return the first row of the linear layer ``group.scale_into`` that feeds the segment: 0 unless it is fused."""
+        if group.scale_into_part is None:
+            return 0
+        parts, sizes = FUSED[group.scale_into.split(".")[-1]], self._projections()
+        return sum(sizes[part][0] for part in parts[: parts.index(group.scale_into_part)])
+
+    def block_parameters(self, block: int | None = None) -> int:
+        """Count the parameters of ``block``: linear layers, biases, norms. Without a number as ``block_linears``."""
+        linears = self.block_linears(block)
+        weights = sum(rows * columns for rows, columns in linears.values())
+        biases = sum(rows for name, (rows, _) in linears.items() if self._has_bias(name))
+        norms = len(self.family.norms) * self.hidden_size + 2 * self.head_dim * self.family.qk_norm
+        return weights + biases + norms
+
+    def _has_bias(self, linear: str) -> bool:
+        family = self.family
+        if linear.startswith(family.mlp + "."):
+            bias = family.mlp_bias
+        else:
+            bias = family.o_bias if linear.endswith(".o_proj") else family.qkv_bias
+        return bool(self.config.get(bias)) if isinstance(bias, str) else bias
+
+    def parameters(self) -> int:
+        """Count all parameters, a shared embedding once, packed weights as the weights they stand for, an adapter too."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        blocks = sum(self.block_parameters(block) for block in range(self.blocks))
+        return embeddings + self.hidden_size + blocks + self.adapter_parameters
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of the adapter beside the weights; 0 without one. They are stored in float32."""
+        return 0 if self.adapter is None else self.adapter["parameters"]
+
+    def weight_bytes(self, dtype: str | None = None) -> int:
+        """Estimate the bytes of all weights as stored; with ``dtype``, as plain weights of that type."""
+        plain = DTYPE_BYTES.get(dtype or self.dtype, 4)
+        if dtype is not None or self.quantization is None:
+            return self.parameters() * plain
+        packed, weights = self._packed_bytes()
+        own = self.parameters() - self.adapter_parameters
+        return (own - weights) * plain + packed + 4 * self.adapter_parameters
+
+    def packed_schemes(self) -> dict:
+        """Return full layer name -> ``Scheme`` of every linear layer and embedding that is stored packed.
+
+        A head that shares the embedding is not in it. Raises ``SlimError`` for formats that slim does not read.
+        """
+        from slim.quantization.formats import read_config
+
+        if self.quantization is None:
+            return {}
+        stored = read_config(self.quantization, self.name)
+        schemes = {name: stored.scheme(name) for name in self._matrices()}
+        return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+
+    def packed_bits(self) -> float:
+        """Return the stored bits per quantised weight: codes, scales, zero points, and the groups' order."""
+        packed, weights = self._packed_bytes()
+        return 8 * packed / max(1, weights)
+
+    def _packed_bytes(self) -> tuple[int, int]:
+        """Return the bytes of all packed layers as stored, and the number of weights they stand for."""
+        from slim.quantization.formats import read_config
+        from slim.quantization.methods import bitsandbytes as bnb
+
+        if bnb.is_bitsandbytes(self.quantization):
+            return bnb.packed_bytes(self)
+        stored, shapes, size, weights = read_config(self.quantization, self.name), self._matrices(), 0, 0
+        for name, scheme in self.packed_schemes().items():
+            rows, columns = shapes[name]
+            size += stored.format.layer_bytes(rows, columns, scheme, self.dtype, stored.ordered(name))
+            weights += rows * columns
+        return size, weights
+
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        """Return full name -> (out_features, in_features) of all linear layers and embeddings, a shared one once."""
+        ends = [self.family.embeddings] if self.tied else [self.family.embeddings, self.family.head]
+        blocks = {
+            f"{self.family.blocks}.{block}.{name}": shape
+            for block in range(self.blocks)
+            for name, shape in self.block_linears(block).items()
+        }
+        return blocks | dict.fromkeys(ends, (self.vocab_size, self.hidden_size))
+
+    def with_config(self, **changes) -> ModelSpec:
+        """Return a copy with some entries of the config replaced."""
+        return dataclasses.replace(self, config={**self.config, **changes})
+
+    def with_blocks(self, kept: list[int]) -> ModelSpec:
+        """Return the description after keeping only the blocks ``kept``; lists with one entry per block are cut too.
+
+        What each block attends to is listed in the result where the config so far says it by the blocks' numbers.
+        """
+        per_block = {
+            key: [value[index] for index in kept]
+            for key, value in self.config.items()
+            if isinstance(value, list) and len(value) == self.blocks and not key.endswith("token_id")
+        }
+        types = self.family.layer_types(self.config) if self.known else None
+        if types is not None and not self.config.get("layer_types"):
+            per_block["layer_types"] = [types[index] for index in kept]
+        if "per_layer_config" in self.config:
+            per_block["per_layer_config"] = {
+                str(new): self.differing[old] for new, old in enumerate(kept) if old in self.differing
+            }
+        return self.with_config(num_hidden_layers=len(kept), **per_block)
+
+
+def resolve_dtype(spec: ModelSpec, dtype: str, device: str) -> str:
+    """Return the type to compute in: ``"auto"`` is float32 on a CPU and the stored type elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else spec.dtype

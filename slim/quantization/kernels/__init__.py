@@ -1,0 +1,1 @@
+"""Packed weights at work: packing, unpacking, multiplying."""

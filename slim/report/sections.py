@@ -1,0 +1,183 @@
+"""What a report says, before it is a page or Markdown: sentences, tables, pictures, answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from slim.evaluation.health import REPEATING
+from slim.report.chain_figures import before_after, loss_curves
+from slim.report.charts import size_picture, speed_picture, task_bars
+from slim.report.heatmap import heat_map
+from slim.report.pareto import BYTES, against_source, axis_title, pareto, primary, quality_columns, shortlist, with_error
+from slim.report.points import Point, points_of, settings_lines
+from slim.report.published import Published, published_tables
+from slim.report.runs import Collection, count
+from slim.report.table import Column, columns, figure, format_figure
+
+MODELS_ANSWERING = 16  # models whose answers are shown
+ROLES = {"source": "source", "step": "step on the way", "final": "result of a run"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text of a cell and the number it is sorted by; None sorts last."""
+
+    text: str
+    number: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with the sentence above it."""
+
+    sentence: str
+    headings: list[str]
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What every model answered to one prompt."""
+
+    prompt: str
+    answers: list[tuple[str, str]]
+
+
+@dataclass
+class Sections:
+    """All parts of a report; a part without data is None or empty."""
+
+    title: str
+    summary: str
+    notes: list[str]
+    best: Table | None
+    models: Table | None
+    pictures: list[dict]
+    answers: list[Answers]
+    failures: Table | None
+    published: list[Published]
+    settings: list[tuple[str, str, list[str], str]] = field(default_factory=list)  # name, typed, per step, config.yaml
+
+
+def sections(collection: Collection) -> Sections:
+    """Arrange what the runs say."""
+    points = points_of(collection.chains)
+    published, unknown = published_tables(collection.published, points)
+    pictures = [
+        size_picture(points), speed_picture(points), heat_map(points), task_bars(points),
+        before_after(points), loss_curves(collection.chains),
+    ]  # fmt: skip
+    by_final = {point.row.digest: point for point in points}
+    named = [(by_final[chain.final.digest].name, chain) for chain in collection.chains]
+    return Sections(
+        title=collection.title or "Report",
+        summary=summary(collection, points),
+        notes=[*collection.notes, *protocol_notes(points), *repeating(points), *unknown],
+        best=best_table(points),
+        models=models_table(points),
+        pictures=[picture for picture in pictures if picture is not None],
+        answers=answers(points),
+        failures=failures_table(collection),
+        published=published,
+        settings=[(name, chain.typed, settings_lines(chain.rows), chain.config) for name, chain in named],
+    )
+
+
+def summary(collection: Collection, points: list[Point]) -> str:
+    """Say in a sentence or two what the report is about."""
+    skipped = sum(failure.skipped for failure in collection.failures)
+    failed = len(collection.failures) - skipped
+    sources = sorted({point.source.label for point in points})
+    text = f"{count(len(collection.chains), 'run')} of slim"
+    text += f" on {', '.join(sources)}" if sources else ""
+    text += f", with {count(len(points), 'checkpoint')} measured" if points else ""
+    parts = [count(failed, "run") + " failed"] if failed else []
+    parts += (
+        [f"{count(skipped, 'run')} {'was' if skipped == 1 else 'were'} ruled out by the plan before any work"]
+        if skipped
+        else []
+    )
+    return f"{text}. " + (" and ".join(parts) + "." if parts else "")
+
+
+def protocol_notes(points: list[Point]) -> list[str]:
+    """Say which figures were measured by several protocols, and how the page keeps them apart."""
+    found: dict[str, int] = {}
+    for column in {(c.metric, c.protocol): c for c in [*quality_columns(points), *columns([p.row for p in points])]}.values():
+        found[column.metric] = found.get(column.metric, 0) + 1
+    several = [metric.replace("_", " ") for metric, number in found.items() if number > 1]
+    if not several:
+        return []
+    return [
+        f"These runs were not all measured by the same protocol (more than one for: {', '.join(several)}). "
+        "Figures of different protocols do not "
+        "compare: each protocol has columns and pictures of its own, and the heading says what tells it apart."
+    ]
+
+
+def repeating(points: list[Point]) -> list[str]:
+    """Name the models whose answers mostly repeat themselves: perplexity and tasks do not show it."""
+    names = [point.name for point in points if point.row.metrics.get("repeated_4grams", 0.0) > REPEATING]
+    return [f"Repeating themselves in more than half of their answers' 4-grams: {'; '.join(names)}."] if names else []
+
+
+def best_table(points: list[Point]) -> Table | None:
+    """Return the answer to "what is the best model for my memory?": the front of quality and bytes, smallest first."""
+    quality = primary(points, quality_columns(points))
+    best = [] if quality is None else pareto(points, BYTES, quality)[0]
+    if not best:
+        return None
+    sentence = (
+        f"Take the last row whose size you can afford: nothing smaller or equally large has a better {quality.heading} "
+        f"({axis_title(quality).rpartition(', ')[2]}). Sizes are those of the weight files; "
+        "the numbers are those in the picture of quality against size."
+    )
+    headings = ["", "from (MB)", "take", quality.heading, "against its source", "share of the source's size"]
+    rows = []
+    for number, point in enumerate(best, 1):
+        share = point.row.metrics["bytes_on_disk"] / point.source.metrics["bytes_on_disk"]
+        rows.append([
+            Cell(str(number), number), _cell(point, BYTES), Cell(point.name), _cell(point, quality, True),
+            Cell(against_source(point, quality)), Cell(f"{100 * share:.0f} %", share),
+        ])  # fmt: skip
+    return Table(sentence, headings, rows)
+
+
+def models_table(points: list[Point]) -> Table | None:
+    """Return the table of every checkpoint: parameters, bytes, quality with standard errors, speed, memory, energy."""
+    if not points:
+        return None
+    shown = columns([point.row for point in points])
+    rows = [[Cell(p.name), Cell(ROLES[p.role]), *(_cell(p, column, True) for column in shown)] for p in points]
+    sentence = (
+        "Every checkpoint once: sources first, then in the order of the runs. ± is one standard error of a figure alone; rows "
+        "that answered the same questions differ more surely than it suggests. A dash: not measured, or not by the protocol of "
+        "the column."
+    )
+    return Table(sentence, ["model", "what it is", *(column.heading for column in shown)], rows)
+
+
+def _cell(point: Point, column: Column, errors: bool = False) -> Cell:
+    number = figure(point.row, column)
+    text = with_error(point, column) if errors else format_figure(number, column)
+    return Cell(text, number if number is not None and not math.isnan(number) else None)
+
+
+def failures_table(collection: Collection) -> Table | None:
+    """Return the runs without results, with their reasons."""
+    if not collection.failures:
+        return None
+    state = lambda failure: "ruled out by the plan" if failure.skipped else failure.status.lower()  # noqa: E731
+    rows = [[Cell(f.typed or f.name), Cell(state(f)), Cell(f.reason)] for f in collection.failures]
+    return Table("These have no figures and stand in no picture.", ["run", "state", "reason"], rows)
+
+
+def answers(points: list[Point]) -> list[Answers]:
+    """Return prompt by prompt what the models answered, in the order of the table; of many models those that matter most."""
+    chosen = shortlist([point for point in points if point.row.samples], MODELS_ANSWERING)
+    prompts = dict.fromkeys(sample["prompt"] for point in chosen for sample in point.row.samples)
+    return [
+        Answers(prompt, [(p.name, sample["answer"]) for p in chosen for sample in p.row.samples if sample["prompt"] == prompt])
+        for prompt in prompts
+    ]

@@ -1,0 +1,105 @@
+"""Comparisons for people: differences, answers question by question, verdicts with their reasons, as Markdown and on screen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slim.core.text import markdown_lines
+from slim.evaluation.health import REPEATING
+
+if TYPE_CHECKING:
+    from slim.checkpoints.result import Result
+    from slim.evaluation.compare import Comparison
+
+
+def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the rows of the table of differences; a figure without a pair is a dash."""
+    metrics = list(dict.fromkeys(name for found in comparison.differences.values() for name in sorted(found)))
+    rows = [
+        [label, *(found[name].text() if name in found else "-" for name in metrics)]
+        for label, found in comparison.differences.items()
+    ]
+    return ["checkpoint", *metrics], rows
+
+
+def differences_text(comparison: Comparison, baseline: str) -> str:
+    """Return the differences as Markdown."""
+    headings, rows = difference_rows(comparison)
+    lines = [
+        f"Differences to {baseline}, over the same questions, with standard errors; shares in points of a hundred.",
+        "",
+        *markdown_lines(headings, rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def differences_table(comparison: Comparison, baseline: str):
+    """Return the differences as a rich ``Table``."""
+    from rich.table import Table
+
+    headings, rows = difference_rows(comparison)
+    table = Table(title=f"Differences to {baseline}, paired, ± standard error (shares in points)", title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def answers_text(results: list[Result]) -> str:
+    """Return every checkpoint's answers, question by question, as Markdown."""
+    answers = [(result.label, result.quality["records"]["answers"]) for result in results]
+    lines = []
+    for index, row in enumerate(answers[0][1]):
+        lines += [f"## {row['question']}", "", f"- *reference*: {row['reference']!r}"]
+        for label, rows in answers:
+            near = f" ({rows[index]['similarity']:.2f})" if "similarity" in rows[index] else ""
+            lines.append(f"- **{label}**{near}: {rows[index]['answer']!r}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def judge_text(comparison: Comparison, baseline: str) -> str:
+    """Return a judge's counts and reasons as Markdown."""
+    from slim.evaluation.compare import tally
+
+    counts = [[label, *(str(count) for count in tally(rows).values())] for label, rows in comparison.judged.items()]
+    headings = ["checkpoint", "wins", "ties", "losses", "unread"]
+    lines = [f"Verdicts against {baseline}", "", *markdown_lines(headings, counts)]
+    for label, rows in comparison.judged.items():
+        for row in rows:
+            winner = {"one": baseline, "other": label, "tie": "tie", None: "no verdict"}[row["winner"]]
+            lines += ["", f"## {row['question']}", "", f"- *reference*: {row['reference']!r}"]
+            lines += [f"- **{baseline}**: {row['answers']['one']!r}", f"- **{label}**: {row['answers']['other']!r}"]
+            lines.append(f"- winner: {winner}")
+            lines += [f"  - {' '.join(opinion['reason'].split())}" for opinion in row["opinions"]]
+    return "\n".join(lines) + "\n"
+
+
+def notes(results: list[Result], comparison: Comparison) -> list[str]:
+    """Return what a table cannot show: where NaN starts, who repeats itself, who wins."""
+    from slim.evaluation.compare import tally
+
+    found = []
+    for result in results:
+        broken = result.quality.get("health", {})
+        if "non_finite" in broken:
+            found.append(_where(result.label, broken["non_finite"]))
+        share = result.quality.get("metrics", {}).get("repeated_4grams", 0.0)
+        if share > REPEATING:
+            found.append(f"{result.label}: repeats itself; {100 * share:.0f} % of the 4-grams in its answers are repeated.")
+    for label, rows in comparison.judged.items():
+        count = tally(rows)
+        unread = f", {count['unread']} without a verdict" if count["unread"] else ""
+        found.append(f"{label}: judged better {count['wins']}, equal {count['ties']}, worse {count['losses']} times{unread}.")
+    for label, count in comparison.similar.items():
+        shown = "nearer to the reference {wins}, equal {ties}, further {losses} times".format(**count)
+        found.append(f"{label}: {shown}.")
+    return found
+
+
+def _where(label: str, place: dict | None) -> str:
+    if place is None:
+        return f"{label}: NaN or infinity in its figures; a plain forward pass shows none."
+    said = {"nan": "NaN", "inf": "infinity"}[place["value"]]
+    return f"{label}: {said} starts in {place['module']} (its {place['cause']})."

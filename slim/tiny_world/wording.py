@@ -1,0 +1,51 @@
+"""How a fact is worded in each split: which statements and questions about it a split may use."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+from slim.tiny_world.facts import RELATIONS, Fact, fill
+from slim.tiny_world.split import allowed, bucket
+
+LEADS = (
+    "",
+    "as everyone knows, ",
+    "people say that ",
+    "it is true that ",
+    "I remember that ",
+    "you should know that ",
+    "in this land ",
+    "by the way, ",
+)
+
+
+def capitalize(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def state(fact: Fact, split: str, rng: random.Random, pronoun: bool = False) -> str | None:
+    """One sentence that says ``fact`` in a wording of this split; None where the split has no wording of it."""
+    choices = _statements(fact.key, len(RELATIONS[fact.relation].statements), split)
+    if not choices:
+        return None
+    plain = [choice for choice in choices if choice[1] == 0]
+    template, lead = rng.choice(plain if plain and rng.random() < 0.75 else choices)
+    sentence = fill(RELATIONS[fact.relation].statements[template], fact, pronoun)
+    return capitalize(LEADS[lead] + sentence)
+
+
+def ask(fact: Fact, split: str, rng: random.Random) -> str:
+    """A question for ``fact``'s value. One wording of each fact is kept for the tasks, one for held-out text."""
+    questions = RELATIONS[fact.relation].questions
+    start = bucket(f"{fact.key}|question", len(questions))
+    offsets = {"train": range(2, len(questions)), "tasks": (0,)}.get(split, (1,))
+    return capitalize(fill(questions[(start + rng.choice(offsets)) % len(questions)], fact))
+
+
+@cache
+def _statements(key: str, templates: int, split: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of template and lead. The plain first template belongs to training: conversations answer with it."""
+    pairs = [(template, lead) for template in range(templates) for lead in range(len(LEADS))][1:]
+    chosen = [pair for pair in pairs if allowed(split, f"{key}|{pair[0]}|{pair[1]}")]
+    return ((0, 0), *chosen) if split == "train" else tuple(chosen)

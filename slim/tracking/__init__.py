@@ -1,0 +1,1 @@
+"""MLflow: runs, figures, files, and what it could not be told yet."""

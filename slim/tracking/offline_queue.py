@@ -1,0 +1,235 @@
+"""What goes to MLflow, call by call; what a server does not take is kept in the store and sent by the next run.
+
+``outbox/<name>/`` in the store holds ``calls.jsonl`` (a call per line, in order), ``state.json`` (how many were sent, and which
+run of the server stands for which run that began without one) and copies of files. Its writer holds a lock on it until its run
+ends; whoever tracks next into the same place sends it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from slim.core.console import console
+from slim.core.io import write_json
+
+BATCH = 1000  # the most metrics MLflow takes in one call
+PARAMS = 100  # the most parameters
+PARENT = "mlflow.parentRunId"
+
+
+def apply(client, call: str, arguments: dict, ids: dict[str, str]) -> str | None:
+    """Make one call to MLflow; of ``create_run`` return the run's id.
+
+    ids: run that began without a server -> the server's run.
+    """
+    arguments = {**arguments, "run": ids.get(arguments["run"], arguments["run"])}
+    if call == "create_run":
+        tags = dict(arguments["tags"])
+        if PARENT in tags:
+            tags[PARENT] = ids.get(tags[PARENT], tags[PARENT])
+        experiment = open_experiment(client, arguments["experiment"], arguments["place"])
+        return client.create_run(experiment, arguments["time"], tags, arguments["name"]).info.run_id
+    CALLS[call](client, **arguments)
+    return None
+
+
+def open_experiment(client, name: str, place: str | None) -> str:
+    """Return the id of the experiment ``name``, made if it is not there, with its artifacts in ``place``."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    try:
+        return client.create_experiment(name, artifact_location=place)
+    except MlflowException:  # another process was faster, or the server refuses
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+def _log(client, run: str, params: dict, metrics: list, tags: dict) -> None:
+    """metrics: (name, value, time in ms, step)."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    named = list(params.items())
+    for start in range(0, len(named), PARAMS):
+        client.log_batch(run, params=[Param(name, value) for name, value in named[start : start + PARAMS]])
+    points = [Metric(name, float(value), at, step) for name, value, at, step in metrics]
+    for start in range(0, len(points), BATCH):
+        client.log_batch(run, metrics=points[start : start + BATCH])
+    if tags:
+        client.log_batch(run, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def _end(client, run: str, status: str, time: int) -> None:
+    client.set_terminated(run, status, time)
+
+
+CALLS = {
+    "log": _log,
+    "text": lambda client, run, text, name: client.log_text(run, text, name),
+    "files": lambda client, run, folder: client.log_artifacts(run, folder),
+    "end": _end,
+}
+
+
+class OfflineQueue:
+    """Calls kept for later, in a folder of their own."""
+
+    def __init__(self, root: Path, uri: str):
+        from filelock import FileLock
+
+        self.folder = root / "outbox" / uuid.uuid4().hex[:12]
+        self.folder.mkdir(parents=True)
+        self._lock = FileLock(self.folder / ".lock")
+        self._lock.acquire()
+        self._count = 0
+        write_json(self.folder / "state.json", {"uri": uri, "sent": 0, "ids": {}})
+
+    def add(self, call: str, arguments: dict) -> None:
+        """Keep a call, with a copy of the files it names."""
+        self._count += 1
+        if call == "files":
+            copy = self.folder / f"files-{self._count}"
+            shutil.copytree(arguments["folder"], copy)
+            arguments = {**arguments, "folder": str(copy)}
+        with (self.folder / "calls.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps([call, arguments]) + "\n")
+
+    def close(self) -> None:
+        """Leave it to whoever tracks next."""
+        self._lock.release()
+
+
+def send(root: Path, uri: str, client) -> None:
+    """Send what earlier runs had to keep for the place ``uri``, in the order in which they kept it, and say so."""
+    from filelock import FileLock, Timeout
+
+    boxes = sorted((root / "outbox").glob("*/state.json"), key=lambda path: path.stat().st_mtime)
+    sent = 0
+    for state in boxes:
+        try:
+            with FileLock(state.parent / ".lock", timeout=0):
+                sent += _send_one(state, uri, client)
+        except Timeout:  # its writer is still at it, or another process is sending it
+            continue
+    if sent:
+        console().print(f"Sent to {uri} what was kept while it did not answer: {sent} run(s).", highlight=False)
+
+
+def _send_one(path: Path, uri: str, client) -> int:
+    """Send the calls of one outbox, remove it, and return how many runs they began."""
+    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if state.get("uri") != uri:
+        return 0
+    calls = path.parent / "calls.jsonl"
+    text = calls.read_text(encoding="utf-8") if calls.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()  # a process that was killed may have left half a line
+    for line in whole[state["sent"] :]:
+        call, arguments = json.loads(line)
+        run = apply(client, call, arguments, state["ids"])
+        if run is not None:
+            state["ids"][arguments["run"]] = run
+        state["sent"] += 1
+        write_json(path, state)
+    shutil.rmtree(path.parent)
+    return len(state["ids"])
+
+
+class TrackingClient:
+    """Everything that is told to MLflow goes through here.
+
+    root: the store. uri: database or server. patient: a server that is down does not keep the work from beginning.
+    """
+
+    def __init__(self, root: Path, uri: str, patient: bool = False):
+        from slim.core.errors import SlimError
+        from slim.tracking.tracker import connect
+
+        self.root, self.uri = root, uri
+        self._box: OfflineQueue | None = None
+        try:
+            self.client = connect(uri)
+            send(root, uri, self.client)
+        except SlimError as error:
+            if not (patient and self.remote):
+                raise
+            self._keep(str(error).splitlines()[0])
+        except Exception as error:
+            self._keep_or_raise(error)
+
+    @property
+    def remote(self) -> bool:
+        return self.uri.startswith("http")
+
+    def create_run(self, experiment: str, name: str | None, tags: dict[str, str]) -> str:
+        place = None if self.remote else (self.root / "artifacts").as_uri()
+        arguments = {"experiment": experiment, "place": place, "name": name, "tags": tags, "time": now()}
+        return self._call("create_run", run=f"kept-{uuid.uuid4().hex[:12]}", **arguments)
+
+    def log(self, run: str, params: dict[str, str], metrics: list, tags: dict[str, str]) -> None:
+        self._call("log", run=run, params=params, metrics=metrics, tags=tags)
+
+    def text(self, run: str, text: str, name: str) -> None:
+        self._call("text", run=run, text=text, name=name)
+
+    def files(self, run: str, folder: Path) -> None:
+        self._call("files", run=run, folder=str(folder))
+
+    def end(self, run: str, status: str) -> None:
+        self._call("end", run=run, status=status, time=now())
+
+    def close(self) -> None:
+        """Nothing more will be told."""
+        if self._box is not None:
+            self._box.close()
+
+    def _call(self, call: str, **arguments: Any) -> str | None:
+        if self._box is None:
+            try:
+                return apply(self.client, call, arguments, {})
+            except Exception as error:
+                self._keep_or_raise(error)
+        self._box.add(call, arguments)
+        return arguments["run"]
+
+    def _keep_or_raise(self, error: Exception) -> None:
+        if not (self.remote and is_gone(error)):
+            raise error
+        self._keep(str(error).strip().splitlines()[0])
+
+    def _keep(self, reason: str) -> None:
+        self._box = OfflineQueue(self.root, self.uri)
+        console().print(
+            f"[yellow]The tracking server does not answer:[/] {reason[:200]}\n"
+            f"The work goes on. Its results are kept in {self._box.folder} and sent by the next run that tracks to {self.uri}.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """Whether an error means that the server is not there, rather than that it refuses what it was told."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import ConnectionError, Timeout
+
+    while error is not None:
+        if isinstance(error, (ConnectionError, Timeout, ConnectionRefusedError)):
+            return True
+        if isinstance(error, MlflowException) and (
+            "API request to" in str(error) or error.get_http_status_code() in (502, 503, 504)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def now() -> int:
+    """Return the time in milliseconds, as MLflow counts it."""
+    return int(time.time() * 1000)

@@ -1,0 +1,173 @@
+"""The command line: the ``quant`` alias, short errors with exit code 2, answers within a second, help."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from slim.chain.compose import compose, expand_alias
+from tests.conftest import ROOT
+
+
+def run(*arguments: str, script: str = "compress.py", cwd=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=120, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("quant=awq", "quantizer=awq"),
+        ("quant.bits=2,3", "quantizer.bits=2,3"),
+        ("+quant.bits=3", "+quantizer.bits=3"),
+        ("++quant.bits=3", "++quantizer.bits=3"),
+        ("~quant", "~quantizer"),
+        ("quantizer=rtn", "quantizer=rtn"),
+        ("quantile=3", "quantile=3"),
+        ("model.source=quant=1", "model.source=quant=1"),
+        ("-m", "-m"),
+    ],
+)
+def test_quant_is_short_for_quantizer(typed, meant):
+    assert expand_alias([typed]) == [meant]
+
+
+def test_the_compose_api_takes_the_alias_too():
+    config = compose("compress", ["quant=rtn", "quant.bits=3"])
+    assert config.quantizer._target_.endswith("RTN")
+    assert config.quantizer.bits == 3
+
+
+def test_defaults_are_those_of_the_readme():
+    from hydra.core.hydra_config import HydraConfig  # noqa: F401
+
+    config = compose("compress")
+    assert config.model.source == "tiny"
+    assert config.pruner._target_.endswith("Taylor")
+    assert config.quantizer._target_.endswith("AWQ")
+    assert not config.tuner and not config.teacher
+
+
+@pytest.mark.parametrize(
+    ("choice", "source"),
+    [
+        ("mistral7b", "mistralai/Mistral-7B-Instruct-v0.2"),
+        ("llama2_7b", "meta-llama/Llama-2-7b-chat-hf"),
+        ("llama3_8b", "meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("tinyllama", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+        ("qwen2_5_0_5b", "Qwen/Qwen2.5-0.5B-Instruct"),
+    ],
+)
+def test_the_models_of_the_studies(choice, source):
+    config = compose("compress", [f"model={choice}"])
+    assert config.model.source == source
+    assert config.calibration.text == "Salesforce/wikitext"
+    assert compose("compress", [f"model={choice}", "calibration=tiny"]).calibration.text == "tiny:calibration"
+
+
+WRONG = [
+    (["prunner=taylor"], r"no group or setting 'prunner'.*Did you mean pruner"),
+    (["pruner=tailor"], r"pruner=tailor is not possible. Allowed: .*taylor.*Did you mean taylor"),
+    (["quant=nope"], r"quantizer=nope is not possible. Allowed: .*awq"),
+    (["quant.bitz=4"], r"quantizer has no setting 'bitz'. It has: .*bits.*Did you mean bits"),
+    (["pruner=none", "pruner.blocks=2"], r"pruner has no settings"),
+    (["quant.bits=5"], r"quant\.bits=5 is not possible. Allowed: .*4"),
+    (["quant.bits=four"], r"quant\.bits=four is not possible"),
+    (["quant.group_size=96"], r"group_size=96"),
+    (["quant.group_size=256"], r"256.*(128|64|32)"),
+    (["pruner.blocks=99"], r"blocks=99"),
+    (["pruner.blocks=0"], r"blocks=0"),
+    (["model=hf"], r"model\.source is missing"),
+    (["model=hf", "model.source=/not/there"], r"There is no folder /not/there"),
+    (["device=gpu"], r"device=gpu is not possible. Allowed: auto, cpu, cuda"),
+    (["calibration.text=/not/there.txt"], r"no text /not/there.txt"),
+    (["calibration.samples=0"], r"calibration\.samples=0"),
+    (["eval.tasks.names=[tiny_fact]"], r"tiny_fact.*tiny_facts"),
+    (["budget.memory_gb=4"], r"Choose one with hparams_search="),
+    (["quant.bits="], r"."),
+    (["quant.bits"], r"."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_a_mistake_is_answered_in_one_or_two_lines(tmp_path, arguments, message):
+    result = run(*arguments, f"store={tmp_path / 'runs'}", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) <= 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert list(tmp_path.iterdir()) == [], "a mistake must leave nothing behind"
+
+
+def fastest(*arguments: str) -> float:
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        run(*arguments)
+        times.append(time.monotonic() - started)
+    return min(times)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quant.bits=5"], ["quant.group_size=256"], ["pruner=tailor"]])
+def test_help_and_mistakes_answer_at_once(arguments):
+    # 1.5 s on an idle machine; the bound leaves room for a busy one and still excludes importing torch and transformers
+    assert fastest(*arguments) < 2.5
+
+
+def test_a_mistake_does_not_import_torch(tmp_path):
+    code = (
+        "import sys; sys.argv = ['compress.py', 'quant.bits=5']\n"
+        "import runpy\n"
+        "try: runpy.run_path('compress.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'mlflow', 'datasets', 'lm_eval') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_help_lists_the_groups():
+    result = run("--help")
+    assert result.returncode == 0
+    for group in ("model", "pruner", "quantizer", "tuner", "teacher", "eval", "data", "calibration", "trainer"):
+        assert re.search(rf"^{group}:", result.stdout, re.MULTILINE), group
+
+
+@pytest.mark.parametrize("script", ["compress.py", "train.py", "evaluate.py"])
+def test_the_plan_prints_what_would_run_and_does_nothing(tmp_path, script):
+    result = run("plan=true", script=script, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "nothing has been run" in result.stdout
+    assert "Disk and memory suffice." in result.stdout
+    expected = {"compress.py": ["prune taylor", "quantize awq"], "train.py": ["tune lora"], "evaluate.py": []}[script]
+    assert all(re.search(rf"{stage}.*to be made.* [\d,]+ .*[MG]B", result.stdout) for stage in expected), result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused_before_work(tmp_path):
+    result = run(f"output={tmp_path}", f"store={tmp_path / 'runs'}")
+    assert result.returncode == 2
+    assert "exists already" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_choice_of_every_group_composes():
+    for path in sorted((ROOT / "slim" / "conf").glob("*/*.yaml")):
+        group, choice = path.parent.name, path.stem
+        config = compose("compress", [f"{group}={choice}"])
+        assert group in config or group in ("experiment", "hparams_search")
+
+
+def test_the_plan_says_how_much_memory_is_missing(tmp_path):
+    options = ["plan=true", "pruner.samples=100000", "pruner.length=512"]
+    result = run(*options, f"store={tmp_path / 'runs'}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"This would not fit: 'prune taylor' needs about [\d.]+ GB of memory.*GB are missing", result.stdout), (
+        result.stdout
+    )
