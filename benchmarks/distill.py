@@ -1,23 +1,32 @@
-"""Distillation: what it heals beside tuning at equal steps, what a cached teacher saves, what chunks save.
+"""Distillation: what it heals beside tuning at equal steps, what a cached teacher saves, what
+chunks save.
 
-    python benchmarks/distill.py heal MODEL [--train FILE] [--test FILE] [--blocks 2] [--bits 0] [--steps 300] [--seeds 3]
+    python benchmarks/distill.py heal MODEL [--train FILE] [--test FILE] [--blocks 2] [--bits 0]
+    [--steps 300] [--seeds 3]
                                       [--adapt 0] [--set loss=reverse temperature=2 ...]
     python benchmarks/distill.py questions [--blocks 4] [--steps 200] [--seeds 3]
-    python benchmarks/distill.py dskd [--vocabulary 800] [--before 400] [--steps 200] [--seeds 3] [--set align=attention ...]
-    python benchmarks/distill.py cache MODEL [--train FILE] [--blocks 2] [--steps 60] [--repeats 3]
-    python benchmarks/distill.py memory [--vocabulary 131072] [--tokens 2048] [--hidden 256] [--repeats 3]
+    python benchmarks/distill.py dskd [--vocabulary 800] [--before 400] [--steps 200] [--seeds 3]
+    [--set align=attention ...] python benchmarks/distill.py cache MODEL [--train FILE] [--blocks 2]
+    [--steps 60] [--repeats 3] python benchmarks/distill.py memory [--vocabulary 131072] [--tokens
+    2048] [--hidden 256] [--repeats 3]
 
-heal: removes blocks by Taylor scores, then heals with adapters, once on the text alone and once on the text and the whole
-model as teacher: same data, same steps, same adapters. Perplexity on other text, mean and spread over seeds.
---bits: instead of removing blocks, round the model to so many bits; the adapters then stay beside the quantised weights.
---adapt: first tune the whole model on the text for so many steps, so that it is at home there; that is the source then.
-questions: a pruned tiny model learns from the whole one's distributions on answers of its own or of the teacher, never from
-the data's; facts that it gets right before and after, beside tuning on the true answers.
-dskd: a fresh model of half the depth with a vocabulary of its own (1536: the teacher's) learns the tiny world from its text,
-and then goes on with the text alone, or with the tiny model as teacher: perplexity in its own tokens.
-cache: the second pass over the data with the teacher's distributions from disk and with the teacher itself, seconds of
-processor time, medians; and the validation loss both reach.
-memory: peak memory of the forward KL and its gradients in chunks and as one formula, each in a process of its own, medians.
+heal: removes blocks by Taylor scores, then heals with adapters, once on the text alone and once on
+the text and the whole model as teacher: same data, same steps, same adapters. Perplexity on other
+text, mean and spread over seeds.
+--bits: instead of removing blocks, round the model to so many bits; the adapters then stay beside
+the quantised weights.
+--adapt: first tune the whole model on the text for so many steps, so that it is at home there; that
+is the source then.
+questions: a pruned tiny model learns from the whole one's distributions on answers of its own or of
+the teacher, never from the data's; facts that it gets right before and after, beside tuning on the
+true answers.
+dskd: a fresh model of half the depth with a vocabulary of its own (1536: the teacher's) learns the
+tiny world from its text, and then goes on with the text alone, or with the tiny model as teacher:
+perplexity in its own tokens.
+cache: the second pass over the data with the teacher's distributions from disk and with the teacher
+itself, seconds of processor time, medians; and the validation loss both reach.
+memory: peak memory of the forward KL and its gradients in chunks and as one formula, each in a
+    process of its own, medians.
 MODEL: a checkpoint folder, or tiny. Without --train and --test, the tiny world's texts.
 """
 
@@ -54,16 +63,22 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f} +- {deviation:.{digits}f}"
 
 
-# --- heal -----------------------------------------------------------------------------------------------------------
+# --- heal
+# -----------------------------------------------------------------------------------------------------------
 
 
 def perplexity(folder: Path, windows: torch.Tensor) -> float:
-    return exponential(negative_log_likelihood(load_model(folder), windows) / (windows.numel() - len(windows)))
+    return exponential(
+        negative_log_likelihood(load_model(folder), windows) / (windows.numel() - len(windows))
+    )
 
 
 def parsed(settings: list[str]) -> dict:
     """Turn ``loss=reverse match={hidden: 1}`` into settings of the distillation."""
-    found = {name: yaml.safe_load(value) for name, value in (setting.split("=", 1) for setting in settings)}
+    found = {
+        name: yaml.safe_load(value)
+        for name, value in (setting.split("=", 1) for setting in settings)
+    }
     return {**found, "match": Matching(**found["match"])} if "match" in found else found
 
 
@@ -82,17 +97,30 @@ def heal(args: argparse.Namespace) -> None:
     common = dict(steps=args.steps, validate_every=max(1, args.steps // 6))
     with tempfile.TemporaryDirectory() as scratch:
         if args.adapt:
-            run(tune.Lora(data=text_data(args.train, 99), steps=args.adapt, r=32, alpha=64), model, Path(scratch) / "source")
+            run(
+                tune.Lora(data=text_data(args.train, 99), steps=args.adapt, r=32, alpha=64),
+                model,
+                Path(scratch) / "source",
+            )
             model = Path(scratch) / "source"
         start = Path(scratch) / "start"
         done = harm(model, args, start)
         common["merge"] = not args.bits
-        print(f"{model.name}: {done}, {args.steps} steps, {len(windows)} windows of {windows.shape[1]}")
-        print(f"source        {perplexity(model, windows):.3f}\nharmed        {perplexity(start, windows):.3f}", flush=True)
+        print(
+            f"{model.name}: {done}, {args.steps} steps, {len(windows)} windows of {windows.shape[1]}"
+        )
+        print(
+            f"source        {perplexity(model, windows):.3f}\nharmed        {perplexity(start, windows):.3f}",
+            flush=True,
+        )
         ways = {
             "lora": lambda seed: tune.Lora(data=text_data(args.train, seed), seed=seed, **common),
             "distilled": lambda seed: distillation.Lora(
-                data=text_data(args.train, seed), seed=seed, base=Source(str(model)), **common, **parsed(args.set)
+                data=text_data(args.train, seed),
+                seed=seed,
+                base=Source(str(model)),
+                **common,
+                **parsed(args.set),
             ),
         }
         for name, make in ways.items():
@@ -105,34 +133,54 @@ def heal(args: argparse.Namespace) -> None:
                 found.append(perplexity(target, windows))
                 losses.append(facts["validation_loss_after"])
             print(
-                f"{name:13} {spread(found)}   validation loss {spread(losses, 4)}   {[round(x, 3) for x in found]}", flush=True
+                f"{name:13} {spread(found)}   validation loss {spread(losses, 4)}   {[round(x, 3) for x in found]}",
+                flush=True,
             )
 
 
-# --- questions ------------------------------------------------------------------------------------------------------
+# --- questions
+# ------------------------------------------------------------------------------------------------------
 
 
 def facts_right(folder: Path) -> float:
-    """Return the share of the tiny world's fact questions that a model answers rightly, in per cent."""
-    found = Tasks(names=["tiny_facts"], batch_size=64).measure(load_model(folder), load_tokenizer(folder), 512)
+    """Return the share of the tiny world's fact questions that a model answers rightly, in per
+    cent."""
+    found = Tasks(names=["tiny_facts"], batch_size=64).measure(
+        load_model(folder), load_tokenizer(folder), 512
+    )
     return 100 * found["metrics"]["tiny_facts/acc"]
 
 
 def questions(args: argparse.Namespace) -> None:
     common = dict(steps=args.steps, validate_every=max(1, args.steps // 4), batch_tokens=1024)
     taught = dict(
-        base=Source("tiny"), hard_weight=0.0, loss="symmetric", generation=Generation(questions=32, new_tokens=24), **common
+        base=Source("tiny"),
+        hard_weight=0.0,
+        loss="symmetric",
+        generation=Generation(questions=32, new_tokens=24),
+        **common,
     )
     ways = {
-        "student answers": lambda seed: distillation.Lora(data=TinyChat(seed=seed), seed=seed, answers="student", **taught),
-        "teacher answers": lambda seed: distillation.Lora(data=TinyChat(seed=seed), seed=seed, answers="teacher", **taught),
-        "true answers, no teacher": lambda seed: tune.Lora(data=TinyChat(seed=seed), seed=seed, **common),
+        "student answers": lambda seed: distillation.Lora(
+            data=TinyChat(seed=seed), seed=seed, answers="student", **taught
+        ),
+        "teacher answers": lambda seed: distillation.Lora(
+            data=TinyChat(seed=seed), seed=seed, answers="teacher", **taught
+        ),
+        "true answers, no teacher": lambda seed: tune.Lora(
+            data=TinyChat(seed=seed), seed=seed, **common
+        ),
     }
     with tempfile.TemporaryDirectory() as scratch:
         start = Path(scratch) / "pruned"
         removed = pruned(EMBEDDED["tiny"], "tiny:calibration", args.blocks, start)
-        print(f"tiny: blocks {removed} removed, {args.steps} steps; facts right, per cent (chance: 25)")
-        print(f"{'teacher':26} {facts_right(EMBEDDED['tiny']):.1f}\n{'pruned':26} {facts_right(start):.1f}", flush=True)
+        print(
+            f"tiny: blocks {removed} removed, {args.steps} steps; facts right, per cent (chance: 25)"
+        )
+        print(
+            f"{'teacher':26} {facts_right(EMBEDDED['tiny']):.1f}\n{'pruned':26} {facts_right(start):.1f}",
+            flush=True,
+        )
         for name, make in ways.items():
             found, started = [], time.process_time()
             for seed in range(args.seeds):
@@ -140,10 +188,13 @@ def questions(args: argparse.Namespace) -> None:
                 run(make(seed), start, target)
                 found.append(facts_right(target))
             seconds = (time.process_time() - started) / args.seeds
-            print(f"{name:26} {spread(found, 1)}   {seconds:.0f} s of processor time each", flush=True)
+            print(
+                f"{name:26} {spread(found, 1)}   {seconds:.0f} s of processor time each", flush=True
+            )
 
 
-# --- dskd -----------------------------------------------------------------------------------------------------------
+# --- dskd
+# -----------------------------------------------------------------------------------------------------------
 
 
 def dskd(args: argparse.Namespace) -> None:
@@ -153,13 +204,21 @@ def dskd(args: argparse.Namespace) -> None:
         "text alone": lambda seed: tune.Full(data=TinyText(seed=seed), seed=seed, **common),
         "dskd": lambda seed: distillation.Full(data=TinyText(seed=seed), seed=seed, **guided),
     }
-    print(f"vocabulary {args.vocabulary}, 4 blocks, {args.before} steps, then {args.steps}; perplexity on tiny:heldout")
+    print(
+        f"vocabulary {args.vocabulary}, 4 blocks, {args.before} steps, then {args.steps}; perplexity on tiny:heldout"
+    )
     ways = {name: make for name, make in ways.items() if name not in args.skip}
     with tempfile.TemporaryDirectory() as scratch:
         fresh, start = Path(scratch) / "fresh", Path(scratch) / "start"
         fresh.mkdir()
         Untrained(vocab_size=args.vocabulary, blocks=4).run(None, fresh, Context())
-        run(tune.Full(data=TinyText(seed=99), steps=args.before, learning_rate=2e-3, betas=(0.9, 0.95)), fresh, start)
+        run(
+            tune.Full(
+                data=TinyText(seed=99), steps=args.before, learning_rate=2e-3, betas=(0.9, 0.95)
+            ),
+            fresh,
+            start,
+        )
         windows = Perplexity(text="tiny:heldout", window=256).windows(load_tokenizer(start), 256)
         print(f"before        {perplexity(start, windows):.3f}", flush=True)
         for name, make in ways.items():

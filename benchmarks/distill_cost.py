@@ -1,4 +1,5 @@
-"""What distillation costs: time with a cached and with a live teacher, memory of a loss in chunks. See ``distill.py``."""
+"""What distillation costs: time with a cached and with a live teacher, memory of a loss in chunks.
+See ``distill.py``."""
 
 from __future__ import annotations
 
@@ -41,11 +42,13 @@ def text_data(path: str | None, seed: int) -> TrainingData:
     return TinyText(seed=seed) if path is None else TextData(text=path, seed=seed)
 
 
-# --- cache ----------------------------------------------------------------------------------------------------------
+# --- cache
+# ----------------------------------------------------------------------------------------------------------
 
 
 def cache(args: argparse.Namespace) -> None:
-    callbacks.time = SimpleNamespace(perf_counter=time.process_time)  # speed by processor time: others work here too
+    # speed by processor time: others work here too
+    callbacks.time = SimpleNamespace(perf_counter=time.process_time)
     model = EMBEDDED.get(args.model, Path(args.model))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -54,24 +57,35 @@ def cache(args: argparse.Namespace) -> None:
         losses = {}
         for number in range(args.repeats + 1):
             for name, seconds in taken.items():
-                settings = dict(cache=name == "cached", cache_folder=str(folder / "cache"), steps=args.steps)
+                settings = dict(
+                    cache=name == "cached", cache_folder=str(folder / "cache"), steps=args.steps
+                )
                 stage = distillation.Lora(
-                    data=text_data(args.train, 0), base=Source(str(model)), validate_every=args.steps, **settings
+                    data=text_data(args.train, 0),
+                    base=Source(str(model)),
+                    validate_every=args.steps,
+                    **settings,
                 )
                 facts = run(stage, folder / "pruned", folder / f"{name}{number}")
                 losses[name] = facts["validation_loss_after"]
                 if number:  # the first round asks the teacher, the later ones find its answers
                     seconds.append(args.steps * stage.batch_tokens / facts["tokens_per_second"])
         live, cached = (statistics.median(taken[name]) for name in ("live", "cached"))
-        print(f"{args.steps} steps: live {live:.2f} s, cached {cached:.2f} s, ratio {live / cached:.2f}")
-        print(f"validation loss: {losses}, difference {abs(losses['cached'] / losses['live'] - 1):.3%}")
+        print(
+            f"{args.steps} steps: live {live:.2f} s, cached {cached:.2f} s, ratio {live / cached:.2f}"
+        )
+        print(
+            f"validation loss: {losses}, difference {abs(losses['cached'] / losses['live'] - 1):.3%}"
+        )
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory
+# ---------------------------------------------------------------------------------------------------------
 
 
 def peak_of(way: str, vocabulary: int, tokens: int, hidden: int, queue) -> None:
-    """Put peak memory over the inputs, seconds, the loss and a sum over the gradient into ``queue``."""
+    """Put peak memory over the inputs, seconds, the loss and a sum over the gradient into
+    ``queue``."""
     from slim.distillation.chunks import chunk_rows, chunked_sum
     from slim.distillation.losses import forward_kl, softened
 
@@ -87,7 +101,11 @@ def peak_of(way: str, vocabulary: int, tokens: int, hidden: int, queue) -> None:
             log_p = softened(taught @ teacher.T, 2.0)
         return forward_kl(log_p, softened(states @ student.T, 2.0)).sum()
 
-    value = loss(states, taught) if way == "plain" else chunked_sum(loss, (states, taught), chunk=chunk_rows(vocabulary))
+    value = (
+        loss(states, taught)
+        if way == "plain"
+        else chunked_sum(loss, (states, taught), chunk=chunk_rows(vocabulary))
+    )
     value.backward()
     peak, seconds = process_bytes("VmHWM") - before, time.perf_counter() - began
     queue.put((peak, seconds, value.item(), states.grad.double().norm().item()))
@@ -100,11 +118,16 @@ def memory(args: argparse.Namespace) -> None:
         found = []
         for _ in range(args.repeats):
             queue = context.Queue()
-            process = context.Process(target=peak_of, args=(way, args.vocabulary, args.tokens, args.hidden, queue))
+            process = context.Process(
+                target=peak_of, args=(way, args.vocabulary, args.tokens, args.hidden, queue)
+            )
             process.start()
             found.append(queue.get())
             process.join()
         peak, seconds = (statistics.median(column) for column in list(zip(*found, strict=True))[:2])
         peaks[way] = peak
-        print(f"{way:7} {peak / 1e6:8.0f} MB {seconds:6.1f} s   loss {found[0][2]:.6f}, gradient {found[0][3]:.8f}", flush=True)
+        print(
+            f"{way:7} {peak / 1e6:8.0f} MB {seconds:6.1f} s   loss {found[0][2]:.6f}, gradient {found[0][3]:.8f}",
+            flush=True,
+        )
     print(f"ratio {peaks['plain'] / peaks['chunks']:.1f}")

@@ -1,13 +1,14 @@
-"""What our evaluation costs: over calling lm-eval directly, and the memory of a perplexity with a vocabulary of 128k.
+"""What our evaluation costs: over calling lm-eval directly, and the memory of a perplexity with a
+vocabulary of 128k.
 
     python benchmarks/evaluate.py overhead MODEL DATA [--limit 100]     DATA: folder with arc_challenge.jsonl
     python benchmarks/evaluate.py memory [--vocabulary 128256]
 
-``overhead`` runs the same questions of ARC-challenge on the same model in two fresh processes each, ours and a plain call of
-lm-eval's evaluator with its own HFLM, and prints the seconds from the import to the figures. Aim: at most 10 % + 3 s more.
-``memory`` scores windows of 2048 tokens with a random model of one narrow block and prints the peak over the weights. Aim:
-below 1.5 GB. See docs/evaluation.md.
-"""
+``overhead`` runs the same questions of ARC-challenge on the same model in two fresh processes each,
+ours and a plain call of lm-eval's evaluator with its own HFLM, and prints the seconds from the
+import to the figures. Aim: at most 10 % + 3 s more. ``memory`` scores windows of 2048 tokens with a
+random model of one narrow block and prints the peak over the weights. Aim: below 1.5 GB. See
+docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -63,11 +64,16 @@ def timed(code: str, *arguments: str, text: str = "") -> list[float]:
     done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).removeprefix("RESULT"))
+    return json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).removeprefix(
+            "RESULT"
+        )
+    )
 
 
 def overhead(options: argparse.Namespace) -> None:
-    """Print the seconds of both ways; the first round of each warms the file cache and is not counted."""
+    """Print the seconds of both ways; the first round of each warms the file cache and is not
+    counted."""
     from slim.evaluation.task_files import find_task
 
     arguments = (options.model, options.data, "arc_challenge", str(options.limit))
@@ -78,7 +84,9 @@ def overhead(options: argparse.Namespace) -> None:
     figures = {tuple(run[1:]) for found in runs.values() for run in found}
     best = {name: min(run[0] for run in found[1:]) for name, found in runs.items()}
     print(f"figures: {'the same' if len(figures) == 1 else figures}")
-    print(f"lm-eval {best['lm-eval']:.1f} s, slim {best['slim']:.1f} s, limit {1.1 * best['lm-eval'] + 3:.1f} s")
+    print(
+        f"lm-eval {best['lm-eval']:.1f} s, slim {best['slim']:.1f} s, limit {1.1 * best['lm-eval'] + 3:.1f} s"
+    )
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -89,8 +97,12 @@ def memory(options: argparse.Namespace) -> None:
     from slim.evaluation.memory import MemoryMeter, weights_bytes
     from slim.evaluation.perplexity import negative_log_likelihood
 
-    sizes = dict(hidden_size=options.hidden, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    config = AutoConfig.for_model("llama", vocab_size=options.vocabulary, max_position_embeddings=4096, **sizes)
+    sizes = dict(
+        hidden_size=options.hidden, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    config = AutoConfig.for_model(
+        "llama", vocab_size=options.vocabulary, max_position_embeddings=4096, **sizes
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
     windows = torch.randint(0, options.vocabulary, (2, options.window))
@@ -99,11 +111,15 @@ def memory(options: argparse.Namespace) -> None:
     with MemoryMeter("cpu") as meter:
         negative_log_likelihood(model, windows)
     seconds = time.monotonic() - started
-    print(f"weights {weights_bytes(model) / 1e9:.2f} GB, peak over them {meter.peak / 1e9:.3f} GB, {seconds:.1f} s")
+    print(
+        f"weights {weights_bytes(model) / 1e9:.2f} GB, peak over them {meter.peak / 1e9:.3f} GB, {seconds:.1f} s"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(spec=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        spec=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     first = commands.add_parser("overhead")
     first.add_argument("model")

@@ -1,9 +1,10 @@
-"""Runs the command at the head of every quantizer's choice file on the embedded model and writes what came out.
+"""Runs the command at the head of every quantizer's choice file on the embedded model and writes
+what came out.
 
     python benchmarks/examples.py [docs/examples.md]
 
-So the examples in the documentation are commands that work, with the figures they gave. A few minutes on two cores.
-"""
+So the examples in the documentation are commands that work, with the figures they gave. A few
+minutes on two cores."""
 
 from __future__ import annotations
 
@@ -35,14 +36,18 @@ def commands() -> list[str]:
     found = []
     for path in sorted((ROOT / "slim" / "conf" / "quantizer").glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
-        found += [line.removeprefix("# ") for line in lines if line.startswith("# python compress.py")]
+        found += [
+            line.removeprefix("# ") for line in lines if line.startswith("# python compress.py")
+        ]
     return [*found, *EXTRA]
 
 
 def table(command: str, store: Path) -> str:
     """Run a command's pipeline, quality only, and return its table."""
     overrides = shlex.split(command)[2:]
-    return markdown_table(build_pipeline(compose("compress", [*overrides, "eval.speed=null", f"store={store}"])).run())
+    return markdown_table(
+        build_pipeline(compose("compress", [*overrides, "eval.speed=null", f"store={store}"])).run()
+    )
 
 
 def main() -> None:

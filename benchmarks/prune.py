@@ -4,13 +4,14 @@
     python benchmarks/prune.py memory [--layers 22] [--samples 10] [--length 128]
     python benchmarks/prune.py speed [--layers 2] [--samples 16] [--length 512]
 
-quality: removes some blocks, or the same number of parameters by width (all blocks but the ends), or makes as many
-weights of the blocks zero; with and without reconstruction. Texts: files, or tiny:calibration and tiny:heldout.
-memory: peak memory over the weights of Taylor scores, and of a plain loss.backward(), on a random bfloat16 model of
-TinyLlama-1.1B's shape, each in a process of its own.
-speed: Wanda 2:4 and SparseGPT 2:4 against one forward over the calibration set plus the Gram matrices, on blocks of
-that shape, in seconds of processor time, and block calls of the ppl criterion. OMP_NUM_THREADS sets the cores.
-"""
+quality: removes some blocks, or the same number of parameters by width (all blocks but the ends),
+or makes as many weights of the blocks zero; with and without reconstruction. Texts: files, or
+tiny:calibration and tiny:heldout.
+memory: peak memory over the weights of Taylor scores, and of a plain loss.backward(), on a random
+bfloat16 model of TinyLlama-1.1B's shape, each in a process of its own.
+speed: Wanda 2:4 and SparseGPT 2:4 against one forward over the calibration set plus the Gram
+matrices, on blocks of that shape, in seconds of processor time, and block calls of the ppl
+criterion. OMP_NUM_THREADS sets the cores."""
 
 from __future__ import annotations
 
@@ -53,11 +54,13 @@ SHAPE = dict(
 )  # fmt: skip
 
 
-# --- quality --------------------------------------------------------------------------------------------------------
+# --- quality
+# --------------------------------------------------------------------------------------------------------
 
 
 def structured(spec: ModelSpec, blocks: int, text: Calibration) -> list[tuple[str, type, dict]]:
-    """Return (name, stage, settings) of depth and width methods that remove about the same number of parameters."""
+    """Return (name, stage, settings) of depth and width methods that remove about the same number
+    of parameters."""
     pruned = spec.blocks - sum(default_ends(spec.blocks))
     common = {"calibration": text}
     width = {**common, "ratio": blocks / pruned, "rounding": 32}
@@ -73,12 +76,24 @@ def structured(spec: ModelSpec, blocks: int, text: Calibration) -> list[tuple[st
 
 
 def unstructured(spec: ModelSpec, blocks: int, text: Calibration) -> list[tuple[str, type, dict]]:
-    """Return (name, stage, settings) of weight pruning with as many zeros as the others remove, and of 2:4."""
-    patterns = ((f"{blocks / spec.blocks:.0%}", {"sparsity": blocks / spec.blocks}), ("2:4", {"n": 2, "m": 4}))
+    """Return (name, stage, settings) of weight pruning with as many zeros as the others remove, and
+    of 2:4."""
+    patterns = (
+        (f"{blocks / spec.blocks:.0%}", {"sparsity": blocks / spec.blocks}),
+        ("2:4", {"n": 2, "m": 4}),
+    )
     return [
-        (f"weights {name}, {label}", stage, settings | ({} if stage is MagnitudeWeights else {"calibration": text}))
+        (
+            f"weights {name}, {label}",
+            stage,
+            settings | ({} if stage is MagnitudeWeights else {"calibration": text}),
+        )
         for label, settings in patterns
-        for name, stage in (("magnitude", MagnitudeWeights), ("wanda", Wanda), ("sparsegpt", SparseGPT))
+        for name, stage in (
+            ("magnitude", MagnitudeWeights),
+            ("wanda", Wanda),
+            ("sparsegpt", SparseGPT),
+        )
     ]
 
 
@@ -99,15 +114,22 @@ def quality(args: argparse.Namespace) -> None:
     """Print the table of perplexities in Markdown."""
     source, spec = Path(args.model), open_checkpoint(args.model).spec
     text = Calibration(args.calibration, samples=128, length=256)
-    windows = PerplexityProtocol(args.test, window=256, limit=args.windows).windows(load_tokenizer(source), 256)
+    windows = PerplexityProtocol(args.test, window=256, limit=args.windows).windows(
+        load_tokenizer(source), 256
+    )
     print(f"unpruned: {perplexity(source, windows):.3f}, {spec.parameters():,} parameters")
-    print("| method | parameters (M) | perplexity | with reconstruction |\n| --- | ---: | ---: | ---: |")
+    print(
+        "| method | parameters (M) | perplexity | with reconstruction |\n| --- | ---: | ---: | ---: |"
+    )
     better = rows = 0
     for name, stage, settings in structured(spec, args.blocks, text):
         plain, facts = perplexity_after(stage(**settings), source, windows)
         fitted, _ = perplexity_after(stage(**settings, reconstruct=True), source, windows)
         better, rows = better + (fitted < plain), rows + 1
-        print(f"| {name} | {facts['parameters_after'] / 1e6:.2f} | {plain:.3f} | {fitted:.3f} |", flush=True)
+        print(
+            f"| {name} | {facts['parameters_after'] / 1e6:.2f} | {plain:.3f} | {fitted:.3f} |",
+            flush=True,
+        )
     print(f"reconstruction helps in {better} of {rows} rows")
     print("| method | zeros among all parameters | perplexity |\n| --- | ---: | ---: |")
     for name, stage, settings in unstructured(spec, args.blocks, text):
@@ -115,11 +137,13 @@ def quality(args: argparse.Namespace) -> None:
         print(f"| {name} | {facts['sparsity_of_all_parameters']:.1%} | {found:.3f} |", flush=True)
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory
+# ---------------------------------------------------------------------------------------------------------
 
 
 def random_model(layers: int):
-    """Return a random bfloat16 model of TinyLlama-1.1B's shape with ``layers`` blocks, and its description."""
+    """Return a random bfloat16 model of TinyLlama-1.1B's shape with ``layers`` blocks, and its
+    description."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = {key: value for key, value in SHAPE.items() if key != "model_type"}
@@ -145,12 +169,16 @@ def width_scores(model, spec: ModelSpec, tokens: torch.Tensor) -> None:
 def peak_of(way: str, layers: int, samples: int, length: int, queue) -> None:
     """Put (peak over the weights in bytes, seconds) of one way into ``queue``."""
     model, spec = random_model(layers)
-    tokens = torch.randint(0, SHAPE["vocab_size"], (samples, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, SHAPE["vocab_size"], (samples, length), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         model(tokens[:1, :8])  # libraries and threads
     reset_process_peak()
     before, started = process_bytes("VmRSS"), time.monotonic()
-    {"plain": plain_backward, "depth": depth_scores, "width": width_scores}[way](model, spec, tokens)
+    {"plain": plain_backward, "depth": depth_scores, "width": width_scores}[way](
+        model, spec, tokens
+    )
     queue.put((process_bytes("VmHWM") - before, time.monotonic() - started))
 
 
@@ -162,20 +190,28 @@ def memory(args: argparse.Namespace) -> None:
     print(f"{spec.parameters():,} parameters, weights {spec.weight_bytes() / 1e6:.0f} MB; the largest "
           f"of a block {largest / 1e6:.0f} MB; inputs of all blocks {states / 1e6:.0f} MB")  # fmt: skip
     context = multiprocessing.get_context("spawn")
-    for way, label in (("depth", "taylor"), ("width", "width_taylor"), ("plain", "loss.backward()")):
+    for way, label in (
+        ("depth", "taylor"),
+        ("width", "width_taylor"),
+        ("plain", "loss.backward()"),
+    ):
         queue = context.Queue()
-        process = context.Process(target=peak_of, args=(way, args.layers, args.samples, args.length, queue))
+        process = context.Process(
+            target=peak_of, args=(way, args.layers, args.samples, args.length, queue)
+        )
         process.start()
         peak, seconds = queue.get()
         process.join()
         print(f"{label:16} {peak / 1e6:8.0f} MB over the weights, {seconds:6.1f} s", flush=True)
 
 
-# --- speed ----------------------------------------------------------------------------------------------------------
+# --- speed
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Nothing(BlockMethod):
-    """Asks for all Gram matrices and leaves the weights alone: the floor of every calibrated method."""
+    """Asks for all Gram matrices and leaves the weights alone: the floor of every calibrated
+    method."""
 
     def process(self, view) -> dict[str, float]:
         return {}
@@ -187,12 +223,20 @@ def speed(args: argparse.Namespace) -> None:
         source, target = Path(folder) / "model", Path(folder) / "out"
         random_model(args.layers)[0].save_pretrained(source)
         copy_companions(TINY, source)
-        tokens = torch.randint(0, 1000, (args.samples, args.length), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(
+            0, 1000, (args.samples, args.length), generator=torch.Generator().manual_seed(0)
+        )
         started = time.process_time()
         SequentialCalibration(open_checkpoint(source), Nothing(), None, tokens).run()
         floor = time.process_time() - started
-        print(f"one forward over {tokens.numel()} tokens and the Gram matrices, {args.layers} blocks: {floor:.1f} s")
-        for name, stage in (("wanda 2:4", Wanda), ("sparsegpt 2:4", SparseGPT), ("wanda 50 %", Wanda)):
+        print(
+            f"one forward over {tokens.numel()} tokens and the Gram matrices, {args.layers} blocks: {floor:.1f} s"
+        )
+        for name, stage in (
+            ("wanda 2:4", Wanda),
+            ("sparsegpt 2:4", SparseGPT),
+            ("wanda 50 %", Wanda),
+        ):
             settings = {"n": 2, "m": 4} if "2:4" in name else {}
             found = stage(calibration=Calibration("tiny:calibration"), **settings)
             found.tokens = lambda checkpoint: tokens
@@ -209,7 +253,10 @@ def count_forwards() -> None:
     """Print how many forwards the ppl criterion takes for all blocks of the embedded model."""
     model, spec = load_model(TINY), open_checkpoint(TINY).spec
     calls, step = [], BlockChain.step
-    BlockChain.step = lambda chain, index, hidden: (calls.append(index), step(chain, index, hidden))[1]
+    BlockChain.step = lambda chain, index, hidden: (
+        calls.append(index),
+        step(chain, index, hidden),
+    )[1]
     perplexities_without(model, spec.family, torch.zeros(4, 32, dtype=torch.long))
     limit = math.floor((spec.blocks + 1) / 2) + 1
     print(f"ppl over {spec.blocks} blocks: {len(calls) / spec.blocks:.2f} forwards (limit {limit})")
@@ -217,7 +264,9 @@ def count_forwards() -> None:
 
 def main() -> None:
     """Read the arguments and measure."""
-    parser = argparse.ArgumentParser(spec=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        spec=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     table = commands.add_parser("quality")
     for name in ("model", "calibration", "test"):

@@ -1,8 +1,8 @@
 """The least a calibrated pass through a model's blocks can take, each part measured by itself.
 
-The weights once from disk, one forward per block, one Gram matrix and one factorisation per distinct input (q/k/v; o;
-gate/up; down). Only shapes matter, so forwards run with random weights and inputs.
-"""
+The weights once from disk, one forward per block, one Gram matrix and one factorisation per
+distinct input (q/k/v; o; gate/up; down). Only shapes matter, so forwards run with random weights
+and inputs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Floor:
 
 
 def floor(folder: Path, shape: tuple[int, int]) -> Floor:
-    """Measure the floor of one float32 pass over ``shape`` = (samples, length) tokens through all blocks of a checkpoint."""
+    """Measure the floor of one float32 pass over ``shape`` = (samples, length) tokens through all
+    blocks of a checkpoint."""
     checkpoint = open_checkpoint(folder)
     model = checkpoint.description
     widths = input_widths(model)
@@ -89,19 +90,32 @@ def forward_seconds(spec: ModelSpec, folder: Path, shape: tuple[int, int]) -> fl
     times = []
     for size in BATCHES:
         batches = hidden.split(max(1, size // shape[1]))
-        whole = best(lambda batches=batches: [decoder(inputs_embeds=batch, use_cache=False) for batch in batches])
+        whole = best(
+            lambda batches=batches: [
+                decoder(inputs_embeds=batch, use_cache=False) for batch in batches
+            ]
+        )
         layers, decoder.layers = decoder.layers, decoder.layers[:1]
         decoder.config.num_hidden_layers = 1
-        one = best(lambda batches=batches: [decoder(inputs_embeds=batch, use_cache=False) for batch in batches])
+        one = best(
+            lambda batches=batches: [
+                decoder(inputs_embeds=batch, use_cache=False) for batch in batches
+            ]
+        )
         decoder.layers, decoder.config.num_hidden_layers = layers, TIMED_BLOCKS + 1
         times.append((whole - one) / TIMED_BLOCKS)
     return min(times)
 
 
 def gram_seconds(width: int, tokens: int) -> float:
-    """Return seconds of X^T X for float32 X [tokens, width], by the faster of one product and slim's half of one."""
+    """Return seconds of X^T X for float32 X [tokens, width], by the faster of one product and
+    slim's half of one."""
     inputs = torch.randn(min(tokens, max(BATCHES)), width)
-    return min(best(lambda: inputs.T @ inputs), best(lambda: Hessian(width).add(inputs))) * tokens / len(inputs)
+    return (
+        min(best(lambda: inputs.T @ inputs), best(lambda: Hessian(width).add(inputs)))
+        * tokens
+        / len(inputs)
+    )
 
 
 def factor_seconds(width: int) -> float:

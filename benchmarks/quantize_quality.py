@@ -1,4 +1,5 @@
-"""How good a quantised model is: perplexity of a test text, and divergence from the unquantised model's predictions."""
+"""How good a quantised model is: perplexity of a test text, and divergence from the unquantised
+model's predictions."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ BATCH = 16  # windows in one forward
 
 @dataclass
 class Quality:
-    """Token perplexity, and the mean Kullback-Leibler divergence from the unquantised predictions in nats per token."""
+    """Token perplexity, and the mean Kullback-Leibler divergence from the unquantised predictions
+    in nats per token."""
 
     perplexity: float
     divergence: float
@@ -26,9 +28,8 @@ class Quality:
 class Yardstick:
     """Measures checkpoints that share a tokenizer over windows of one text, in float32.
 
-    source: the unquantised checkpoint. windows: how many, from the start of the text; None: all. compared: how many of
-    them the divergence is taken over; two models run there.
-    """
+    source: the unquantised checkpoint. windows: how many, from the start of the text; None: all.
+    compared: how many of them the divergence is taken over; two models run there."""
 
     def __init__(self, source: Path, text: Path, length: int, windows: int | None, compared: int):
         protocol = Perplexity(str(text), window=length, limit=windows)
@@ -48,16 +49,22 @@ class Yardstick:
     def measure_model(self, model) -> Quality:
         count, length = self.windows.shape
         nll = negative_log_likelihood(model, self.windows, BATCH) / (count * (length - 1))
-        return Quality(exponential(nll), divergence(self.reference, model, self.windows[: self.compared]))
+        return Quality(
+            exponential(nll), divergence(self.reference, model, self.windows[: self.compared])
+        )
 
 
 @torch.inference_mode()
 def divergence(reference, model, windows: torch.Tensor) -> float:
-    """Return mean KL(p_reference || p_model) in nats over all but the last position of windows, int64 [n, length]."""
+    """Return mean KL(p_reference || p_model) in nats over all but the last position of windows,
+    int64 [n, length]."""
     total = 0.0
     for batch in windows.split(BATCH):
         expected, found = (
-            each(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1) for each in (reference, model)
+            each(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            for each in (reference, model)
         )
-        total += torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True).item()
+        total += torch.nn.functional.kl_div(
+            found, expected, reduction="sum", log_target=True
+        ).item()
     return total / (windows.shape[0] * (windows.shape[1] - 1))

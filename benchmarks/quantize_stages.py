@@ -1,4 +1,5 @@
-"""What the quantisation benchmarks share: stages by name, runs in a process of their own, and what a run took."""
+"""What the quantisation benchmarks share: stages by name, runs in a process of their own, and what
+a run took."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ TOKENS = "tokens"  # name of the int64 tensor [samples, length] in a file of cal
 
 @dataclass
 class Run:
-    """Seconds of a stage, reading and writing included; its peak of resident memory over the imported libraries', in
-    bytes; and its facts."""
+    """Seconds of a stage, reading and writing included; its peak of resident memory over the
+    imported libraries', in bytes; and its facts."""
 
     seconds: float
     peak: int
@@ -32,7 +33,8 @@ class Run:
 
 
 def make_stage(spec: str, bits: int, group: int, symmetric: bool) -> Stage:
-    """Return the stage for a name in ``slim.quantization``, with settings after a colon: ``rtn:search=20,bits=3``."""
+    """Return the stage for a name in ``slim.quantization``, with settings after a colon:
+    ``rtn:search=20,bits=3``."""
     name, _, settings = spec.partition(":")
     given = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
     stage = getattr(importlib.import_module(f"slim.quantization.{name}"), name.upper())
@@ -40,8 +42,11 @@ def make_stage(spec: str, bits: int, group: int, symmetric: bool) -> Stage:
     return stage(**common | {key: yaml.safe_load(value) for key, value in given.items()})
 
 
-def run_stage(spec: str, model: Path, tokens_file: Path, target: Path, bits: int, group: int, symmetric: bool) -> Run:
-    """Quantise ``model`` into ``target`` on the tokens in ``tokens_file``. Raises ``SlimError`` as the stage does."""
+def run_stage(
+    spec: str, model: Path, tokens_file: Path, target: Path, bits: int, group: int, symmetric: bool
+) -> Run:
+    """Quantise ``model`` into ``target`` on the tokens in ``tokens_file``. Raises ``SlimError`` as
+    the stage does."""
     stage, tokens = make_stage(spec, bits, group, symmetric), load_file(tokens_file)[TOKENS]
     stage.tokens = lambda checkpoint: tokens  # as they are: another tool is given the same
     import_libraries()
@@ -65,12 +70,15 @@ def import_libraries() -> None:
         importlib.import_module(module)
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=8))
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=8)
+    )
     torch.linalg.cholesky(torch.eye(64) @ torch.eye(64))
 
 
 def in_child(function: Callable, *arguments: Any) -> Any:
-    """Call a function of a module in a fresh process and return its result; errors are raised here."""
+    """Call a function of a module in a fresh process and return its result; errors are raised
+    here."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -79,4 +87,8 @@ def median_run(repeats: int, run: Callable[[], Run]) -> Run:
     """Return the run of median seconds out of ``repeats``, with the largest peak."""
     runs = sorted((run() for _ in range(repeats)), key=lambda item: item.seconds)
     middle = runs[len(runs) // 2]
-    return Run(statistics.median(item.seconds for item in runs), max(item.peak for item in runs), middle.facts)
+    return Run(
+        statistics.median(item.seconds for item in runs),
+        max(item.peak for item in runs),
+        middle.facts,
+    )

@@ -1,14 +1,16 @@
 """What a sweep costs over its parts, and what a second process brings.
 
-    python benchmarks/sweep.py                       # nine quantisations behind prune + LoRA, about five minutes
-    python benchmarks/sweep.py --parallel --repeats 10   # two joblib processes against one, one thread each
+    # nine quantisations behind prune + LoRA, about five minutes
+    python benchmarks/sweep.py
+    # two joblib processes against one, one thread each
+    python benchmarks/sweep.py --parallel --repeats 10
 
 ``--extra tuner.steps=5 eval.speed=null`` adds settings to every command, for a quick look.
 
-The first compares the command with 1.1 x (prune + LoRA) + 9 x (the bare quantise and evaluate): what calling the stages
-directly takes, in a process that has imported everything. The second begins each time from a store that holds the shared
-stages, and counts stages made twice and messages of the database. Prints medians, and JSON with ``--json FILE``. Run it on an
-otherwise idle machine.
+The first compares the command with 1.1 x (prune + LoRA) + 9 x (the bare quantise and evaluate):
+what calling the stages directly takes, in a process that has imported everything. The second begins
+each time from a store that holds the shared stages, and counts stages made twice and messages of
+the database. Prints medians, and JSON with ``--json FILE``. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -44,12 +46,15 @@ def command(*arguments: str, threads: int | None = None) -> tuple[float, str]:
         done = subprocess.run(script, cwd=folder, env=places, capture_output=True, text=True)
     taken = time.monotonic() - started
     if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise SystemExit(
+            f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
     return taken, done.stdout + done.stderr
 
 
 def bare(store: Path) -> list[float]:
-    """Return the seconds of quantising and evaluating each point behind the last result in ``store``, called directly."""
+    """Return the seconds of quantising and evaluating each point behind the last result in
+    ``store``, called directly."""
     from slim.chain.build import build_pipeline
     from slim.chain.compose import compose
     from slim.chain.pipeline import Pipeline
@@ -60,11 +65,20 @@ def bare(store: Path) -> list[float]:
     healed = Source(str(chain.plan()[-1].folder))
     times = []
     with tempfile.TemporaryDirectory() as folder:
-        Pipeline(healed, [], chain.evaluation, Store(folder), chain.device).run()  # imports, and the evaluation of the source
+        # imports, and the evaluation of the source
+        Pipeline(healed, [], chain.evaluation, Store(folder), chain.device).run()
         for bits in BITS:
             for group in GROUPS:
-                options = ["pruner=none", "quant=gptq", f"quant.bits={bits}", f"quant.group_size={group}", f"store={folder}"]
-                own = [setting for setting in extra if not setting.startswith(("tuner.", "pruner."))]
+                options = [
+                    "pruner=none",
+                    "quant=gptq",
+                    f"quant.bits={bits}",
+                    f"quant.group_size={group}",
+                    f"store={folder}",
+                ]
+                own = [
+                    setting for setting in extra if not setting.startswith(("tuner.", "pruner."))
+                ]
                 point = build_pipeline(compose("compress", [*options, *own]))
                 point.model = healed
                 started = time.monotonic()
@@ -97,7 +111,8 @@ def cost(repeats: int) -> dict:
 
 
 def parallel(repeats: int) -> dict:
-    """Measure nine points with one and with two joblib processes of one thread, from a store with the shared stages."""
+    """Measure nine points with one and with two joblib processes of one thread, from a store with
+    the shared stages."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
@@ -108,14 +123,22 @@ def parallel(repeats: int) -> dict:
                 store = Path(folder) / f"jobs{jobs}"
                 shutil.copytree(base, store)
                 launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
-                row[f"jobs{jobs}"], said = command("-m", *SHARED, *POINTS, *launcher, f"store={store}", threads=1)
-                row[f"twice{jobs}"], row[f"database{jobs}"] = made_twice(store), said.lower().count("database")
+                row[f"jobs{jobs}"], said = command(
+                    "-m", *SHARED, *POINTS, *launcher, f"store={store}", threads=1
+                )
+                row[f"twice{jobs}"], row[f"database{jobs}"] = (
+                    made_twice(store),
+                    said.lower().count("database"),
+                )
                 shutil.rmtree(store)
             row["ratio"] = row["jobs2"] / row["jobs1"]
             rows.append(row)
             print(row, flush=True)
     found = {name: median(row[name] for row in rows) for name in ("jobs1", "jobs2", "ratio")}
-    faults = {name: sum(row[f"{name}{jobs}"] for row in rows for jobs in (1, 2)) for name in ("twice", "database")}
+    faults = {
+        name: sum(row[f"{name}{jobs}"] for row in rows for jobs in (1, 2))
+        for name in ("twice", "database")
+    }
     return {**found, **faults, "repeats": repeats, "rows": rows}
 
 
@@ -125,7 +148,9 @@ def made_twice(store: Path) -> int:
 
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("slim").experiment_id
-    stages = client.search_runs([experiment], "tags.`slim.kind` = 'stage' and tags.cached = 'false'")
+    stages = client.search_runs(
+        [experiment], "tags.`slim.kind` = 'stage' and tags.cached = 'false'"
+    )
     return sum(count - 1 for count in Counter(stage.data.tags["hash"] for stage in stages).values())
 
 

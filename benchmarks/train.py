@@ -1,14 +1,15 @@
-"""Training speed: slim against a loop written by hand, against transformers' Trainer with PEFT, and against padding.
+"""Training speed: slim against a loop written by hand, against transformers' Trainer with PEFT, and
+against padding.
 
     python benchmarks/train.py hand [FOLDER] [--steps 20] [--rounds 3] [--rows 8]
     python benchmarks/train.py trainer ../shared/ref-llama [...]
     python benchmarks/train.py padding ../shared/ref-llama [...]
 
-``hand`` and ``trainer`` train the same weights on the same batches and validate on one batch before and after; ``padding``
-trains on the same short pairs of question and answer, packed as slim does it into windows of 768 tokens, or each padded to
-768. Rounds alternate and the medians are compared, so that other work on the machine hits both alike. Prints tokens per
-second (``padding``: tokens of pairs) and the ratio; with --cpu-time per second of processor time (one thread), for a busy
-machine.
+``hand`` and ``trainer`` train the same weights on the same batches and validate on one batch before
+and after; ``padding`` trains on the same short pairs of question and answer, packed as slim does it
+into windows of 768 tokens, or each padded to 768. Rounds alternate and the medians are compared, so
+that other work on the machine hits both alike. Prints tokens per second (``padding``: tokens of
+pairs) and the ratio; with --cpu-time per second of processor time (one thread), for a busy machine.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def prepared(folder: Path, lora: bool = True) -> torch.nn.Module:
 
 
 def random_windows(count: int, vocabulary: int) -> Windows:
-    tokens = torch.randint(3, vocabulary, (count, WINDOW), generator=torch.Generator().manual_seed(0)).int()
+    tokens = torch.randint(
+        3, vocabulary, (count, WINDOW), generator=torch.Generator().manual_seed(0)
+    ).int()
     return Windows(tokens, tokens)
 
 
@@ -80,15 +83,23 @@ def by_slim(model: torch.nn.Module, windows: Windows, steps: int, rows: int) -> 
     data = batches.WindowData(batches.MicroBatches(windows, order, rows))
     ignore = lambda *_: None  # noqa: E731
     begin = clock()
-    outcome = fit.fit(learner, data, batches.in_order(windows, rows)[:1], fit.Loop(steps), ignore, ignore)
+    outcome = fit.fit(
+        learner, data, batches.in_order(windows, rows)[:1], fit.Loop(steps), ignore, ignore
+    )
     return clock() - begin, outcome.train[-1]["loss"]
 
 
-def by_trainer(model: torch.nn.Module, windows: Windows, steps: int, rows: int) -> tuple[float, float]:
-    """Train with transformers' Trainer, which is given what it needs to do the same: order, optimiser, clipping."""
+def by_trainer(
+    model: torch.nn.Module, windows: Windows, steps: int, rows: int
+) -> tuple[float, float]:
+    """Train with transformers' Trainer, which is given what it needs to do the same: order,
+    optimiser, clipping."""
     order = batches.window_order(len(windows), steps * rows, seed=0)
     labels = windows.labels[order].long()
-    data = [{"input_ids": windows.tokens[number].long(), "labels": labels[place]} for place, number in enumerate(order)]
+    data = [
+        {"input_ids": windows.tokens[number].long(), "labels": labels[place]}
+        for place, number in enumerate(order)
+    ]
     for row, mask in zip(data, attention_masks(windows, order), strict=True):
         row |= mask
     held_out = batches.in_order(Windows(windows.tokens, windows.labels), rows)[:1]
@@ -102,7 +113,9 @@ def attention_masks(windows: Windows, order: torch.Tensor) -> list[dict]:
     return [{"attention_mask": (windows.positions[number] >= 0).long()} for number in order]
 
 
-def with_trainer(model: torch.nn.Module, data: list[dict], held_out: list[dict], steps: int, rows: int) -> tuple[float, float]:
+def with_trainer(
+    model: torch.nn.Module, data: list[dict], held_out: list[dict], steps: int, rows: int
+) -> tuple[float, float]:
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments
 
@@ -136,8 +149,11 @@ def last_loss(model: torch.nn.Module, rows: list[dict]) -> float:
 # The comparisons
 
 
-def compare(title: str, loops: dict[str, Callable[[], tuple[float, float]]], tokens: int, rounds: int) -> None:
-    """Time the loops in turn, and print tokens per second and the ratio of the second to the first."""
+def compare(
+    title: str, loops: dict[str, Callable[[], tuple[float, float]]], tokens: int, rounds: int
+) -> None:
+    """Time the loops in turn, and print tokens per second and the ratio of the second to the
+    first."""
     taken: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(rounds):
         losses = {}
@@ -146,11 +162,15 @@ def compare(title: str, loops: dict[str, Callable[[], tuple[float, float]]], tok
             taken[name].append(seconds)
     speeds = {name: tokens / statistics.median(seconds) for name, seconds in taken.items()}
     first, second = speeds.values()
-    shown = ", ".join(f"{name} {speed:,.0f} tokens/s (loss {losses[name]:.3f})" for name, speed in speeds.items())
+    shown = ", ".join(
+        f"{name} {speed:,.0f} tokens/s (loss {losses[name]:.3f})" for name, speed in speeds.items()
+    )
     print(f"{title}: {shown}, ratio {second / first:.3f}", flush=True)
 
 
-def same_batches(options: argparse.Namespace, other: Callable, name: str, kinds: tuple[bool, ...]) -> None:
+def same_batches(
+    options: argparse.Namespace, other: Callable, name: str, kinds: tuple[bool, ...]
+) -> None:
     steps, rows = options.steps, options.rows
     windows = random_windows(steps * rows, open_checkpoint(options.folder).spec.vocab_size)
     for lora in kinds:
@@ -171,11 +191,18 @@ def packed_or_padded(options: argparse.Namespace) -> None:
         torch.cat([one.tokens for one in alone]),
         torch.cat([one.labels for one in alone]),
         # a position below zero marks padding for the mask
-        torch.stack([torch.arange(PADDED) - PADDED * (torch.arange(PADDED) >= len(example)) for example in found]).int(),
+        torch.stack(
+            [
+                torch.arange(PADDED) - PADDED * (torch.arange(PADDED) >= len(example))
+                for example in found
+            ]
+        ).int(),
     )
     steps = max(1, len(packed) // options.rows)
     rows = -(-len(packed) // steps)
-    print(f"{len(found)} pairs of {tokens / len(found):.0f} tokens: {len(packed)} windows of {PADDED}")
+    print(
+        f"{len(found)} pairs of {tokens / len(found):.0f} tokens: {len(packed)} windows of {PADDED}"
+    )
     loops = {
         "padded": lambda: by_trainer(prepared(options.folder), padded, options.steps, options.rows),
         "slim": lambda: by_slim(prepared(options.folder), packed, steps, rows),
@@ -188,7 +215,10 @@ def pairs(folder: Path, count: int) -> list[Example]:
     tokenizer = load_tokenizer(folder)
     found = []
     for question, answer in islice(TinyChat().pairs("train"), count):
-        asked, said = (tokenizer(text)["input_ids"] for text in (f"Question: {question}\nAnswer:", f" {answer}"))
+        asked, said = (
+            tokenizer(text)["input_ids"]
+            for text in (f"Question: {question}\nAnswer:", f" {answer}")
+        )
         found.append(Example(asked + said, [IGNORE] * len(asked) + said))
     return found
 

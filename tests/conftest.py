@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes beside one another: a thread each, before torch is imported
+# processes beside one another: a thread each, before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -27,7 +28,8 @@ FAMILIES = {
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder with published figures, benchmark texts and a small real model; tests that need it skip without it."""
+    """Folder with published figures, benchmark texts and a small real model; tests that need it
+    skip without it."""
     folder = ROOT.parent / "shared"
     if not (folder / "reference").is_dir():
         pytest.skip("the folder ../shared with reference figures and texts is not there")
@@ -42,7 +44,8 @@ def ref_llama(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 6 blocks (hidden 64, grouped-query attention) with the embedded model's tokenizer."""
+    """A random Llama of 6 blocks (hidden 64, grouped-query attention) with the embedded model's
+    tokenizer."""
     return build_small("llama", tmp_path_factory.mktemp("small") / "llama")
 
 
@@ -51,7 +54,9 @@ def teacher(tmp_path_factory) -> Path:
     """A random Llama of four narrow blocks."""
     from tests.support.distilling import NARROW
 
-    return build_small("llama", tmp_path_factory.mktemp("teacher") / "teacher", num_hidden_layers=4, **NARROW)
+    return build_small(
+        "llama", tmp_path_factory.mktemp("teacher") / "teacher", num_hidden_layers=4, **NARROW
+    )
 
 
 @pytest.fixture(scope="module")

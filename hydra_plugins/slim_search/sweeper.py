@@ -1,4 +1,5 @@
-"""The sweeper of searches, which Hydra finds here. What it does is in :mod:`slim.search.sweeper`."""
+"""The sweeper of searches, which Hydra finds here. What it does is in
+:mod:`slim.search.sweeper`."""
 
 from __future__ import annotations
 
@@ -10,12 +11,15 @@ from omegaconf import DictConfig
 
 
 class SearchSweeper(Sweeper):
-    """Has the settings of ``conf/hydra/sweeper/search.yaml``. Light: Hydra imports every plugin, also for ``--help``."""
+    """Has the settings of ``conf/hydra/sweeper/search.yaml``. Light: Hydra imports every plugin,
+    also for ``--help``."""
 
     def __init__(self, **settings: Any):
         self.settings = settings
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         from hydra.core.plugins import Plugins
 
         self.hydra_context, self.config = hydra_context, config

@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the four commands."""
-    root = argparse.ArgumentParser(prog="python -m slim.cache", description="The results that slim keeps: docs/cache.md")
+    root = argparse.ArgumentParser(
+        prog="python -m slim.cache", description="The results that slim keeps: docs/cache.md"
+    )
     commands = root.add_subparsers(dest="command", required=True)
     about = {
         "list": "every result, what it was made from, and the runs that use it",
@@ -43,11 +45,19 @@ def parser() -> argparse.ArgumentParser:
         "prune": "remove results that no run uses, and what killed processes left",
         "verify": "read every result again and compare it with its checksums",
     }
-    added = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
+    added = {
+        name: commands.add_parser(name, help=text, description=text) for name, text in about.items()
+    }
     for command in added.values():
-        command.add_argument("--store", default=os.environ.get("SLIM_STORE", "runs"), help="folder of the results (runs)")
+        command.add_argument(
+            "--store",
+            default=os.environ.get("SLIM_STORE", "runs"),
+            help="folder of the results (runs)",
+        )
     for name in ("list", "prune"):
-        added[name].add_argument("--uri", action="append", default=[], help="a tracking server whose runs count too")
+        added[name].add_argument(
+            "--uri", action="append", default=[], help="a tracking server whose runs count too"
+        )
     for name, text in {
         "--intermediate": "remove also what is not the end of a run's chain",
         "--failed": "let runs that failed or were killed count as needing nothing",
@@ -56,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
         "--yes": "do not ask",
     }.items():
         added["prune"].add_argument(name, action="store_true", help=text)
-    added["verify"].add_argument("--remove", action="store_true", help="remove what is damaged: it is made again when needed")
+    added["verify"].add_argument(
+        "--remove", action="store_true", help="remove what is damaged: it is made again when needed"
+    )
     return root
 
 
@@ -73,7 +85,14 @@ def list_command(store: Store, options: argparse.Namespace) -> int:
     for entry in found:
         method = entry.manifest.get("method", "[red]no readable slim.json[/]")
         times = (age(entry.made), age(entry.used))
-        table.add_row(entry.folder.name, method, entry.parent, shown_users(entry.users), gigabytes(entry.size), *times)
+        table.add_row(
+            entry.folder.name,
+            method,
+            entry.parent,
+            shown_users(entry.users),
+            gigabytes(entry.size),
+            *times,
+        )
     results_console(200).print(table)
     return 0
 
@@ -118,7 +137,9 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
     figures = sorted((store.root / "evaluations").glob("*.json")) if options.evaluations else []
     shown = [*(entry.folder for entry in unneeded), *leftovers(store)]
     if running:
-        print(f"'{running[0].name}' is marked as running in MLflow: what was used since it began is kept.")
+        print(
+            f"'{running[0].name}' is marked as running in MLflow: what was used since it began is kept."
+        )
     if not shown and not figures:
         print(f"Nothing to remove: {len(found)} results, {len(runs)} runs.")
         return 0
@@ -126,7 +147,9 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
     for path in shown:
         print(f"{gigabytes(sizes[path]):>10}  {path.name}")
     if figures:
-        print(f"{gigabytes(sum(sizes[path] for path in figures)):>10}  all {len(figures)} evaluations")
+        print(
+            f"{gigabytes(sum(sizes[path] for path in figures)):>10}  all {len(figures)} evaluations"
+        )
     total = f"{len(unneeded)} of {len(found)} results, {gigabytes(sum(sizes.values()))} in all"
     if options.dry_run:
         print(f"Would remove {total}.")
@@ -146,7 +169,9 @@ def removed_line(freed: int, busy: list[str]) -> str:
 def confirmed(question: str) -> bool:
     """Ask. Raises ``SlimError`` where nobody can answer."""
     if not sys.stdin.isatty():
-        raise SlimError("prune asks before it removes anything, and there is no terminal. Add --yes, or --dry-run to look.")
+        raise SlimError(
+            "prune asks before it removes anything, and there is no terminal. Add --yes, or --dry-run to look."
+        )
     return input(question).strip().lower() in ("y", "yes")
 
 
@@ -160,7 +185,9 @@ def verify_command(store: Store, options: argparse.Namespace) -> int:
         if reason:
             damaged[entry.folder] = reason
     figures = sorted((store.root / "evaluations").glob("*.json"))
-    damaged.update({path: "differs from its digest" for path in figures if store.find_evaluation(path) is None})
+    damaged.update(
+        {path: "differs from its digest" for path in figures if store.find_evaluation(path) is None}
+    )
     for path, reason in damaged.items():
         print(f"damaged: {path.name}: {reason}")
     if damaged and options.remove:
@@ -169,7 +196,12 @@ def verify_command(store: Store, options: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
-COMMANDS = {"list": list_command, "size": size_command, "prune": prune_command, "verify": verify_command}
+COMMANDS = {
+    "list": list_command,
+    "size": size_command,
+    "prune": prune_command,
+    "verify": verify_command,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

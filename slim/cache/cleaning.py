@@ -17,14 +17,20 @@ WRITING_SECONDS = 3600  # how long writing a file of figures takes at the very m
 def unneeded_results(
     store: Store, runs: list[Run], intermediate: bool = False, failed: bool = False
 ) -> tuple[list[Entry], list[Entry], list[Run]]:
-    """Return all results, those that can go, and the running runs for whose sake others stay, the first to begin first.
+    """Return all results, those that can go, and the running runs for whose sake others stay, the
+    first to begin first.
 
-    intermediate: what is not the end of a run's chain can go too. failed: runs that ended badly need nothing.
-    """
+    intermediate: what is not the end of a run's chain can go too. failed: runs that ended badly
+    need nothing."""
     needing = [run for run in runs if not (failed and run.status in ENDED_BADLY)]
     found = entries(store, needing)
-    unused = [entry for entry in found if not (final_users(needing, entry.folder) if intermediate else entry.users)]
-    # A run records a result only once it is measured: what was used since it began may be what it is at work on.
+    unused = [
+        entry
+        for entry in found
+        if not (final_users(needing, entry.folder) if intermediate else entry.users)
+    ]
+    # A run records a result only once it is measured: what was used since it began may be what it
+    # is at work on.
     running = sorted((run for run in runs if run.status == "RUNNING"), key=lambda run: run.started)
     kept = [entry for entry in unused if running and entry.used >= running[0].started]
     return found, [entry for entry in unused if entry not in kept], running if kept else []
@@ -32,7 +38,11 @@ def unneeded_results(
 
 def require_uploaded(store: Store) -> None:
     """Raise ``SlimError`` where runs wait for their server: nobody knows yet what they use."""
-    waiting = [path for path in (store.root / OUTBOX).rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    waiting = [
+        path
+        for path in (store.root / OUTBOX).rglob("*")
+        if path.is_file() and not path.name.endswith(".lock")
+    ]
     if waiting:
         raise SlimError(
             f"{store.root / OUTBOX} holds runs that have not reached their tracking server, so what they use is unknown. "
@@ -41,20 +51,26 @@ def require_uploaded(store: Store) -> None:
 
 
 def leftovers(store: Store) -> list[Path]:
-    """Return what killed processes left: unfinished folders that nobody holds the lock of, and half-written figures."""
+    """Return what killed processes left: unfinished folders that nobody holds the lock of, and
+    half-written figures."""
     found = []
     for path in unfinished_folders(store):
         with store.lock_if_free(path.with_suffix("")) as free:
             found += [path] if free else []
     old = time.time() - WRITING_SECONDS
-    return found + [path for path in (store.root / "evaluations").glob("*.partial") if path.stat().st_mtime < old]
+    return found + [
+        path
+        for path in (store.root / "evaluations").glob("*.partial")
+        if path.stat().st_mtime < old
+    ]
 
 
 def remove(store: Store, paths: list[Path]) -> tuple[int, list[str]]:
-    """Remove results, leftovers and files of figures; return the bytes freed and the names of what others hold the lock of.
+    """Remove results, leftovers and files of figures; return the bytes freed and the names of what
+    others hold the lock of.
 
-    A result is renamed first, so that it is there whole or not at all even if this process is killed.
-    """
+    A result is renamed first, so that it is there whole or not at all even if this process is
+    killed."""
     freed, busy = 0, []
     for path in paths:
         result = path.with_suffix("") if path.suffix in UNFINISHED else path

@@ -1,4 +1,5 @@
-"""What lies in a store: results with the runs that use them, work in progress, figures, tracking; and what is damaged."""
+"""What lies in a store: results with the runs that use them, work in progress, figures, tracking;
+and what is damaged."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ UNFINISHED = (".partial", ".work")
 
 @dataclass
 class Entry:
-    """A stage's result. size: bytes on disk. made, used: seconds since 1970; users: runs that have it in their chain."""
+    """A stage's result. size: bytes on disk. made, used: seconds since 1970; users: runs that have
+    it in their chain."""
 
     folder: Path
     manifest: dict
@@ -43,10 +45,14 @@ def existing_store(root: str) -> Store:
     """Return the store in ``root``. Raises ``SlimError`` if there is none."""
     store = Store(root)
     if not store.root.is_dir():
-        raise SlimError(f"There is no store {root}. Give --store FOLDER, the one of store=FOLDER in the runs' commands.")
+        raise SlimError(
+            f"There is no store {root}. Give --store FOLDER, the one of store=FOLDER in the runs' commands."
+        )
     parts = ("stages", "evaluations", DATABASE)
     if any(store.root.iterdir()) and not any((store.root / part).exists() for part in parts):
-        raise SlimError(f"{root} is no store of slim: it has none of {', '.join(parts)}. Give --store FOLDER.")
+        raise SlimError(
+            f"{root} is no store of slim: it has none of {', '.join(parts)}. Give --store FOLDER."
+        )
     return store
 
 
@@ -61,7 +67,16 @@ def entries(store: Store, runs: Iterable[Run] = ()) -> list[Entry]:
             made = (folder / MANIFEST).stat().st_mtime
         except (SlimError, OSError):
             manifest, made = {}, folder.stat().st_mtime
-        found.append(Entry(folder, manifest, folder_bytes(folder), made, folder.stat().st_mtime, users(runs, folder)))
+        found.append(
+            Entry(
+                folder,
+                manifest,
+                folder_bytes(folder),
+                made,
+                folder.stat().st_mtime,
+                users(runs, folder),
+            )
+        )
     return sorted(found, key=lambda entry: entry.made)
 
 
@@ -82,17 +97,26 @@ def size_of(path: Path) -> int:
 
 
 def size_rows(store: Store) -> list[tuple[str, int, int]]:
-    """Return name, number and bytes of each part of the store, results by kind; together everything in its folder."""
+    """Return name, number and bytes of each part of the store, results by kind; together everything
+    in its folder."""
     found, unfinished = entries(store), unfinished_folders(store)
     rows = []
     for kind in dict.fromkeys(entry.kind for entry in found):
         sizes = [entry.size for entry in found if entry.kind == kind]
         rows.append((f"results of {kind}", len(sizes), sum(sizes)))
-    rows.append(("work in progress or left behind", len(unfinished), sum(size_of(path) for path in unfinished)))
+    rows.append(
+        (
+            "work in progress or left behind",
+            len(unfinished),
+            sum(size_of(path) for path in unfinished),
+        )
+    )
     figures = [path for path in (store.root / "evaluations").glob("*.json")]
     rows.append(("evaluations", len(figures), sum(size_of(path) for path in figures)))
     teachers = [path for path in (store.root / "teacher").glob("*") if path.is_dir()]
-    rows.append(("distributions of teachers", len(teachers), sum(size_of(path) for path in teachers)))
+    rows.append(
+        ("distributions of teachers", len(teachers), sum(size_of(path) for path in teachers))
+    )
     runs = [path for path in (store.root / "artifacts").glob("*") if path.is_dir()]
     databases = list(store.root.glob(f"{DATABASE}*"))
     rows.append(("tracking: files of runs", len(runs), folder_bytes(store.root / "artifacts")))
@@ -102,15 +126,16 @@ def size_rows(store: Store) -> list[tuple[str, int, int]]:
 
 
 def unfinished_folders(store: Store) -> list[Path]:
-    """Return the folders that stages write into or keep their progress in, whether at work or left by a killed process."""
+    """Return the folders that stages write into or keep their progress in, whether at work or left
+    by a killed process."""
     return sorted(path for path in (store.root / "stages").glob("*") if path.suffix in UNFINISHED)
 
 
 def tracked_runs(store: Store, uris: list[str], needed: bool = False) -> list[Run]:
     """Return the runs of the store's own database and of ``uris``.
 
-    needed: raise ``SlimError`` where there is no place to read runs from, since everything would count as unused.
-    """
+    needed: raise ``SlimError`` where there is no place to read runs from, since everything would
+    count as unused."""
     own = [f"sqlite:///{store.root / DATABASE}"] if (store.root / DATABASE).is_file() else []
     if needed and not own and not uris:
         raise SlimError(

@@ -1,8 +1,8 @@
 """Which runs use which results of the store, as MLflow has recorded it.
 
-A run is a command, or a point of a sweep. The checkpoints of its chain are runs below it, tagged ``hash``, ``folder`` and
-``lineage`` (``slim/tracking/tracker.py``). A run that is deleted in MLflow, or stands below one that is, uses nothing.
-"""
+A run is a command, or a point of a sweep. The checkpoints of its chain are runs below it, tagged
+``hash``, ``folder`` and ``lineage`` (``slim/tracking/tracker.py``). A run that is deleted in
+MLflow, or stands below one that is, uses nothing."""
 
 from __future__ import annotations
 
@@ -39,26 +39,36 @@ class Run:
     def finals(self) -> list[Checkpointed]:
         """Return the checkpoints from which no other of the run was made."""
         return [
-            one for one in self.chain if not any(one.hash in other.lineage for other in self.chain if other.hash != one.hash)
+            one
+            for one in self.chain
+            if not any(one.hash in other.lineage for other in self.chain if other.hash != one.hash)
         ]
 
 
 def read_runs(uris: Iterable[str]) -> list[Run]:
-    """Return all runs of the tracking stores ``uris`` that are not deleted. ``SlimError`` if a store does not answer."""
+    """Return all runs of the tracking stores ``uris`` that are not deleted. ``SlimError`` if a
+    store does not answer."""
     return [run for uri in uris for run in _runs(uri)]
 
 
 def _runs(uri: str) -> list[Run]:
     records, names = _records(uri)
     found = {
-        run_id: Run(record.info.run_name, names[record.info.experiment_id], record.info.status, record.info.start_time / 1000)
+        run_id: Run(
+            record.info.run_name,
+            names[record.info.experiment_id],
+            record.info.status,
+            record.info.start_time / 1000,
+        )
         for run_id, record in records.items()
     }
     for record in records.values():
         tags = record.data.tags
         if "hash" in tags and _stands(record, records):
             hashes = frozenset(HASH.findall(tags.get("lineage", ""))) | {tags["hash"]}
-            found[tags[PARENT]].chain.append(Checkpointed(tags["hash"], tags.get("folder", ""), hashes))
+            found[tags[PARENT]].chain.append(
+                Checkpointed(tags["hash"], tags.get("folder", ""), hashes)
+            )
     return [run for run_id, run in found.items() if "hash" not in records[run_id].data.tags]
 
 
@@ -71,7 +81,8 @@ def _stands(record, records: dict) -> bool:
 
 
 def _records(uri: str) -> tuple[dict, dict[str, str]]:
-    """Return run id -> MLflow's record of every run that is not deleted, and experiment id -> name."""
+    """Return run id -> MLflow's record of every run that is not deleted, and experiment id ->
+    name."""
     from mlflow.exceptions import MlflowException
 
     from slim.core.errors import SlimError
@@ -80,9 +91,13 @@ def _records(uri: str) -> tuple[dict, dict[str, str]]:
     try:
         client = connect(uri)
         names = {found.experiment_id: found.name for found in client.search_experiments()}
-        records = {record.info.run_id: record for record in reversed(search_runs(client, list(names)))}
+        records = {
+            record.info.run_id: record for record in reversed(search_runs(client, list(names)))
+        }
     except MlflowException as error:
-        raise SlimError(f"The runs in {uri} cannot be read: {str(error).splitlines()[0]}") from error
+        raise SlimError(
+            f"The runs in {uri} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
     return records, names
 
 
@@ -97,5 +112,6 @@ def final_users(runs: Iterable[Run], folder: Path) -> list[Run]:
 
 
 def _is(one: Checkpointed, folder: Path) -> bool:
-    """Whether a checkpoint is the result in ``folder``: by its hash, so that a store can be moved, or by its folder."""
+    """Whether a checkpoint is the result in ``folder``: by its hash, so that a store can be moved,
+    or by its folder."""
     return folder.name.endswith(f"-{one.hash}") or one.folder == str(folder)

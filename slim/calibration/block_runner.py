@@ -1,10 +1,10 @@
 """The hidden states of the calibration samples on their way through one block after another.
 
-Inside a block they go part by part (attention, MLP), so that each segment's input is computed from the already changed
-layers before it at the cost of about one forward. Between the parts the residual stream is what is kept: a finished part
-then answers zeros, which add nothing to it. Beside the hidden states nothing of their size exists, but for the input of a
-part's last layer where that is small.
-"""
+Inside a block they go part by part (attention, MLP), so that each segment's input is computed from
+the already changed layers before it at the cost of about one forward. Between the parts the
+residual stream is what is kept: a finished part then answers zeros, which add nothing to it. Beside
+the hidden states nothing of their size exists, but for the input of a part's last layer where that
+is small."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-BATCH_BYTES = 2**22  # the widest activation of a batch in a block, in float32, takes about this much
-CACHE_BYTES = 2**27  # kept inputs of a part's last layer may take this much; beyond it they are computed a second time
+# the widest activation of a batch in a block, in float32, takes about this much
+BATCH_BYTES = 2**22
+# kept inputs of a part's last layer may take this much; beyond it they are computed a second time
+CACHE_BYTES = 2**27
 HESSIAN_TILE = 384  # columns of G computed at once; only tiles on and below the diagonal are
 
 
 @dataclass
 class Hessian:
-    """Sums X^T X over batches. Only the lower triangle of tiles is computed: about half the work for wide inputs."""
+    """Sums X^T X over batches. Only the lower triangle of tiles is computed: about half the work
+    for wide inputs."""
 
     features: int
     device: str = "cpu"
@@ -39,7 +42,9 @@ class Hessian:
     total: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total = torch.zeros(self.features, self.features, dtype=torch.float32, device=self.device)
+        self.total = torch.zeros(
+            self.features, self.features, dtype=torch.float32, device=self.device
+        )
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add a batch of inputs [..., features]."""
@@ -59,11 +64,12 @@ class Hessian:
 
 @contextmanager
 def precision_of(dtype: str) -> Iterator[None]:
-    """Let products of float32 matrices take their factors in the precision of ``dtype``, where the machine is faster so.
+    """Let products of float32 matrices take their factors in the precision of ``dtype``, where the
+    machine is faster so.
 
-    A model stored in bfloat16 is later run in it, so its calibration inputs need no more: 8 bits of mantissa, sums in
-    float32. On a GPU, TF32's 11 bits serve float16 too. A model stored in float32 is run in float32.
-    """
+    A model stored in bfloat16 is later run in it, so its calibration inputs need no more: 8 bits of
+    mantissa, sums in float32. On a GPU, TF32's 11 bits serve float16 too. A model stored in float32
+    is run in float32."""
     cpu, gpu = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = cpu.fp32_precision, gpu.fp32_precision
     try:
@@ -86,8 +92,9 @@ class CapturedInputs:
 
     hidden: one float32 tensor [samples, length, hidden] per batch, on the CPU.
     dtype: the type the model is stored in, such as ``"bfloat16"``.
-    calls: number of samples in a batch -> per block, the arguments the model calls it with beside the hidden states
-        (mask, positions, rotary angles), as transformers' own code makes them for this family.
+    calls: number of samples in a batch -> per block, the arguments the model calls it with beside
+        the hidden states (mask, positions, rotary angles), as transformers' own code makes them for
+        this family.
     """
 
     dtype: str = "float32"
@@ -96,7 +103,8 @@ class CapturedInputs:
 
 
 def capture_inputs(meta_model: MetaModel, tokens: torch.Tensor) -> CapturedInputs:
-    """Run embeddings and everything before block 0 on int64 tokens [samples, length], the blocks replaced."""
+    """Run embeddings and everything before block 0 on int64 tokens [samples, length], the blocks
+    replaced."""
     captured, blocks = CapturedInputs(meta_model.spec.dtype), meta_model.blocks
     calls: list[tuple[tuple, dict]] = []
 
@@ -134,7 +142,8 @@ def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 
 
 def batches(tokens: torch.Tensor, spec: ModelSpec) -> tuple[torch.Tensor, ...]:
-    """Split samples [samples, length] into batches whose activations in a block stay small (``BATCH_BYTES``)."""
+    """Split samples [samples, length] into batches whose activations in a block stay small
+    (``BATCH_BYTES``)."""
     return tokens.split(max(1, BATCH_BYTES // (4 * widest_layer(spec) * tokens.shape[1])))
 
 
@@ -146,11 +155,19 @@ def widest_layer(spec: ModelSpec) -> int:
 class BlockRunner:
     """The passes of all batches through one loaded block, segment by segment.
 
-    ``captured.hidden`` is what enters the part at hand; ``finish`` of a part's last segment moves it on. The input of that
-    segment is kept below ``cache_bytes``, so that moving on costs one matrix product; otherwise the part runs again.
-    """
+    ``captured.hidden`` is what enters the part at hand; ``finish`` of a part's last segment moves
+    it on. The input of that segment is kept below ``cache_bytes``, so that moving on costs one
+    matrix product; otherwise the part runs again."""
 
-    def __init__(self, block: nn.Module, index: int, captured: CapturedInputs, family: Family, device: str, cache_bytes: int):
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        captured: CapturedInputs,
+        family: Family,
+        device: str,
+        cache_bytes: int,
+    ):
         self.block, self.index, self.captured, self.family = block, index, captured, family
         self.device, self.cache_bytes = device, cache_bytes
         self.last: dict[str, str] = {}  # part -> its last segment's first layer
@@ -165,7 +182,9 @@ class BlockRunner:
     @property
     def running(self) -> list[str]:
         """The linear layers of parts that are not finished."""
-        unfinished = [group for group in self.family.linear_groups if part_of(group) not in self.finished]
+        unfinished = [
+            group for group in self.family.linear_groups if part_of(group) not in self.finished
+        ]
         return [name for group in unfinished for name in group.linears]
 
     def hessian(self, group: LinearGroupSpec) -> Hessian:
@@ -182,7 +201,9 @@ class BlockRunner:
 
     def hessians(self) -> dict[LinearGroupSpec, Hessian]:
         """Collect the Gram matrices of all segments at once, from the block as it is."""
-        hessians = {group: self._new_hessian(group.linears[0]) for group in self.family.linear_groups}
+        hessians = {
+            group: self._new_hessian(group.linears[0]) for group in self.family.linear_groups
+        }
         hooks = [
             self.block.get_submodule(group.linears[0]).register_forward_pre_hook(
                 lambda module, inputs, hessian=hessian: hessian.add(inputs[0])
@@ -218,22 +239,33 @@ class BlockRunner:
             for batch in range(len(self.captured.hidden)):
                 answers = {}
                 if self.kept:
-                    answers[part] = self.block.get_submodule(self.last[part])(self.kept[batch].to(self.device))
+                    answers[part] = self.block.get_submodule(self.last[part])(
+                        self.kept[batch].to(self.device)
+                    )
                     self.kept[batch] = torch.empty(0)
                 self.captured.hidden[batch] = self._run(batch, answers, before=stop).to("cpu")
         self.kept = []
         self.finished.append(part)
-        return [name for other in self.family.linear_groups if part_of(other) == part for name in other.linears]
+        return [
+            name
+            for other in self.family.linear_groups
+            if part_of(other) == part
+            for name in other.linears
+        ]
 
     def advance(self) -> None:
-        """Move the hidden states behind the block where its segments were not finished one by one."""
+        """Move the hidden states behind the block where its segments were not finished one by
+        one."""
         if not self.finished:
             with precision_of(self.captured.dtype):
                 for batch in range(len(self.captured.hidden)):
                     self.captured.hidden[batch] = self._run(batch, {}).to("cpu")
 
-    def _run(self, batch: int, answers: dict[str, torch.Tensor], before: str | None = None) -> torch.Tensor:
-        """Run the block on a batch and return the input of module ``before``, or the block's output.
+    def _run(
+        self, batch: int, answers: dict[str, torch.Tensor], before: str | None = None
+    ) -> torch.Tensor:
+        """Run the block on a batch and return the input of module ``before``, or the block's
+        output.
 
         answers: part -> output that it gives without being computed.
         """
@@ -252,7 +284,8 @@ class BlockRunner:
                 output = self.block(hidden, *args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
         except _Stop as stop:
-            traceback.clear_frames(stop.__traceback__)  # else what they hold waits for the garbage collector
+            # else what they hold waits for the garbage collector
+            traceback.clear_frames(stop.__traceback__)
             return caught[0]
         finally:
             if hook:

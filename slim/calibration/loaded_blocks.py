@@ -1,8 +1,8 @@
 """A loaded model taken apart: hidden states go in and out of single decoder blocks.
 
-Only the model itself knows how its blocks are called (mask, positions, rotary angles; sliding windows in some of them).
-So its own forward is run once per batch with the blocks switched off, and what each block was called with is kept.
-"""
+Only the model itself knows how its blocks are called (mask, positions, rotary angles; sliding
+windows in some of them). So its own forward is run once per batch with the blocks switched off, and
+what each block was called with is kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class BlockChain:
         return len(self.blocks)
 
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Take int64 tokens [batch, length] and return the input of block 0, [batch, length, hidden]."""
+        """Take int64 tokens [batch, length] and return the input of block 0, [batch, length,
+        hidden]."""
         self._calls, inputs = [], []
 
         def record(hidden, *args, **kwargs):
@@ -58,16 +59,18 @@ class BlockChain:
         return inputs[0]
 
     def step(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Run block ``index`` on hidden states [batch, length, hidden] of the batch that entered last."""
+        """Run block ``index`` on hidden states [batch, length, hidden] of the batch that entered
+        last."""
         args, kwargs = self._calls[index]
         output = self.blocks[index](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield summed losses (-log p in nats, float32) of ``tokens`` [batch, length], given the last block's output.
+        """Yield summed losses (-log p in nats, float32) of ``tokens`` [batch, length], given the
+        last block's output.
 
-        One sum per some tokens, so that few logits exist at once; every token but the first of a sample counts.
-        """
+        One sum per some tokens, so that few logits exist at once; every token but the first of a
+        sample counts."""
         rows = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         inputs, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().to(hidden.device)
         for states, target in zip(inputs.split(rows), targets.split(rows), strict=True):

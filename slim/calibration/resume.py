@@ -1,9 +1,10 @@
-"""Going on with a walk that was interrupted: what is saved between two blocks, and how it is taken up.
+"""Going on with a walk that was interrupted: what is saved between two blocks, and how it is taken
+up.
 
-Saved are the hidden states, the errors so far, the visitor's state, and how far the output files have been written (the
-files themselves stay where they are). A save takes the time of writing the hidden states, so it is made only when the
-last one is some seconds ago: a short walk never pays for it, and a killed one loses little more than a block.
-"""
+Saved are the hidden states, the errors so far, the visitor's state, and how far the output files
+have been written (the files themselves stay where they are). A save takes the time of writing the
+hidden states, so it is made only when the last one is some seconds ago: a short walk never pays for
+it, and a killed one loses little more than a block."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ SAVE_SECONDS = 20.0  # between two saves, at least
 
 
 class CalibrationProgress:
-    """The saved progress of one walk in ``folder``. device: as results may differ between devices."""
+    """The saved progress of one walk in ``folder``. device: as results may differ between
+    devices."""
 
     def __init__(self, folder: Path, device: str = "cpu"):
         self.folder = folder
@@ -41,12 +43,23 @@ class CalibrationProgress:
 
         if time.monotonic() - self._saved < SAVE_SECONDS:
             return
-        tensors, record = {}, {"setting": self.setting, "block": block, "errors": [asdict(item) for item in walk.errors]}
+        tensors, record = (
+            {},
+            {
+                "setting": self.setting,
+                "block": block,
+                "errors": [asdict(item) for item in walk.errors],
+            },
+        )
         if walk.captured is not None:
-            tensors.update({f"hidden.{batch}": hidden for batch, hidden in enumerate(walk.captured.hidden)})
+            tensors.update(
+                {f"hidden.{batch}": hidden for batch, hidden in enumerate(walk.captured.hidden)}
+            )
         if walk.writer is not None:
             record["writer"] = walk.writer.state()
-            tensors.update({f"pending.{name}": tensor for name, tensor in walk.writer.pending.items()})
+            tensors.update(
+                {f"pending.{name}": tensor for name, tensor in walk.writer.pending.items()}
+            )
         file = self.folder / f"after-{block}.walk"
         save_tensors(tensors, file)
         record.update(method=walk.method.state(), tensors=file.name)
@@ -59,7 +72,8 @@ class CalibrationProgress:
         self._saved = time.monotonic()
 
     def resume(self, walk: SequentialCalibration) -> int:
-        """Bring ``walk`` to where it was interrupted; return the block to go on with, 0 if there is nothing saved."""
+        """Bring ``walk`` to where it was interrupted; return the block to go on with, 0 if there is
+        nothing saved."""
         from slim.calibration.errors import LayerError
 
         record = self._read()
@@ -69,13 +83,20 @@ class CalibrationProgress:
 
         tensors = load_file(self.folder / record["tensors"])
         if walk.captured is not None:
-            walk.captured.hidden = [tensors[f"hidden.{batch}"] for batch in range(len(walk.captured.hidden))]
+            walk.captured.hidden = [
+                tensors[f"hidden.{batch}"] for batch in range(len(walk.captured.hidden))
+            ]
         if walk.writer is not None:
-            pending = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("pending.")}
+            pending = {
+                name[8:]: tensor for name, tensor in tensors.items() if name.startswith("pending.")
+            }
             walk.writer.resume(record["writer"], pending)
         walk.method.resume(record["method"])
         walk.errors = [LayerError(**item) for item in record["errors"]]
-        console().print(f"Going on behind block {record['block']}, where an earlier run was interrupted.", highlight=False)
+        console().print(
+            f"Going on behind block {record['block']}, where an earlier run was interrupted.",
+            highlight=False,
+        )
         return record["block"] + 1
 
     def _read(self) -> dict | None:

@@ -1,15 +1,17 @@
-"""The walk through the blocks: one decoder block in memory at a time, whatever the depth of the model.
+"""The walk through the blocks: one decoder block in memory at a time, whatever the depth of the
+model.
 
-Every calibrated method needs the inputs of every linear layer. The walk reads a block from the source's safetensors,
-runs the hidden states of all calibration samples through it, hands a visitor what it asked for, writes the block's
-tensors to the output and drops it. Visitors are the methods (round to nearest, AWQ, ...).
+Every calibrated method needs the inputs of every linear layer. The walk reads a block from the
+source's safetensors, runs the hidden states of all calibration samples through it, hands a visitor
+what it asked for, writes the block's tensors to the output and drops it. Visitors are the methods
+(round to nearest, AWQ, ...).
 
-Inside a block it goes segment by segment (q/k/v, o, gate/up, down: linear layers that share an input), so that each
-segment sees the already changed ones before it. What a visitor gets per segment is the Gram matrix G = X^T X of the
-input X [tokens, in]: the squared output error of a change D of the weights is tr(D G D^T), so no search needs another
-forward. To stay near the cost of one forward per block, a pass stops as soon as the wanted input is there, and parts of
-the block that are finished answer with their stored output.
-"""
+Inside a block it goes segment by segment (q/k/v, o, gate/up, down: linear layers that share an
+input), so that each segment sees the already changed ones before it. What a visitor gets per
+segment is the Gram matrix G = X^T X of the input X [tokens, in]: the squared output error of a
+change D of the weights is tr(D G D^T), so no search needs another forward. To stay near the cost of
+one forward per block, a pass stops as soon as the wanted input is there, and parts of the block
+that are finished answer with their stored output."""
 
 from __future__ import annotations
 
@@ -50,11 +52,14 @@ class LinearGroup:
     """One segment of one block, as a visitor sees it.
 
     block: its number. prefix: its name in the model, such as ``model.layers.3``.
-    linears: name within the block -> float32 layer. A visitor changes ``weight`` in place to what the model will
-        compute with; folded scales stay out of the walk (weights are given back as if the input had not been scaled).
-    scale_module: the module whose output channels are this input's channels (norm or linear layer), named ``scale_into``.
+    linears: name within the block -> float32 layer. A visitor changes ``weight`` in place to what
+        the model will compute with; folded scales stay out of the walk (weights are given back as
+        if the input had not been scaled).
+    scale_module: the module whose output channels are this input's channels (norm or linear layer),
+        named ``scale_into``.
     channel_map: int64 [in], for every input channel the channel of ``scale_module`` it comes from.
-    hessian: float32 [in, in], X^T X over the calibration tokens, or None where the visitor needs none.
+    hessian: float32 [in, in], X^T X over the calibration tokens, or None where the visitor needs
+        none.
     tokens: number of rows of X.
     """
 
@@ -75,8 +80,9 @@ class LinearGroup:
 class BlockMethod:
     """A method on the walk.
 
-    needs_hessian: whether it looks at G; without it no forward is run at all. sequential: whether each segment sees the
-    already changed ones before it in its block; if not, all of a block's Gram matrices are taken beforehand.
+    needs_hessian: whether it looks at G; without it no forward is run at all. sequential: whether
+    each segment sees the already changed ones before it in its block; if not, all of a block's Gram
+    matrices are taken beforehand.
     resumable: whether ``state`` is all it has to remember between two blocks.
     """
 
@@ -85,7 +91,8 @@ class BlockMethod:
     resumable: bool = False
 
     def process(self, group: LinearGroup) -> dict[str, float]:
-        """Change the weights of ``group.linears`` in place; return name within the block -> relative output error."""
+        """Change the weights of ``group.linears`` in place; return name within the block ->
+        relative output error."""
         raise NotImplementedError
 
     def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -98,16 +105,19 @@ class BlockMethod:
     def finished_weight(self, name: str) -> torch.Tensor | None:
         """Return the weights a finished layer computes with, where the visitor can give them back.
 
-        The walk then frees them while they are not run. ``block_tensors`` has to do without them. None: it keeps them.
-        """
+        The walk then frees them while they are not run. ``block_tensors`` has to do without them.
+        None: it keeps them."""
         return None
 
     def has_finished_weight(self, name: str) -> bool:
         """Whether ``finished_weight`` gives a layer's weights back."""
         return False
 
-    def other_tensors(self, name: str, tensor: torch.Tensor, family: Family, tied: bool) -> dict[str, torch.Tensor]:
-        """Return what is stored for a tensor outside the blocks (embedding, final norm, head). tied: head = embedding."""
+    def other_tensors(
+        self, name: str, tensor: torch.Tensor, family: Family, tied: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return what is stored for a tensor outside the blocks (embedding, final norm, head).
+        tied: head = embedding."""
         return {name: tensor}
 
     def state(self) -> dict:
@@ -121,8 +131,10 @@ class BlockMethod:
 class SequentialCalibration:
     """One walk of a visitor through the blocks of ``source``, written to ``writer``.
 
-    tokens: int64 [samples, length]; None for visitors without Gram matrices. device: where blocks are computed.
-    cache_bytes: limit for inputs that are kept instead of computed twice; speed only, not the result.
+    tokens: int64 [samples, length]; None for visitors without Gram matrices. device: where blocks
+        are computed.
+    cache_bytes: limit for inputs that are kept instead of computed twice; speed only, not the
+        result.
     on_block: called with (block, its LayerErrors) when a block is done. title: of the progress bar.
     progress: where an interrupted walk is taken up and its progress is saved; None: nowhere.
     """
@@ -142,7 +154,12 @@ class SequentialCalibration:
         if method.needs_hessian and tokens is None:
             raise ValueError("this visitor needs calibration tokens")
         self.source, self.method, self.writer, self.tokens = source, method, writer, tokens
-        self.device, self.cache_bytes, self.on_block, self.title = device, cache_bytes, on_block, title
+        self.device, self.cache_bytes, self.on_block, self.title = (
+            device,
+            cache_bytes,
+            on_block,
+            title,
+        )
         self.progress = progress if method.resumable else None
         self.meta_model = MetaModel(source, device)
         self.family = self.meta_model.family
@@ -150,7 +167,8 @@ class SequentialCalibration:
         self.errors: list[LayerError] = []
 
     def run(self) -> list[LayerError]:
-        """Walk through all blocks and return the error of every layer. Raises ``SlimError`` for NaN or infinity."""
+        """Walk through all blocks and return the error of every layer. Raises ``SlimError`` for NaN
+        or infinity."""
         from slim.core.console import progress_bar
 
         map_large_tensors()
@@ -178,12 +196,15 @@ class SequentialCalibration:
             self.on_block(index, [item for item in self.errors if item.block == index])
 
     def _copy_rest(self) -> None:
-        """Write what is not in a block (embeddings, final norm, head) as the visitor wants it stored."""
+        """Write what is not in a block (embeddings, final norm, head) as the visitor wants it
+        stored."""
         if self.writer is not None:
             for name in self.source.tensors:
                 if not name.startswith(self.family.blocks + "."):
                     tensor, tied = self.meta_model.reader.read(name), self.source.spec.tied
-                    for stored, value in self.method.other_tensors(name, tensor, self.family, tied).items():
+                    for stored, value in self.method.other_tensors(
+                        name, tensor, self.family, tied
+                    ).items():
                         self.writer.add(stored, value)
             self.meta_model.reader.release()
 
@@ -192,7 +213,9 @@ class SequentialCalibration:
         block = self.meta_model.load(prefix)
         runner, hessians = None, {}
         if self.captured is not None:
-            runner = BlockRunner(block, index, self.captured, self.family, self.device, self.cache_bytes)
+            runner = BlockRunner(
+                block, index, self.captured, self.family, self.device, self.cache_bytes
+            )
             hessians = {} if self.method.sequential else runner.hessians()
         errors: dict[str, float] = {}
         for group in self.family.linear_groups:
@@ -204,7 +227,12 @@ class SequentialCalibration:
         return [LayerError(index, name, error) for name, error in errors.items()]
 
     def _group(
-        self, block: nn.Module, index: int, spec: LinearGroupSpec, runner: BlockRunner | None, hessian: Hessian | None
+        self,
+        block: nn.Module,
+        index: int,
+        spec: LinearGroupSpec,
+        runner: BlockRunner | None,
+        hessian: Hessian | None,
     ) -> dict[str, float]:
         group = LinearGroup(
             block=index,
@@ -223,9 +251,14 @@ class SequentialCalibration:
         with torch.no_grad():
             errors = self.method.process(group)
         group.hessian = hessian = None
-        self._restore(block, [name for name in done if runner is not None and name in runner.running])
+        self._restore(
+            block, [name for name in done if runner is not None and name in runner.running]
+        )
         if runner is not None and self.method.sequential:
-            self._free(block, [name for name in runner.finish(spec) if self.method.has_finished_weight(name)])
+            self._free(
+                block,
+                [name for name in runner.finish(spec) if self.method.has_finished_weight(name)],
+            )
         return errors
 
     def _layers(self) -> list[str]:
@@ -241,10 +274,13 @@ class SequentialCalibration:
         """Take the weights of layers that will run again from the visitor."""
         trim_heap()
         for name in layers:
-            block.get_submodule(name).weight = torch.nn.Parameter(self.method.finished_weight(name), requires_grad=False)
+            block.get_submodule(name).weight = torch.nn.Parameter(
+                self.method.finished_weight(name), requires_grad=False
+            )
 
     def _write(self, index: int, prefix: str, block: nn.Module) -> None:
-        tensors = self.method.block_tensors(index, block)  # also where nothing is written: the visitor is done with it
+        # also where nothing is written: the visitor is done with it
+        tensors = self.method.block_tensors(index, block)
         if self.writer is None:
             return
         for name, tensor in tensors.items():
@@ -263,12 +299,14 @@ def require_finite(group: LinearGroup) -> None:
         )
 
 
-def input_channel_map(spec: ModelSpec, family: Family, block: nn.Module, group: LinearGroupSpec) -> torch.Tensor:
-    """Return for each input channel of a segment the output channel of ``scale_into`` it comes from, int64 [in].
+def input_channel_map(
+    spec: ModelSpec, family: Family, block: nn.Module, group: LinearGroupSpec
+) -> torch.Tensor:
+    """Return for each input channel of a segment the output channel of ``scale_into`` it comes
+    from, int64 [in].
 
-    They are the same but where values feed the attention's output: under grouped-query attention several query heads
-    read one value head. A fused layer feeds by some of its rows only.
-    """
+    They are the same but where values feed the attention's output: under grouped-query attention
+    several query heads read one value head. A fused layer feeds by some of its rows only."""
     first = block.get_submodule(group.linears[0])
     channels = torch.arange(first.in_features, device=first.weight.device)
     if group.scale_into.startswith(family.attention + "."):
@@ -279,7 +317,8 @@ def input_channel_map(spec: ModelSpec, family: Family, block: nn.Module, group: 
 
 
 def calibration_bytes(spec: ModelSpec, samples: int, length: int) -> int:
-    """Estimate the peak memory of a walk with Gram matrices, beside the block itself: activations and one matrix."""
+    """Estimate the peak memory of a walk with Gram matrices, beside the block itself: activations
+    and one matrix."""
     hidden = 4 * samples * length * spec.hidden_size
     widest = max(columns for _, columns in spec.block_linears().values())
     batch = 4 * max(BATCH_BYTES, 4 * length * widest_layer(spec))
@@ -287,21 +326,32 @@ def calibration_bytes(spec: ModelSpec, samples: int, length: int) -> int:
 
 
 def transform_checkpoint(
-    source: Checkpoint, target: Path, method: BlockMethod, config: dict, context: Context, tokens: torch.Tensor | None = None
+    source: Checkpoint,
+    target: Path,
+    method: BlockMethod,
+    config: dict,
+    context: Context,
+    tokens: torch.Tensor | None = None,
 ) -> list[LayerError]:
-    """Walk ``method`` through ``source`` and write the whole changed checkpoint to ``target``; return its errors.
+    """Walk ``method`` through ``source`` and write the whole changed checkpoint to ``target``;
+    return its errors.
 
-    config: the result's ``config.json``. tokens: as for :class:`SequentialCalibration`. The mean error of every block with errors is
-    recorded as the curve ``layer_error``.
-    """
+    config: the result's ``config.json``. tokens: as for :class:`SequentialCalibration`. The mean
+    error of every block with errors is recorded as the curve ``layer_error``."""
 
     def report(block: int, errors: list[LayerError]) -> None:
         if errors:
             context.metric("layer_error", sum(item.error for item in errors) / len(errors), block)
 
-    progress = CalibrationProgress(context.work, context.device) if context.work and method.resumable else None
+    progress = (
+        CalibrationProgress(context.work, context.device)
+        if context.work and method.resumable
+        else None
+    )
     writer = ShardWriter(target, work=progress and progress.folder)
-    errors = SequentialCalibration(source, method, writer, tokens, context.device, on_block=report, progress=progress).run()
+    errors = SequentialCalibration(
+        source, method, writer, tokens, context.device, on_block=report, progress=progress
+    ).run()
     writer.close()
     write_config(config, target)
     copy_companions(source.folder, target)

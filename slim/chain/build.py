@@ -12,18 +12,21 @@ from slim.checkpoints.stage import Stage
 from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
 
-STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")  # in the order in which they run
+# in the order in which they run
+STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")
 
 
 def build_pipeline(config: DictConfig) -> Pipeline:
-    """Make the parts that the configuration names. Raises ``SlimError`` for a setting that cannot be."""
+    """Make the parts that the configuration names. Raises ``SlimError`` for a setting that cannot
+    be."""
     from hydra.utils import instantiate
 
     from slim.core.hardware import pick_device
 
     config = learn_from_teacher(merge_alias(config))
     chosen = [config[group] for group in STAGES if config[group] and config[group].get("_target_")]
-    stages = [instantiate(settings, _convert_="all") for settings in chosen]  # plain dicts and lists as settings
+    # plain dicts and lists as settings
+    stages = [instantiate(settings, _convert_="all") for settings in chosen]
     evaluation = instantiate(config.eval) if config.eval and config.eval.get("_target_") else None
     return Pipeline(
         model=instantiate(config.model),
@@ -44,16 +47,23 @@ def merge_alias(config: DictConfig) -> DictConfig:
     alias = config.pop("quant")
     unknown = [key for key in alias if key not in config.quantizer]
     if unknown:
-        raise SlimError(f"The quantizer has no setting '{unknown[0]}'. It has: {', '.join(config.quantizer)}.")
+        raise SlimError(
+            f"The quantizer has no setting '{unknown[0]}'. It has: {', '.join(config.quantizer)}."
+        )
     config.quantizer = OmegaConf.merge(config.quantizer, alias)
     return config
 
 
 def learn_from_teacher(config: DictConfig) -> DictConfig:
-    """Where ``teacher.stage=tune``, let the tuner's settings be those of the distillation, which takes its place."""
+    """Where ``teacher.stage=tune``, let the tuner's settings be those of the distillation, which
+    takes its place."""
     if not config.teacher or config.teacher.get("stage") != "tune":
         return config
-    kinds = {"slim.training.tune.Lora": "lora", "slim.training.qlora.QLora": "qlora", "slim.training.tune.Full": "full"}
+    kinds = {
+        "slim.training.tune.Lora": "lora",
+        "slim.training.qlora.QLora": "qlora",
+        "slim.training.tune.Full": "full",
+    }
     train = kinds.get((config.tuner or {}).get("_target_"))
     if train is None:
         needed = "it needs tuner=lora or tuner=full or tuner=qlora"
@@ -67,20 +77,26 @@ def learn_from_teacher(config: DictConfig) -> DictConfig:
 
 
 def plan_chains(config: DictConfig) -> list[list[Step]]:
-    """Plan every chain of a configuration, several where ``model.source`` is a list. Raises ``SlimError`` as a run would."""
+    """Plan every chain of a configuration, several where ``model.source`` is a list. Raises
+    ``SlimError`` as a run would."""
     from slim.chain.build import one_by_one
 
     several = isinstance(config.model.get("source"), ListConfig)
-    return [build_pipeline(single).plan() for single in (one_by_one(config) if several else [config])]
+    return [
+        build_pipeline(single).plan() for single in (one_by_one(config) if several else [config])
+    ]
 
 
 def one_by_one(config: DictConfig) -> list[DictConfig]:
-    """Return a configuration for each source. Raises ``SlimError`` for an empty list or one that names a source twice."""
+    """Return a configuration for each source. Raises ``SlimError`` for an empty list or one that
+    names a source twice."""
     sources = [str(source) for source in config.model.source]
     twice = [source for source, count in Counter(sources).items() if count > 1]
     if not sources or twice:
         wrong = f"{twice[0]} is named twice" if twice else "the list is empty"
-        raise SlimError(f"model.source takes different checkpoints, and {wrong}: model.source=[FOLDER,FOLDER]")
+        raise SlimError(
+            f"model.source takes different checkpoints, and {wrong}: model.source=[FOLDER,FOLDER]"
+        )
     singles = []
     for source in sources:
         single = config.copy()

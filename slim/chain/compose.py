@@ -18,7 +18,8 @@ def expand_alias(overrides: list[str]) -> list[str]:
 
 
 def compose(config_name: str, overrides: list[str] | None = None) -> DictConfig:
-    """Compose a configuration from Python as the command line would: ``compose("compress", ["quant=awq"])``."""
+    """Compose a configuration from Python as the command line would: ``compose("compress",
+    ["quant=awq"])``."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 

@@ -19,7 +19,12 @@ PLUGINS = {  # choices that optional packages bring: package, extra of ours
 
 def explain(error: BaseException, config_name: str, arguments: list[str]) -> str | None:
     """Return one or two lines for a mistake of the user, or None for an error of slim's own."""
-    from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        InstantiationException,
+        MissingConfigException,
+    )
 
     chain = _causes(error)
     for link in chain:
@@ -35,7 +40,9 @@ def explain(error: BaseException, config_name: str, arguments: list[str]) -> str
         return _explain_override(error, config_name, arguments)
     if isinstance(error, InstantiationException) and isinstance(chain[-1], TypeError):
         return f"{_first_line(chain[-1])} (in {error.args[0].splitlines()[-1]})"
-    if isinstance(error, (HydraException, OmegaConfBaseException)) and not isinstance(error, InstantiationException):
+    if isinstance(error, (HydraException, OmegaConfBaseException)) and not isinstance(
+        error, InstantiationException
+    ):
         return _first_line(error)
     return None
 
@@ -53,7 +60,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _explain_override(error: BaseException, config_name: str, arguments: list[str]) -> str:
-    """Name the setting or group that does not exist, what there is instead, and the nearest name."""
+    """Name the setting or group that does not exist, what there is instead, and the nearest
+    name."""
     found = re.search(r"Could not (?:override|find|delete|append) '([^']+)'", str(error))
     key = found.group(1).split("@")[0] if found else None
     if key is None:
@@ -67,16 +75,25 @@ def _explain_override(error: BaseException, config_name: str, arguments: list[st
     parent, _, name = key.rpartition(".")
     known = _settings_below(parent, config_name, arguments)
     if not known:
-        group = {"budget": "hparams_search", "search": "hparams_search"}.get(parent, parent.split(".")[0])
+        group = {"budget": "hparams_search", "search": "hparams_search"}.get(
+            parent, parent.split(".")[0]
+        )
         return f"There is no setting '{key}': {parent} has no settings. Choose one with {group}=..."
-    return f"{parent} has no setting '{name}'. It has: {', '.join(known)}.{did_you_mean(name, known)}"
+    return (
+        f"{parent} has no setting '{name}'. It has: {', '.join(known)}.{did_you_mean(name, known)}"
+    )
 
 
 def _settings_below(node: str, config_name: str, arguments: list[str]) -> list[str]:
-    """Return the settings that ``node`` has under the chosen groups, leaving out the values on the command line."""
+    """Return the settings that ``node`` has under the chosen groups, leaving out the values on the
+    command line."""
     choices = [argument for argument in arguments if re.match(r"^\+?[a-z_/]+=[\w/]+$", argument)]
     try:
         settings = OmegaConf.select(compose(config_name, choices), node)
     except Exception:
         return []
-    return [str(key) for key in settings if not str(key).startswith("_")] if isinstance(settings, DictConfig) else []
+    return (
+        [str(key) for key in settings if not str(key).startswith("_")]
+        if isinstance(settings, DictConfig)
+        else []
+    )

@@ -1,7 +1,8 @@
-"""The chain of stages from a source to a small model: what is there is used, what is missing is made, all is measured.
+"""The chain of stages from a source to a small model: what is there is used, what is missing is
+made, all is measured.
 
-The pipeline knows nothing of methods. It names each result by a hash of the stage's settings and version and of the
-parent's hash, so the same stage after the same parent is never computed twice.
+The pipeline knows nothing of methods. It names each result by a hash of the stage's settings and
+version and of the parent's hash, so the same stage after the same parent is never computed twice.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
 class Pipeline:
     """A source, the stages behind it, and how each checkpoint is measured.
 
-    model: where the chain begins. stages: in their order. evaluation: protocol for every checkpoint, or None.
-    store: where results are kept. device: ``cpu`` or ``cuda``. ignore_limits: go on where the plan exceeds disk or memory.
-    """
+    model: where the chain begins. stages: in their order. evaluation: protocol for every
+        checkpoint, or None.
+    store: where results are kept. device: ``cpu`` or ``cuda``. ignore_limits: go on where the plan
+    exceeds disk or memory."""
 
     model: Source | Stage
     stages: list[Stage]
@@ -46,7 +48,8 @@ class Pipeline:
     _verified: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
 
     def plan(self) -> list[Step]:
-        """Describe every step without doing any work; raises ``SlimError`` for whatever cannot work."""
+        """Describe every step without doing any work; raises ``SlimError`` for whatever cannot
+        work."""
         steps = [self._first_step()]
         for stage in self.stages:
             parent = steps[-1]
@@ -68,7 +71,9 @@ class Pipeline:
         if local is None:
             return Step(self.model.label, self.model, spec)
         checkpoint = self.model.resolve()
-        return Step(self.model.label, self.model, spec, self._source_digest(checkpoint), local, True)
+        return Step(
+            self.model.label, self.model, spec, self._source_digest(checkpoint), local, True
+        )
 
     def _source_digest(self, checkpoint: Checkpoint) -> str:
         if checkpoint.folder not in self._verified:  # reading a large model once is enough
@@ -92,7 +97,8 @@ class Pipeline:
             raise SlimError(f"{problem} Use less, or add ignore_limits=true to try all the same.")
 
     def limit_problem(self, steps: list[Step]) -> str | None:
-        """Say what the stages still to run lack: disk or memory, how much is needed, free and missing; None if nothing."""
+        """Say what the stages still to run lack: disk or memory, how much is needed, free and
+        missing; None if nothing."""
         missing = [step for step in steps if isinstance(step.stage, Stage) and not step.cached]
         if not missing:
             return None
@@ -102,7 +108,10 @@ class Pipeline:
                 f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free at {self.store.root}: "
                 f"{gigabytes(disk - free)} are missing (store=FOLDER chooses another place)."
             )
-        worst, memory = max(missing, key=lambda step: step.peak_bytes), available_memory(self.device)
+        worst, memory = (
+            max(missing, key=lambda step: step.peak_bytes),
+            available_memory(self.device),
+        )
         if memory is not None and worst.peak_bytes > memory:
             return (
                 f"'{worst.label}' needs about {gigabytes(worst.peak_bytes)} of memory, and {gigabytes(memory)} are free on "
@@ -111,7 +120,8 @@ class Pipeline:
         return None
 
     def run(self, tracker: Tracker | None = None) -> list[Result]:
-        """Run what is not there yet, evaluate every checkpoint, and return the source and all results in order."""
+        """Run what is not there yet, evaluate every checkpoint, and return the source and all
+        results in order."""
         self.check_limits(self.plan())
         results: list[Result] = []
         for stage in [self.model, *self.stages]:
@@ -129,7 +139,11 @@ class Pipeline:
             checkpoint = stage.resolve()
             name = self._source_digest(checkpoint)
             return Result(stage.label, checkpoint, name, True, 0.0, content=name), []
-        name = stage_digest(stage, parent.digest) if parent else digest([stage.cache_key(), stage.version])
+        name = (
+            stage_digest(stage, parent.digest)
+            if parent
+            else digest([stage.cache_key(), stage.version])
+        )
         folder = self.store.stage_folder(stage.kind, name)
         with self.store.lock(folder):
             checkpoint = self.store.find(folder)
@@ -139,7 +153,9 @@ class Pipeline:
                 checkpoint = Checkpoint(folder)
         manifest = checkpoint.manifest
         content = digest(manifest["checksums"])
-        return Result(label(stage), checkpoint, name, cached, 0.0, content, manifest["facts"]), manifest["curves"]
+        return Result(
+            label(stage), checkpoint, name, cached, 0.0, content, manifest["facts"]
+        ), manifest["curves"]
 
     def _run_stage(self, stage: Stage, parent: Result | None, name: str, folder: Path) -> None:
         console().print(f"[bold]{label(stage)}[/] ...", highlight=False)
@@ -152,7 +168,11 @@ class Pipeline:
         started = time.time()
         if stage.together:
             processes.broadcast(
-                {"stage": self._number(stage), "source": str(parent.checkpoint.folder), "work": str(context.work)}
+                {
+                    "stage": self._number(stage),
+                    "source": str(parent.checkpoint.folder),
+                    "work": str(context.work),
+                }
             )
         with self.store.writing(folder) as partial:
             used: dict = {}
@@ -178,12 +198,21 @@ class Pipeline:
         return next(number for number, own in enumerate(self.stages) if own is stage)
 
     def _evaluate(self, result: Result) -> None:
-        """Fill in quality (a fact about a checkpoint) and speed (one about a checkpoint on a machine)."""
+        """Fill in quality (a fact about a checkpoint) and speed (one about a checkpoint on a
+        machine)."""
         if self.evaluation is None:
             return
         evaluation, spec = self.evaluation, result.checkpoint.spec
-        quality = [evaluation.quality_cache_key(), self.device, evaluation.quality_dtype(spec, self.device)]
-        speed = [evaluation.speed_cache_key(), evaluation.speed_dtype(spec, self.device), fingerprint(self.device)]
+        quality = [
+            evaluation.quality_cache_key(),
+            self.device,
+            evaluation.quality_dtype(spec, self.device),
+        ]
+        speed = [
+            evaluation.speed_cache_key(),
+            evaluation.speed_dtype(spec, self.device),
+            fingerprint(self.device),
+        ]
         keys = {
             "quality": digest(["quality", result.content, *quality]),
             "speed": digest(["speed", result.content, self.device, *speed]),
@@ -217,7 +246,10 @@ def stage_digest(stage: Stage, parent: str) -> str:
 
 
 def lineage(parent: Result | None) -> list[dict]:
-    """Return the chain up to ``parent`` as recorded in its manifest; a foreign checkpoint is one entry."""
+    """Return the chain up to ``parent`` as recorded in its manifest; a foreign checkpoint is one
+    entry."""
     if parent is None:
         return []
-    return parent.checkpoint.manifest.get("lineage") or [{"label": parent.label, "hash": parent.digest}]
+    return parent.checkpoint.manifest.get("lineage") or [
+        {"label": parent.label, "hash": parent.digest}
+    ]

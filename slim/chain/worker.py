@@ -11,7 +11,8 @@ from slim.core import console, processes
 
 
 def run_worker(build: Callable[[], Pipeline]) -> None:
-    """Take part in the stages that all processes run until process zero is done, without any output.
+    """Take part in the stages that all processes run until process zero is done, without any
+    output.
 
     build: makes the pipeline, as process zero has it.
     """

@@ -1,7 +1,7 @@
 """A checkpoint folder: config, tokenizer, safetensors, and ``slim.json`` where slim made it.
 
-Opening and checking needs neither torch nor transformers; loading for use and writing import them when called.
-"""
+Opening and checking needs neither torch nor transformers; loading for use and writing import them
+when called."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 MANIFEST = "slim.json"
 INDEX = "model.safetensors.index.json"
-ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # an adapter beside the weights
+# an adapter beside the weights
+ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 REPORT = "report"  # folder inside a checkpoint with plots and tables for people
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# Files that belong to a model but hold neither weights nor its configuration: copied along unchanged.
+# Files that belong to a model but hold neither weights nor its configuration: copied along
+# unchanged.
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -32,7 +34,8 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that has been looked at and found to be a usable checkpoint. Make one with :func:`open_checkpoint`."""
+    """A folder that has been looked at and found to be a usable checkpoint. Make one with
+    :func:`open_checkpoint`."""
 
     folder: Path
 
@@ -46,7 +49,8 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> dict:
-        """The content of ``slim.json``, or an empty dict for a checkpoint that slim did not make."""
+        """The content of ``slim.json``, or an empty dict for a checkpoint that slim did not
+        make."""
         path = self.folder / MANIFEST
         return read_json(path) if path.is_file() else {}
 
@@ -63,13 +67,19 @@ class Checkpoint:
     def weight_files(self) -> list[Path]:
         index = self.folder / INDEX
         if index.is_file():
-            return [self.folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            return [
+                self.folder / name for name in sorted(set(read_json(index)["weight_map"].values()))
+            ]
         return [self.folder / "model.safetensors"]
 
     @property
     def adapter_files(self) -> list[Path]:
         """Configuration and weights of the adapter beside the weights; empty without one."""
-        return [] if self.config.get(ADAPTER) is None else [self.folder / name for name in ADAPTER_FILES]
+        return (
+            []
+            if self.config.get(ADAPTER) is None
+            else [self.folder / name for name in ADAPTER_FILES]
+        )
 
     @property
     def bytes_on_disk(self) -> int:
@@ -80,14 +90,17 @@ class Checkpoint:
 def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Look at ``folder`` and return it as a checkpoint.
 
-    Raises ``SlimError`` if it is missing, empty, has no config, no tokenizer, only pickled weights, or a safetensors file
-    whose length does not fit its header.
-    """
+    Raises ``SlimError`` if it is missing, empty, has no config, no tokenizer, only pickled weights,
+    or a safetensors file whose length does not fit its header."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise SlimError(f"There is no folder {folder}. Give a checkpoint folder or a model id of the hub.")
+        raise SlimError(
+            f"There is no folder {folder}. Give a checkpoint folder or a model id of the hub."
+        )
     if not any(folder.iterdir()):
-        raise SlimError(f"The folder {folder} is empty. A checkpoint has config.json, a tokenizer and *.safetensors.")
+        raise SlimError(
+            f"The folder {folder} is empty. A checkpoint has config.json, a tokenizer and *.safetensors."
+        )
     if not (folder / "config.json").is_file():
         raise SlimError(f"{folder} has no config.json, so it is not a checkpoint folder.")
     checkpoint = Checkpoint(folder)
@@ -96,10 +109,14 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         _refuse_pickles(folder)
         raise SlimError(f"{folder} lacks the weights {', '.join(missing)}.")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise SlimError(f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Save one into it.")
+        raise SlimError(
+            f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Save one into it."
+        )
     missing = [path for path in checkpoint.adapter_files if not path.is_file()]
     if missing:
-        raise SlimError(f"{folder} lacks {missing[0].relative_to(folder)}: its config.json says that an adapter belongs to it.")
+        raise SlimError(
+            f"{folder} lacks {missing[0].relative_to(folder)}: its config.json says that an adapter belongs to it."
+        )
     for path in [*checkpoint.weight_files, *checkpoint.adapter_files[1:]]:
         read_header(path)
     return checkpoint

@@ -30,7 +30,9 @@ class TensorReader:
         if file not in self._open:
             from safetensors import safe_open
 
-            self._open[file] = safe_open(self.checkpoint.folder / file, framework="pt", device=device)
+            self._open[file] = safe_open(
+                self.checkpoint.folder / file, framework="pt", device=device
+            )
         return self._open[file].get_tensor(name)
 
     def release(self) -> None:
@@ -38,7 +40,8 @@ class TensorReader:
         self._open.clear()
 
     def read_module(self, prefix: str, device: str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name relative to ``prefix``, tensor) for all tensors under it (``"model.layers.3"``), one at a time."""
+        """Yield (name relative to ``prefix``, tensor) for all tensors under it
+        (``"model.layers.3"``), one at a time."""
         for name in self.checkpoint.tensors:
             if name.startswith(prefix + "."):
                 yield name[len(prefix) + 1 :], self.read(name, device)

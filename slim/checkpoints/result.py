@@ -14,7 +14,8 @@ from slim.models.spec import ModelSpec
 
 @dataclass
 class Step:
-    """One row of the plan: a stage (or the source), what it will give, and whether it is there already."""
+    """One row of the plan: a stage (or the source), what it will give, and whether it is there
+    already."""
 
     label: str
     stage: Stage | Source

@@ -1,10 +1,10 @@
 """Writing a checkpoint's tensors as they come, without collecting them in memory first.
 
-The safetensors library writes a file from tensors that are all there. Here a file is begun with room for its header,
-tensors follow one after another, and the header is filled in at the end (spaces behind the JSON are part of the format:
-https://github.com/huggingface/safetensors#format). Small tensors wait for the end of their file and stand there by
-the size of their numbers, so that everything is aligned and there are no gaps.
-"""
+The safetensors library writes a file from tensors that are all there. Here a file is begun with
+room for its header, tensors follow one after another, and the header is filled in at the end
+(spaces behind the JSON are part of the format: https://github.com/huggingface/safetensors#format).
+Small tensors wait for the end of their file and stand there by the size of their numbers, so that
+everything is aligned and there are no gaps."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ NAMES = {
 
 
 class ShardWriter:
-    """Writes tensors into ``model-*.safetensors`` below ``target``, with an index where there are several files.
+    """Writes tensors into ``model-*.safetensors`` below ``target``, with an index where there are
+    several files.
 
-    shard_bytes: size from which another file is begun. work: folder in which files are kept until ``close``, so that an
-    interrupted writer can go on there (see ``state``); by default they are written in place.
-    """
+    shard_bytes: size from which another file is begun. work: folder in which files are kept until
+    ``close``, so that an interrupted writer can go on there (see ``state``); by default they are
+    written in place."""
 
     def __init__(self, target: Path, shard_bytes: int = SHARD_BYTES, work: Path | None = None):
         self.target, self.folder, self.shard_bytes = target, work or target, shard_bytes
@@ -47,7 +48,8 @@ class ShardWriter:
         self._file = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor under its full name. A full disk raises ``OSError`` like any other file operation."""
+        """Add a tensor under its full name. A full disk raises ``OSError`` like any other file
+        operation."""
         tensor = tensor.detach().to("cpu").contiguous()
         room = len(name) + ENTRY_BYTES
         if self._header + room > HEADER_BYTES:
@@ -69,7 +71,11 @@ class ShardWriter:
         self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         end = self._offset + tensor.nbytes
         dtype = NAMES[str(tensor.dtype).removeprefix("torch.")]
-        self._entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
+        self._entries[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [self._offset, end],
+        }
         self._offset = end
 
     def _path(self, number: int) -> Path:
@@ -77,12 +83,16 @@ class ShardWriter:
 
     def _finish(self) -> None:
         """Write the small tensors and the header of the present file, if it has any tensors."""
-        for name, tensor in sorted(self.pending.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        for name, tensor in sorted(
+            self.pending.items(), key=lambda item: (-item[1].element_size(), item[0])
+        ):
             self._write(name, tensor)
         self.pending = {}
         if self._file is None:
             return
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
+        header = json.dumps(
+            {"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")
+        ).encode()
         if self._offset < COMPACT_BYTES:
             self._compact(header.ljust(len(header) + -len(header) % 8))
         else:
@@ -94,7 +104,8 @@ class ShardWriter:
         self._file, self._entries, self._offset, self._header = None, {}, 0, 0
 
     def _compact(self, header: bytes) -> None:
-        """Write the present file again without unused room: it would be a good part of a small file."""
+        """Write the present file again without unused room: it would be a good part of a small
+        file."""
         self._file.close()
         path = self._path(len(self._shards))
         whole = path.with_suffix(".compact")
@@ -109,7 +120,11 @@ class ShardWriter:
         self._finish()
         count, weight_map = len(self._shards), {}
         for number, tensors in enumerate(self._shards):
-            name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            name = (
+                "model.safetensors"
+                if count == 1
+                else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            )
             self._path(number).rename(self.target / name)
             weight_map.update(dict.fromkeys(tensors, name))
         if count > 1:
@@ -117,7 +132,8 @@ class ShardWriter:
             (self.target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def state(self) -> dict:
-        """Return what a later writer in the same ``work`` folder needs, beside ``pending``, as plain JSON values."""
+        """Return what a later writer in the same ``work`` folder needs, beside ``pending``, as
+        plain JSON values."""
         if self._file is not None:
             self._file.flush()
         return {

@@ -1,4 +1,5 @@
-"""Where a chain begins: a checkpoint of the hub, a folder, the embedded model, or a fresh model with random weights."""
+"""Where a chain begins: a checkpoint of the hub, a folder, the embedded model, or a fresh model
+with random weights."""
 
 from __future__ import annotations
 
@@ -14,14 +15,24 @@ from slim.models.spec import ModelSpec
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {"tiny": ASSETS / "tiny"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+WANTED_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
 
 
 @dataclass
 class Source:
     """An existing checkpoint.
 
-    source: a checkpoint folder, ``tiny`` (the embedded model), or a model id of the hub such as ``org/name``.
+    source: a checkpoint folder, ``tiny`` (the embedded model), or a model id of the hub such as
+        ``org/name``.
     revision: branch, tag or commit of a hub model.
     """
 
@@ -30,7 +41,9 @@ class Source:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
-            raise SlimError("model.source is missing. Give a checkpoint folder or a hub id: model=hf model.source=...")
+            raise SlimError(
+                "model.source is missing. Give a checkpoint folder or a hub id: model=hf model.source=..."
+            )
 
     @property
     def label(self) -> str:
@@ -38,24 +51,30 @@ class Source:
         return self.source if HUB_ID.fullmatch(self.source) else Path(self.source).resolve().name
 
     def local_folder(self) -> Path | None:
-        """Return the folder if the source is one, None if it is a hub id. ``SlimError`` if it can be neither."""
+        """Return the folder if the source is one, None if it is a hub id. ``SlimError`` if it can
+        be neither."""
         if self.source in EMBEDDED:
             return EMBEDDED[self.source]
         folder = Path(self.source).expanduser()
         if folder.is_dir():
             return folder
         if not HUB_ID.fullmatch(self.source):
-            raise SlimError(f"There is no folder {self.source}. Give model.source=FOLDER or a hub id (org/name).")
+            raise SlimError(
+                f"There is no folder {self.source}. Give model.source=FOLDER or a hub id (org/name)."
+            )
         return None
 
     def describe(self) -> ModelSpec:
-        """Describe the model by its ``config.json`` alone; fetches only that file of a hub model."""
+        """Describe the model by its ``config.json`` alone; fetches only that file of a hub
+        model."""
         folder = self.local_folder()
         if folder is not None:
             return ModelSpec(open_checkpoint(folder).config, name=self.label)
         from huggingface_hub import hf_hub_download
 
-        path = self._from_hub(lambda: hf_hub_download(self.source, "config.json", revision=self.revision))
+        path = self._from_hub(
+            lambda: hf_hub_download(self.source, "config.json", revision=self.revision)
+        )
         return ModelSpec(read_json(Path(path)), name=self.label)
 
     def resolve(self) -> Checkpoint:
@@ -64,7 +83,9 @@ class Source:
         if folder is None:
             from huggingface_hub import snapshot_download
 
-            fetch = lambda: snapshot_download(self.source, revision=self.revision, allow_patterns=WANTED_FILES)  # noqa: E731
+            fetch = lambda: snapshot_download(
+                self.source, revision=self.revision, allow_patterns=WANTED_FILES
+            )  # noqa: E731
             folder = Path(self._from_hub(fetch))
         return open_checkpoint(folder)
 
@@ -79,9 +100,13 @@ class Source:
         try:
             return fetch()
         except GatedRepoError as error:
-            raise SlimError(f"{self.source} is gated: accept its licence on the hub, then run 'hf auth login'.") from error
+            raise SlimError(
+                f"{self.source} is gated: accept its licence on the hub, then run 'hf auth login'."
+            ) from error
         except RepositoryNotFoundError as error:
-            raise SlimError(f"The hub has no model {self.source} (or it is private: run 'hf auth login').") from error
+            raise SlimError(
+                f"The hub has no model {self.source} (or it is private: run 'hf auth login')."
+            ) from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             raise SlimError(
                 f"{self.source} is neither a folder here nor in the local hub cache, and the hub cannot be reached. "
@@ -92,11 +117,14 @@ class Source:
 def verified_checksums(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the checkpoint's checksums after comparing them with every record of them there is.
 
-    Records are ``slim.json`` and, for files in the hub's cache, the name of the blob. Raises ``SlimError`` on a
-    difference.
-    """
+    Records are ``slim.json`` and, for files in the hub's cache, the name of the blob. Raises
+    ``SlimError`` on a difference."""
     found = checksums(checkpoint.folder)
-    recorded = read_json(checkpoint.folder / MANIFEST)["checksums"] if (checkpoint.folder / MANIFEST).is_file() else {}
+    recorded = (
+        read_json(checkpoint.folder / MANIFEST)["checksums"]
+        if (checkpoint.folder / MANIFEST).is_file()
+        else {}
+    )
     for name in found:
         blob = (checkpoint.folder / name).resolve()
         if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):

@@ -1,9 +1,9 @@
-"""A stage: settings plus ``run(source, target, context)``. It reads a checkpoint folder and writes one.
+"""A stage: settings plus ``run(source, target, context)``. It reads a checkpoint folder and writes
+one.
 
-A stage knows nothing of the pipeline, the tracker or the other stages. The pipeline names its result by
-``cache_key()``, ``version`` and the parent's hash, and gives it an empty folder that appears under its final name only
-when ``run`` has returned.
-"""
+A stage knows nothing of the pipeline, the tracker or the other stages. The pipeline names its
+result by ``cache_key()``, ``version`` and the parent's hash, and gives it an empty folder that
+appears under its final name only when ``run`` has returned."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Context:
     """What the surroundings offer a stage while it runs.
 
     device: torch device for the work, ``"cpu"`` or ``"cuda"``.
-    metric: ``metric(name, value, step)`` records a curve (training loss, error per block) as it appears.
-    work: folder that outlives a run that is killed and goes when the stage is done: what it needs to go on is kept
-        there. None: nothing is kept.
+    metric: ``metric(name, value, step)`` records a curve (training loss, error per block) as it
+        appears.
+    work: folder that outlives a run that is killed and goes when the stage is done: what it needs
+        to go on is kept there. None: nothing is kept.
     """
 
     device: str = "cpu"
@@ -38,12 +39,15 @@ class Context:
 
 
 class Stage:
-    """Base of every stage. Subclasses are dataclasses whose fields are the settings, checked in ``__post_init__``.
+    """Base of every stage. Subclasses are dataclasses whose fields are the settings, checked in
+    ``__post_init__``.
 
-    kind: what it does to a model: ``prune``, ``tune``, ``distill``, ``quantize``; also the start of its folder's name.
-    version: raised whenever the same settings begin to give a different result, so that old results are not reused.
-    together: whether all processes that torchrun started run it. What returns in others than process zero, which get no
-        target, is ignored.
+    kind: what it does to a model: ``prune``, ``tune``, ``distill``, ``quantize``; also the start of
+        its folder's name.
+    version: raised whenever the same settings begin to give a different result, so that old results
+        are not reused.
+    together: whether all processes that torchrun started run it. What returns in others than
+        process zero, which get no target, is ignored.
     """
 
     kind: ClassVar[str]
@@ -55,10 +59,12 @@ class Stage:
         return dataclass_cache_key(self)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ``SlimError`` if the stage cannot work on ``spec``. Runs before any work and needs no weights."""
+        """Raise ``SlimError`` if the stage cannot work on ``spec``. Runs before any work and needs
+        no weights."""
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
-        """Describe the result of running on ``spec``, for the plan and for the checks of later stages."""
+        """Describe the result of running on ``spec``, for the plan and for the checks of later
+        stages."""
         return spec
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
@@ -66,10 +72,10 @@ class Stage:
         raise NotImplementedError
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        """Read the checkpoint in ``source``, write the new one into the existing, empty folder ``target``.
+        """Read the checkpoint in ``source``, write the new one into the existing, empty folder
+        ``target``.
 
-        Files for people (plots, score tables) go to ``target / "report"``; the pipeline hands them to the tracker.
-        Returns facts for the manifest as plain JSON values (what was removed, losses, errors); numbers at its top
-        level are also logged as metrics.
-        """
+        Files for people (plots, score tables) go to ``target / "report"``; the pipeline hands them
+        to the tracker. Returns facts for the manifest as plain JSON values (what was removed,
+        losses, errors); numbers at its top level are also logged as metrics."""
         raise NotImplementedError

@@ -1,9 +1,9 @@
 """Results on disk: stage folders and evaluations, named by hash, whole or absent, under locks.
 
-Layout below the root: ``stages/<kind>-<hash>/`` are checkpoint folders, ``evaluations/<hash>.json`` figures. Work in
-progress has the ending ``.partial``; whoever holds the lock may remove what a killed process left there. In a folder
-ending in ``.work`` a stage keeps what lets it go on after a crash; it goes when the stage is done.
-"""
+Layout below the root: ``stages/<kind>-<hash>/`` are checkpoint folders, ``evaluations/<hash>.json``
+figures. Work in progress has the ending ``.partial``; whoever holds the lock may remove what a
+killed process left there. In a folder ending in ``.work`` a stage keeps what lets it go on after a
+crash; it goes when the stage is done."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def digest(value: Any) -> str:
 
 
 class Store:
-    """The folder in which results are kept and found again. It may be shared by processes running at the same time."""
+    """The folder in which results are kept and found again. It may be shared by processes running
+    at the same time."""
 
     def __init__(self, root: Path | str):
         self.root = Path(root).expanduser().absolute()
@@ -53,7 +54,9 @@ class Store:
         try:
             lock.acquire(timeout=0.2)
         except Timeout:
-            console().print(f"Waiting for another process that is making {path.name} ...", highlight=False)
+            console().print(
+                f"Waiting for another process that is making {path.name} ...", highlight=False
+            )
             lock.acquire()
         try:
             yield
@@ -77,12 +80,14 @@ class Store:
             lock.release()
 
     def work_folder(self, folder: Path) -> Path:
-        """Return where the stage that makes ``folder`` keeps what it needs to go on after a crash."""
+        """Return where the stage that makes ``folder`` keeps what it needs to go on after a
+        crash."""
         return folder.with_name(folder.name + ".work")
 
     @contextmanager
     def writing(self, folder: Path) -> Iterator[Path]:
-        """Yield an empty folder that becomes ``folder`` if the body succeeds and vanishes if it does not.
+        """Yield an empty folder that becomes ``folder`` if the body succeeds and vanishes if it
+        does not.
 
         The caller holds the lock. A full disk is reported as ``SlimError``.
         """
@@ -102,8 +107,8 @@ class Store:
     def find(self, folder: Path) -> Checkpoint | None:
         """Return a finished stage's checkpoint, or None if it is not there.
 
-        A folder whose files differ from the checksums recorded when it was made is removed, and said to be.
-        """
+        A folder whose files differ from the checksums recorded when it was made is removed, and
+        said to be."""
         if not folder.is_dir():
             return None
         try:
@@ -114,7 +119,10 @@ class Store:
             reason = "differs from its recorded checksums"
         except SlimError as error:
             reason = str(error)
-        console().print(f"[yellow]Damaged result discarded and made again:[/] {folder.name} ({reason})", highlight=False)
+        console().print(
+            f"[yellow]Damaged result discarded and made again:[/] {folder.name} ({reason})",
+            highlight=False,
+        )
         shutil.rmtree(folder)
         return None
 
@@ -134,7 +142,10 @@ class Store:
         partial = path.with_name(path.name + ".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"digest": digest(figures), "figures": figures}, indent=1), encoding="utf-8")
+            partial.write_text(
+                json.dumps({"digest": digest(figures), "figures": figures}, indent=1),
+                encoding="utf-8",
+            )
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -159,7 +170,8 @@ def _mark_used(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Flush files to the disk before the folder gets its final name, so that a power cut leaves no hollow result.
+    """Flush files to the disk before the folder gets its final name, so that a power cut leaves no
+    hollow result.
 
     Also gives them the usual permissions: safetensors writes files that only their owner can read.
     """
@@ -171,7 +183,8 @@ def _sync(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict) -> dict:
-    """Complete ``manifest`` with counts and checksums of ``folder`` and write it as ``slim.json``."""
+    """Complete ``manifest`` with counts and checksums of ``folder`` and write it as
+    ``slim.json``."""
     checkpoint = open_checkpoint(folder)
     manifest = {
         **manifest,

@@ -14,4 +14,6 @@ def load_tokenizer(folder: Path | str):
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise SlimError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise SlimError(
+            f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error

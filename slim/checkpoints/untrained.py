@@ -17,9 +17,11 @@ from slim.models.spec import ModelSpec
 
 @dataclass
 class Untrained(Stage):
-    """A fresh Llama-architecture model with random weights and a tokenizer trained on the tiny world's text.
+    """A fresh Llama-architecture model with random weights and a tokenizer trained on the tiny
+    world's text.
 
-    vocab_size: tokens of the byte-level BPE tokenizer. hidden_size, intermediate_size, blocks, heads, kv_heads: shape.
+    vocab_size: tokens of the byte-level BPE tokenizer. hidden_size, intermediate_size, blocks,
+        heads, kv_heads: shape.
     context_length: longest input in tokens. tied: whether the head shares the embedding's weights.
     matrix_std, embedding_std: standard deviations of the random weights; norms begin at 1.
     seed: of the weights; the world has its own, ``world_seed``.
@@ -43,10 +45,19 @@ class Untrained(Stage):
 
     def __post_init__(self) -> None:
         require_number("model.vocab_size", self.vocab_size, 300, 2**20, integer=True)
-        for name in ("hidden_size", "intermediate_size", "blocks", "heads", "kv_heads", "context_length"):
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "blocks",
+            "heads",
+            "kv_heads",
+            "context_length",
+        ):
             require_number(f"model.{name}", getattr(self, name), 1, integer=True)
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
-            raise SlimError("model.heads must divide model.hidden_size, and model.kv_heads must divide model.heads.")
+            raise SlimError(
+                "model.heads must divide model.hidden_size, and model.kv_heads must divide model.heads."
+            )
         require_flag("model.tied", self.tied)
         for name in ("matrix_std", "embedding_std"):
             require_number(f"model.{name}", getattr(self, name), 0, 100)
@@ -90,10 +101,15 @@ class Untrained(Stage):
 
         tokenizer = train_tokenizer(World(self.world_seed), self.vocab_size)
         save_tokenizer(tokenizer, target)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        ids = {
+            f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+            for name in ("bos", "eos", "pad")
+        }
         config = {**self.config, **ids, "vocab_size": len(tokenizer)}
         hide_library_bars()
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config), dtype=torch.float32
+        )
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, weight in model.named_parameters():

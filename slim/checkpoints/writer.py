@@ -1,4 +1,5 @@
-"""Writing a checkpoint folder: its configuration, its companions, and a copy with some blocks only."""
+"""Writing a checkpoint folder: its configuration, its companions, and a copy with some blocks
+only."""
 
 from __future__ import annotations
 
@@ -16,23 +17,28 @@ from slim.models.heterogeneous import write_card
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, generation settings and licences unchanged.
 
-    Where the config in ``target`` says that blocks differ, add a model card that says how to load such a model.
-    """
+    Where the config in ``target`` says that blocks differ, add a model card that says how to load
+    such a model."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
-    if (target / "config.json").is_file() and read_json(target / "config.json").get("per_layer_config"):
+    if (target / "config.json").is_file() and read_json(target / "config.json").get(
+        "per_layer_config"
+    ):
         write_card(target)
 
 
 def write_config(config: dict, target: Path) -> None:
     """Write ``config.json``."""
-    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (target / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def write_blocks(source: Checkpoint, target: Path, kept: list[int]) -> None:
-    """Write ``source`` with only the blocks ``kept``, in that order and renumbered, tensors unchanged."""
+    """Write ``source`` with only the blocks ``kept``, in that order and renumbered, tensors
+    unchanged."""
     from slim.checkpoints.shards import ShardWriter
 
     spec = source.spec.with_blocks(kept)

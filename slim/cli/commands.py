@@ -1,4 +1,5 @@
-"""The three commands: what ``compress.py``, ``train.py`` and ``evaluate.py`` and their console scripts run."""
+"""The three commands: what ``compress.py``, ``train.py`` and ``evaluate.py`` and their console
+scripts run."""
 
 from __future__ import annotations
 

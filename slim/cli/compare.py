@@ -17,10 +17,14 @@ def execute(config: DictConfig) -> list[Result]:
         return run.execute(config)
     run.quiet_libraries()
     if config.plan or config.output is not None:
-        raise SlimError("plan=true and output= take one checkpoint. Leave them out, or give model.source=FOLDER.")
+        raise SlimError(
+            "plan=true and output= take one checkpoint. Leave them out, or give model.source=FOLDER."
+        )
     pipelines = [run.build_pipeline(single) for single in one_by_one(config)]
     if any(pipeline.stages for pipeline in pipelines):
-        raise SlimError("Several checkpoints are measured as they are. Leave out pruner, tuner, teacher and quantizer.")
+        raise SlimError(
+            "Several checkpoints are measured as they are. Leave out pruner, tuner, teacher and quantizer."
+        )
     for pipeline in pipelines:
         pipeline.plan()
     return run.run_compared(pipelines, config)

@@ -1,4 +1,5 @@
-"""What the three commands share: a configuration becomes a pipeline, runs, is tracked, and ends in one table."""
+"""What the three commands share: a configuration becomes a pipeline, runs, is tracked, and ends in
+one table."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 
 def execute(config: DictConfig) -> list[Result]:
-    """Plan, check, run, track and report one configuration. Of several processes, process zero does so, and others help."""
+    """Plan, check, run, track and report one configuration. Of several processes, process zero does
+    so, and others help."""
     quiet_libraries()
     if not processes.is_main_process():
         run_worker(lambda: build_pipeline(config))
@@ -55,7 +57,8 @@ def run_tracked(pipeline: Pipeline, config: DictConfig, output: Path | None) -> 
 
 
 def run_compared(pipelines: list[Pipeline], config: DictConfig) -> list[Result]:
-    """Measure the sources of several pipelines inside one MLflow run and print one table with the best in bold."""
+    """Measure the sources of several pipelines inside one MLflow run and print one table with the
+    best in bold."""
     return _run(pipelines, config, None)
 
 
@@ -72,14 +75,19 @@ def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> 
             results = [result for each in pipelines for result in each.run(tracker)]
             name_apart(results)
             comparison = compare(results, pipeline.evaluation, pipeline.store, pipeline.device)
-            files = {"results.md": markdown_table(results, compared), "results.json": json_table(results)}
+            files = {
+                "results.md": markdown_table(results, compared),
+                "results.json": json_table(results),
+            }
             if results[0].quality.get("samples"):
                 files["samples.md"] = samples_text(results)
             summary = {} if compared else results[-1].metrics
             if point is not None:
                 files["final.json"] = point.keep(results[-1])
             tags = {"slim.folder": str(results[-1].checkpoint.folder)}
-            tracker.log_summary({**summary, **comparison.metrics()}, {**files, **comparison.files(results)}, tags)
+            tracker.log_summary(
+                {**summary, **comparison.metrics()}, {**files, **comparison.files(results)}, tags
+            )
             if not compared:
                 draw_chain(results, tracker)
                 write_card(results, overrides(), script())
@@ -110,9 +118,17 @@ def start_tracker(pipelines: list[Pipeline], config: DictConfig) -> Tracker:
 
     point, settings = sweeps.active(), config.tracking
     if point is not None:
-        return point.tracker(config, point_name([pipeline.plan() for pipeline in pipelines], config))
+        return point.tracker(
+            config, point_name([pipeline.plan() for pipeline in pipelines], config)
+        )
     tags = published_tag(config)
-    return Tracker(pipelines[0].store.root, settings.experiment, settings.run_name or run_name(), settings.uri, tags)
+    return Tracker(
+        pipelines[0].store.root,
+        settings.experiment,
+        settings.run_name or run_name(),
+        settings.uri,
+        tags,
+    )
 
 
 def overrides() -> list[str]:
@@ -134,8 +150,11 @@ def run_name() -> str | None:
     return " ".join(overrides())[:200] or None
 
 
-def print_results(results: list[Result], tracker, output: Path | None, comparison, compared: bool) -> None:
-    """Print the table, what it cannot show, where the final checkpoint is, and how to browse the runs."""
+def print_results(
+    results: list[Result], tracker, output: Path | None, comparison, compared: bool
+) -> None:
+    """Print the table, what it cannot show, where the final checkpoint is, and how to browse the
+    runs."""
     from slim.report.side_by_side import differences_table, notes
     from slim.report.table import terminal_table
 
@@ -146,17 +165,24 @@ def print_results(results: list[Result], tracker, output: Path | None, compariso
     for note in notes(results, comparison):
         out.print(note, highlight=False, markup=False, soft_wrap=True)
     if not compared:
-        out.print(f"final checkpoint: {output or results[-1].checkpoint.folder}", highlight=False, soft_wrap=True)
+        out.print(
+            f"final checkpoint: {output or results[-1].checkpoint.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
     out.print(f"browse the runs:  {tracker.ui_command}", highlight=False, soft_wrap=True)
 
 
 def check_output(output: str | None) -> Path | None:
-    """Return the folder to copy the result to. Raises ``SlimError`` if it exists, before any work."""
+    """Return the folder to copy the result to. Raises ``SlimError`` if it exists, before any
+    work."""
     if output is None:
         return None
     path = Path(output).expanduser().absolute()
     if path.exists():
-        raise SlimError(f"output={output} exists already. Give a folder that does not, or remove it first.")
+        raise SlimError(
+            f"output={output} exists already. Give a folder that does not, or remove it first."
+        )
     return path
 
 
@@ -181,4 +207,5 @@ def quiet_libraries() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is reported by us
+    # its retries; the last failure is reported by us
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

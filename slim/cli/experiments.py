@@ -1,7 +1,8 @@
-"""Experiment files are read by people and by Hydra, which merges a misspelt setting without a word: names are checked here.
+"""Experiment files are read by people and by Hydra, which merges a misspelt setting without a word:
+names are checked here.
 
-Looked at are the groups and choices of the defaults list, the settings in the body, and what the sweep varies.
-"""
+Looked at are the groups and choices of the defaults list, the settings in the body, and what the
+sweep varies."""
 
 from __future__ import annotations
 
@@ -18,38 +19,53 @@ from slim.core.errors import SlimError, did_you_mean
 ENTRY = re.compile(r"^(?:override\s+)?(?:optional\s+)?/?([\w/]+)(?:@[\w.]+)?$")
 INTERPOLATION = re.compile(r"\$\{[^}]*\}")
 COMMANDS = ("base", "compress", "train", "evaluate")
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # some ten times faster where PyYAML was built with it
+# some ten times faster where PyYAML was built with it
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_experiments(arguments: list[str], conf: Path, command: str = "compress") -> None:
     """Check the files of ``experiment=...`` on the command line of ``command``.
 
-    Raises ``SlimError`` naming the file and what is unknown in it, or the experiments there are. ``--config-dir FOLDER`` adds
-    files of one's own; with ``hydra.searchpath`` Hydra alone knows where to look.
-    """
-    folders, elsewhere = [conf], any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments)
+    Raises ``SlimError`` naming the file and what is unknown in it, or the experiments there are.
+    ``--config-dir FOLDER`` adds files of one's own; with ``hydra.searchpath`` Hydra alone knows
+    where to look."""
+    folders, elsewhere = (
+        [conf],
+        any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments),
+    )
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name in ("--config-dir", "-cd"):
             folders.append(Path(value or "".join(arguments[index + 1 : index + 2])))
-    chosen = [argument.partition("=")[2] for argument in arguments if argument.lstrip("+").startswith("experiment=")]
+    chosen = [
+        argument.partition("=")[2]
+        for argument in arguments
+        if argument.lstrip("+").startswith("experiment=")
+    ]
     for name in (name.strip() for value in chosen for name in value.split(",")):
-        found = [path for folder in folders if (path := folder / "experiment" / f"{name}.yaml").is_file()]
+        found = [
+            path for folder in folders if (path := folder / "experiment" / f"{name}.yaml").is_file()
+        ]
         for path in found:
             ExperimentFile(path, folders, command).check()
         if not found and not elsewhere and name not in ("null", ""):
             known = [path.relative_to(folder / "experiment").with_suffix("").as_posix()
                      for folder in folders for path in sorted(folder.glob("experiment/**/*.yaml"))]  # fmt: skip
-            raise SlimError(f"experiment={name} does not exist. There are: {', '.join(known)}.{did_you_mean(name, known)}")
+            raise SlimError(
+                f"experiment={name} does not exist. There are: {', '.join(known)}.{did_you_mean(name, known)}"
+            )
 
 
 class ExperimentFile:
-    """One file. folders: where groups and choices are looked for. command: the one it is to run under."""
+    """One file. folders: where groups and choices are looked for. command: the one it is to run
+    under."""
 
     def __init__(self, path: Path, folders: list[Path], command: str):
         self.path, self.folders, self.command = path, folders, command
         content = load(path)
-        self.entries = [entry for entry in content.pop("defaults", None) or [] if isinstance(entry, dict)]
+        self.entries = [
+            entry for entry in content.pop("defaults", None) or [] if isinstance(entry, dict)
+        ]
         self.hydra = content.pop("hydra", None) or {}
         self.body = content
 
@@ -57,7 +73,10 @@ class ExperimentFile:
     def groups(self) -> list[str]:
         """The groups there are."""
         own = ("hydra", "experiment", "__pycache__")
-        return sorted({path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()} - {*own})
+        return sorted(
+            {path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()}
+            - {*own}
+        )
 
     def check(self) -> None:
         """Raise ``SlimError`` for the first name that does not exist."""
@@ -66,7 +85,9 @@ class ExperimentFile:
                 self.check_entry(str(key), choices)
         for key, value in self.body.items():
             if key not in self.groups and key not in self.top_level():
-                self.fail(f"there is no group or setting '{key}'", [*self.groups, *self.top_level()], key)
+                self.fail(
+                    f"there is no group or setting '{key}'", [*self.groups, *self.top_level()], key
+                )
             known = self.settings(key)
             for name in value if isinstance(value, dict) and known else ():
                 self.check_setting(key, name, known)
@@ -83,18 +104,33 @@ class ExperimentFile:
         if group.split("/")[0] not in [*self.groups, "experiment"]:
             self.fail(f"there is no group '{group}'", self.groups, group)
         if key.startswith("override") and group not in self.used_groups(self.command):
-            fitting = [f"{command}.py" for command in COMMANDS[1:] if group in self.used_groups(command)]
-            self.fail(f"{self.command}.py has no group '{group}', so this experiment is none for it", fitting, "", "Use")
+            fitting = [
+                f"{command}.py" for command in COMMANDS[1:] if group in self.used_groups(command)
+            ]
+            self.fail(
+                f"{self.command}.py has no group '{group}', so this experiment is none for it",
+                fitting,
+                "",
+                "Use",
+            )
         for choice in choices if isinstance(choices, list) else [choices]:
             self.check_choice(group, choice)
 
     def used_groups(self, command: str) -> set[str]:
         """Return the groups a command has."""
-        entries = [entry for path in self.files(command) for entry in load(path).get("defaults", [])]
-        return {str(key).removeprefix("/").split("@")[0] for entry in entries if isinstance(entry, dict) for key in entry}
+        entries = [
+            entry for path in self.files(command) for entry in load(path).get("defaults", [])
+        ]
+        return {
+            str(key).removeprefix("/").split("@")[0]
+            for entry in entries
+            if isinstance(entry, dict)
+            for key in entry
+        }
 
     def check_choice(self, group: str, choice) -> None:
-        """Check that a group has a choice; one that depends on another group's may be any that fits."""
+        """Check that a group has a choice; one that depends on another group's may be any that
+        fits."""
         if choice is None or any(self.files(f"{group}/{INTERPOLATION.sub('*', str(choice))}")):
             return
         known = sorted(path.stem for path in self.files(f"{group}/*"))
@@ -109,7 +145,11 @@ class ExperimentFile:
         """Check a key of the sweep, and its values where they are choices of a group."""
         group, _, setting = re.sub(r"^quant(?=\.|$)", "quantizer", key.lstrip("+")).partition(".")
         if group not in self.groups and group not in self.top_level():
-            self.fail(f"the sweep varies '{key}', which does not exist", [*self.groups, *self.top_level()], group)
+            self.fail(
+                f"the sweep varies '{key}', which does not exist",
+                [*self.groups, *self.top_level()],
+                group,
+            )
         elif setting and self.settings(group):
             self.check_setting(group, setting.split(".")[0], self.settings(group))
         elif not setting and group in self.groups and isinstance(values, str) and "(" not in values:
@@ -121,37 +161,52 @@ class ExperimentFile:
         return (path for folder in self.folders for path in folder.glob(f"{pattern}.yaml"))
 
     def top_level(self) -> list[str]:
-        """Return the settings outside groups: those of the commands, and those that choices for all groups bring."""
+        """Return the settings outside groups: those of the commands, and those that choices for all
+        groups bring."""
         commands = [path for name in COMMANDS for path in self.files(name)]
-        choices = [path for path in self.files("*/*") if path.parent.name != "experiment" and is_global(path)]
+        choices = [
+            path
+            for path in self.files("*/*")
+            if path.parent.name != "experiment" and is_global(path)
+        ]
         found = itertools.chain.from_iterable(load(path) for path in [*commands, *choices])
         return sorted({*found} - {"defaults", "hydra"} - {*self.groups} | {"quant"})
 
     def settings(self, key: str) -> list[str]:
-        """Return the settings that any choice of a group has, or those below a setting of the commands; empty if unknown."""
+        """Return the settings that any choice of a group has, or those below a setting of the
+        commands; empty if unknown."""
         group = "quantizer" if key == "quant" else key
         if group not in self.groups:
             found = (load(path).get(key) for name in COMMANDS for path in self.files(name))
         else:
             files = [*self.files(f"{group}/*"), *self.files(f"{group}/*/*")]
             found = (load(path).get(group) if is_global(path) else load(path) for path in files)
-        names = itertools.chain.from_iterable(settings for settings in found if isinstance(settings, dict))
+        names = itertools.chain.from_iterable(
+            settings for settings in found if isinstance(settings, dict)
+        )
         return sorted(name for name in {*names} if not name.startswith("_") and name != "defaults")
 
-    def fail(self, problem: str, known: Iterable[str], word: str, there_are: str = "There are") -> None:
+    def fail(
+        self, problem: str, known: Iterable[str], word: str, there_are: str = "There are"
+    ) -> None:
         """Raise ``SlimError`` with the file's name."""
         shown = "/".join(self.path.parts[self.path.parts.index("experiment") - 1 :])
-        raise SlimError(f"{shown}: {problem}. {there_are}: {', '.join(known)}.{did_you_mean(word, known)}")
+        raise SlimError(
+            f"{shown}: {problem}. {there_are}: {', '.join(known)}.{did_you_mean(word, known)}"
+        )
 
 
 def load(path: Path) -> dict:
-    """Return the content of a configuration file. Raises ``SlimError`` where it is no mapping in YAML."""
+    """Return the content of a configuration file. Raises ``SlimError`` where it is no mapping in
+    YAML."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), LOADER)
     except yaml.YAMLError as error:
         raise SlimError(f"{path}: not YAML: {' '.join(str(error).split())[:300]}") from error
     if content is not None and not isinstance(content, dict):
-        raise SlimError(f"{path}: settings (key: value) are needed, and this is a {type(content).__name__}.")
+        raise SlimError(
+            f"{path}: settings (key: value) are needed, and this is a {type(content).__name__}."
+        )
     return content or {}
 
 

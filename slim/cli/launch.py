@@ -1,8 +1,7 @@
 """From the command line to the pipeline: ``quant`` for ``quantizer``, short errors, exit codes.
 
-Exit codes: 0 done, 1 an error inside slim (with its traceback), 2 a mistake in the command or a limit of the machine,
-130 interrupted.
-"""
+Exit codes: 0 done, 1 an error inside slim (with its traceback), 2 a mistake in the command or a
+limit of the machine, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ from slim.core.errors import fail
 
 
 def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Run ``task`` with the configuration of this process' command line and end the process with the exit code."""
+    """Run ``task`` with the configuration of this process' command line and end the process with
+    the exit code."""
     import hydra
 
     sys.argv[1:] = expand_alias(sys.argv[1:])
@@ -57,7 +57,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
 
 def close_sweep(error: BaseException | None = None) -> int:
-    """End the sweep that this process was started for, if any; return the exit code for its points."""
+    """End the sweep that this process was started for, if any; return the exit code for its
+    points."""
     sweep = sys.modules.get("slim.sweeps.sweep")  # not imported where there is no sweep
     return sweep.close_current(error) if sweep is not None else 0
 

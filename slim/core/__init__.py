@@ -1,1 +1,2 @@
-"""What every package may use: errors, settings, console, files, hardware, processes. Imports nothing else of slim."""
+"""What every package may use: errors, settings, console, files, hardware, processes. Imports
+nothing else of slim."""

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 def console():
-    """Return the console for progress and messages: standard error, so that standard output stays the result."""
+    """Return the console for progress and messages: standard error, so that standard output stays
+    the result."""
     global _console
     if _console is None:
         from rich.console import Console
@@ -24,7 +25,8 @@ _console = None
 
 
 def results_console(width: int = 160):
-    """Return the console for results: standard output, ``width`` characters wide where that is a file."""
+    """Return the console for results: standard output, ``width`` characters wide where that is a
+    file."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else width)
@@ -37,7 +39,8 @@ def be_quiet() -> None:
 
 @contextmanager
 def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Show a bar while the body runs and yield ``advance(steps=1, note="")``; ``note`` is shown behind the bar."""
+    """Show a bar while the body runs and yield ``advance(steps=1, note="")``; ``note`` is shown
+    behind the bar."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -77,7 +80,8 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
 
 
 def hide_library_bars() -> None:
-    """Switch off transformers' bars for reading and writing shards, which would break up our own."""
+    """Switch off transformers' bars for reading and writing shards, which would break up our
+    own."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

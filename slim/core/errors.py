@@ -8,14 +8,16 @@ from collections.abc import Iterable
 
 
 class SlimError(Exception):
-    """A mistake in what was asked for, or a limit of the machine: shown as one or two lines, without a traceback.
+    """A mistake in what was asked for, or a limit of the machine: shown as one or two lines,
+    without a traceback.
 
     The message says what is wrong, what is allowed and what to type instead.
     """
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean x?"`` for the entry of ``known`` nearest to ``word``, or an empty string."""
+    """Return ``" Did you mean x?"`` for the entry of ``known`` nearest to ``word``, or an empty
+    string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]}?" if nearest else ""
 

@@ -45,13 +45,22 @@ def bar_scores(
         bars[block].set_hatch("///")
     if min(scores) > 0 and max(scores) > LOG_FROM * min(scores):
         axes.set_yscale("log")
-    handles = legend_of_blocks(any(block in removed for block in range(len(scores))), bool(protected))
+    handles = legend_of_blocks(
+        any(block in removed for block in range(len(scores))), bool(protected)
+    )
     if reference is not None:
-        handles.append(axes.axhline(reference, color="black", linestyle="--", linewidth=1, label="whole model"))
+        handles.append(
+            axes.axhline(reference, color="black", linestyle="--", linewidth=1, label="whole model")
+        )
     axes.set(xlabel="block", ylabel=score, title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(
-        handles=handles, fontsize="small", frameon=False, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1.08)
+        handles=handles,
+        fontsize="small",
+        frameon=False,
+        ncols=len(handles),
+        loc="lower left",
+        bbox_to_anchor=(0, 1.08),
     )
     save_figure(figure, path)
 
@@ -75,9 +84,11 @@ def run_distances(
     candidates: Collection[int],
     removed: Sequence[int],
 ) -> None:
-    """Draw angular distances into ``path``: per start of a run of the wanted length, and for all runs as a heat map.
+    """Draw angular distances into ``path``: per start of a run of the wanted length, and for all
+    runs as a heat map.
 
-    curve: distance per start. by_length: row n - 1 holds the distances of runs of n blocks, per start.
+    curve: distance per start. by_length: row n - 1 holds the distances of runs of n blocks, per
+        start.
     candidates: starts that were allowed. removed: the chosen run.
     """
     figure = new_figure(11.0, 4.2)
@@ -88,14 +99,23 @@ def run_distances(
     save_figure(figure, path)
 
 
-def draw_run_curve(axes, curve: Sequence[float], candidates: Collection[int], removed: Sequence[int]) -> None:
+def draw_run_curve(
+    axes, curve: Sequence[float], candidates: Collection[int], removed: Sequence[int]
+) -> None:
     """Draw the distance over the start of the run; starts that were not allowed are hollow."""
     allowed = [start for start in range(len(curve)) if start in candidates]
     barred = [start for start in range(len(curve)) if start not in candidates]
     axes.plot(range(len(curve)), curve, color=KEPT, linewidth=1)
     axes.plot(allowed, [curve[start] for start in allowed], "o", color=KEPT, label="possible run")
     if barred:
-        axes.plot(barred, [curve[start] for start in barred], "o", color=KEPT, markerfacecolor="white", label="protected")
+        axes.plot(
+            barred,
+            [curve[start] for start in barred],
+            "o",
+            color=KEPT,
+            markerfacecolor="white",
+            label="protected",
+        )
     axes.plot(
         removed[0],
         curve[removed[0]],
@@ -117,7 +137,13 @@ def draw_heat_map(axes, by_length: Sequence[Sequence[float]], removed: Sequence[
     """Draw distances over (start, run length) and return the image; the chosen run is marked."""
     depth = len(by_length)
     grid = [list(row) + [float("nan")] * (depth - len(row)) for row in by_length]
-    image = axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, depth - 0.5, 0.5, depth + 0.5))
+    image = axes.imshow(
+        grid,
+        origin="lower",
+        aspect="auto",
+        cmap="viridis",
+        extent=(-0.5, depth - 0.5, 0.5, depth + 0.5),
+    )
     axes.plot(removed[0], len(removed), "s", color=REMOVED, markersize=9)
     axes.set(xlabel="first block of the run", ylabel="blocks in the run", title="all runs")
     for axis in (axes.xaxis, axes.yaxis):

@@ -1,4 +1,5 @@
-"""What this machine is and has: for limits before work, for facts that hold on one machine only, and for the record."""
+"""What this machine is and has: for limits before work, for facts that hold on one machine only,
+and for the record."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Return the commit of slim's own checkout, with ``+`` where files differ from it; None outside a checkout."""
+    """Return the commit of slim's own checkout, with ``+`` where files differ from it; None outside
+    a checkout."""
     root = Path(__file__).parent.parent.parent
     if not (root / ".git").exists():
         return None
@@ -43,12 +45,15 @@ def git_commit() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    result = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+    )
     return result.stdout.strip()
 
 
 def pick_device(device: str) -> str:
-    """Return the torch device for ``auto``, ``cpu`` or ``cuda``. Raises ``SlimError`` for a GPU that is not there."""
+    """Return the torch device for ``auto``, ``cpu`` or ``cuda``. Raises ``SlimError`` for a GPU
+    that is not there."""
     from slim.core.errors import SlimError
     from slim.core.settings import require_choice
 
@@ -68,7 +73,11 @@ def pick_device(device: str) -> str:
 
 def _may_have_gpu() -> bool:
     """Tell without importing torch, which takes seconds, whether a GPU is worth asking for."""
-    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() or platform.system() == "Windows"
+    return (
+        Path("/dev/nvidiactl").exists()
+        or Path("/dev/kfd").exists()
+        or platform.system() == "Windows"
+    )
 
 
 def fingerprint(device: str) -> dict:
@@ -96,7 +105,8 @@ def _processor() -> str:
 
 
 def available_memory(device: str) -> int | None:
-    """Return the bytes of memory that can still be taken on the device, or None where that cannot be told."""
+    """Return the bytes of memory that can still be taken on the device, or None where that cannot
+    be told."""
     if device == "cuda":
         import torch
 
@@ -117,17 +127,18 @@ def free_disk(folder: Path) -> int:
 
 
 def map_large_tensors() -> None:
-    """Let tensors of 2 MiB and more have pages of their own, which go back to the system with them, where malloc can.
+    """Let tensors of 2 MiB and more have pages of their own, which go back to the system with them,
+    where malloc can.
 
-    By itself glibc raises that limit, up to 32 MiB, with every such tensor that is freed: later ones then lie in a heap
-    whose holes nobody can use.
-    """
+    By itself glibc raises that limit, up to 32 MiB, with every such tensor that is freed: later
+    ones then lie in a heap whose holes nobody can use."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**21)
         ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, 2**25)
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can; what malloc keeps for later counts as in use."""
+    """Give freed memory back to the system, where the C library can; what malloc keeps for later
+    counts as in use."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)

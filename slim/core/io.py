@@ -1,4 +1,5 @@
-"""Files: JSON, safetensors headers, SHA-256, and writing so that a file appears whole or not at all."""
+"""Files: JSON, safetensors headers, SHA-256, and writing so that a file appears whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -27,13 +28,15 @@ def read_json(path: Path) -> dict:
 def read_header(path: Path) -> dict[str, dict]:
     """Return the header of a safetensors file: tensor name -> dtype, shape, data_offsets.
 
-    Raises ``SlimError`` if the file is shorter or longer than its header says, or is no safetensors file.
-    """
+    Raises ``SlimError`` if the file is shorter or longer than its header says, or is no safetensors
+    file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise SlimError(f"{path} is truncated or no safetensors file ({size} bytes). Fetch or make it again.")
+            raise SlimError(
+                f"{path} is truncated or no safetensors file ({size} bytes). Fetch or make it again."
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -41,15 +44,18 @@ def read_header(path: Path) -> dict[str, dict]:
     header.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
-        raise SlimError(f"{path} has {size} bytes where its header asks for {end}. Fetch or make it again.")
+        raise SlimError(
+            f"{path} has {size} bytes where its header asks for {end}. Fetch or make it again."
+        )
     return header
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hex digits; read once per process, as long as the file keeps its time of change.
+    """Return the SHA-256 of a file as 64 hex digits; read once per process, as long as the file
+    keeps its time of change.
 
-    A file that changed less than two seconds ago is read again: clocks of file systems may not tell two changes apart.
-    """
+    A file that changed less than two seconds ago is read again: clocks of file systems may not tell
+    two changes apart."""
     state = path.stat()
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
     if key in _sums:

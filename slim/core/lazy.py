@@ -1,7 +1,7 @@
 """Modules that are imported when they are first used.
 
-A method's settings and its mathematics stand in one file, and a wrong setting must be reported within a second; torch
-alone takes two to import. So files that Hydra instantiates from write::
+A method's settings and its mathematics stand in one file, and a wrong setting must be reported
+within a second; torch alone takes two to import. So files that Hydra instantiates from write::
 
     if TYPE_CHECKING:
         import torch
@@ -22,9 +22,11 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str):
-        if attribute.startswith("__"):  # inspection (copy, pickle, doctest) must not trigger the import
+        # inspection (copy, pickle, doctest) must not trigger the import
+        if attribute.startswith("__"):
             raise AttributeError(attribute)
         value = getattr(importlib.import_module(self._name), attribute)
-        if isinstance(value, Callable | type) and not self._name.startswith("slim."):  # inner loops ask often
+        # inner loops ask often
+        if isinstance(value, Callable | type) and not self._name.startswith("slim."):
             self.__dict__[attribute] = value
         return value

@@ -1,9 +1,9 @@
-"""Several processes, started by torchrun: which one this is, and what process zero tells the others.
+"""Several processes, started by torchrun: which one this is, and what process zero tells the
+others.
 
-Process zero runs the whole chain. The others wait for a stage that all processes run (a training), take part in it, and wait
-again (:mod:`slim.chain.worker`). They read the checkpoints that process zero writes, so with several machines the store must be
-on a file system that all of them share.
-"""
+Process zero runs the whole chain. The others wait for a stage that all processes run (a training),
+take part in it, and wait again (:mod:`slim.chain.worker`). They read the checkpoints that process
+zero writes, so with several machines the store must be on a file system that all of them share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-PATIENCE = timedelta(days=30)  # the others wait as long as process zero prunes, quantises and evaluates
+# the others wait as long as process zero prunes, quantises and evaluates
+PATIENCE = timedelta(days=30)
 
 
 def launched() -> bool:
@@ -77,7 +78,8 @@ def main_process() -> Iterator[None]:
 
 
 def broadcast(message: Any) -> Any:
-    """Give ``message``, plain values, of process zero to all; return it. None tells the others to end."""
+    """Give ``message``, plain values, of process zero to all; return it. None tells the others to
+    end."""
     if world_size() == 1:
         return message
     box = [message]

@@ -1,4 +1,5 @@
-"""Checks that settings classes share. Each raises ``SlimError`` naming the setting as the user types it."""
+"""Checks that settings classes share. Each raises ``SlimError`` naming the setting as the user
+types it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def require_choice(setting: str, value: Any, allowed: Collection) -> None:
         raise SlimError(f"{setting}={value} is not possible. Allowed: {shown}.{hint}")
 
 
-def require_number(setting: str, value: Any, low: float, high: float = float("inf"), integer: bool = False) -> None:
+def require_number(
+    setting: str, value: Any, low: float, high: float = float("inf"), integer: bool = False
+) -> None:
     """Require ``low <= value <= high`` (both included), and a whole number where ``integer``."""
     kind = "a whole number" if integer else "a number"
     number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
@@ -33,11 +36,12 @@ def require_flag(setting: str, value: Any) -> None:
 
 
 def cache_key(value: Any) -> Any:
-    """Reduce settings to plain JSON values that determine a result, for hashing and for the manifest.
+    """Reduce settings to plain JSON values that determine a result, for hashing and for the
+    manifest.
 
-    An object with its own ``cache_key()`` decides for itself (a text adds its checksum); a dataclass gives its fields,
-    without those marked ``field(metadata={"cache_key": False})`` (they change speed or looks, not the result).
-    """
+    An object with its own ``cache_key()`` decides for itself (a text adds its checksum); a
+    dataclass gives its fields, without those marked ``field(metadata={"cache_key": False})`` (they
+    change speed or looks, not the result)."""
     if hasattr(value, "cache_key"):
         return value.cache_key()
     if dataclasses.is_dataclass(value):
@@ -52,7 +56,8 @@ def cache_key(value: Any) -> Any:
 
 
 def dataclass_cache_key(value: Any) -> dict:
-    """Return class name and fields of a settings dataclass as plain JSON values (see :func:`cache_key`)."""
+    """Return class name and fields of a settings dataclass as plain JSON values (see
+    :func:`cache_key`)."""
     fields = {
         field.name: cache_key(getattr(value, field.name))
         for field in dataclasses.fields(value)
@@ -64,8 +69,7 @@ def dataclass_cache_key(value: Any) -> dict:
 def cache_name(value: Any) -> str:
     """Return the name under which results record the class of ``value``.
 
-    It is the class's own ``cache_name``, which must never change: a class may be renamed or moved, and results that were made
-    before are still found. Classes without one go by their own name, so
-    a subclass never takes the results of its base.
-    """
+    It is the class's own ``cache_name``, which must never change: a class may be renamed or moved,
+    and results that were made before are still found. Classes without one go by their own name, so
+    a subclass never takes the results of its base."""
     return vars(type(value)).get("cache_name", type(value).__name__)

@@ -1,9 +1,9 @@
-"""The bases of all training data: plain text (loss on every token) and conversations (loss on the answers only).
+"""The bases of all training data: plain text (loss on every token) and conversations (loss on the
+answers only).
 
-Each choice of the ``data`` group gives windows of tokens for training and, kept apart from them, for validation and for
-a test: from splits of their own, or from shares of the documents chosen by a hash of their content, so that a document
-and its copies are always on the same side.
-"""
+Each choice of the ``data`` group gives windows of tokens for training and, kept apart from them,
+for validation and for a test: from splits of their own, or from shares of the documents chosen by a
+hash of their content, so that a document and its copies are always on the same side."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Sized = TypeVar("Sized")
 class TrainingData:
     """Base of the data choices.
 
-    endless: whether training text never ends, so that epochs mean nothing. title: what to call the data in messages.
-    """
+    endless: whether training text never ends, so that epochs mean nothing. title: what to call the
+    data in messages."""
 
     endless = False
     title = "The data"
@@ -37,7 +37,8 @@ class TrainingData:
         return dataclass_cache_key(self)
 
     def windows(self, part: str, tokenizer, window: int, tokens: int | None = None) -> Windows:
-        """Return ``part`` (``"train"``, ``"validation"`` or ``"test"``) as windows of ``window`` tokens.
+        """Return ``part`` (``"train"``, ``"validation"`` or ``"test"``) as windows of ``window``
+        tokens.
 
         tokens: about how many are enough; None for all there are.
         Raises ``SlimError`` naming the data if nothing is left to learn from.
@@ -49,7 +50,9 @@ class TrainingData:
                 f"Give more data or a smaller tuner.window."
             )
         if not bool((found.loss_tokens > 0).all()):
-            raise SlimError(f"{self.title} has {part} windows without a token to learn ({_shown(found.counts)}).")
+            raise SlimError(
+                f"{self.title} has {part} windows without a token to learn ({_shown(found.counts)})."
+            )
         return found
 
     def build(self, part: str, tokenizer, window: int, tokens: int | None) -> Windows:
@@ -72,18 +75,22 @@ class PlainText(TrainingData):
 class Conversations(TrainingData):
     """Questions with answers, packed separately; only answers count.
 
-    long: what to do with a conversation longer than a window: ``"cut"`` its end off or ``"drop"`` it.
-    """
+    long: what to do with a conversation longer than a window: ``"cut"`` its end off or ``"drop"``
+    it."""
 
     long: str
 
     def pairs(self, part: str) -> Iterator[tuple[str, str]]:
-        """Yield prompt and answer of conversations that have one of each; the answer is empty where there is none."""
+        """Yield prompt and answer of conversations that have one of each; the answer is empty where
+        there is none."""
         raise NotImplementedError
 
     def conversations(self, part: str) -> Iterator[list[Message]]:
-        """Yield the messages of every conversation, an answer last; an empty list where there is no answer."""
-        return (turns(prompt, answer) if answer.strip() else [] for prompt, answer in self.pairs(part))
+        """Yield the messages of every conversation, an answer last; an empty list where there is no
+        answer."""
+        return (
+            turns(prompt, answer) if answer.strip() else [] for prompt, answer in self.pairs(part)
+        )
 
     def questions(self, part: str) -> Iterator[str]:
         """Yield the prompts alone, for a model to answer."""
@@ -121,7 +128,8 @@ def _measured(items: Iterable[Sized], lengths: array) -> Iterator[Sized]:
 
 
 def length_counts(lengths: array) -> dict[str, int]:
-    """Return how long documents or examples are, in tokens: median, 95th percentile (nearest rank) and longest."""
+    """Return how long documents or examples are, in tokens: median, 95th percentile (nearest rank)
+    and longest."""
     if not lengths:
         return {}
     ordered = sorted(lengths)
@@ -130,7 +138,8 @@ def length_counts(lengths: array) -> dict[str, int]:
 
 
 def share_of(text: str, seed: int) -> float:
-    """Return where a document lies between 0 and 1 (not included): a fixed function of its text and the seed."""
+    """Return where a document lies between 0 and 1 (not included): a fixed function of its text and
+    the seed."""
     digest = hashlib.blake2b(f"{seed}/{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

@@ -1,4 +1,5 @@
-"""Calibration samples: windows of a text at random places, as in GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978)."""
+"""Calibration samples: windows of a text at random places, as in GPTQ (arXiv:2210.17323) and AWQ
+(arXiv:2306.00978)."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ else:
 class Calibration(Text):
     """Which tokens the statistics of a method are taken over.
 
-    samples: number of windows. length: tokens per window, at most the model's context. seed: of the places.
-    first_documents: number of documents from the start that are read; None for all. separator: what stands between them.
-    """
+    samples: number of windows. length: tokens per window, at most the model's context. seed: of the
+        places.
+    first_documents: number of documents from the start that are read; None for all. separator: what
+    stands between them."""
 
     cache_name: ClassVar[str] = "Calibration"
 
@@ -41,7 +43,12 @@ class Calibration(Text):
         super().__post_init__()
 
     def cache_key(self) -> dict:
-        found = {**self.text_identity(), "samples": self.samples, "length": self.length, "seed": self.seed}
+        found = {
+            **self.text_identity(),
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+        }
         if self.first_documents is not None:
             found["first_documents"] = self.first_documents
         return found if self.separator == "\n\n" else {**found, "separator": self.separator}
@@ -68,5 +75,6 @@ class Calibration(Text):
 
 
 def encode_long(tokenizer, text: str) -> list[int]:
-    """Tokenise a text longer than the model's context, without the tokenizer's warning about that."""
+    """Tokenise a text longer than the model's context, without the tokenizer's warning about
+    that."""
     return tokenizer(text, verbose=False)["input_ids"]

@@ -1,4 +1,5 @@
-"""Plain text from a file or a data set, and what all data that is read from one shares: parts, order, streaming."""
+"""Plain text from a file or a data set, and what all data that is read from one shares: parts,
+order, streaming."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ Item = TypeVar("Item")
 class Corpus(TrainingData):
     """A file or data set, and how it is divided.
 
-    text, subset, split, revision, streaming: as in :class:`slim.data.text.Text`. Streamed data is read as far as the steps
-        need, and in a random order only within ``BUFFER`` documents.
-    validation_split, test_split: splits of a data set; where there is none, ``validation_fraction`` and ``test_fraction`` of
-        the documents instead, chosen by a hash of their text. Training never reads either.
+    text, subset, split, revision, streaming: as in :class:`slim.data.text.Text`. Streamed data is
+        read as far as the steps need, and in a random order only within ``BUFFER`` documents.
+    validation_split, test_split: splits of a data set; where there is none, ``validation_fraction``
+        and ``test_fraction`` of the documents instead, chosen by a hash of their text. Training
+        never reads either.
     seed: of the order of the documents and of the choice of those kept apart.
     """
 
@@ -67,7 +69,11 @@ class Corpus(TrainingData):
                 f"{self.text} is one file and has no splits. Leave data.validation_split and data.test_split at null, "
                 "or give a folder with files named train, validation and test."
             )
-        named = [split for split in (self.split, self.validation_split, self.test_split) if split is not None]
+        named = [
+            split
+            for split in (self.split, self.validation_split, self.test_split)
+            if split is not None
+        ]
         doubled = next((split for split in named if named.count(split) > 1), None)
         if doubled is not None:
             raise SlimError(
@@ -89,10 +95,12 @@ class Corpus(TrainingData):
         return Text(self.text, self.subset, split, revision=self.revision, streaming=self.streaming)
 
     def part_identity(self, *names: str) -> dict:
-        """Return what the text is and how it is divided, and the settings ``names``, as plain values."""
+        """Return what the text is and how it is divided, and the settings ``names``, as plain
+        values."""
         own = {name: getattr(self, name) for name in (*names, "validation_split", "seed")}
         own["validation_fraction"] = None if self.validation_split else self.validation_fraction
-        if self.test_fraction and not self.test_split:  # what is held back for a test is missing in training
+        # what is held back for a test is missing in training
+        if self.test_fraction and not self.test_split:
             own["test_fraction"] = self.test_fraction
         if self.streaming:  # another order
             own["streaming"] = True
@@ -108,12 +116,14 @@ class Corpus(TrainingData):
         return self.source(own or self.split)
 
     def belongs(self, text: str, part: str) -> bool:
-        """Whether a document of :meth:`opened` belongs to ``part``; ``text`` is what it is told apart by."""
+        """Whether a document of :meth:`opened` belongs to ``part``; ``text`` is what it is told
+        apart by."""
         own = {VALIDATION: self.validation_split, TEST: self.test_split}
         if own.get(part):
             return True
         chosen = {
-            VALIDATION: not own[VALIDATION] and is_validation(text, self.validation_fraction, self.seed),
+            VALIDATION: not own[VALIDATION]
+            and is_validation(text, self.validation_fraction, self.seed),
             TEST: not own[TEST] and is_test(text, self.test_fraction, self.seed),
         }
         return chosen.get(part, not any(chosen.values()))
@@ -147,8 +157,9 @@ class TextData(Corpus, PlainText):
     """Plain text from a file or a data set.
 
     column: text column of a data set or of a file with rows.
-    passage: characters; the text is joined and cut at line ends into documents of about this length. 0 leaves the
-        documents as they are. A ``.txt`` file, being one document, is always cut.
+    passage: characters; the text is joined and cut at line ends into documents of about this
+        length. 0 leaves the documents as they are. A ``.txt`` file, being one document, is always
+        cut.
     """
 
     cache_name: ClassVar[str] = "TextData"
@@ -175,7 +186,9 @@ class TextData(Corpus, PlainText):
         single = source.path is not None and source.path.suffix == ".txt"
         if self.passage or single:
             documents = passages(documents, self.passage or PASSAGE)
-        return self.shuffled(text for text in documents if text.strip() and self.belongs(text, part))
+        return self.shuffled(
+            text for text in documents if text.strip() and self.belongs(text, part)
+        )
 
 
 def passages(documents: Iterable[str], length: int) -> Iterator[str]:
@@ -183,7 +196,9 @@ def passages(documents: Iterable[str], length: int) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     for document in documents:
-        for line in (document if document.endswith("\n") else document + "\n").splitlines(keepends=True):
+        for line in (document if document.endswith("\n") else document + "\n").splitlines(
+            keepends=True
+        ):
             lines.append(line)
             size += len(line)
             if size >= length:

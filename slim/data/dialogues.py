@@ -1,4 +1,5 @@
-"""Conversations from a file or a data set: prompts with answers, dialogues of many turns, questions about passages."""
+"""Conversations from a file or a data set: prompts with answers, dialogues of many turns, questions
+about passages."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ class Dialogue(Corpus, Conversations):
         super().__post_init__()
         path = self.source(self.split).path
         if path is not None and path.is_file() and path.suffix == ".txt":
-            raise SlimError(f"{self.text} is plain text without answers. Use data=text for it, or give a .jsonl file.")
+            raise SlimError(
+                f"{self.text} is plain text without answers. Use data=text for it, or give a .jsonl file."
+            )
 
     def require_columns(self, row: dict, *columns: str | None) -> None:
         """Raise ``SlimError`` naming the first of the columns that a row lacks."""
@@ -56,8 +59,8 @@ class Dialogue(Corpus, Conversations):
 class Pairs(Dialogue):
     """Prompts and answers.
 
-    prompt, answer: names of the columns; without an answer (None) there are questions only. An answer that is a list gives
-        its first element.
+    prompt, answer: names of the columns; without an answer (None) there are questions only. An
+        answer that is a list gives its first element.
     context: a column that is appended to the prompt where it is not empty.
     """
 
@@ -82,7 +85,9 @@ class Pairs(Dialogue):
         if not self.streaming:  # a stream is not read twice
             found = list(found)
             if not any(answer.strip() for _, answer in found):
-                raise SlimError(f"{self.title} has no answers: column '{self.answer}' is empty in all {len(found)} rows.")
+                raise SlimError(
+                    f"{self.title} has no answers: column '{self.answer}' is empty in all {len(found)} rows."
+                )
         return self._chosen(found, part)
 
     def questions(self, part: str) -> Iterator[str]:
@@ -99,7 +104,10 @@ class Pairs(Dialogue):
     def pair(self, row: dict) -> tuple[str, str]:
         """Return prompt and answer of a row; the answer is empty where there is none."""
         self.require_columns(row, self.prompt, self.answer, self.context)
-        prompt, answer, context = (plain(row[column]) if column else "" for column in (self.prompt, self.answer, self.context))
+        prompt, answer, context = (
+            plain(row[column]) if column else ""
+            for column in (self.prompt, self.answer, self.context)
+        )
         context = context.strip()
         return (f"{prompt}\n\n{context}" if context else prompt), answer
 
@@ -108,9 +116,8 @@ class Pairs(Dialogue):
 class Messages(Dialogue):
     """Dialogues of many turns; every answer counts in the loss.
 
-    messages: column with the turns, a list of objects (or its JSON). role, content: their keys for who speaks and what is
-    said. What stands behind the last answer is left out.
-    """
+    messages: column with the turns, a list of objects (or its JSON). role, content: their keys for
+    who speaks and what is said. What stands behind the last answer is left out."""
 
     cache_name: ClassVar[str] = "Messages"
 
@@ -132,20 +139,30 @@ class Messages(Dialogue):
 
     def _chosen(self, part: str) -> Iterator[list[Message]]:
         found = (self.turns(row) for row in self.opened(part).rows())
-        return self.shuffled(turns for turns in found if turns and self.belongs(first_question(turns), part))
+        return self.shuffled(
+            turns for turns in found if turns and self.belongs(first_question(turns), part)
+        )
 
     def turns(self, row: dict) -> list[Message]:
-        """Return a row's messages, empty ones left out. Raises ``SlimError`` for a role it does not know."""
+        """Return a row's messages, empty ones left out. Raises ``SlimError`` for a role it does not
+        know."""
         self.require_columns(row, self.messages)
         found = row[self.messages]
         if isinstance(found, str):
             try:
                 found = json.loads(found)
             except ValueError as error:
-                raise SlimError(f"{self.title}: column '{self.messages}' holds text that is no list of turns.") from error
+                raise SlimError(
+                    f"{self.title}: column '{self.messages}' holds text that is no list of turns."
+                ) from error
         if isinstance(found, dict):  # as some data sets store a list of objects
-            found = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
-        return [message for message in map(self._message, found or ()) if message["content"].strip()]
+            found = [
+                dict(zip(found, values, strict=True))
+                for values in zip(*found.values(), strict=True)
+            ]
+        return [
+            message for message in map(self._message, found or ()) if message["content"].strip()
+        ]
 
     def _message(self, turn: dict) -> Message:
         if not isinstance(turn, dict) or self.role not in turn or self.content not in turn:
@@ -156,16 +173,19 @@ class Messages(Dialogue):
             )
         role = ROLES.get(str(turn[self.role]).lower())
         if role is None:
-            raise SlimError(f"{self.title} has a turn of '{turn[self.role]}'. Roles slim knows: {', '.join(ROLES)}.")
+            raise SlimError(
+                f"{self.title} has a turn of '{turn[self.role]}'. Roles slim knows: {', '.join(ROLES)}."
+            )
         return {"role": role, "content": plain(turn[self.content])}
 
 
 @dataclass
 class Passages(Pairs):
-    """Questions about passages, in the schema of MS MARCO (arXiv:1611.09268): the selected passages follow the question.
+    """Questions about passages, in the schema of MS MARCO (arXiv:1611.09268): the selected passages
+    follow the question.
 
-    Rows whose answer is "No Answer Present.", or of whose passages none is selected, count as unanswered.
-    """
+    Rows whose answer is "No Answer Present.", or of whose passages none is selected, count as
+    unanswered."""
 
     cache_name: ClassVar[str] = "Passages"
 
@@ -176,7 +196,11 @@ class Passages(Pairs):
     def pair(self, row: dict) -> tuple[str, str]:
         self.require_columns(row, self.prompt, self.answer, self.context)
         passages = row[self.context]
-        chosen = [text for text, use in zip(passages["passage_text"], passages["is_selected"], strict=True) if use]
+        chosen = [
+            text
+            for text, use in zip(passages["passage_text"], passages["is_selected"], strict=True)
+            if use
+        ]
         answer = plain(row[self.answer]) if self.answer else ""
         usable = chosen and answer.strip() != NO_ANSWER
         return "\n\n".join([plain(row[self.prompt]), *chosen]), answer if usable else ""
@@ -196,4 +220,6 @@ def first_question(turns: list[Message]) -> str:
 
 def last_answer(turns: list[Message]) -> int:
     """Return the place behind the last answer; 0 if there is none."""
-    return next((place for place in range(len(turns), 0, -1) if turns[place - 1]["role"] == "assistant"), 0)
+    return next(
+        (place for place in range(len(turns), 0, -1) if turns[place - 1]["role"] == "assistant"), 0
+    )

@@ -1,6 +1,16 @@
-"""What a model is trained on: the choices of the ``data`` group, and the bases from which others can be made."""
+"""What a model is trained on: the choices of the ``data`` group, and the bases from which others
+can be made."""
 
-from slim.data.base import PARTS, TEST, TRAIN, VALIDATION, Conversations, PlainText, TrainingData, is_validation
+from slim.data.base import (
+    PARTS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Conversations,
+    PlainText,
+    TrainingData,
+    is_validation,
+)
 from slim.data.corpus import TextData, passages
 from slim.data.dialogues import Messages, Pairs, Passages
 from slim.data.tiny import TinyChat, TinyText

@@ -1,13 +1,14 @@
-"""Packing: variable-length token lists into full windows, so that no computation is spent on padding.
+"""Packing: variable-length token lists into full windows, so that no computation is spent on
+padding.
 
-Plain text is *concatenated*: documents follow each other with the end token between them, cut into full windows.
-Examples with answers are packed *separately*: several fit into one window, each with positions that start at 0. Given
-such positions, no attention mask and no cache, transformers lets no token see another example (tested: losses equal
-those of the unpacked examples).
+Plain text is *concatenated*: documents follow each other with the end token between them, cut into
+full windows. Examples with answers are packed *separately*: several fit into one window, each with
+positions that start at 0. Given such positions, no attention mask and no cache, transformers lets
+no token see another example (tested: losses equal those of the unpacked examples).
 
-Labels follow the convention of transformers: ``labels[t]`` is the token at ``t`` or ``IGNORE``, and the model's output
-at ``t - 1`` is what predicts it. The first token of a window or of an example has no prediction and never counts.
-"""
+Labels follow the convention of transformers: ``labels[t]`` is the token at ``t`` or ``IGNORE``, and
+the model's output at ``t - 1`` is what predicts it. The first token of a window or of an example
+has no prediction and never counts."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ IGNORE = -100  # label of a token without loss, as in torch's cross entropy
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens of one example and as many labels: the token itself where it counts, ``IGNORE`` elsewhere."""
+    """Tokens of one example and as many labels: the token itself where it counts, ``IGNORE``
+    elsewhere."""
 
     tokens: list[int]
     labels: list[int]
@@ -55,7 +57,8 @@ class Example:
 class Windows:
     """Windows of equal length, ready to be batched.
 
-    tokens, labels: int32 of shape [windows, length]. positions: the same, or None where each window is one sequence.
+    tokens, labels: int32 of shape [windows, length]. positions: the same, or None where each window
+        is one sequence.
     counts: what went in and what did not: examples, cut, dropped, tokens left over.
     """
 
@@ -78,12 +81,16 @@ class Windows:
         return 1 - self.counts.get("padding", 0) / max(1, self.tokens.numel())
 
 
-def concatenate(documents: Iterable[Sequence[int]], window: int, end: int, limit: int | None = None) -> Windows:
-    """Join documents, each followed by the token ``end``, and cut the stream into windows without padding.
+def concatenate(
+    documents: Iterable[Sequence[int]], window: int, end: int, limit: int | None = None
+) -> Windows:
+    """Join documents, each followed by the token ``end``, and cut the stream into windows without
+    padding.
 
-    A document's rest is carried into the next window; what does not fill the last window is left over and counted.
-    limit: stop reading ``documents`` (which may be endless) once the windows hold this many tokens; None reads all.
-    """
+    A document's rest is carried into the next window; what does not fill the last window is left
+    over and counted.
+    limit: stop reading ``documents`` (which may be endless) once the windows hold this many tokens;
+    None reads all."""
     stream = array("i")  # 4 bytes a token, where a list takes up to 36
     count = 0
     enough = None if limit is None else -(-limit // window) * window
@@ -95,17 +102,23 @@ def concatenate(documents: Iterable[Sequence[int]], window: int, end: int, limit
             stream.append(end)
         count += 1
     full = (len(stream) if enough is None else min(enough, len(stream))) // window
-    tokens = torch.frombuffer(stream, dtype=torch.int32)[: full * window] if full else torch.empty(0, dtype=torch.int32)
+    tokens = (
+        torch.frombuffer(stream, dtype=torch.int32)[: full * window]
+        if full
+        else torch.empty(0, dtype=torch.int32)
+    )
     tokens = tokens.view(full, window)
-    return Windows(tokens, tokens, counts={"documents": count, "left_over": len(stream) - full * window})
+    return Windows(
+        tokens, tokens, counts={"documents": count, "left_over": len(stream) - full * window}
+    )
 
 
 def best_fit(lengths: Sequence[int], window: int) -> list[list[int]]:
-    """Distribute items over bins of size ``window``: the longest first, each into the fullest bin that has room.
+    """Distribute items over bins of size ``window``: the longest first, each into the fullest bin
+    that has room.
 
-    (Best fit decreasing; needs at most 11/9 of the smallest possible number of bins, plus a constant.)
-    Returns the indices in each bin. Raises ValueError for an item longer than a bin.
-    """
+    (Best fit decreasing; needs at most 11/9 of the smallest possible number of bins, plus a
+    constant.) Returns the indices in each bin. Raises ValueError for an item longer than a bin."""
     if any(length > window for length in lengths):
         raise ValueError(f"an item of {max(lengths)} does not fit into {window}")
     bins: list[list[int]] = []
@@ -143,12 +156,17 @@ def separate(examples: Sequence[Example], window: int, pad: int) -> Windows:
         packed = [examples[index] for index in sorted(members)]
         free = window - sum(len(example.tokens) for example in packed)
         padding += free
-        tokens.append([*chain.from_iterable(example.tokens for example in packed), *repeat(pad, free)])
+        tokens.append(
+            [*chain.from_iterable(example.tokens for example in packed), *repeat(pad, free)]
+        )
         first_ignored = ([IGNORE, *example.labels[1:]] for example in packed)
         labels.append([*chain.from_iterable(first_ignored), *repeat(IGNORE, free)])
         sizes = [len(example.tokens) for example in packed] + [free]
         positions.append(list(chain.from_iterable(range(size) for size in sizes)))
-    as_tensor = (torch.tensor(rows, dtype=torch.int32).view(-1, window) for rows in (tokens, labels, positions))
+    as_tensor = (
+        torch.tensor(rows, dtype=torch.int32).view(-1, window)
+        for rows in (tokens, labels, positions)
+    )
     return Windows(*as_tensor, counts={"examples": len(examples), "padding": padding})
 
 
@@ -158,9 +176,8 @@ def fit_length(
     """Make every example fit into a window: those that are longer are cut at the end or dropped.
 
     long: ``"cut"`` or ``"drop"``. What has no token with loss (left) is dropped as well.
-    limit: stop reading ``examples`` (which may be endless) once those kept have this many tokens; None reads all.
-    Returns the examples and the counts of those cut and dropped.
-    """
+    limit: stop reading ``examples`` (which may be endless) once those kept have this many tokens;
+    None reads all. Returns the examples and the counts of those cut and dropped."""
     kept: list[Example] = []
     counts = {"cut": 0, "dropped": 0}
     tokens = 0

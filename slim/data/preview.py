@@ -1,4 +1,5 @@
-"""What a model is about to learn, for people: the first examples as text, with the part that does not count marked."""
+"""What a model is about to learn, for people: the first examples as text, with the part that does
+not count marked."""
 
 from __future__ import annotations
 
@@ -14,14 +15,18 @@ SHOWN = 600  # characters on the terminal
 
 
 def first_examples(windows: Windows, tokenizer, count: int = 3) -> list[str]:
-    """Return the first ``count`` examples (windows, for plain text) as text, what has no loss in « »."""
+    """Return the first ``count`` examples (windows, for plain text) as text, what has no loss in «
+    »."""
     found: list[str] = []
     for row in range(min(len(windows), count)):
         tokens, labels = windows.tokens[row].tolist(), windows.labels[row].tolist()
-        positions = range(len(tokens)) if windows.positions is None else windows.positions[row].tolist()
+        positions = (
+            range(len(tokens)) if windows.positions is None else windows.positions[row].tolist()
+        )
         starts = [place for place, position in enumerate(positions) if position == 0]
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-            if any(label != IGNORE for label in labels[start + 1 : end]):  # the rest of a window is no example
+            # the rest of a window is no example
+            if any(label != IGNORE for label in labels[start + 1 : end]):
                 found.append(marked(tokenizer, tokens[start:end], labels[start:end]))
     return found[:count]
 
@@ -32,22 +37,30 @@ def marked(tokenizer, tokens: list[int], labels: list[int]) -> str:
     text, done, place = "", 0, 0
     for counts, run in groupby(label != IGNORE for label in labels):
         place += len(list(run))
-        whole = decode(place)  # from the beginning: some tokenizers drop a space where decoding starts
+        # from the beginning: some tokenizers drop a space where decoding starts
+        whole = decode(place)
         text += whole[done:] if counts else f"«{whole[done:]}»"
         done = len(whole)
     return text
 
 
 def show_example(windows: object, tokenizer) -> None:
-    """Print the first example; nothing where the data is made during the training (on-policy distillation)."""
+    """Print the first example; nothing where the data is made during the training (on-policy
+    distillation)."""
     if isinstance(windows, Windows):
         text = first_examples(windows, tokenizer, 1)[0]
         text = text if len(text) <= SHOWN else text[:SHOWN] + " ..."
-        console().print(f"The first example; «this» is read, not learnt:\n{text}", markup=False, highlight=False, style="dim")
+        console().print(
+            f"The first example; «this» is read, not learnt:\n{text}",
+            markup=False,
+            highlight=False,
+            style="dim",
+        )
 
 
 def write_examples(windows: object, tokenizer, folder: Path) -> None:
-    """Write the first examples to ``examples.txt`` in the existing ``folder``; nothing where :func:`show_example` does not."""
+    """Write the first examples to ``examples.txt`` in the existing ``folder``; nothing where
+    :func:`show_example` does not."""
     if isinstance(windows, Windows):
         text = "\n\n".join([LEGEND, *first_examples(windows, tokenizer)])
         (folder / FILE).write_text(text + "\n", encoding="utf-8")

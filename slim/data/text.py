@@ -1,4 +1,5 @@
-"""A text: a file, an embedded text of the tiny world, or a column of a hub data set. One description serves all uses."""
+"""A text: a file, an embedded text of the tiny world, or a column of a hub data set. One
+description serves all uses."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 class Text:
     """Where documents come from.
 
-    text: a file (``.txt``: one text; ``.jsonl``, ``.parquet``: one document a line or row), an embedded text
-        (``tiny:heldout``, ``tiny:calibration``), or a data set of the hub by its id or a local folder in the hub's layout.
-    subset, split, column: configuration, split and text column of a data set; ``column`` also for files with rows.
+    text: a file (``.txt``: one text; ``.jsonl``, ``.parquet``: one document a line or row), an
+        embedded text (``tiny:heldout``, ``tiny:calibration``), or a data set of the hub by its id
+        or a local folder in the hub's layout.
+    subset, split, column: configuration, split and text column of a data set; ``column`` also for
+        files with rows.
     revision: branch, tag or commit of a hub data set.
-    streaming: read a data set while it is fetched and a ``.txt`` file line by line, so that memory and disk need not
-        hold all of it.
+    streaming: read a data set while it is fetched and a ``.txt`` file line by line, so that memory
+        and disk need not hold all of it.
     """
 
     text: str
@@ -41,12 +44,16 @@ class Text:
 
     def __post_init__(self) -> None:
         path = self.path
-        if path is None and (str(self.text).endswith(FILE_ENDINGS) or str(self.text).startswith((".", "/", "~"))):
+        if path is None and (
+            str(self.text).endswith(FILE_ENDINGS) or str(self.text).startswith((".", "/", "~"))
+        ):
             raise SlimError(
                 f"There is no text {self.text}. Give a .txt or .jsonl file, {', '.join(EMBEDDED)}, or a hub data set."
             )
         if path is not None and path.is_file() and not path.name.endswith(FILE_ENDINGS):
-            raise SlimError(f"{self.text} is not a text slim reads. Allowed endings: {', '.join(FILE_ENDINGS)}.")
+            raise SlimError(
+                f"{self.text} is not a text slim reads. Allowed endings: {', '.join(FILE_ENDINGS)}."
+            )
 
     @property
     def path(self) -> Path | None:
@@ -58,8 +65,16 @@ class Text:
         """What the text is: its checksum for a file, its name and split for a data set."""
         path = self.path
         if path is not None and path.is_file():
-            return {"sha256": self._checksum, "column": self.column if path.suffix != ".txt" else None}
-        found = {"dataset": self.text, "subset": self.subset, "split": self.split, "column": self.column}
+            return {
+                "sha256": self._checksum,
+                "column": self.column if path.suffix != ".txt" else None,
+            }
+        found = {
+            "dataset": self.text,
+            "subset": self.subset,
+            "split": self.split,
+            "column": self.column,
+        }
         if path is not None:
             found["sha256"] = self._folder_checksum
         return found if self.revision is None else {**found, "revision": self.revision}
@@ -70,7 +85,8 @@ class Text:
 
     @cached_property
     def _folder_checksum(self) -> str:
-        """The SHA-256 over names and contents of all files of a local data set, hidden ones left out."""
+        """The SHA-256 over names and contents of all files of a local data set, hidden ones left
+        out."""
         files = sorted(path for path in self.path.rglob("*") if path.is_file())
         names = [path.relative_to(self.path) for path in files]
         digest = hashlib.sha256()
@@ -80,7 +96,8 @@ class Text:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents in their order; a streamed ``.txt`` line by line. ``SlimError`` if they cannot be read."""
+        """Yield the documents in their order; a streamed ``.txt`` line by line. ``SlimError`` if
+        they cannot be read."""
         path = self.path
         if path is not None and path.suffix == ".txt":
             with path.open(encoding="utf-8") as lines:
@@ -89,11 +106,13 @@ class Text:
             yield from self._column()
 
     def joined(self) -> str:
-        """Return all documents as one text, empty lines between them, as the GPTQ and AWQ papers do."""
+        """Return all documents as one text, empty lines between them, as the GPTQ and AWQ papers
+        do."""
         return "\n\n".join(self.documents())
 
     def rows(self) -> Iterator[dict]:
-        """Yield the rows of the file or of the data set. Raises ``SlimError`` if they cannot be read."""
+        """Yield the rows of the file or of the data set. Raises ``SlimError`` if they cannot be
+        read."""
         path = self.path
         if path is None or path.is_dir():
             name = self.text if path is None else str(path)
@@ -127,12 +146,15 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             except ValueError as error:
                 raise SlimError(f"{path}, line {number}: not JSON ({error}).") from error
             if not isinstance(row, dict):
-                raise SlimError(f"{path}, line {number}: {type(row).__name__} where an object with columns is needed.")
+                raise SlimError(
+                    f"{path}, line {number}: {type(row).__name__} where an object with columns is needed."
+                )
             yield number, row
 
 
 def parquet_rows(path: Path) -> Iterator[dict]:
-    """Yield the rows of a Parquet file, some thousand of them in memory at a time; ``SlimError`` if it is none."""
+    """Yield the rows of a Parquet file, some thousand of them in memory at a time; ``SlimError`` if
+    it is none."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -144,16 +166,26 @@ def parquet_rows(path: Path) -> Iterator[dict]:
         raise SlimError(f"{path}: not a Parquet file that can be read ({error}).") from error
 
 
-def load_dataset(name: str, subset: str | None, split: str, revision: str | None = None, streaming: bool = False):
+def load_dataset(
+    name: str, subset: str | None, split: str, revision: str | None = None, streaming: bool = False
+):
     """Load a data set of the hub, or of a local folder in its layout; ``SlimError`` if that fails.
 
     streaming: rows come while the files are read or fetched; nothing is kept on disk.
     """
-    return _load(name, f"{subset or 'default'}, {split}", name=subset, split=split, revision=revision, streaming=streaming)
+    return _load(
+        name,
+        f"{subset or 'default'}, {split}",
+        name=subset,
+        split=split,
+        revision=revision,
+        streaming=streaming,
+    )
 
 
 def load_dataset_files(name: str, files: str, revision: str | None = None):
-    """Load one data file of a hub data set by its path inside the set; ``SlimError`` if that fails."""
+    """Load one data file of a hub data set by its path inside the set; ``SlimError`` if that
+    fails."""
     return _load(name, files, data_files=files, revision=revision, split="train")
 
 
@@ -163,7 +195,9 @@ def _load(dataset: str, shown: str, **arguments):
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(dataset, **arguments)
-    except Exception as error:  # the library raises some twenty kinds for what is one thing to the user
+    except (
+        Exception
+    ) as error:  # the library raises some twenty kinds for what is one thing to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SlimError(
             f"The data set {dataset} ({shown}) cannot be loaded: {reason}\n"

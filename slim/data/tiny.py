@@ -15,11 +15,12 @@ from slim.tiny_world import GENERATOR
 
 @dataclass
 class TinyText(PlainText):
-    """Documents of the tiny world, generated as they are needed; about one in seven is a conversation.
+    """Documents of the tiny world, generated as they are needed; about one in seven is a
+    conversation.
 
     world: seed of the world. seed: of the documents.
-    Validation is text from the calibration split, the test text from the held-out one: wordings that training never shows.
-    """
+    Validation is text from the calibration split, the test text from the held-out one: wordings
+    that training never shows."""
 
     cache_name: ClassVar[str] = "TinyText"
 
@@ -38,8 +39,13 @@ class TinyText(PlainText):
     def documents(self, part: str) -> Iterator[str]:
         from slim.tiny_world import World
 
-        # One document seed further, so that validation is not the very text that quantisers calibrate on.
-        splits = {TRAIN: ("train", self.seed), VALIDATION: ("calibration", self.seed + 1), TEST: ("heldout", self.seed)}
+        # One document seed further, so that validation is not the very text that quantisers
+        # calibrate on.
+        splits = {
+            TRAIN: ("train", self.seed),
+            VALIDATION: ("calibration", self.seed + 1),
+            TEST: ("heldout", self.seed),
+        }
         return World(self.world).documents(*splits[part])
 
 
@@ -47,9 +53,10 @@ class TinyText(PlainText):
 class TinyChat(Conversations):
     """Questions about the tiny world with their answers.
 
-    world: seed of the world. seed: of the questions. long: ``cut`` or ``drop`` what exceeds the window.
-    examples: number of questions to learn from, so that the data has an end and epochs; None for ever new ones.
-    """
+    world: seed of the world. seed: of the questions. long: ``cut`` or ``drop`` what exceeds the
+        window.
+    examples: number of questions to learn from, so that the data has an end and epochs; None for
+    ever new ones."""
 
     cache_name: ClassVar[str] = "TinyChat"
 
@@ -73,7 +80,8 @@ class TinyChat(Conversations):
 
     def cache_key(self) -> dict:
         found = {**dataclass_cache_key(self), "generator": GENERATOR}
-        if self.examples is None:  # as before there was such a setting, so that results keep their names
+        # as before there was such a setting, so that results keep their names
+        if self.examples is None:
             del found["examples"]
         return found
 
@@ -81,6 +89,8 @@ class TinyChat(Conversations):
         from slim.tiny_world import World
 
         if part == TEST:
-            raise SlimError(f"{self.title} have no test part: the tasks tiny_facts, tiny_pronouns and tiny_next test them.")
+            raise SlimError(
+                f"{self.title} have no test part: the tasks tiny_facts, tiny_pronouns and tiny_next test them."
+            )
         limit = self.examples if part == TRAIN else None
         return itertools.islice(World(self.world).conversations(part, self.seed), limit)

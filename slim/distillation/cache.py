@@ -1,12 +1,14 @@
-"""A teacher's distributions on disk: the k most likely tokens of every position, and one number for all others.
+"""A teacher's distributions on disk: the k most likely tokens of every position, and one number for
+all others.
 
-What is kept per token with a label, at the temperature T that is used: the tokens' ids (int32) and log-probabilities
-(float16), the log-probability of all others together and log Z = log sum exp(z / T) (float32, with which the logits can be
-had back: z = T (log p + log Z)). The student's distribution is put into the same k + 1 classes. At k = 64 that is 392
-bytes a token, where all of 128k float16 logits are 256 kB.
+What is kept per token with a label, at the temperature T that is used: the tokens' ids (int32) and
+log-probabilities (float16), the log-probability of all others together and log Z = log sum exp(z /
+T) (float32, with which the logits can be had back: z = T (log p + log Z)). The student's
+distribution is put into the same k + 1 classes. At k = 64 that is 392 bytes a token, where all of
+128k float16 logits are 256 kB.
 
-A cache is a folder of safetensors with ``cache.json``, whose ``cache_key`` names teacher, tokenizer, template and data.
-"""
+A cache is a folder of safetensors with ``cache.json``, whose ``cache_key`` names teacher,
+tokenizer, template and data."""
 
 from __future__ import annotations
 
@@ -31,24 +33,32 @@ TENSORS = ("indices", "log_probs", "others", "log_z")
 
 
 def top_classes(logits: Tensor, temperature: float, k: int) -> dict[str, Tensor]:
-    """Return what is kept of ``logits`` [tokens, vocabulary], by the names in ``TENSORS``; k is below the vocabulary."""
+    """Return what is kept of ``logits`` [tokens, vocabulary], by the names in ``TENSORS``; k is
+    below the vocabulary."""
     scaled = logits.float() / temperature
     log_z = scaled.logsumexp(-1)
     values, indices = scaled.topk(k, -1)
     others = scaled.scatter(-1, indices, -torch.inf).logsumexp(-1) - log_z
-    return {"indices": indices.int(), "log_probs": (values - log_z[:, None]).half(), "others": others, "log_z": log_z}
+    return {
+        "indices": indices.int(),
+        "log_probs": (values - log_z[:, None]).half(),
+        "others": others,
+        "log_z": log_z,
+    }
 
 
 def teacher_classes(log_probs: Tensor, others: Tensor) -> Tensor:
-    """Return the teacher's k + 1 log-probabilities [tokens, k + 1], made to sum to 1 again after rounding."""
+    """Return the teacher's k + 1 log-probabilities [tokens, k + 1], made to sum to 1 again after
+    rounding."""
     return torch.cat([log_probs.float(), others.float()[:, None]], -1).log_softmax(-1)
 
 
 class _Lumped(torch.autograd.Function):
-    """log softmax(z) with all classes but some in one: few passes over the vocabulary, and no difference of near-equals.
+    """log softmax(z) with all classes but some in one: few passes over the vocabulary, and no
+    difference of near-equals.
 
-    With q = softmax(z), r the sum of q over the others, and g the gradient of the k + 1 results, G their sum:
-    dz_i = g_i - q_i G for the kept ones, dz_i = q_i (g_others / r - G) for the others.
+    With q = softmax(z), r the sum of q over the others, and g the gradient of the k + 1 results, G
+    their sum: dz_i = g_i - q_i G for the kept ones, dz_i = q_i (g_others / r - G) for the others.
     """
 
     @staticmethod
@@ -70,7 +80,8 @@ class _Lumped(torch.autograd.Function):
 
 
 def student_classes(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """Return the student's log-probabilities [tokens, k + 1] of the tokens ``indices`` [tokens, k] and of all others."""
+    """Return the student's log-probabilities [tokens, k + 1] of the tokens ``indices`` [tokens, k]
+    and of all others."""
     return _Lumped.apply(logits.float() / temperature, indices.long())
 
 
@@ -78,17 +89,27 @@ def windows_digest(windows: Windows) -> str:
     """Return the SHA-256 of the tokens, labels and positions."""
     found = hashlib.sha256()
     for tensor in (windows.tokens, windows.labels, windows.positions):
-        found.update(b"none" if tensor is None else str(tuple(tensor.shape)).encode() + tensor.int().numpy().tobytes())
+        found.update(
+            b"none"
+            if tensor is None
+            else str(tuple(tensor.shape)).encode() + tensor.int().numpy().tobytes()
+        )
     return found.hexdigest()
 
 
-def write_cache(folder: Path, rows: Iterator[dict[str, Tensor]], cache_key: dict, facts: dict) -> None:
-    """Write what :func:`top_classes` gives for one piece of the tokens after another into the empty ``folder``."""
+def write_cache(
+    folder: Path, rows: Iterator[dict[str, Tensor]], cache_key: dict, facts: dict
+) -> None:
+    """Write what :func:`top_classes` gives for one piece of the tokens after another into the empty
+    ``folder``."""
     pending: list[dict[str, Tensor]] = []
     lengths: list[int] = []
 
     def flush() -> None:
-        joined = {name: torch.cat([piece[name] for piece in pending]).cpu().contiguous() for name in TENSORS}
+        joined = {
+            name: torch.cat([piece[name] for piece in pending]).cpu().contiguous()
+            for name in TENSORS
+        }
         save_tensors(joined, folder / part_name(len(lengths)))
         lengths.append(len(joined["indices"]))
         pending.clear()
@@ -125,7 +146,8 @@ class TeacherCache:
         self.parts = [safe_open(path, framework="pt") for path in paths]
 
     def rows(self, windows: Tensor) -> dict[str, Tensor]:
-        """Return the tokens of the windows with these numbers, one after the other, by the names in ``TENSORS``."""
+        """Return the tokens of the windows with these numbers, one after the other, by the names in
+        ``TENSORS``."""
         pieces = [piece for number in windows.tolist() for piece in self._pieces(number)]
         return {name: torch.cat([piece[name] for piece in pieces]) for name in TENSORS}
 
@@ -157,7 +179,8 @@ def teach(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield what is kept of the teacher, ``chunk`` tokens at a time.
 
-    hidden_of: gives the hidden states [tokens, hidden] that predict a batch's labels. head: gives their logits.
+    hidden_of: gives the hidden states [tokens, hidden] that predict a batch's labels. head: gives
+        their logits.
     """  # fmt: skip
     for batch in batches:
         for hidden in hidden_of(batch).split(chunk):

@@ -1,9 +1,10 @@
-"""A sum over tokens, computed a few tokens at a time, so that nothing of size [all tokens, vocabulary] ever exists.
+"""A sum over tokens, computed a few tokens at a time, so that nothing of size [all tokens,
+vocabulary] ever exists.
 
-With hidden size 4096 and 128k tokens in the vocabulary a logit row is 31 times as large as the hidden state it comes from.
-So the head, the softmax and the loss run on a chunk of tokens, and so does their backward pass, at once, while the
-chunk's logits are there; only the gradients of the hidden states and of the head are kept.
-"""
+With hidden size 4096 and 128k tokens in the vocabulary a logit row is 31 times as large as the
+hidden state it comes from. So the head, the softmax and the loss run on a chunk of tokens, and so
+does their backward pass, at once, while the chunk's logits are there; only the gradients of the
+hidden states and of the head are kept."""
 
 from __future__ import annotations
 
@@ -17,9 +18,13 @@ from slim.distillation import CHUNK_ELEMENTS
 
 
 def chunked_sum(
-    function: Callable[..., Tensor], rows: Sequence[Tensor], parameters: Sequence[Tensor] = (), chunk: int = 1024
+    function: Callable[..., Tensor],
+    rows: Sequence[Tensor],
+    parameters: Sequence[Tensor] = (),
+    chunk: int = 1024,
 ) -> Tensor:
-    """Return the sum over chunks of ``function(*rows of the chunk)``, a scalar in float32, differentiable once.
+    """Return the sum over chunks of ``function(*rows of the chunk)``, a scalar in float32,
+    differentiable once.
 
     rows: tensors with the same first dimension, cut into pieces of ``chunk`` rows.
     parameters: tensors that ``function`` uses itself and that get gradients (the head's weights).
@@ -40,13 +45,19 @@ class _ChunkedSum(torch.autograd.Function):
     def forward(ctx, function, chunk: int, count: int, *tensors: Tensor) -> Tensor:
         rows, parameters = tensors[:count], tensors[count:]
         needed = ctx.needs_input_grad[3:]
-        wanted = [parameter for parameter, need in zip(parameters, needed[count:], strict=True) if need]
-        grads = [torch.empty_like(row) if need else None for row, need in zip(rows, needed[:count], strict=True)]
+        wanted = [
+            parameter for parameter, need in zip(parameters, needed[count:], strict=True) if need
+        ]
+        grads = [
+            torch.empty_like(row) if need else None
+            for row, need in zip(rows, needed[:count], strict=True)
+        ]
         sums = [torch.zeros_like(parameter) for parameter in wanted]
         total = torch.zeros((), device=rows[0].device)
         for start in range(0, len(rows[0]), chunk):
             pieces = [
-                row[start : start + chunk].detach().requires_grad_(need) for row, need in zip(rows, needed[:count], strict=True)
+                row[start : start + chunk].detach().requires_grad_(need)
+                for row, need in zip(rows, needed[:count], strict=True)
             ]
             with torch.enable_grad():
                 value = function(*pieces)
@@ -58,10 +69,17 @@ class _ChunkedSum(torch.autograd.Function):
             for sum_, grad in zip(sums, found, strict=True):
                 sum_ += grad
         remaining = iter(sums)
-        ctx.save_for_backward(*grads, *(next(remaining) if need else None for need in needed[count:]))
+        ctx.save_for_backward(
+            *grads, *(next(remaining) if need else None for need in needed[count:])
+        )
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        return None, None, None, *(None if grad is None else grad * gradient for grad in ctx.saved_tensors)
+        return (
+            None,
+            None,
+            None,
+            *(None if grad is None else grad * gradient for grad in ctx.saved_tensors),
+        )

@@ -1,4 +1,5 @@
-"""Which of the teacher's blocks each of the student's stands for; settings of what is matched there. Needs no torch."""
+"""Which of the teacher's blocks each of the student's stands for; settings of what is matched
+there. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ class Matching:
 
     hidden: weight of the relative squared error of the hidden states, 0 for none.
     attention: weight of the divergence of the attention maps, 0 for none.
-    layers: the teacher's block that each block of the student stands for, ascending, such as [0,1,4,7]. None: found by
-        comparing the weights where the shapes are alike (a pruned student), else evenly spaced.
+    layers: the teacher's block that each block of the student stands for, ascending, such as
+        [0,1,4,7]. None: found by comparing the weights where the shapes are alike (a pruned
+        student), else evenly spaced.
     """
 
     cache_name: ClassVar[str] = "Matching"
@@ -37,7 +39,9 @@ class Matching:
         for block in self.layers:
             require_number("teacher.match.layers with block", block, 0, integer=True)
         if self.layers != sorted(set(self.layers)):
-            raise SlimError(f"teacher.match.layers={self.layers} is not ascending. A later block stands for a later block.")
+            raise SlimError(
+                f"teacher.match.layers={self.layers} is not ascending. A later block stands for a later block."
+            )
 
     @property
     def wanted(self) -> bool:
@@ -67,8 +71,8 @@ class Matching:
 def nearest_blocks(distances: list[list[float]]) -> list[int]:
     """Return an ascending choice of teacher blocks with the smallest sum of distances.
 
-    distances: one row per block of the student, one column per block of the teacher, at least as many.
-    """
+    distances: one row per block of the student, one column per block of the teacher, at least as
+    many."""
     students, teachers = len(distances), len(distances[0])
     best = [[0.0] * (teachers + 1)] + [[float("inf")] * (teachers + 1) for _ in range(students)]
     for i in range(1, students + 1):
@@ -86,7 +90,6 @@ def nearest_blocks(distances: list[list[float]]) -> list[int]:
 def hidden_targets(layers: list[int], teacher_blocks: int) -> list[int]:
     """Return the teacher's block whose output each block of the student should give.
 
-    That is the one in front of the block that the student's next block stands for: between the two lies what was
-    removed, and the student's block has to do its work too.
-    """
+    That is the one in front of the block that the student's next block stands for: between the two
+    lies what was removed, and the student's block has to do its work too."""
     return [*(block - 1 for block in layers[1:]), teacher_blocks - 1]

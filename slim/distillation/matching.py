@@ -1,12 +1,13 @@
-"""Hidden states and attention maps of the student's blocks against those of the teacher's they stand for.
+"""Hidden states and attention maps of the student's blocks against those of the teacher's they
+stand for.
 
     hidden:     sum over tokens of ||P h_s - h_t||^2 / ||h_t||^2, mean over blocks (after Sun et al., arXiv:1908.09355,
                 and Jiao et al., TinyBERT, arXiv:1909.10351)
     attention:  sum over tokens of KL(A_t || A_s), mean over heads and blocks (after Sun et al., MobileBERT, arXiv:2004.02984)
 
-P is the identity where both models are equally wide, else a learned matrix that begins where the student's embeddings come
-closest to the teacher's. Where the numbers of heads differ the maps are averaged over the heads first.
-"""
+P is the identity where both models are equally wide, else a learned matrix that begins where the
+student's embeddings come closest to the teacher's. Where the numbers of heads differ the maps are
+averaged over the heads first."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(A_t || A_s) per query, mean over heads, float32 [tokens], for maps [heads, tokens, keys]."""
+    """Return KL(A_t || A_s) per query, mean over heads, float32 [tokens], for maps [heads, tokens,
+    keys]."""
     if len(student) != len(teacher):
         student, teacher = student.mean(0, keepdim=True), teacher.mean(0, keepdim=True)
     student, teacher = student.float().clamp_min(1e-9), teacher.float()
@@ -36,8 +38,8 @@ def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def projector(student: nn.Module, teacher: nn.Module) -> nn.Linear | None:
     """Return the map between hidden states of different widths, or None where they are the same.
 
-    It begins as the matrix that turns the student's embeddings into the teacher's with the smallest squared error.
-    """
+    It begins as the matrix that turns the student's embeddings into the teacher's with the smallest
+    squared error."""
     ours, theirs = (model.get_input_embeddings().weight.float() for model in (student, teacher))
     if ours.shape[1] == theirs.shape[1]:
         return None
@@ -49,11 +51,11 @@ def projector(student: nn.Module, teacher: nn.Module) -> nn.Linear | None:
 
 @torch.no_grad()
 def found_map(student: nn.ModuleList, teacher: nn.ModuleList) -> list[int]:
-    """Return the teacher's block that each block of the student was made from, by the distance of their weights.
+    """Return the teacher's block that each block of the student was made from, by the distance of
+    their weights.
 
-    Parameters of one shape are compared: all of a pruned or healed student's, the norms of a quantised teacher's.
-    Evenly spaced blocks where there are none, or none that differ.
-    """
+    Parameters of one shape are compared: all of a pruned or healed student's, the norms of a
+    quantised teacher's. Evenly spaced blocks where there are none, or none that differ."""
     distances = [[distance(own, other) for other in teacher] for own in student]
     if not any(any(row) for row in distances):
         return evenly_spaced(len(teacher), len(student))
@@ -61,20 +63,29 @@ def found_map(student: nn.ModuleList, teacher: nn.ModuleList) -> list[int]:
 
 
 def distance(own: nn.Module, other: nn.Module) -> float:
-    """Return the relative distance of two blocks, summed over the parameters that can be compared."""
+    """Return the relative distance of two blocks, summed over the parameters that can be
+    compared."""
     theirs = {name: value for name, value in other.named_parameters() if value.is_floating_point()}
     total = 0.0
     for name, value in own.named_parameters():
         match = theirs.get(name.replace(".base_layer", ""))  # the layer inside an adapter
         if match is not None and match.shape == value.shape:
-            total += ((value.float() - match.float()).norm() / match.float().norm().clamp_min(1e-12)).item()
+            total += (
+                (value.float() - match.float()).norm() / match.float().norm().clamp_min(1e-12)
+            ).item()
     return total
 
 
 class LayerMatching(nn.Module):
     """The weighted losses, summed over the tokens with labels. layers: see :class:`Matching`."""
 
-    def __init__(self, settings: Matching, layers: list[int], teacher_blocks: int, projector: nn.Linear | None):
+    def __init__(
+        self,
+        settings: Matching,
+        layers: list[int],
+        teacher_blocks: int,
+        projector: nn.Linear | None,
+    ):
         super().__init__()
         self.hidden, self.attention = settings.hidden, settings.attention
         self.layers, self.targets = layers, hidden_targets(layers, teacher_blocks)
@@ -83,10 +94,14 @@ class LayerMatching(nn.Module):
     @property
     def outputs(self) -> dict[str, bool]:
         """What both models have to give."""
-        return {"output_hidden_states": bool(self.hidden), "output_attentions": bool(self.attention)}
+        return {
+            "output_hidden_states": bool(self.hidden),
+            "output_attentions": bool(self.attention),
+        }
 
     def forward(self, student, teacher, labels: Tensor) -> Tensor:
-        """student, teacher: what the models gave, with hidden states or attentions. labels: int64 [rows, length]."""
+        """student, teacher: what the models gave, with hidden states or attentions. labels: int64
+        [rows, length]."""
         counts = labels[:, 1:] != IGNORE
         total = torch.zeros((), device=labels.device)
         for block, (same, target) in enumerate(zip(self.layers, self.targets, strict=True)):
@@ -96,11 +111,17 @@ class LayerMatching(nn.Module):
                 ours = ours if self.projector is None else self.projector(ours)
                 total = total + self.hidden * relative_error(ours, theirs[:, :-1][counts]).sum()
             if self.attention:
-                total = total + self.attention * self.maps(student.attentions[block], teacher.attentions[same], counts)
+                total = total + self.attention * self.maps(
+                    student.attentions[block], teacher.attentions[same], counts
+                )
         return total / len(self.layers)
 
     @staticmethod
     def maps(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-        """Return the divergence summed over the counted queries of maps [rows, heads, length, length]."""
+        """Return the divergence summed over the counted queries of maps [rows, heads, length,
+        length]."""
         rows = zip(student[:, :, :-1], teacher[:, :, :-1], counts, strict=True)
-        return sum(attention_divergence(ours[:, count], theirs[:, count]).sum() for ours, theirs, count in rows)
+        return sum(
+            attention_divergence(ours[:, count], theirs[:, count]).sum()
+            for ours, theirs, count in rows
+        )

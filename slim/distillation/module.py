@@ -1,4 +1,5 @@
-"""Distillation on Lightning: the student of :class:`slim.training.module.LanguageModeling` with another objective."""
+"""Distillation on Lightning: the student of :class:`slim.training.module.LanguageModeling` with
+another objective."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ from slim.training.module import LanguageModeling, Optimization
 
 
 class Distilling(LanguageModeling):
-    """Trains ``model`` by ``objective(model, batch)``, a loss summed over tokens, and what the objective itself learns.
+    """Trains ``model`` by ``objective(model, batch)``, a loss summed over tokens, and what the
+    objective itself learns.
 
-    objective: a module with the frozen teacher in it. rate: highest learning rate of the objective's own parameters, such
-    as projectors between both models; they are no part of the result.
-    """
+    objective: a module with the frozen teacher in it. rate: highest learning rate of the
+    objective's own parameters, such as projectors between both models; they are no part of the
+    result."""
 
-    def __init__(self, model: nn.Module, optimisation: Optimization, objective: nn.Module, rate: float = 0.0):
+    def __init__(
+        self, model: nn.Module, optimisation: Optimization, objective: nn.Module, rate: float = 0.0
+    ):
         super().__init__(model, optimisation)
         self.objective, self.rate = objective, rate
 

@@ -1,6 +1,7 @@
 """What a student minimises: a divergence from the teacher's distributions, beside the hard labels.
 
-For every token with a label, with the teacher's p and the student's q softened by the temperature T:
+For every token with a label, with the teacher's p and the student's q softened by the temperature
+T:
 
     L = (1 - w) T^2 D(p, q) + w (-log q_1(label))          q_1: the student at T = 1; w: weight of the hard labels
 
@@ -24,14 +25,18 @@ from slim.training.forward import body_outputs, counted, plain_model
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the trained parameters of the head, adapters on it included."""
-    return [parameter for parameter in model.get_output_embeddings().parameters() if parameter.requires_grad]
+    return [
+        parameter
+        for parameter in model.get_output_embeddings().parameters()
+        if parameter.requires_grad
+    ]
 
 
 class LiveTeacher(nn.Module):
     """A teacher that is asked for every batch.
 
-    model: a causal language model. classes: how many logits count, where models pad one vocabulary to different sizes.
-    """
+    model: a causal language model. classes: how many logits count, where models pad one vocabulary
+    to different sizes."""
 
     def __init__(self, model: nn.Module, temperature: float, classes: int):
         super().__init__()
@@ -39,7 +44,8 @@ class LiveTeacher(nn.Module):
 
     @torch.no_grad()
     def rows(self, batch: dict, **wanted: bool) -> tuple[tuple[Tensor, ...], BaseModelOutput]:
-        """Return what is known of every token with a label before the chunks, its hidden state, and all outputs."""
+        """Return what is known of every token with a label before the chunks, its hidden state, and
+        all outputs."""
         outputs = body_outputs(self.model, batch["tokens"], batch.get("positions"), **wanted)
         return (counted(outputs[0], batch["labels"])[0],), outputs
 
@@ -51,17 +57,22 @@ class LiveTeacher(nn.Module):
 
 
 class CachedTeacher(nn.Module):
-    """A teacher whose most likely tokens are on disk; both distributions have a class for all other tokens."""
+    """A teacher whose most likely tokens are on disk; both distributions have a class for all other
+    tokens."""
 
     def __init__(self, cache: TeacherCache, temperature: float, classes: int):
         super().__init__()
         self.cache, self.temperature, self.classes = cache, temperature, classes
 
     def rows(self, batch: dict) -> tuple[tuple[Tensor, ...], None]:
-        """Return ids and log-probabilities of the likely tokens, for every token with a label; there are no outputs."""
+        """Return ids and log-probabilities of the likely tokens, for every token with a label;
+        there are no outputs."""
         kept = self.cache.rows(batch["windows"].cpu())
         device = batch["tokens"].device
-        return (kept["indices"].to(device), teacher_classes(kept["log_probs"], kept["others"]).to(device)), None
+        return (
+            kept["indices"].to(device),
+            teacher_classes(kept["log_probs"], kept["others"]).to(device),
+        ), None
 
     def compare(self, logits: Tensor, indices: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         return log_p, student_classes(logits[:, : self.classes], indices, self.temperature)
@@ -92,10 +103,17 @@ class TokenDistillation(nn.Module):
         outputs = body_outputs(student, batch["tokens"], batch.get("positions"), **wanted)
         hidden, target = counted(outputs[0], batch["labels"])
         total = self.summed(plain_model(student), hidden, target, known)
-        return total if self.matching is None else total + self.matching(outputs, taught, batch["labels"])
+        return (
+            total
+            if self.matching is None
+            else total + self.matching(outputs, taught, batch["labels"])
+        )
 
-    def summed(self, student: nn.Module, hidden: Tensor, target: Tensor, known: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss given the student's hidden states and what is known of the teacher's distributions."""
+    def summed(
+        self, student: nn.Module, hidden: Tensor, target: Tensor, known: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Return the loss given the student's hidden states and what is known of the teacher's
+        distributions."""
 
         def of_chunk(hidden: Tensor, target: Tensor, *known: Tensor) -> Tensor:
             logits = head_logits(student, hidden).float()

@@ -1,4 +1,5 @@
-"""Settings of distillation on answers that a model makes itself, where the data has none. Needs no torch."""
+"""Settings of distillation on answers that a model makes itself, where the data has none. Needs no
+torch."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ class Generation:
     """How questions are answered.
 
     questions: answered for every optimiser step. new_tokens: longest answer.
-    temperature: answers are drawn from the distribution softened by it; 0 takes the most likely token each time.
-    student_share: with ``answers="both"``, the share of steps whose answers are the student's (lambda of Agarwal et al.,
-        arXiv:2306.13649), the others the teacher's.
+    temperature: answers are drawn from the distribution softened by it; 0 takes the most likely
+        token each time.
+    student_share: with ``answers="both"``, the share of steps whose answers are the student's
+        (lambda of Agarwal et al., arXiv:2306.13649), the others the teacher's.
     """
 
     cache_name: ClassVar[str] = "Generation"

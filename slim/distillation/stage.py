@@ -1,8 +1,8 @@
-"""Distillation as a stage: a checkpoint is trained on what a teacher says, by adapters or in all its weights.
+"""Distillation as a stage: a checkpoint is trained on what a teacher says, by adapters or in all
+its weights.
 
-The training itself (data, steps, adapters, merging, best state) is that of ``slim.training.tune``; what is minimised is in
-``objective.py``.
-"""
+The training itself (data, steps, adapters, merging, best state) is that of ``slim.training.tune``;
+what is minimised is in ``objective.py``."""
 
 from __future__ import annotations
 
@@ -46,19 +46,25 @@ CHOSEN_ONLY = {"cache_key": False}  # in the identity by the teacher's content
 class Distillation(tune.Tuner):
     """What to learn from whom; how to train is in :class:`slim.training.tune.Tuner`.
 
-    base: where the chain begins. model: ``base`` for that as the teacher, or a checkpoint folder or hub id.
+    base: where the chain begins. model: ``base`` for that as the teacher, or a checkpoint folder or
+        hub id.
     revision: of a hub model. dtype: of the teacher's weights.
-    method: ``token`` compares distributions token by token, ``dskd`` in both models' spaces, whatever the tokenizers;
-    align: with different tokenizers, ``exact`` compares tokens before which both models have read the same text, ``attention``
-    lets each token of one attend to all of the other's;
-    projector_rate: highest learning rate of projectors between both models; None: ``full`` training's rate.
-    loss: ``forward``, ``reverse``, ``symmetric``, ``skewed``, ``skewed_reverse`` or ``adaptive``, see ``losses.py``;
+    method: ``token`` compares distributions token by token, ``dskd`` in both models' spaces,
+        whatever the tokenizers;
+    align: with different tokenizers, ``exact`` compares tokens before which both models have read
+    the same text, ``attention`` lets each token of one attend to all of the other's;
+    projector_rate: highest learning rate of projectors between both models; None: ``full``
+        training's rate.
+    loss: ``forward``, ``reverse``, ``symmetric``, ``skewed``, ``skewed_reverse`` or ``adaptive``,
+        see ``losses.py``;
     beta, skew, head: of the symmetric, the two skewed and the adaptive one.
-    temperature: both distributions are softened by it. hard_weight: of the hard labels; the teacher has the rest.
-    quant: ``nf4`` or ``int8`` quantises the teacher. cache: keep its ``top_k`` most likely tokens in ``cache_folder``, or,
-        where it is a path, in that folder. match: further losses on hidden states and attention maps.
-    answers: whose answers to learn on: ``data``, ``teacher``, ``student``, ``both``; generation: how they are made.
-    """
+    temperature: both distributions are softened by it. hard_weight: of the hard labels; the teacher
+        has the rest.
+    quant: ``nf4`` or ``int8`` quantises the teacher. cache: keep its ``top_k`` most likely tokens
+        in ``cache_folder``, or, where it is a path, in that folder. match: further losses on hidden
+        states and attention maps.
+    answers: whose answers to learn on: ``data``, ``teacher``, ``student``, ``both``; generation:
+    how they are made."""
 
     base: object = field(default=None, metadata=CHOSEN_ONLY)
     model: str = field(default=BASE, metadata=CHOSEN_ONLY)
@@ -88,7 +94,9 @@ class Distillation(tune.Tuner):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.model, str) or not self.model:
-            raise SlimError("teacher.model is missing. Give base (the model the chain begins with), a folder or a hub id.")
+            raise SlimError(
+                "teacher.model is missing. Give base (the model the chain begins with), a folder or a hub id."
+            )
         require_choice("teacher.dtype", self.dtype, DTYPES)
         require_choice("teacher.loss", self.loss, LOSSES)
         require_number("teacher.temperature", self.temperature, 0.01, 100)
@@ -108,7 +116,9 @@ class Distillation(tune.Tuner):
         require_choice("teacher.align", self.align, ("exact", "attention"))
         require_choice("teacher.answers", self.answers, ANSWERS)
         if self.method == "dskd" and (self.cache or self.match.wanted or self.answers != "data"):
-            raise SlimError("teacher.method=dskd works without teacher.cache, teacher.match and made answers: leave them out.")
+            raise SlimError(
+                "teacher.method=dskd works without teacher.cache, teacher.match and made answers: leave them out."
+            )
         if self.cache and self.match.wanted:
             raise SlimError(
                 "teacher.cache keeps probabilities only, and teacher.match needs the teacher's hidden states. "
@@ -118,7 +128,9 @@ class Distillation(tune.Tuner):
             return
         self.generation.check(self.window, self.accumulation)
         if self.cache:
-            raise SlimError(f"teacher.answers={self.answers} makes new answers in every step: set teacher.cache=false.")
+            raise SlimError(
+                f"teacher.answers={self.answers} makes new answers in every step: set teacher.cache=false."
+            )
         if self.hard_weight and self.answers != "teacher":
             raise SlimError(
                 f"teacher.answers={self.answers} has no right answers to learn by heart: set teacher.hard_weight=0 "
@@ -126,12 +138,17 @@ class Distillation(tune.Tuner):
             )
 
     def cache_key(self) -> dict:
-        unused = {setting for setting in LOSSES.values() if setting not in (None, LOSSES[self.loss])}
+        unused = {
+            setting for setting in LOSSES.values() if setting not in (None, LOSSES[self.loss])
+        }
         unused |= set() if self.method == "dskd" else {"align"}
         unused |= {"generation"} if self.answers == "data" else set()
         unused |= set() if self.match.wanted else {"match"}
-        unused |= set() if self.cache else {"top_k"}  # the only trace that a cache leaves in the result
-        settings = {name: value for name, value in dataclass_cache_key(self).items() if name not in unused}
+        # the only trace that a cache leaves in the result
+        unused |= set() if self.cache else {"top_k"}
+        settings = {
+            name: value for name, value in dataclass_cache_key(self).items() if name not in unused
+        }
         return {**settings, "teacher": self.teacher.digest}
 
     # Checks
@@ -148,7 +165,8 @@ class Distillation(tune.Tuner):
             )
 
     def _check_vocabulary(self, spec: ModelSpec) -> None:
-        """Compare the teacher's vocabulary with that of the chain's beginning, where both are at hand."""
+        """Compare the teacher's vocabulary with that of the chain's beginning, where both are at
+        hand."""
         if self.method == "dskd" or not isinstance(self.base, Source):
             return
         folders = self.base.local_folder(), self.teacher.source.local_folder()
@@ -183,7 +201,9 @@ class Distillation(tune.Tuner):
         """Return the chosen divergence as a function of both log-probabilities."""
         function = getattr(losses, FUNCTIONS.get(self.loss, self.loss))
         setting = LOSSES[self.loss]
-        return function if setting is None else partial(function, **{setting: getattr(self, setting)})
+        return (
+            function if setting is None else partial(function, **{setting: getattr(self, setting)})
+        )
 
 
 @dataclass
@@ -208,13 +228,15 @@ class Full(Distillation, tune.Full):
 
 
 def distill(train: str = "lora", stage: str = "distill", **settings) -> Distillation:
-    """Return the stage: ``train="lora"`` for adapters, ``"qlora"`` for those on a quantised base, ``"full"`` for all weights,
-    which has no adapters' settings.
+    """Return the stage: ``train="lora"`` for adapters, ``"qlora"`` for those on a quantised base,
+    ``"full"`` for all weights, which has no adapters' settings.
 
-    stage: ``"tune"`` lets a configuration's tuner say how to train (``slim.chain.build.learn_from_teacher``).
-    """
+    stage: ``"tune"`` lets a configuration's tuner say how to train
+    (``slim.chain.build.learn_from_teacher``)."""
     kinds = {"lora": Lora, "qlora": QLora, "full": Full}
     require_choice("teacher.train", train, kinds)
     require_choice("teacher.stage", stage, ("distill", "tune"))
-    unused = {field.name for field in fields(QLora)} - {field.name for field in fields(kinds[train])}
+    unused = {field.name for field in fields(QLora)} - {
+        field.name for field in fields(kinds[train])
+    }
     return kinds[train](**{name: value for name, value in settings.items() if name not in unused})

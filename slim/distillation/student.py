@@ -1,8 +1,9 @@
-"""A student from a teacher's own blocks: evenly spaced ones, every n-th, or a list; what it has to learn is little.
+"""A student from a teacher's own blocks: evenly spaced ones, every n-th, or a list; what it has to
+learn is little.
 
-Of n blocks, k evenly spaced ones with the first and the last among them are round(i (n - 1) / (k - 1)), i = 0 ... k - 1:
-11 of 32 are 0, 3, 6, 9, 12, 16, 19, 22, 25, 28, 31. (Sanh et al., DistilBERT, arXiv:1910.01108, take every second.)
-"""
+Of n blocks, k evenly spaced ones with the first and the last among them are round(i (n - 1) / (k -
+1)), i = 0 ... k - 1: 11 of 32 are 0, 3, 6, 9, 12, 16, 19, 22, 25, 28, 31. (Sanh et al., DistilBERT,
+arXiv:1910.01108, take every second.)"""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from slim.pruning.rules import block_list
 
 
 def evenly_spaced(blocks: int, kept: int) -> list[int]:
-    """Return ``kept`` of ``blocks`` block numbers, the first and the last among them; one alone is the first."""
+    """Return ``kept`` of ``blocks`` block numbers, the first and the last among them; one alone is
+    the first."""
     if kept == 1:
         return [0]
     return [int(index * (blocks - 1) / (kept - 1) + 0.5) for index in range(kept)]
@@ -44,7 +46,9 @@ class Layers(Stage):
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.every is not None:
-            raise SlimError("student_init.keep and student_init.every both choose the blocks. Give one of them.")
+            raise SlimError(
+                "student_init.keep and student_init.every both choose the blocks. Give one of them."
+            )
         if self.every is not None:
             require_number("student_init.every", self.every, 2, integer=True)
         if isinstance(self.keep, (int, float, bool)):
@@ -66,13 +70,23 @@ class Layers(Stage):
         spec.family  # noqa: B018 - refuses families whose parts are unknown
         spec.require_merged()
         if spec.quantization is not None:
-            raise SlimError(f"{spec.name} is quantised. Build the student from plain weights and quantise the result.")
+            raise SlimError(
+                f"{spec.name} is quantised. Build the student from plain weights and quantise the result."
+            )
         most = self.keep if isinstance(self.keep, int) else len(self.kept(spec.blocks))
-        outside = [block for block in (self.keep if isinstance(self.keep, list) else ()) if block >= spec.blocks]
+        outside = [
+            block
+            for block in (self.keep if isinstance(self.keep, list) else ())
+            if block >= spec.blocks
+        ]
         if outside:
-            raise SlimError(f"student_init.keep names block {outside[0]}: {spec.name} has blocks 0 to {spec.blocks - 1}.")
+            raise SlimError(
+                f"student_init.keep names block {outside[0]}: {spec.name} has blocks 0 to {spec.blocks - 1}."
+            )
         if most >= spec.blocks:
-            raise SlimError(f"student_init.keep={most} drops nothing: {spec.name} has {spec.blocks} blocks. Keep fewer.")
+            raise SlimError(
+                f"student_init.keep={most} drops nothing: {spec.name} has {spec.blocks} blocks. Keep fewer."
+            )
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
         return spec.with_blocks(self.kept(spec.blocks))

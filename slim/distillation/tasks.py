@@ -1,4 +1,5 @@
-"""Distillation as a task of a tuner: the teacher is opened and measured, then the student gets its objective."""
+"""Distillation as a task of a tuner: the teacher is opened and measured, then the student gets its
+objective."""
 
 from __future__ import annotations
 
@@ -57,9 +58,12 @@ class DistillationTask(Task):
             return mean_nll(model, self.held_out, self.device)
 
     def introduce(self, student: nn.Module) -> None:
-        """Say how teacher and student do before the one teaches the other, and loudly if that makes no sense."""
+        """Say how teacher and student do before the one teaches the other, and loudly if that makes
+        no sense."""
         loss = self.measure(student)
-        console().print(f"Validation loss: teacher {self.teacher_loss:.4f}, student {loss:.4f}", highlight=False)
+        console().print(
+            f"Validation loss: teacher {self.teacher_loss:.4f}, student {loss:.4f}", highlight=False
+        )
         if not self.teacher_loss < loss:
             console().print(
                 "[bold red]The teacher is no better than the student on this data.[/] "
@@ -68,7 +72,8 @@ class DistillationTask(Task):
 
     @property
     def classes(self) -> int:
-        """How many logits count: models of one family may pad the same vocabulary to different sizes."""
+        """How many logits count: models of one family may pad the same vocabulary to different
+        sizes."""
         return min(self.checkpoint.spec.vocab_size, self.tuner.teacher.source.describe().vocab_size)
 
     # The objective
@@ -77,13 +82,16 @@ class DistillationTask(Task):
         self.require_same_vocabulary()
         teacher = self.cached_teacher() if self.tuner.cache else self.live_teacher()
         self.introduce(model)
-        matching = self.matching(plain_model(model), teacher.model) if self.tuner.match.wanted else None
+        matching = (
+            self.matching(plain_model(model), teacher.model) if self.tuner.match.wanted else None
+        )
         goal = TokenDistillation(teacher, self.tuner.divergence(), self.tuner.hard_weight, matching)
         return Distilling(model, optimisation, goal, self.projector_rate)
 
     @property
     def projector_rate(self) -> float:
-        """Highest learning rate of projectors: of matrices that are trained in full, whatever the student's is."""
+        """Highest learning rate of projectors: of matrices that are trained in full, whatever the
+        student's is."""
         return self.tuner.projector_rate or tune.Full.width_rate / self.checkpoint.spec.hidden_size
 
     def matching(self, student: nn.Module, teacher: nn.Module) -> LayerMatching:
@@ -113,7 +121,10 @@ class DistillationTask(Task):
 
     def distillation_facts(self) -> dict:
         """Return what the manifest keeps of the teacher."""
-        found = {"teacher": self.tuner.teacher.source.label, "teacher_validation_loss": self.teacher_loss}
+        found = {
+            "teacher": self.tuner.teacher.source.label,
+            "teacher_validation_loss": self.teacher_loss,
+        }
         return found | ({} if self.layers is None else {"matched_blocks": self.layers})
 
     # The cache
@@ -122,7 +133,9 @@ class DistillationTask(Task):
         """Return the teacher's distributions from disk, put there first where they are not."""
         what = self.cache_identity()
         root = Path(self.tuner.cache_folder).expanduser()
-        folder = root / digest(what) if self.tuner.cache is True else Path(self.tuner.cache).expanduser()
+        folder = (
+            root / digest(what) if self.tuner.cache is True else Path(self.tuner.cache).expanduser()
+        )
         store = Store(folder.parent)
         with store.lock(folder):
             if not folder.is_dir():
@@ -141,7 +154,9 @@ class DistillationTask(Task):
         return {
             "version": CACHE_VERSION,
             "teacher": [stage.teacher.digest, stage.dtype, stage.quant, self.precision],
-            "tokenizer": sha256(numbers) if numbers.is_file() else digest(self.tokenizer.get_vocab()),
+            "tokenizer": sha256(numbers)
+            if numbers.is_file()
+            else digest(self.tokenizer.get_vocab()),
             "template": digest(template),
             "data": cache_key(stage.data),
             "windows": windows_digest(self.training),
@@ -170,4 +185,7 @@ class DistillationTask(Task):
 
 def to_device(batch: dict, device: str) -> dict:
     """Return the batch with its tensors on ``device``."""
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

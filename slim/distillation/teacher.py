@@ -1,4 +1,5 @@
-"""Who teaches: which checkpoint, in which type or quantisation, and whether it shares the student's vocabulary."""
+"""Who teaches: which checkpoint, in which type or quantisation, and whether it shares the student's
+vocabulary."""
 
 from __future__ import annotations
 
@@ -29,10 +30,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Teacher:
     """A checkpoint that teaches.
 
-    base: where the chain begins. name: ``base`` for that, or a checkpoint folder or model id of the hub.
-    revision: branch, tag or commit of a hub model. dtype: ``auto`` is float32 on a CPU and the stored type elsewhere.
-    quant: ``nf4`` or ``int8`` quantises it for teaching; None takes it as it is stored, packed or not.
-    """
+    base: where the chain begins. name: ``base`` for that, or a checkpoint folder or model id of the
+        hub.
+    revision: branch, tag or commit of a hub model. dtype: ``auto`` is float32 on a CPU and the
+        stored type elsewhere.
+    quant: ``nf4`` or ``int8`` quantises it for teaching; None takes it as it is stored, packed or
+    not."""
 
     base: object
     name: str = BASE
@@ -76,7 +79,9 @@ class Teacher:
         if self.quantizer is None:
             return spec
         if spec.quantization is not None:
-            raise SlimError(f"teacher.quant={self.quant}: {spec.name} is quantised already. Leave teacher.quant out.")
+            raise SlimError(
+                f"teacher.quant={self.quant}: {spec.name} is quantised already. Leave teacher.quant out."
+            )
         self.quantizer.check(spec)
         return self.quantizer.output_spec(spec)
 
@@ -89,7 +94,8 @@ class Teacher:
         return model.weight_bytes(None if dtype == "auto" else dtype)
 
     def load(self, device: str):
-        """Return the model, frozen, in evaluation mode; quantised block by block where that is asked for."""
+        """Return the model, frozen, in evaluation mode; quantised block by block where that is
+        asked for."""
         folder = self.checkpoint.folder
         if self.quantizer is None:
             return load_model(folder, self.dtype, device).requires_grad_(False)
@@ -99,7 +105,8 @@ class Teacher:
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Return token -> id of the tokenizer in ``folder``, read from ``tokenizer.json``; None where there is none."""
+    """Return token -> id of the tokenizer in ``folder``, read from ``tokenizer.json``; None where
+    there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -107,7 +114,10 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
     tokens = content["model"].get("vocab")
     if not isinstance(tokens, dict):  # unigram models list their pieces with scores
         tokens = {piece[0]: number for number, piece in enumerate(tokens or ())}
-    return {**tokens, **{added["content"]: added["id"] for added in content.get("added_tokens", ())}}
+    return {
+        **tokens,
+        **{added["content"]: added["id"] for added in content.get("added_tokens", ())},
+    }
 
 
 def full_vocabulary(folder: Path) -> dict[str, int]:
@@ -117,5 +127,6 @@ def full_vocabulary(folder: Path) -> dict[str, int]:
 
 
 def same_vocabulary(one: Path, other: Path) -> bool:
-    """Whether two checkpoints number the same tokens alike. Equal sizes do not tell: the content is compared."""
+    """Whether two checkpoints number the same tokens alike. Equal sizes do not tell: the content is
+    compared."""
     return one == other or full_vocabulary(one) == full_vocabulary(other)

@@ -1,8 +1,8 @@
-"""Answers to questions with a reference: generated greedily, kept question by question, compared by meaning.
+"""Answers to questions with a reference: generated greedily, kept question by question, compared by
+meaning.
 
-What a judge and the similarity work on. The questions are a JSON Lines file of one's own, or those the embedded model was
-not trained on.
-"""
+What a judge and the similarity work on. The questions are a JSON Lines file of one's own, or those
+the embedded model was not trained on."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ EMBEDDED = {"tiny:questions": ASSETS / "tiny_world" / "conversations_validation.
 class Answers:
     """Which questions, how they are asked, and what the answers are compared with.
 
-    questions: ``tiny:questions`` or a .jsonl file with a question a line. question, reference: names of its fields.
+    questions: ``tiny:questions`` or a .jsonl file with a question a line. question, reference:
+        names of its fields.
     limit: number of questions from the start; None for all.
     new_tokens: most tokens generated for each answer.
-    chat: ask through the tokenizer's chat template, as models tuned for conversation want it. system: what the system
-        says first in such a chat; None for nothing.
-    similarity: embedding model (a checkpoint folder, or a hub id with sentence-transformers); None compares nothing.
-    """
+    chat: ask through the tokenizer's chat template, as models tuned for conversation want it.
+        system: what the system says first in such a chat; None for nothing.
+    similarity: embedding model (a checkpoint folder, or a hub id with sentence-transformers); None
+    compares nothing."""
 
     cache_name: ClassVar[str] = "Answers"
 
@@ -51,11 +52,16 @@ class Answers:
             require_number("eval.answers.limit", self.limit, 1, integer=True)
         require_flag("eval.answers.chat", self.chat)
         if self.system is not None and not self.chat:
-            raise SlimError("eval.answers.system is said in a chat only: add eval.answers.chat=true, or leave it out.")
+            raise SlimError(
+                "eval.answers.system is said in a chat only: add eval.answers.chat=true, or leave it out."
+            )
         self._text = Text(str(EMBEDDED.get(self.questions, self.questions)))
 
     def cache_key(self) -> dict:
-        own = {name: getattr(self, name) for name in ("question", "reference", "limit", "new_tokens", "chat", "system")}
+        own = {
+            name: getattr(self, name)
+            for name in ("question", "reference", "limit", "new_tokens", "chat", "system")
+        }
         return {**self._text.text_identity(), **own, "similarity": self._encoder_identity()}
 
     def _encoder_identity(self) -> str | dict | None:
@@ -64,7 +70,8 @@ class Answers:
         return None if self.similarity is None else encoder_cache_key(self.similarity)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ``SlimError`` for questions that cannot be read, and for an embedding model that cannot be used."""
+        """Raise ``SlimError`` for questions that cannot be read, and for an embedding model that
+        cannot be used."""
         from slim.evaluation.similarity import check_encoder
 
         self.pairs()
@@ -85,7 +92,8 @@ class Answers:
             )
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Return questions and references. Raises ``SlimError`` naming the line where one of them is missing."""
+        """Return questions and references. Raises ``SlimError`` naming the line where one of them
+        is missing."""
         found = []
         for number, row in enumerate(itertools.islice(self._text.rows(), self.limit), 1):
             for name in (self.question, self.reference):
@@ -109,10 +117,11 @@ class Answers:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``metrics`` (``similarity/mean`` and ``/median``, if asked for), ``protocol`` and ``records``.
+        """Return ``metrics`` (``similarity/mean`` and ``/median``, if asked for), ``protocol`` and
+        ``records``.
 
-        records: ``question``, ``reference``, ``answer`` and ``similarity`` (cosine, -1 to 1, or absent) of every question.
-        """
+        records: ``question``, ``reference``, ``answer`` and ``similarity`` (cosine, -1 to 1, or
+        absent) of every question."""
         from slim.evaluation.generation import continue_ids
 
         self.check_tokenizer(tokenizer)
@@ -121,7 +130,12 @@ class Answers:
             ids = self.prompt(tokenizer, question)[-(context_length - self.new_tokens) :]
             answer = continue_ids(model, tokenizer, ids, self.new_tokens).strip()
             rows.append({"question": question, "reference": reference, "answer": answer})
-        protocol = {"questions": len(rows), "new_tokens": self.new_tokens, "chat": self.chat, "system": self.system}
+        protocol = {
+            "questions": len(rows),
+            "new_tokens": self.new_tokens,
+            "chat": self.chat,
+            "system": self.system,
+        }
         if self.similarity is None:
             return {"metrics": {}, "protocol": protocol, "records": rows}
         return self._compared(rows, protocol, model.device.type)
@@ -130,11 +144,21 @@ class Answers:
         from slim.evaluation.similarity import cosines, encoder_name
         from slim.evaluation.tasks import mean
 
-        found = cosines([row["answer"] for row in rows], [row["reference"] for row in rows], self.similarity, device)
+        found = cosines(
+            [row["answer"] for row in rows],
+            [row["reference"] for row in rows],
+            self.similarity,
+            device,
+        )
         rows = [{**row, "similarity": value} for row, value in zip(rows, found, strict=True)]
         average = mean(found)
         metrics = {
             "similarity/mean": average,
-            "similarity/median": average if average != average else statistics.median(found),  # NaN stays NaN
+            # NaN stays NaN
+            "similarity/median": average if average != average else statistics.median(found),
         }
-        return {"metrics": metrics, "protocol": {**protocol, "encoder": encoder_name(self.similarity)}, "records": rows}
+        return {
+            "metrics": metrics,
+            "protocol": {**protocol, "encoder": encoder_name(self.similarity)},
+            "records": rows,
+        }

@@ -1,4 +1,5 @@
-"""Asking a judge: any server that speaks OpenAI's chat completions, or a checkpoint of one's own in memory."""
+"""Asking a judge: any server that speaks OpenAI's chat completions, or a checkpoint of one's own in
+memory."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from slim.core.errors import SlimError
 
-TEMPORARY = (408, 409, 425, 429, 500, 502, 503, 504)  # answers of a server that may be better in a moment
+# answers of a server that may be better in a moment
+TEMPORARY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 class Unreachable(SlimError):
@@ -18,11 +20,11 @@ class Unreachable(SlimError):
 
 @dataclass
 class Endpoint:
-    """A server. address: up to and with ``/v1``. key_variable: environment variable that holds the key, if one is needed.
+    """A server. address: up to and with ``/v1``. key_variable: environment variable that holds the
+    key, if one is needed.
 
-    timeout: seconds for one answer. retries: further tries after the first. wait: seconds before the second try, doubled
-    each time.
-    """
+    timeout: seconds for one answer. retries: further tries after the first. wait: seconds before
+    the second try, doubled each time."""
 
     address: str
     model: str
@@ -32,7 +34,8 @@ class Endpoint:
     wait: float = 1.0
 
     def ask(self, messages: list[dict], new_tokens: int) -> str:
-        """Return the answer's text. Raises ``Unreachable`` after the last try, or at once where trying again is useless."""
+        """Return the answer's text. Raises ``Unreachable`` after the last try, or at once where
+        trying again is useless."""
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -42,18 +45,28 @@ class Endpoint:
                 return text
             if not again:
                 raise Unreachable(f"The judge at {self.address} refuses: {problem}.")
-        raise Unreachable(f"The judge at {self.address} does not answer after {self.retries + 1} tries: {problem}.")
+        raise Unreachable(
+            f"The judge at {self.address} does not answer after {self.retries + 1} tries: {problem}."
+        )
 
     def _try(self, messages: list[dict], new_tokens: int) -> tuple[str | None, str, bool]:
         """Ask once; return the text or None, what was wrong, and whether to try again."""
         import requests
 
         key = os.environ.get(self.key_variable)
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": new_tokens}
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": new_tokens,
+        }
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             reply = requests.post(
-                f"{self.address.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=self.timeout
+                f"{self.address.rstrip('/')}/chat/completions",
+                json=body,
+                headers=headers,
+                timeout=self.timeout,
             )
         except requests.RequestException as error:
             return None, type(error).__name__, True
@@ -64,7 +77,9 @@ class Endpoint:
             text = reply.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
             return None, "what it sends is no chat completion", True
-        return (text, "", True) if isinstance(text, str) else (None, "its answer holds no text", True)
+        return (
+            (text, "", True) if isinstance(text, str) else (None, "its answer holds no text", True)
+        )
 
 
 class LocalModel:
@@ -83,7 +98,9 @@ class LocalModel:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = model.config.max_position_embeddings - new_tokens
         if len(ids) > room:
-            raise Unreachable(f"The judge {self.folder.name} has room for {room} tokens, and a question has {len(ids)}.")
+            raise Unreachable(
+                f"The judge {self.folder.name} has room for {room} tokens, and a question has {len(ids)}."
+            )
         return continue_ids(model, tokenizer, ids, new_tokens)
 
     def _load(self) -> tuple:
@@ -93,6 +110,8 @@ class LocalModel:
         if self._loaded is None:
             tokenizer = load_tokenizer(self.folder)
             if not tokenizer.chat_template:
-                raise Unreachable(f"The judge {self.folder} has no chat template. Give a model tuned for conversation.")
+                raise Unreachable(
+                    f"The judge {self.folder} has no chat template. Give a model tuned for conversation."
+                )
             self._loaded = load_model(self.folder, "auto", self.device), tokenizer
         return self._loaded

@@ -1,4 +1,5 @@
-"""Several checkpoints side by side: differences to the first, answers, a judge's verdicts; ``evaluate.py`` on a list."""
+"""Several checkpoints side by side: differences to the first, answers, a judge's verdicts;
+``evaluate.py`` on a list."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ SIMILAR = 0.01  # cosine similarities that differ by less are a tie
 
 @dataclass
 class Comparison:
-    """How every checkpoint but the first differs from the first; ``error`` is what ended a judge early.
+    """How every checkpoint but the first differs from the first; ``error`` is what ended a judge
+    early.
 
-    differences: per label, metric -> difference. judged: per label, a row per question. similar: per label, how often it is
-    nearer to the reference than the first one, a tie, and further.
-    """
+    differences: per label, metric -> difference. judged: per label, a row per question. similar:
+    per label, how often it is nearer to the reference than the first one, a tie, and further."""
 
     differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
     judged: dict[str, list[dict]] = field(default_factory=dict)
@@ -38,10 +39,15 @@ class Comparison:
     def metrics(self) -> dict[str, float]:
         """Return the judge's and the similarity's counts as figures for the tracker."""
         found = {}
-        for kind, counts in (("judge", {label: tally(rows) for label, rows in self.judged.items()}), ("similar", self.similar)):
+        for kind, counts in (
+            ("judge", {label: tally(rows) for label, rows in self.judged.items()}),
+            ("similar", self.similar),
+        ):
             for label, count in counts.items():
                 clean = re.sub(r"[^\w\-. ]", "_", label)
-                found.update({f"{kind}/{clean}/{name}": float(value) for name, value in count.items()})
+                found.update(
+                    {f"{kind}/{clean}/{name}": float(value) for name, value in count.items()}
+                )
         return found
 
     def files(self, results: list[Result]) -> dict[str, str]:
@@ -59,8 +65,11 @@ class Comparison:
         return files
 
 
-def compare(results: list[Result], evaluation: Evaluation | None, store: Store, device: str) -> Comparison:
-    """Compare every checkpoint with the first. A judge that fails ends nothing: its error is in ``error``."""
+def compare(
+    results: list[Result], evaluation: Evaluation | None, store: Store, device: str
+) -> Comparison:
+    """Compare every checkpoint with the first. A judge that fails ends nothing: its error is in
+    ``error``."""
     comparison = Comparison()
     for result in results[1:]:
         comparison.differences[result.label] = differences(results[0], result)
@@ -75,7 +84,9 @@ def compare(results: list[Result], evaluation: Evaluation | None, store: Store, 
     return comparison
 
 
-def _judge(comparison: Comparison, results: list[Result], evaluation: Evaluation, store: Store, device: str) -> None:
+def _judge(
+    comparison: Comparison, results: list[Result], evaluation: Evaluation, store: Store, device: str
+) -> None:
     judge = evaluation.judge
     client = judge.client(device)
     path = store.root / "verdicts" / f"{digest(judge.cache_key())}.jsonl"
@@ -87,13 +98,20 @@ def _judge(comparison: Comparison, results: list[Result], evaluation: Evaluation
 
 
 def tally(rows: list[dict]) -> dict[str, int]:
-    """Count a judge's rows: ``wins`` of the other checkpoint over the first, ``ties``, ``losses``, ``unread``."""
+    """Count a judge's rows: ``wins`` of the other checkpoint over the first, ``ties``, ``losses``,
+    ``unread``."""
     count = Counter(row["winner"] for row in rows)
-    return {"wins": count["other"], "ties": count["tie"], "losses": count["one"], "unread": count[None]}
+    return {
+        "wins": count["other"],
+        "ties": count["tie"],
+        "losses": count["one"],
+        "unread": count[None],
+    }
 
 
 def similarity_wins(first: Result, second: Result) -> dict[str, int]:
-    """Count on how many questions ``second`` is nearer to the reference than ``first``; empty where none was compared."""
+    """Count on how many questions ``second`` is nearer to the reference than ``first``; empty where
+    none was compared."""
     gaps = similarity_gaps(*(result.quality.get("records", {}) for result in (first, second)))
     if not gaps:
         return {}
@@ -102,7 +120,8 @@ def similarity_wins(first: Result, second: Result) -> dict[str, int]:
 
 
 def name_apart(results: list[Result]) -> None:
-    """Give checkpoints with the same folder name labels that differ, by their parents' names, else by numbers."""
+    """Give checkpoints with the same folder name labels that differ, by their parents' names, else
+    by numbers."""
     for _, group in _same_label(results):
         folders = [result.checkpoint.folder.resolve() for result in group]
         parents = [f"{folder.parent.name}/{folder.name}" for folder in folders]
@@ -114,4 +133,6 @@ def name_apart(results: list[Result]) -> None:
 def _same_label(results: list[Result]) -> list[tuple[str, list[Result]]]:
     ordered = sorted(results, key=lambda result: result.label)
     twice = {first.label for first, second in pairwise(ordered) if first.label == second.label}
-    return [(label, [result for result in results if result.label == label]) for label in sorted(twice)]
+    return [
+        (label, [result for result in results if result.label == label]) for label in sorted(twice)
+    ]

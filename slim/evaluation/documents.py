@@ -40,12 +40,13 @@ WORDS = re.compile(r"\s+")
 
 @dataclass
 class DocumentPerplexity(Text):
-    """Which documents. ``text``, ``subset``, ``split`` and ``column`` are those of :class:`Text`; a .txt is one document.
+    """Which documents. ``text``, ``subset``, ``split`` and ``column`` are those of :class:`Text`; a
+    .txt is one document.
 
     window: most tokens the model sees at once; None for its whole context, as lm-eval does.
     limit: number of documents from the start; None for all.
-    detokenizer: ``"wikitext"`` undoes WikiText's spacing before the model reads it, as lm-eval does; words and bytes are
-        counted before. ``"none"`` for plain text.
+    detokenizer: ``"wikitext"`` undoes WikiText's spacing before the model reads it, as lm-eval
+        does; words and bytes are counted before. ``"none"`` for plain text.
     """
 
     cache_name: ClassVar[str] = "DocumentPerplexity"
@@ -66,24 +67,41 @@ class DocumentPerplexity(Text):
         return {**self.text_identity(), **own}
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``metrics``, ``protocol`` and ``records`` (``nll``, ``words``, ``bytes`` of every document)."""
+        """Return ``metrics``, ``protocol`` and ``records`` (``nll``, ``words``, ``bytes`` of every
+        document)."""
         window = min(self.window or context_length, context_length)
         restore = wikitext_detokenizer() if self.detokenizer == "wikitext" else lambda text: text
         documents = list(itertools.islice(self.documents(), self.limit))
         if not any(documents):
-            raise SlimError(f"The text {self.text} is empty. Give another one with eval.documents.text=FILE.")
+            raise SlimError(
+                f"The text {self.text} is empty. Give another one with eval.documents.text=FILE."
+            )
         nll = [
-            document_nll(model, *document_tokens(tokenizer, restore(text)), window) for text in track(documents, "documents")
+            document_nll(model, *document_tokens(tokenizer, restore(text)), window)
+            for text in track(documents, "documents")
         ]
-        words, sizes = [len(WORDS.split(text)) for text in documents], [len(text.encode()) for text in documents]
+        words, sizes = (
+            [len(WORDS.split(text)) for text in documents],
+            [len(text.encode()) for text in documents],
+        )
         whole = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-        protocol = {"documents": len(documents), "window": window, "detokenizer": self.detokenizer, "text_sha256": whole}
+        protocol = {
+            "documents": len(documents),
+            "window": window,
+            "detokenizer": self.detokenizer,
+            "text_sha256": whole,
+        }
         records = {"nll": nll, "words": words, "bytes": sizes}
-        return {"metrics": perplexities(sum(nll), sum(words), sum(sizes)), "protocol": protocol, "records": records}
+        return {
+            "metrics": perplexities(sum(nll), sum(words), sum(sizes)),
+            "protocol": protocol,
+            "records": records,
+        }
 
 
 def perplexities(nll: float, words: int, size: int) -> dict[str, float]:
-    """Return the three figures for a summed negative log-likelihood in nats, by the formulas above."""
+    """Return the three figures for a summed negative log-likelihood in nats, by the formulas
+    above."""
     return {
         "word_perplexity": exponential(nll / words),
         "byte_perplexity": exponential(nll / size),
@@ -95,19 +113,23 @@ def document_tokens(tokenizer, text: str) -> tuple[int, list[int]]:
     """Return the token a document starts with, and the tokens of ``text`` without special ones."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise SlimError("The tokenizer has neither a begin-of-text nor an end-of-text token to start a document with.")
+        raise SlimError(
+            "The tokenizer has neither a begin-of-text nor an end-of-text token to start a document with."
+        )
     return first, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def blocks(count: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (context start, block start, block end) for ``count`` predictions in blocks of ``window``."""
+    """Yield (context start, block start, block end) for ``count`` predictions in blocks of
+    ``window``."""
     for start in range(0, count, window):
         end = min(start + window, count)
         yield max(0, end - window), start, end
 
 
 def document_nll(model, first: int, tokens: list[int], window: int) -> float:
-    """Return the summed negative log-likelihood of ``tokens`` after the token ``first``, in nats, in float64."""
+    """Return the summed negative log-likelihood of ``tokens`` after the token ``first``, in nats,
+    in float64."""
     whole = torch.tensor([[first, *tokens]], device=model.device)
     total = 0.0
     with torch.inference_mode():
@@ -118,7 +140,8 @@ def document_nll(model, first: int, tokens: list[int], window: int) -> float:
 
 
 def wikitext_detokenizer():
-    """Return lm-eval's own function, from its file: importing the whole harness for it would take seconds."""
+    """Return lm-eval's own function, from its file: importing the whole harness for it would take
+    seconds."""
     path = shipped_folder() / "wikitext" / "preprocess_wikitext.py"
     spec = importlib.util.spec_from_file_location("lm_eval_wikitext", path)
     module = importlib.util.module_from_spec(spec)

@@ -1,8 +1,9 @@
 """Energy and CO2 through codecarbon, told apart by whether the machine was read or only estimated.
 
-codecarbon reads a processor's counter (RAPL) and a GPU's (NVML) where it may, and else multiplies the processor's nominal
-power with its load; memory is always estimated by its size. Grams of CO2 are the energy times the mean intensity of the
-country's electricity. Nothing is sent anywhere: the offline tracker is used.
+codecarbon reads a processor's counter (RAPL) and a GPU's (NVML) where it may, and else multiplies
+the processor's nominal power with its load; memory is always estimated by its size. Grams of CO2
+are the energy times the mean intensity of the country's electricity. Nothing is sent anywhere: the
+offline tracker is used.
 Source: https://mlco2.github.io/codecarbon/ (package ``codecarbon``, an optional extra of slim).
 """
 
@@ -21,16 +22,24 @@ from slim.core.errors import SlimError, did_you_mean
 
 RAPL = Path("/sys/class/powercap")
 JOULES_PER_KWH = 3.6e6
-MIX = Path("data") / "private_infra" / "global_energy_mix.json"  # countries that codecarbon knows, inside its package
-LEAST_SECONDS = 2.0  # run generation for so long at least: below, a meter that ticks every few milliseconds says little
+# countries that codecarbon knows, inside its package
+MIX = Path("data") / "private_infra" / "global_energy_mix.json"
+# run generation for so long at least: below, a meter that ticks every few milliseconds says little
+LEAST_SECONDS = 2.0
 
 
 def check_country(country: str) -> None:
     """Raise ``SlimError`` if codecarbon is not there or does not know the country."""
     package = importlib.util.find_spec("codecarbon")
     if package is None:
-        raise SlimError("eval.energy needs codecarbon: pip install 'slim[energy]'. Without it: eval.energy=null")
-    mix = Path(package.submodule_search_locations[0]) / MIX if package.submodule_search_locations else MIX
+        raise SlimError(
+            "eval.energy needs codecarbon: pip install 'slim[energy]'. Without it: eval.energy=null"
+        )
+    mix = (
+        Path(package.submodule_search_locations[0]) / MIX
+        if package.submodule_search_locations
+        else MIX
+    )
     known = sorted(json.loads(mix.read_text(encoding="utf-8"))) if mix.is_file() else [country]
     if country not in known:
         raise SlimError(
@@ -40,8 +49,13 @@ def check_country(country: str) -> None:
 
 
 def meters(device: str) -> list[str]:
-    """Return the meters of this machine that can be read for ``device``: ``"RAPL"``, ``"NVML"``, both or none."""
-    found = ["RAPL"] if any(os.access(path, os.R_OK) for path in RAPL.glob("intel-rapl*/energy_uj")) else []
+    """Return the meters of this machine that can be read for ``device``: ``"RAPL"``, ``"NVML"``,
+    both or none."""
+    found = (
+        ["RAPL"]
+        if any(os.access(path, os.R_OK) for path in RAPL.glob("intel-rapl*/energy_uj"))
+        else []
+    )
     return [*found, "NVML"] if device.startswith("cuda") and _nvml() else found
 
 
@@ -65,8 +79,8 @@ class EnergyMeter:
             ...
         meter.facts  # energy_joules, co2_grams, energy_estimated (1.0 or 0.0)
 
-    energy_estimated: 1.0 where the device's own meter could not be read, so that its share is a guess from nominal power.
-    """
+    energy_estimated: 1.0 where the device's own meter could not be read, so that its share is a
+    guess from nominal power."""
 
     def __init__(self, country: str, device: str):
         self.country, self.device = country, device
@@ -80,7 +94,8 @@ class EnergyMeter:
     def __enter__(self) -> EnergyMeter:
         from codecarbon import OfflineEmissionsTracker
 
-        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # log_level holds only after its first lines
+        # log_level holds only after its first lines
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=self.country,
             measure_power_secs=1,
@@ -114,12 +129,14 @@ def stage_energy(country: str | None, device: str, facts: dict) -> Iterator[None
     facts.update(meter.facts)
 
 
-def generation_energy(model, prompts: list[list[int]], new_tokens: int, country: str) -> dict[str, float]:
-    """Return joules and micrograms of CO2 per generated token: prompts one at a time, prefill included.
+def generation_energy(
+    model, prompts: list[list[int]], new_tokens: int, country: str
+) -> dict[str, float]:
+    """Return joules and micrograms of CO2 per generated token: prompts one at a time, prefill
+    included.
 
-    The prompts are repeated until ``LEAST_SECONDS`` have passed. The names of guesses end in ``_estimate``, so that no
-    table or plot mixes them with what was read from a meter.
-    """
+    The prompts are repeated until ``LEAST_SECONDS`` have passed. The names of guesses end in
+    ``_estimate``, so that no table or plot mixes them with what was read from a meter."""
     import torch
 
     from slim.evaluation.timing import timed_run

@@ -1,8 +1,9 @@
-"""An evaluation: what is measured on a checkpoint, and the protocol that makes the figures comparable.
+"""An evaluation: what is measured on a checkpoint, and the protocol that makes the figures
+comparable.
 
-Quality (perplexity, tasks, sample generations) is a fact about a checkpoint; speed and memory are facts about a
-checkpoint on a machine. So they have identities of their own, under which a pipeline keeps their results.
-"""
+Quality (perplexity, tasks, sample generations) is a fact about a checkpoint; speed and memory are
+facts about a checkpoint on a machine. So they have identities of their own, under which a pipeline
+keeps their results."""
 
 from __future__ import annotations
 
@@ -32,14 +33,17 @@ DTYPE_RULES = {"auto": "float32 on a CPU, the stored type elsewhere"}
 class Evaluation:
     """The parts of an evaluation; a part that is None is left out.
 
-    perplexity: per token. documents: per word and byte. tasks: accuracies. answers: to questions with a reference.
-    judge: compares the answers of every checkpoint with those of the first one. speed: also the name of a preset.
-    energy: country whose electricity the machine uses, three letters, to measure energy and CO2; None measures none.
+    perplexity: per token. documents: per word and byte. tasks: accuracies. answers: to questions
+        with a reference.
+    judge: compares the answers of every checkpoint with those of the first one. speed: also the
+        name of a preset.
+    energy: country whose electricity the machine uses, three letters, to measure energy and CO2;
+        None measures none.
     local_data: folder with the questions of stock tasks (see :class:`Tasks`).
-    prompts: texts that the model continues greedily, by up to ``new_tokens`` tokens each; shown as sample generations.
-    dtype: type to compute in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU (bfloat16 where
-        the speed of 4-bit weights is measured), the stored
-        type elsewhere.
+    prompts: texts that the model continues greedily, by up to ``new_tokens`` tokens each; shown as
+        sample generations.
+    dtype: type to compute in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32
+        on a CPU (bfloat16 where the speed of 4-bit weights is measured), the stored type elsewhere.
     """
 
     perplexity: Perplexity | None = None
@@ -54,7 +58,8 @@ class Evaluation:
     energy: str | None = None
     local_data: str | None = None
 
-    # Raised whenever the same settings begin to give different figures, so that kept results are not reused.
+    # Raised whenever the same settings begin to give different figures, so that kept results are
+    # not reused.
     quality_version: ClassVar[int] = 2
     speed_version: ClassVar[int] = 3
 
@@ -65,9 +70,13 @@ class Evaluation:
         if self.local_data is not None and self.tasks is not None:
             self.tasks.local_data = str(self.local_data)
         if self.judge is not None and self.answers is None:
-            raise SlimError("eval.judge compares answers: it needs eval.answers too (eval=judged has both).")
+            raise SlimError(
+                "eval.judge compares answers: it needs eval.answers too (eval=judged has both)."
+            )
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
-            raise SlimError("eval.prompts takes texts that are not empty, for example eval.prompts=['The town of'].")
+            raise SlimError(
+                "eval.prompts takes texts that are not empty, for example eval.prompts=['The town of']."
+            )
         require_number("eval.new_tokens", self.new_tokens, 1, integer=True)
         require_choice("eval.dtype", self.dtype, DTYPES)
 
@@ -96,11 +105,11 @@ class Evaluation:
         return resolve_dtype(spec, self.dtype, device)
 
     def speed_dtype(self, spec: ModelSpec, device: str) -> str:
-        """Return the type speed and memory are measured in: with ``dtype="auto"`` the fastest one for the checkpoint.
+        """Return the type speed and memory are measured in: with ``dtype="auto"`` the fastest one
+        for the checkpoint.
 
-        On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel and that of bitsandbytes take no
-        other.
-        """
+        On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel and that
+        of bitsandbytes take no other."""
         from slim.quantization.methods.bitsandbytes import is_bitsandbytes
 
         if self.dtype == "auto" and device == "cpu" and spec.quantization is not None:
@@ -108,13 +117,18 @@ class Evaluation:
             if is_bitsandbytes(spec.quantization):
                 widths = {4 if spec.quantization.get("load_in_4bit") else 8}
             else:
-                widths = {scheme.bits for layer, scheme in spec.packed_schemes().items() if layer.startswith(blocks)}
+                widths = {
+                    scheme.bits
+                    for layer, scheme in spec.packed_schemes().items()
+                    if layer.startswith(blocks)
+                }
             if widths == {4}:
                 return "bfloat16"
         return self.quality_dtype(spec, device)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ``SlimError`` for what cannot work on ``spec``. Reads no weights and takes well under a second."""
+        """Raise ``SlimError`` for what cannot work on ``spec``. Reads no weights and takes well
+        under a second."""
         if self.tasks:
             self.tasks.check()
         if self.speed:
@@ -132,7 +146,8 @@ class Evaluation:
             )
 
     def quality_cache_key(self) -> dict:
-        """Return what determines perplexity, accuracies and sample generations, as plain JSON values."""
+        """Return what determines perplexity, accuracies and sample generations, as plain JSON
+        values."""
         return {
             "version": self.quality_version,
             "dtype": DTYPE_RULES.get(self.dtype, self.dtype),
@@ -153,40 +168,57 @@ class Evaluation:
         }
 
     def measure_quality(self, model, tokenizer) -> dict:
-        """Return ``metrics`` (flat name -> float), ``protocol`` per part, ``samples`` (``prompt``, ``answer``), and more.
+        """Return ``metrics`` (flat name -> float), ``protocol`` per part, ``samples`` (``prompt``,
+        ``answer``), and more.
 
-        ``records``: per part what was measured question by question. ``health``: where NaN or infinity starts (absent if
-        all is finite).
-        """
+        ``records``: per part what was measured question by question. ``health``: where NaN or
+        infinity starts (absent if all is finite)."""
         from slim.evaluation.generation import samples
         from slim.evaluation.health import repetition
 
         context_length = model.config.max_position_embeddings
         metrics: dict[str, float] = {}
         protocol: dict = {"dtype": dtype_name(model)}
-        found = {name: part.measure(model, tokenizer, context_length) for name, part in self._quality_parts().items()}
+        found = {
+            name: part.measure(model, tokenizer, context_length)
+            for name, part in self._quality_parts().items()
+        }
         for name, figures in found.items():
             metrics.update(figures["metrics"])
             protocol[name] = figures["protocol"]
         said = samples(model, tokenizer, self.prompts, self.new_tokens) if self.prompts else []
         answers = found.get("answers", {}).get("records", [])
         metrics.update(repetition(tokenizer, [row["answer"] for row in [*said, *answers]]))
-        protocol["generation"] = {"prompts": len(said), "new_tokens": self.new_tokens, "answers": len(answers)}
+        protocol["generation"] = {
+            "prompts": len(said),
+            "new_tokens": self.new_tokens,
+            "answers": len(answers),
+        }
         records = {name: figures["records"] for name, figures in found.items()}
         health = self._health(model, tokenizer, metrics, found, context_length)
-        return {"metrics": metrics, "protocol": protocol, "samples": said, "records": records, "health": health}
+        return {
+            "metrics": metrics,
+            "protocol": protocol,
+            "samples": said,
+            "records": records,
+            "health": health,
+        }
 
     def _health(self, model, tokenizer, metrics: dict, found: dict, context_length: int) -> dict:
-        """Return ``{"non_finite": ...}`` (see :func:`first_non_finite`) where a figure is not finite, else nothing."""
+        """Return ``{"non_finite": ...}`` (see :func:`first_non_finite`) where a figure is not
+        finite, else nothing."""
         from slim.evaluation.health import finite, first_non_finite, suspects
 
         if finite(metrics):
             return {}
-        windows = self.perplexity.windows(tokenizer, context_length).tolist() if self.perplexity else []
+        windows = (
+            self.perplexity.windows(tokenizer, context_length).tolist() if self.perplexity else []
+        )
         return {"non_finite": first_non_finite(model, suspects(tokenizer, found, windows))}
 
     def check_tokenizer(self, tokenizer) -> None:
-        """Raise ``SlimError`` for what the checkpoint's tokenizer cannot do, before its weights are loaded."""
+        """Raise ``SlimError`` for what the checkpoint's tokenizer cannot do, before its weights are
+        loaded."""
         if self.answers is not None:
             self.answers.check_tokenizer(tokenizer)
 
@@ -195,27 +227,36 @@ class Evaluation:
         return self.speed.prompt_ids(tokenizer, self._speed_text())
 
     def measure_speed(self, model, prompts: list[list[int]]) -> dict:
-        """Return ``metrics``: rates and the bytes of the weights in memory; ``protocol``; and no ``samples``."""
+        """Return ``metrics``: rates and the bytes of the weights in memory; ``protocol``; and no
+        ``samples``."""
         from slim.evaluation.memory import weights_bytes
 
         found = self.speed.measure(model, prompts)
         metrics = {**found["metrics"], "weights_bytes": float(weights_bytes(model))}
-        protocol = {"dtype": dtype_name(model), **found["protocol"], "machine": fingerprint(model.device.type)}
+        protocol = {
+            "dtype": dtype_name(model),
+            **found["protocol"],
+            "machine": fingerprint(model.device.type),
+        }
         return {"metrics": metrics, "protocol": {"speed": protocol}, "samples": []}
 
     def measure_use(self, model, prompts: list[list[int]]) -> dict[str, float]:
-        """Return what generating takes beside time: memory of each phase, and energy where it is asked for."""
+        """Return what generating takes beside time: memory of each phase, and energy where it is
+        asked for."""
         from slim.evaluation.energy import generation_energy
         from slim.evaluation.memory import phase_peaks
 
         first = self.speed.cases(prompts)[""][1]
         found = phase_peaks(model, first[0], self.speed.new_after(first[0]))
         if self.energy is not None:
-            found.update(generation_energy(model, first, self.speed.new_after(first[0]), self.energy))
+            found.update(
+                generation_energy(model, first, self.speed.new_after(first[0]), self.energy)
+            )
         return found
 
     def _speed_text(self) -> Text:
-        """The text that prompts for timing are cut from: the one of the perplexity, else the embedded one."""
+        """The text that prompts for timing are cut from: the one of the perplexity, else the
+        embedded one."""
         return self.perplexity or Text("tiny:heldout")
 
 

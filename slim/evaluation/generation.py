@@ -1,4 +1,5 @@
-"""Greedy generation in two phases, the prompt at once and then token by token, so that each can be timed."""
+"""Greedy generation in two phases, the prompt at once and then token by token, so that each can be
+timed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ else:
 
 
 def prefill(model, ids: torch.Tensor, cache=None):
-    """Run the prompt ``ids``, int64 [batch, tokens]; return the most likely next token [batch, 1] and the cache.
+    """Run the prompt ``ids``, int64 [batch, tokens]; return the most likely next token [batch, 1]
+    and the cache.
 
     cache: an empty key/value cache to fill; None for one that grows.
     """
@@ -25,7 +27,8 @@ def prefill(model, ids: torch.Tensor, cache=None):
 
 
 def decode(model, token: torch.Tensor, cache) -> Iterator[torch.Tensor]:
-    """Yield one most likely token [batch, 1] after the other, without end; ``cache`` grows with each."""
+    """Yield one most likely token [batch, 1] after the other, without end; ``cache`` grows with
+    each."""
     while True:
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
@@ -33,12 +36,14 @@ def decode(model, token: torch.Tensor, cache) -> Iterator[torch.Tensor]:
 
 
 def continue_text(model, tokenizer, prompt: str, new_tokens: int) -> str:
-    """Return the greedy continuation of ``prompt``: at most ``new_tokens`` tokens, up to the end-of-text token."""
+    """Return the greedy continuation of ``prompt``: at most ``new_tokens`` tokens, up to the
+    end-of-text token."""
     return continue_ids(model, tokenizer, tokenizer(prompt)["input_ids"], new_tokens)
 
 
 def continue_ids(model, tokenizer, prompt: list[int], new_tokens: int) -> str:
-    """Return the greedy continuation of the tokens ``prompt`` as text, as :func:`continue_text` does."""
+    """Return the greedy continuation of the tokens ``prompt`` as text, as :func:`continue_text`
+    does."""
     ends = end_tokens(model, tokenizer)
     ids = torch.tensor([prompt], device=model.device)
     chosen: list[int] = []
@@ -53,7 +58,8 @@ def continue_ids(model, tokenizer, prompt: list[int], new_tokens: int) -> str:
 
 
 def end_tokens(model, tokenizer) -> set[int]:
-    """Return the ids of the tokens that end a text, as the generation settings or the tokenizer say."""
+    """Return the ids of the tokens that end a text, as the generation settings or the tokenizer
+    say."""
     settings = getattr(model, "generation_config", None)
     ends = getattr(settings, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends

@@ -28,11 +28,13 @@ from slim.evaluation.local_data import use_local_files
 from slim.evaluation.task_files import data_files, is_local, read_rows
 
 CPU_BATCH = 32  # answers in one forward pass on a CPU, where larger batches gain nothing
-LOGITS_AT_ONCE = 2**26  # entries of a document's logits beyond which they are computed in slices: 256 MiB in float32
+# entries of a document's logits beyond which they are computed in slices: 256 MiB in float32
+LOGITS_AT_ONCE = 2**26
 
 
 class LoadedModel(HFLM):
-    """A model in memory as lm-eval sees it, which shows slim's progress bar and notes the tasks with NaN in them."""
+    """A model in memory as lm-eval sees it, which shows slim's progress bar and notes the tasks
+    with NaN in them."""
 
     def __init__(self, model, tokenizer, batch_size: int | None, max_length: int):
         super().__init__(
@@ -40,7 +42,8 @@ class LoadedModel(HFLM):
             tokenizer=tokenizer,
             batch_size=batch_size or (CPU_BATCH if model.device.type == "cpu" else "auto"),
             max_length=max_length,
-            softmax_dtype="float32",  # otherwise the model's type, in which bfloat16 has three digits
+            # otherwise the model's type, in which bfloat16 has three digits
+            softmax_dtype="float32",
         )
         self.broken: set[str] = set()
         self._advance = lambda steps: None
@@ -61,7 +64,8 @@ class LoadedModel(HFLM):
         return scores
 
     def _rolling_in_slices(self, text: str) -> float:
-        """Return what ``loglikelihood_rolling`` does, up to rounding, without the logits of a whole window at once."""
+        """Return what ``loglikelihood_rolling`` does, up to rounding, without the logits of a whole
+        window at once."""
         return -document_nll(self.model, *document_tokens(self.tokenizer, text), self.max_length)
 
     def _model_call(self, inps, *args, **kwargs) -> torch.Tensor:
@@ -84,27 +88,30 @@ def evaluate(
     batch_size: int | None,
     max_length: int,
 ) -> dict[str, dict]:
-    """Run the tasks in the YAML files ``paths`` (each with split -> local files that take the place of the hub's data).
+    """Run the tasks in the YAML files ``paths`` (each with split -> local files that take the place
+    of the hub's data).
 
     Return task -> metrics, questions, num_fewshot, version, questions_sha256, records.
-    Raises ``SlimError`` if a task cannot be built, which mostly means that its data cannot be reached.
-    """
+    Raises ``SlimError`` if a task cannot be built, which mostly means that its data cannot be
+    reached."""
     with quiet():
         tasks = {}
         for path, files in paths.items():
             task = build_task(path, num_fewshot, files, seed)
             tasks[task.task_name] = task
         lm = LoadedModel(model, tokenizer, batch_size, max_length)
-        # One bootstrap round: the errors of means are computed directly, and 0 would leave those out too.
+        # One bootstrap round: the errors of means are computed directly, and 0 would leave those
+        # out too.
         found = run_tasks(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=1, log_samples=True)
     return {name: _result(found, name, broken=name in lm.broken) for name in tasks}
 
 
 def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]], seed: int):
-    """Build the lm-eval task of a YAML file; local data (``local``: split -> files) are handed over in memory.
+    """Build the lm-eval task of a YAML file; local data (``local``: split -> files) are handed over
+    in memory.
 
-    The datasets library keeps JSON files in a cache of its own; in memory there is nothing that could be out of date.
-    """
+    The datasets library keeps JSON files in a cache of its own; in memory there is nothing that
+    could be out of date."""
     try:
         config = load_yaml(path)
         files = local or (data_files(path) if is_local(path) else {})
@@ -114,16 +121,21 @@ def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]]
         (task,) = TaskManager(include_defaults=False).load([config])["tasks"].values()
     except SlimError:
         raise
-    except Exception as error:  # a task file can fail in as many ways as there are loaders and template mistakes
+    except (
+        Exception
+    ) as error:  # a task file can fail in as many ways as there are loaders and template mistakes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if local:
             shown = ", ".join(str(path) for paths in local.values() for path in paths)
-            raise SlimError(f"{shown}: not in the hub's schema of the task in {path.name} ({reason}).") from error
+            raise SlimError(
+                f"{shown}: not in the hub's schema of the task in {path.name} ({reason})."
+            ) from error
         raise SlimError(
             f"The task in {path.name} cannot be set up: {reason}\n"
             "Its data come from the hub unless they are embedded: without a network, name YAML files of your own."
         ) from error
-    if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # as on lm-eval's command line, a fixed 0 stays
+    # as on lm-eval's command line, a fixed 0 stays
+    if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
@@ -140,11 +152,15 @@ def _result(found: dict, name: str, broken: bool) -> dict:
     for key, value in found["results"][name].items():
         metric, _, variant = key.partition(",")
         if variant and isinstance(value, (int, float)):
-            metrics[metric if variant == "none" else f"{metric}/{variant}"] = math.nan if broken else float(value)
+            metrics[metric if variant == "none" else f"{metric}/{variant}"] = (
+                math.nan if broken else float(value)
+            )
     asked = found["samples"][name]
     return {
         "records": records(asked),
-        "questions_sha256": hashlib.sha256("".join(row["doc_hash"] for row in asked).encode()).hexdigest(),
+        "questions_sha256": hashlib.sha256(
+            "".join(row["doc_hash"] for row in asked).encode()
+        ).hexdigest(),
         "metrics": metrics,
         "questions": found["n-samples"][name]["effective"],
         "num_fewshot": found["n-shot"][name],
@@ -153,15 +169,19 @@ def _result(found: dict, name: str, broken: bool) -> dict:
 
 
 def records(samples: list[dict]) -> list[dict]:
-    """Reduce lm-eval's samples to plain JSON: per question its id and hash, what was asked, the answers' scores, figures.
+    """Reduce lm-eval's samples to plain JSON: per question its id and hash, what was asked, the
+    answers' scores, figures.
 
-    Questions with choices have ``context``, ``choices``, ``scores`` (log-likelihoods in nats) and ``target``; documents only
-    their hash; generated answers ``context`` and ``answer``.
-    """
+    Questions with choices have ``context``, ``choices``, ``scores`` (log-likelihoods in nats) and
+    ``target``; documents only their hash; generated answers ``context`` and ``answer``."""
     rows = []
     for sample in samples:
         figures = {name: _plain(sample[name]) for name in sample["metrics"]}
-        row = {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "filter": sample["filter"]}
+        row = {
+            "doc_id": sample["doc_id"],
+            "doc_hash": sample["doc_hash"],
+            "filter": sample["filter"],
+        }
         rows.append({**row, **_asked(sample), **figures})
     return rows
 
@@ -173,8 +193,17 @@ def _asked(sample: dict) -> dict:
     if isinstance(arguments[0][1], str):
         scores = [answer[0] for answer in answers]
         choices = [answer for _, answer in arguments]
-        return {"context": arguments[0][0], "choices": choices, "scores": scores, "target": _plain(sample["target"])}
-    return {"context": arguments[0][0], "answer": _plain(answers[0]), "target": _plain(sample["target"])}
+        return {
+            "context": arguments[0][0],
+            "choices": choices,
+            "scores": scores,
+            "target": _plain(sample["target"]),
+        }
+    return {
+        "context": arguments[0][0],
+        "answer": _plain(answers[0]),
+        "target": _plain(sample["target"]),
+    }
 
 
 def _plain(value):
@@ -195,7 +224,8 @@ def quiet() -> Iterator[None]:
         for module in (lm_eval.api.task, lm_eval.models.huggingface):
             undo.callback(setattr, module, "tqdm", module.tqdm)
             module.tqdm = partial(module.tqdm, disable=True)
-        undo.enter_context(contextlib.redirect_stdout(io.StringIO()))  # finding the batch size is told by print
+        # finding the batch size is told by print
+        undo.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if datasets.utils.logging.is_progress_bar_enabled():
             undo.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()

@@ -1,9 +1,10 @@
-"""A language model as judge of two answers, with a reference, in both orders (after MT-bench: Zheng et al., arXiv:2306.05685).
+"""A language model as judge of two answers, with a reference, in both orders (after MT-bench: Zheng
+et al., arXiv:2306.05685).
 
-Judges favour what they read first, so each pair is shown in both orders, the first one drawn by lot; a model wins a question
-if it wins in both orders, or in one with a tie in the other, and everything else is a tie. Verdicts are kept in a file as they
-come, by a hash of judge, question and answers: what was asked once is not asked again, and an interrupted run goes on.
-"""
+Judges favour what they read first, so each pair is shown in both orders, the first one drawn by
+lot; a model wins a question if it wins in both orders, or in one with a tie in the other, and
+everything else is a tie. Verdicts are kept in a file as they come, by a hash of judge, question and
+answers: what was asked once is not asked again, and an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -39,11 +40,13 @@ class Judge:
     """Who judges, and how much may be asked.
 
     model: name of the model at ``endpoint``, or a checkpoint folder where there is no endpoint.
-    endpoint: address of a server that speaks OpenAI's chat completions, such as ``http://127.0.0.1:8000/v1``.
-    key_variable: environment variable with the server's key; the key itself is never written anywhere.
-    limit: questions judged for each pair of models, from the start. both_orders: ask twice, with the answers swapped.
-    retries, timeout (s), wait (s, doubled each time): how long a server that does not answer is waited for; also how often
-    a verdict that cannot be read is asked for again.
+    endpoint: address of a server that speaks OpenAI's chat completions, such as
+        ``http://127.0.0.1:8000/v1``.
+    key_variable: environment variable with the server's key; the key itself is never written
+        anywhere.
+    limit: questions judged for each pair of models, from the start. both_orders: ask twice, with
+    the answers swapped. retries, timeout (s), wait (s, doubled each time): how long a server that
+    does not answer is waited for; also how often a verdict that cannot be read is asked for again.
     seed: of the order shown first. new_tokens: most tokens of reason and verdict.
     """
 
@@ -64,14 +67,18 @@ class Judge:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
-            raise SlimError("eval.judge.model is missing. Give the name of the endpoint's model, or a checkpoint folder.")
+            raise SlimError(
+                "eval.judge.model is missing. Give the name of the endpoint's model, or a checkpoint folder."
+            )
         require_flag("eval.judge.both_orders", self.both_orders)
         for name, low in (("limit", 1), ("new_tokens", 8), ("retries", 0), ("seed", 0)):
             require_number(f"eval.judge.{name}", getattr(self, name), low, integer=True)
         for name in ("timeout", "wait"):
             require_number(f"eval.judge.{name}", getattr(self, name), 0)
         if self.endpoint is not None and not re.match(r"https?://[^/\s]+", str(self.endpoint)):
-            raise SlimError(f"eval.judge.endpoint={self.endpoint} is no address. It looks like http://127.0.0.1:8000/v1.")
+            raise SlimError(
+                f"eval.judge.endpoint={self.endpoint} is no address. It looks like http://127.0.0.1:8000/v1."
+            )
         if self.endpoint is None and not Path(self.model).expanduser().is_dir():
             raise SlimError(
                 f"eval.judge.model={self.model} is no checkpoint folder. Give one, or the server that has the model with "
@@ -82,21 +89,28 @@ class Judge:
         """Return what determines a verdict besides the case, as plain JSON values."""
         local = None if self.endpoint else checksums(Path(self.model).expanduser())
         name = self.model if self.endpoint else None
-        return {"version": self.version, "model": name, "files": local, "new_tokens": self.new_tokens}
+        return {
+            "version": self.version,
+            "model": name,
+            "files": local,
+            "new_tokens": self.new_tokens,
+        }
 
     def client(self, device: str) -> Endpoint | LocalModel:
         """Return what answers the questions."""
         if self.endpoint is None:
             return LocalModel(self.model, device)
-        return Endpoint(self.endpoint, self.model, self.key_variable, self.timeout, self.retries, self.wait)
+        return Endpoint(
+            self.endpoint, self.model, self.key_variable, self.timeout, self.retries, self.wait
+        )
 
     def compare(self, one: list[dict], other: list[dict], verdicts: Verdicts, client) -> list[dict]:
         """Judge the answers in the records ``one`` and ``other`` to the same questions.
 
-        Return a row per question: ``question``, ``reference``, ``answers`` (of both), ``winner`` (``"one"``, ``"other"``,
-        ``"tie"``, or None where no verdict could be read) and ``opinions`` (shown first, verdict, reason). Raises ``SlimError``
-        when the judge is given up; what it said until then is in ``verdicts``.
-        """
+        Return a row per question: ``question``, ``reference``, ``answers`` (of both), ``winner``
+        (``"one"``, ``"other"``, ``"tie"``, or None where no verdict could be read) and ``opinions``
+        (shown first, verdict, reason). Raises ``SlimError`` when the judge is given up; what it
+        said until then is in ``verdicts``."""
         rows, silent = [], 0
         lots = random.Random(self.seed)
         pairs = list(zip(one, other, strict=True))[: self.limit]
@@ -117,15 +131,25 @@ class Judge:
         row = {"question": mine["question"], "reference": mine["reference"], "answers": answers}
         if answers["one"] == answers["other"]:
             return {**row, "winner": "tie", "opinions": []}
-        orders = [("other", "one"), ("one", "other")] if swapped else [("one", "other"), ("other", "one")]
+        orders = (
+            [("other", "one"), ("one", "other")]
+            if swapped
+            else [("one", "other"), ("other", "one")]
+        )
         opinions = []
         for order in orders if self.both_orders else orders[:1]:
             first, second = (answers[name] for name in order)
-            case = CASE.format(question=row["question"], reference=row["reference"], first=first, second=second)
+            case = CASE.format(
+                question=row["question"], reference=row["reference"], first=first, second=second
+            )
             said = self._ask(case, verdicts, client)
             winner = {"A": order[0], "B": order[1]}.get(said["verdict"], said["verdict"])
             opinions.append({"shown_first": order[0], "verdict": winner, "reason": said["reason"]})
-        return {**row, "winner": settle([opinion["verdict"] for opinion in opinions]), "opinions": opinions}
+        return {
+            **row,
+            "winner": settle([opinion["verdict"] for opinion in opinions]),
+            "opinions": opinions,
+        }
 
     def _ask(self, case: str, verdicts: Verdicts, client) -> dict:
         key = digest([self.cache_key(), RULES, case])
@@ -137,7 +161,9 @@ class Judge:
             try:
                 text = client.ask(messages, self.new_tokens)
             except SlimError as error:
-                raise SlimError(f"{error} {verdicts.kept()} The same command goes on there.") from error
+                raise SlimError(
+                    f"{error} {verdicts.kept()} The same command goes on there."
+                ) from error
             verdict = read_verdict(text)
             if verdict is not None:
                 return verdicts.add(key, {"verdict": verdict, "reason": text.strip()})
@@ -147,13 +173,15 @@ class Judge:
 
 
 def read_verdict(text: str) -> str | None:
-    """Return ``"A"``, ``"B"`` or ``"tie"``, the last one written, also as ``[[A]]``; None if there is none."""
+    """Return ``"A"``, ``"B"`` or ``"tie"``, the last one written, also as ``[[A]]``; None if there
+    is none."""
     found = VERDICT.findall(text) or BRACKETS.findall(text)
     return {"a": "A", "b": "B", "c": "tie", "tie": "tie"}[found[-1].lower()] if found else None
 
 
 def settle(verdicts: list[str | None]) -> str | None:
-    """Return the winner over both orders: one that no verdict contradicts; None if a verdict is missing."""
+    """Return the winner over both orders: one that no verdict contradicts; None if a verdict is
+    missing."""
     if None in verdicts:
         return None
     sides = set(verdicts) - {"tie"}

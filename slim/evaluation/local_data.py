@@ -1,8 +1,9 @@
-"""Questions of stock tasks from local files, one JSON Lines file per task in the schema of its data set on the hub.
+"""Questions of stock tasks from local files, one JSON Lines file per task in the schema of its data
+set on the hub.
 
-In a folder, ``<task>.jsonl`` holds the questions that are asked (the task's test split, else its validation split) and
-``<task>_train.jsonl``, if it is there, the examples for few-shot prompts. Nothing here imports lm-eval: what is missing is
-said before any work, with the file and the line.
+In a folder, ``<task>.jsonl`` holds the questions that are asked (the task's test split, else its
+validation split) and ``<task>_train.jsonl``, if it is there, the examples for few-shot prompts.
+Nothing here imports lm-eval: what is missing is said before any work, with the file and the line.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from slim.core.errors import SlimError
 from slim.evaluation.task_files import FUNCTION, read_plain, read_rows
 
-OTHER_NAMES = {"wikitext": ("wikitext2_raw_test",)}  # names under which a task's questions are known besides its own
+# names under which a task's questions are known besides its own
+OTHER_NAMES = {"wikitext": ("wikitext2_raw_test",)}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
@@ -26,7 +28,9 @@ def local_files(task: str, folder: str | Path, config: dict) -> dict[str, list[P
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise SlimError(f"eval.local_data={folder} is not a folder. Give one with a file TASK.jsonl for each task.")
+        raise SlimError(
+            f"eval.local_data={folder} is not a folder. Give one with a file TASK.jsonl for each task."
+        )
     candidates = [folder / f"{name}.jsonl" for name in (task, *OTHER_NAMES.get(task, ()))]
     asked = next((path for path in candidates if path.is_file()), None)
     if asked is None:
@@ -36,7 +40,10 @@ def local_files(task: str, folder: str | Path, config: dict) -> dict[str, list[P
             "Add the file, name other tasks, or eval.local_data=null to take the hub's data."
         )
     files = {config.get("test_split") or config["validation_split"]: [asked]}
-    examples, training = folder / f"{task}_train.jsonl", config.get("fewshot_split") or config.get("training_split")
+    examples, training = (
+        folder / f"{task}_train.jsonl",
+        config.get("fewshot_split") or config.get("training_split"),
+    )
     if examples.is_file() and training and training not in files:
         files[training] = [examples]
     return files
@@ -44,13 +51,16 @@ def local_files(task: str, folder: str | Path, config: dict) -> dict[str, list[P
 
 def use_local_files(config: dict, files: dict[str, list[Path]]) -> dict:
     """Return a task's settings with those splits taken out that have no file."""
-    config = {key: value for key, value in config.items() if key not in ("dataset_kwargs", "dataset_name")}
+    config = {
+        key: value for key, value in config.items() if key not in ("dataset_kwargs", "dataset_name")
+    }
     missing = [key for key in SPLITS if config.get(key) and config[key] not in files]
     return {key: value for key, value in config.items() if key not in missing}
 
 
 def check_rows(path: Path, files: dict[str, list[Path]]) -> None:
-    """Raise ``SlimError`` naming file, line and field if a row lacks a field that the task file ``path`` reads."""
+    """Raise ``SlimError`` naming file, line and field if a row lacks a field that the task file
+    ``path`` reads."""
     needed = required_fields(path)
     for paths in files.values():
         rows = read_rows(paths)  # all rows have the fields of the first
@@ -64,7 +74,8 @@ def check_rows(path: Path, files: dict[str, list[Path]]) -> None:
 
 @cache
 def required_fields(path: Path) -> frozenset[str]:
-    """Return the fields of a row that the task file reads, as far as its templates and functions say so plainly."""
+    """Return the fields of a row that the task file reads, as far as its templates and functions
+    say so plainly."""
     config = read_plain(path)
     if config.get("process_docs"):  # the templates read what this function makes of a row
         return frozenset(_function_fields(path, config["process_docs"]))
@@ -90,17 +101,29 @@ def _template_fields(template: str) -> set[str]:
 
 
 def _function_fields(path: Path, tag: str) -> set[str]:
-    """Return the constant keys by which a function in a Python file beside the task reads its rows; it is not run."""
+    """Return the constant keys by which a function in a Python file beside the task reads its rows;
+    it is not run."""
     module, _, name = tag.removeprefix("!function").strip().rpartition(".")
     source = path.parent / f"{module.replace('.', '/')}.py"
     if not source.is_file():
         return set()
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    body = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name), None)
+    body = next(
+        (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name),
+        None,
+    )
     return set() if body is None else {_key(node) for node in ast.walk(body)} - {None}
 
 
 def _key(node: ast.AST) -> str | None:
     """Return k for ``doc["k"]``, and None for anything else."""
-    plain = isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and isinstance(node.slice, ast.Constant)
-    return node.slice.value if plain and node.value.id == "doc" and isinstance(node.ctx, ast.Load) else None
+    plain = (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and isinstance(node.slice, ast.Constant)
+    )
+    return (
+        node.slice.value
+        if plain and node.value.id == "doc" and isinstance(node.ctx, ast.Load)
+        else None
+    )

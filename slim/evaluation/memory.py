@@ -1,4 +1,5 @@
-"""Memory that a model takes: its tensors, exactly, and what the process or the GPU holds for it, as measured."""
+"""Memory that a model takes: its tensors, exactly, and what the process or the GPU holds for it, as
+measured."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def weights_bytes(model) -> int:
-    """Return the bytes of all parameters and buffers of a torch module, packed ones included, shared ones once."""
+    """Return the bytes of all parameters and buffers of a torch module, packed ones included,
+    shared ones once."""
     sizes = {}
     for tensor in itertools.chain(model.parameters(), model.buffers(), statistics(model)):
         sizes[tensor.device, tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
@@ -24,7 +26,8 @@ def weights_bytes(model) -> int:
 
 
 def statistics(model) -> Iterator:
-    """Yield the scales and tables that bitsandbytes' layers keep outside their parameters and buffers."""
+    """Yield the scales and tables that bitsandbytes' layers keep outside their parameters and
+    buffers."""
     for module in model.modules():
         weight, product = getattr(module, "weight", None), getattr(module, "state", None)
         outer = getattr(weight, "quant_state", None)
@@ -42,12 +45,13 @@ class MemoryMeter:
         meter.resident  # still held at the end
         meter.peak      # most at any moment
 
-    On a GPU by torch's own counters; on a Linux CPU by the process's resident set, with what malloc keeps for later
-    given back first. Both are None where there is no such counter (macOS, a restricted container).
+    On a GPU by torch's own counters; on a Linux CPU by the process's resident set, with what malloc
+    keeps for later given back first. Both are None where there is no such counter (macOS, a
+    restricted container).
 
-    Inside, transformers loads weights in the calling thread: what its loader threads allocate stays, once freed, in
-    heaps of theirs that cannot be given back, and the next model would seem to need no memory.
-    """
+    Inside, transformers loads weights in the calling thread: what its loader threads allocate
+    stays, once freed, in heaps of theirs that cannot be given back, and the next model would seem
+    to need no memory."""
 
     def __init__(self, device: str = "cpu"):
         self.cuda = str(device).startswith("cuda")
@@ -90,7 +94,9 @@ class MemoryMeter:
         import torch
 
         torch.cuda.synchronize(self.device)
-        counter = torch.cuda.memory_allocated if field == "VmRSS" else torch.cuda.max_memory_allocated
+        counter = (
+            torch.cuda.memory_allocated if field == "VmRSS" else torch.cuda.max_memory_allocated
+        )
         return counter(self.device)
 
     def _reset_peak(self) -> bool:
@@ -104,11 +110,12 @@ class MemoryMeter:
 
 
 def phase_peaks(model, prompt: list[int], new_tokens: int) -> dict[str, float]:
-    """Return what generating takes beside the loaded, idle model, in bytes; a run of its own, which nothing times.
+    """Return what generating takes beside the loaded, idle model, in bytes; a run of its own, which
+    nothing times.
 
-    ``prefill_peak_bytes`` and ``decode_peak_bytes``: most held at any moment of each phase (missing where the machine cannot
-    tell). ``cache_bytes_per_token``: the key/value cache after the prompt, per token of it.
-    """
+    ``prefill_peak_bytes`` and ``decode_peak_bytes``: most held at any moment of each phase (missing
+    where the machine cannot tell). ``cache_bytes_per_token``: the key/value cache after the prompt,
+    per token of it."""
     import torch
 
     from slim.evaluation.generation import decode, prefill
@@ -129,18 +136,24 @@ def phase_peaks(model, prompt: list[int], new_tokens: int) -> dict[str, float]:
 
 def cache_bytes(cache) -> int:
     """Return the bytes of the keys and values in a cache of transformers."""
-    tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    tensors = [
+        getattr(layer, name, None)
+        for layer in getattr(cache, "layers", ())
+        for name in ("keys", "values")
+    ]
     return sum(tensor.nbytes for tensor in tensors if hasattr(tensor, "nbytes"))
 
 
 def release() -> None:
-    """Collect garbage and give the heap's free pages back to the system, where the C library can."""
+    """Collect garbage and give the heap's free pages back to the system, where the C library
+    can."""
     gc.collect()
     trim_heap()
 
 
 def process_bytes(field: str) -> int | None:
-    """Return a size from ``/proc/self/status``: ``VmRSS`` (resident now) or ``VmHWM`` (its peak); None if not there."""
+    """Return a size from ``/proc/self/status``: ``VmRSS`` (resident now) or ``VmHWM`` (its peak);
+    None if not there."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:

@@ -1,16 +1,17 @@
 """Token perplexity, as the GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978) papers report it.
 
-The documents are joined to one text, tokenised once, and cut into windows of w tokens that do not overlap; the tail
-that fills no window is dropped. With the tokens x of window j::
+The documents are joined to one text, tokenised once, and cut into windows of w tokens that do not
+overlap; the tail that fills no window is dropped. With the tokens x of window j::
 
     NLL_j = -1/(w-1) * sum_{i=2..w} log p(x_i | x_1 .. x_{i-1})        perplexity = exp(mean_j NLL_j)
 
-Each window starts without context, so a shorter window gives a higher perplexity: figures compare only where the window
-and the tokens are the same. The protocol beside the figure states both, the tokens by their checksum.
+Each window starts without context, so a shorter window gives a higher perplexity: figures compare
+only where the window and the tokens are the same. The protocol beside the figure states both, the
+tokens by their checksum.
 
-The papers join WikiText-2's lines by empty lines, PTB's sentences and the first 1100 documents of C4's first validation
-file by spaces, and take 256 windows of C4 (``conf/eval/ptb.yaml``, ``conf/eval/c4.yaml``).
-"""
+The papers join WikiText-2's lines by empty lines, PTB's sentences and the first 1100 documents of
+C4's first validation file by spaces, and take 256 windows of C4 (``conf/eval/ptb.yaml``,
+``conf/eval/c4.yaml``)."""
 
 from __future__ import annotations
 
@@ -35,22 +36,25 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-LOGITS_AT_ONCE = 2**24  # entries of the logits held at a time: 64 MiB in float32, whatever the vocabulary
+# entries of the logits held at a time: 64 MiB in float32, whatever the vocabulary
+LOGITS_AT_ONCE = 2**24
 TOKENS_AT_ONCE = 1024  # tokens in one forward pass where no batch size is given
 
 
 @dataclass
 class Perplexity(Text):
-    """Which text, in which windows. ``text``, ``subset``, ``split`` and ``column`` are those of :class:`Text`.
+    """Which text, in which windows. ``text``, ``subset``, ``split`` and ``column`` are those of
+    :class:`Text`.
 
     window: tokens per window, at most the model's context.
     limit: number of windows from the start of the text; None for all.
     separator: what stands between the documents when they are joined.
     first_documents: number of documents from the start that are joined; None for all.
-    files: one data file inside a hub data set, read instead of the whole set; ``split`` and ``subset`` do not matter then.
+    files: one data file inside a hub data set, read instead of the whole set; ``split`` and
+        ``subset`` do not matter then.
     revision: branch, tag or commit of the hub data set; used with ``files`` only.
-    batch_size: windows in one forward pass; None for as many as make 1024 tokens. Changes the speed, and the result
-        only by rounding.
+    batch_size: windows in one forward pass; None for as many as make 1024 tokens. Changes the
+        speed, and the result only by rounding.
     """
 
     cache_name: ClassVar[str] = "Perplexity"
@@ -73,10 +77,17 @@ class Perplexity(Text):
     def cache_key(self) -> dict:
         source = {"files": self.files, "revision": self.revision} if self.files else {}
         joined = {"separator": self.separator, "first_documents": self.first_documents}
-        return {**self.text_identity(), **source, **joined, "window": self.window, "limit": self.limit}
+        return {
+            **self.text_identity(),
+            **source,
+            **joined,
+            "window": self.window,
+            "limit": self.limit,
+        }
 
     def rows(self) -> Iterator[dict]:
-        """Yield the rows of the text's file or data set; of ``files`` where that is set and the text is not local."""
+        """Yield the rows of the text's file or data set; of ``files`` where that is set and the
+        text is not local."""
         if self.files is None or self.path is not None:
             return super().rows()
         return iter(load_dataset_files(self.text, self.files, self.revision))
@@ -102,11 +113,12 @@ class Perplexity(Text):
         return torch.tensor(ids[: count * window], dtype=torch.long).view(count, window)
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``{"metrics": {"perplexity": ...}, "protocol": {...}, "records": {"nll": [...]}}``.
+        """Return ``{"metrics": {"perplexity": ...}, "protocol": {...}, "records": {"nll":
+        [...]}}``.
 
-        ``nll`` is the mean negative log-likelihood per prediction, in nats, of every window: what a difference between two
-        checkpoints is computed from, pair by pair. NaN and infinity stay what they are.
-        """
+        ``nll`` is the mean negative log-likelihood per prediction, in nats, of every window: what a
+        difference between two checkpoints is computed from, pair by pair. NaN and infinity stay
+        what they are."""
         windows = self.windows(tokenizer, context_length)
         count, window = windows.shape
         nll = window_nll(model, windows, self.batch_size) / (window - 1)
@@ -121,7 +133,8 @@ class Perplexity(Text):
 
 
 def negative_log_likelihood(model, windows: torch.Tensor, batch_size: int | None = None) -> float:
-    """Return the summed negative log-likelihood, in nats, of every token but the first of each window.
+    """Return the summed negative log-likelihood, in nats, of every token but the first of each
+    window.
 
     windows: int64 [windows, tokens]. Summed in float64; each term is computed in float32 at least.
     """
@@ -140,18 +153,27 @@ def window_nll(model, windows: torch.Tensor, batch_size: int | None = None) -> t
 
 
 def token_nll(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return -log p of ``targets``, int64 [windows, k], at the last k positions of ``ids``, int64 [windows, tokens].
+    """Return -log p of ``targets``, int64 [windows, k], at the last k positions of ``ids``, int64
+    [windows, tokens].
 
     float32 [windows, k]. The logits are computed for a slice of the positions at a time.
     """
     wanted = targets.flatten()
     if model.config.model_type not in FAMILIES:  # the head may be more than one matrix
         logits = model(input_ids=ids, use_cache=False).logits[:, -targets.shape[1] :].flatten(0, 1)
-        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none").view(targets.shape)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -targets.shape[1] :].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none").view(
+            targets.shape
+        )
+    hidden = (
+        model.base_model(input_ids=ids, use_cache=False)
+        .last_hidden_state[:, -targets.shape[1] :]
+        .flatten(0, 1)
+    )
     rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     parts = [
-        torch.nn.functional.cross_entropy(head_logits(model, part).float(), tokens, reduction="none")
+        torch.nn.functional.cross_entropy(
+            head_logits(model, part).float(), tokens, reduction="none"
+        )
         for part, tokens in zip(hidden.split(rows), wanted.split(rows), strict=True)
     ]
     return torch.cat(parts).view(targets.shape)

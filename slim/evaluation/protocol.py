@@ -1,4 +1,5 @@
-"""The protocol of every figure, so that a table can keep figures of different protocols in different columns."""
+"""The protocol of every figure, so that a table can keep figures of different protocols in
+different columns."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ HASH_SHOWN = 6  # digits of a checksum in a heading
 
 
 def protocol_of(result: Result, metric: str) -> dict:
-    """Return what the figure ``metric`` of a checkpoint depends on besides the checkpoint; empty for parameters."""
+    """Return what the figure ``metric`` of a checkpoint depends on besides the checkpoint; empty
+    for parameters."""
     quality, speed = result.quality, result.speed
     if metric in speed.get("metrics", {}):
         return speed.get("protocol", {}).get("speed", {})
@@ -31,7 +33,8 @@ def protocol_of(result: Result, metric: str) -> dict:
     if metric in PART_OF:
         return {**common, **protocol.get(PART_OF[metric], {})}
     task = metric.rpartition("/")[0]
-    own = tasks.get(task) if task in tasks else tasks  # the mean over all tasks depends on all of them
+    # the mean over all tasks depends on all of them
+    own = tasks.get(task) if task in tasks else tasks
     return {**common, **(own or {}), "lm_eval": tasks.get("lm_eval")}
 
 
@@ -41,18 +44,34 @@ def protocol_key(result: Result, metric: str) -> str:
 
 
 def variants(results: list[Result], metric: str) -> dict[str, str]:
-    """Return protocol key -> words that tell it from the others (empty where there is one only), in order of appearance."""
-    protocols = {protocol_key(r, metric): flat(protocol_of(r, metric)) for r in results if metric in r.metrics}
+    """Return protocol key -> words that tell it from the others (empty where there is one only), in
+    order of appearance."""
+    protocols = {
+        protocol_key(r, metric): flat(protocol_of(r, metric))
+        for r in results
+        if metric in r.metrics
+    }
     names = dict.fromkeys(name for protocol in protocols.values() for name in protocol)
-    differing = [name for name in names if len({str(protocol.get(name)) for protocol in protocols.values()}) > 1]
-    return {key: ", ".join(f"{name} {_short(protocol.get(name))}" for name in differing) for key, protocol in protocols.items()}
+    differing = [
+        name
+        for name in names
+        if len({str(protocol.get(name)) for protocol in protocols.values()}) > 1
+    ]
+    return {
+        key: ", ".join(f"{name} {_short(protocol.get(name))}" for name in differing)
+        for key, protocol in protocols.items()
+    }
 
 
 def flat(protocol: dict, prefix: str = "") -> dict[str, Any]:
     """Flatten nested protocols to ``{"a.b": value}``."""
     found: dict[str, Any] = {}
     for name, value in protocol.items():
-        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+        found.update(
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return found
 
 

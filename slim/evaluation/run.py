@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 
 def measure(
-    folder: Path, evaluation: Evaluation, device: str = "cpu", quality: bool = True, speed: bool = True
+    folder: Path,
+    evaluation: Evaluation,
+    device: str = "cpu",
+    quality: bool = True,
+    speed: bool = True,
 ) -> dict[str, dict | None]:
-    """Return ``{"quality": ..., "speed": ...}`` for the checkpoint in ``folder``; None for what is not asked for.
+    """Return ``{"quality": ..., "speed": ...}`` for the checkpoint in ``folder``; None for what is
+    not asked for.
 
-    Each holds ``metrics`` (flat name -> float), ``protocol`` and ``samples`` as plain JSON values. Speed comes first,
-    so that the memory it reports is that of loading and generating, not that of scoring batches. The model is freed,
-    and loaded a second time only where speed and quality are measured in different types, or where the model was changed to
-    be fast.
-    """
+    Each holds ``metrics`` (flat name -> float), ``protocol`` and ``samples`` as plain JSON values.
+    Speed comes first, so that the memory it reports is that of loading and generating, not that of
+    scoring batches. The model is freed, and loaded a second time only where speed and quality are
+    measured in different types, or where the model was changed to be fast."""
     from slim.checkpoints.checkpoint import open_checkpoint
     from slim.checkpoints.tokenizer import load_tokenizer
 
@@ -32,7 +36,10 @@ def measure(
     if not quality and not speed:
         return found
     tokenizer, spec, model = load_tokenizer(folder), open_checkpoint(folder).spec, None
-    quality_type, speed_type = evaluation.quality_dtype(spec, device), evaluation.speed_dtype(spec, device)
+    quality_type, speed_type = (
+        evaluation.quality_dtype(spec, device),
+        evaluation.speed_dtype(spec, device),
+    )
     if quality:
         evaluation.check_tokenizer(tokenizer)
     seed_everything()
@@ -42,7 +49,9 @@ def measure(
             model = None
             release()
     if quality:
-        found["quality"] = _measure_quality(model, folder, evaluation, tokenizer, quality_type, device)
+        found["quality"] = _measure_quality(
+            model, folder, evaluation, tokenizer, quality_type, device
+        )
     del model
     release()
     if device == "cuda":
@@ -52,12 +61,15 @@ def measure(
     return found
 
 
-def _measure_speed(folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str) -> tuple:
+def _measure_speed(
+    folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str
+) -> tuple:
     """Return the loaded model (None where it was changed to be fast) and its speed and memory."""
     from slim.checkpoints.checkpoint import open_checkpoint
     from slim.loading.load_model import load_model
 
-    prompts = evaluation.speed_prompts(tokenizer)  # outside the meter: tokenising a long text takes memory too
+    # outside the meter: tokenising a long text takes memory too
+    prompts = evaluation.speed_prompts(tokenizer)
     warm_up(folder, device)
     with MemoryMeter(device) as meter:
         model, changed = load_model(folder, dtype, device), False
@@ -71,7 +83,9 @@ def _measure_speed(folder: Path, evaluation: Evaluation, tokenizer, dtype: str, 
     return None if changed else model, figures
 
 
-def _measure_quality(model, folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str) -> dict:
+def _measure_quality(
+    model, folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str
+) -> dict:
     """Return quality of ``model``, loading it first where it is None."""
     import torch
 
@@ -82,7 +96,8 @@ def _measure_quality(model, folder: Path, evaluation: Evaluation, tokenizer, dty
 
 
 def warm_up(folder: Path, device: str) -> None:
-    """Load a minute model of the same family and generate, so that libraries and threads are not counted as memory."""
+    """Load a minute model of the same family and generate, so that libraries and threads are not
+    counted as memory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -103,8 +118,16 @@ def warm_up(folder: Path, device: str) -> None:
     model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:
         return
-    sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
-    config = AutoConfig.for_model(model_type, vocab_size=8, num_hidden_layers=1, pad_token_id=0, **sizes)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+    config = AutoConfig.for_model(
+        model_type, vocab_size=8, num_hidden_layers=1, pad_token_id=0, **sizes
+    )
     disable_progress_bar()
     with TemporaryDirectory() as scratch, MemoryMeter(device):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch)

@@ -1,9 +1,10 @@
-"""Generation speed: the prompt (prefill) and the generated tokens (decode) timed apart, warm-up dropped.
+"""Generation speed: the prompt (prefill) and the generated tokens (decode) timed apart, warm-up
+dropped.
 
-Prefill is the time from the prompt to the first new token, so its rate is prompt tokens per second and its time the time to
-first token; decode is the time of all further tokens, one forward pass each with the key/value cache. Counting prompt
-tokens as generated ones makes every model look several times as fast as it is.
-"""
+Prefill is the time from the prompt to the first new token, so its rate is prompt tokens per second
+and its time the time to first token; decode is the time of all further tokens, one forward pass
+each with the key/value cache. Counting prompt tokens as generated ones makes every model look
+several times as fast as it is."""
 
 from __future__ import annotations
 
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-CHARACTERS_PER_TOKEN = 8  # read from the text per token wanted: more than tokenizers need on average
-THESIS_PROMPTS = (  # those of the inference tables of the thesis, which time texts of 200 tokens, prompt included
+# read from the text per token wanted: more than tokenizers need on average
+CHARACTERS_PER_TOKEN = 8
+# those of the inference tables of the thesis, which time texts of 200 tokens, prompt included
+THESIS_PROMPTS = (
     "Once upon a time",
     "Why should I eat healthy?",
     "Is there a second life after death?",
@@ -42,14 +45,17 @@ THESIS_PROMPTS = (  # those of the inference tables of the thesis, which time te
 class Speed:
     """How long prompts and answers are, how many are run at once, and how often each is timed.
 
-    prompts: texts to use as they are; empty: ``count`` prompts of ``prompt_length`` tokens from the evaluation's text.
-    prompt_length, batch_size: a number, or a list of them: every combination is timed, and the first is the one in tables.
-        A batch holds the same prompt several times, and its rates count the tokens of all rows.
-    new_tokens: generated per prompt, always all of them. max_length: prompt and answer together, in place of new_tokens.
-    repeats: timed runs per prompt. warmup: runs before them that are not counted. The result is the median of all runs, with
-        the distance between their quartiles beside it.
-    compile: run the forward pass through torch.compile, with a cache of fixed size; the warm-up compiles.
-    """
+    prompts: texts to use as they are; empty: ``count`` prompts of ``prompt_length`` tokens from the
+        evaluation's text.
+    prompt_length, batch_size: a number, or a list of them: every combination is timed, and the
+        first is the one in tables. A batch holds the same prompt several times, and its rates count
+        the tokens of all rows.
+    new_tokens: generated per prompt, always all of them. max_length: prompt and answer together, in
+        place of new_tokens.
+    repeats: timed runs per prompt. warmup: runs before them that are not counted. The result is the
+        median of all runs, with the distance between their quartiles beside it.
+    compile: run the forward pass through torch.compile, with a cache of fixed size; the warm-up
+    compiles."""
 
     cache_name: ClassVar[str] = "Speed"
 
@@ -67,7 +73,8 @@ class Speed:
         self.prompts = list(self.prompts or [])
         for name in ("prompt_length", "batch_size"):
             values = getattr(self, name)
-            several = isinstance(values, Sequence) and not isinstance(values, str)  # a list of OmegaConf is no list
+            # a list of OmegaConf is no list
+            several = isinstance(values, Sequence) and not isinstance(values, str)
             setattr(self, name, list(values) if several else [values])
             for value in getattr(self, name) or [None]:
                 require_number(f"eval.speed.{name}", value, 1, integer=True)
@@ -77,7 +84,9 @@ class Speed:
                 require_number(f"eval.speed.{name}", getattr(self, name), low, integer=True)
         require_flag("eval.speed.compile", self.compile)
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
-            raise SlimError("eval.speed.prompts takes texts that are not empty, such as eval.speed.prompts=['Hello'].")
+            raise SlimError(
+                "eval.speed.prompts takes texts that are not empty, such as eval.speed.prompts=['Hello']."
+            )
 
     def check(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` if prompt and answer do not fit into the model's context."""
@@ -97,7 +106,8 @@ class Speed:
             )
 
     def prompt_ids(self, tokenizer, text: Text) -> list[list[int]]:
-        """Return the tokens of each prompt. A text that is too short is repeated: speed does not depend on sense."""
+        """Return the tokens of each prompt. A text that is too short is repeated: speed does not
+        depend on sense."""
         if self.prompts:
             return [tokenizer(prompt)["input_ids"] for prompt in self.prompts]
         length = max(self.prompt_length)
@@ -109,7 +119,8 @@ class Speed:
         return [list(itertools.islice(endless, length)) for _ in range(self.count)]
 
     def cases(self, prompt_ids: list[list[int]]) -> dict[str, tuple[int, list[list[int]]]]:
-        """Return suffix of the metrics -> (batch size, prompts); the first case has none: it is the one in tables."""
+        """Return suffix of the metrics -> (batch size, prompts); the first case has none: it is the
+        one in tables."""
         lengths = [None] if self.prompts else self.prompt_length
         found = {}
         for length, batch in itertools.product(lengths, self.batch_size):
@@ -118,17 +129,22 @@ class Speed:
         return found
 
     def measure(self, model, prompt_ids: list[list[int]]) -> dict:
-        """Return ``{"metrics": {...}, "protocol": {...}}``; times in seconds, rates in tokens per second."""
+        """Return ``{"metrics": {...}, "protocol": {...}}``; times in seconds, rates in tokens per
+        second."""
         metrics: dict[str, float] = {}
         cases = self.cases(prompt_ids)
         with torch.inference_mode(), compiled(model, self.compile):
             for suffix, (batch, prompts) in cases.items():
                 runs = self._runs(model, batch, prompts)
-                metrics.update({name + suffix: value for name, value in self._figures(runs).items()})
+                metrics.update(
+                    {name + suffix: value for name, value in self._figures(runs).items()}
+                )
         prompts = cases[""][1]
         protocol = {
             "prompt_tokens": [len(ids) for ids in prompts],
-            "new_tokens": self.max_length - max(map(len, prompts)) if self.max_length else self.new_tokens,
+            "new_tokens": self.max_length - max(map(len, prompts))
+            if self.max_length
+            else self.new_tokens,
             "max_length": self.max_length,
             "runs": len(prompts) * self.repeats,
             "warmup_runs": self.warmup,
@@ -138,14 +154,20 @@ class Speed:
         return {"metrics": metrics, "protocol": protocol}
 
     def new_after(self, prompt: list[int]) -> int:
-        """Return how many tokens are generated after ``prompt``: two at least, so that there is a decode step."""
+        """Return how many tokens are generated after ``prompt``: two at least, so that there is a
+        decode step."""
         return max(2, self.max_length - len(prompt)) if self.max_length else self.new_tokens
 
     def _runs(self, model, batch: int, prompts: list[list[int]]) -> list[Run]:
-        tensors = [(torch.tensor([ids] * batch, device=model.device), self.new_after(ids)) for ids in prompts]
+        tensors = [
+            (torch.tensor([ids] * batch, device=model.device), self.new_after(ids))
+            for ids in prompts
+        ]
         for prompt, count in itertools.islice(itertools.cycle(tensors), self.warmup):
             timed_run(model, prompt, count, self.compile)
-        return [timed_run(model, *case, self.compile) for case in track(tensors * self.repeats, "speed")]
+        return [
+            timed_run(model, *case, self.compile) for case in track(tensors * self.repeats, "speed")
+        ]
 
     def _figures(self, runs: list[Run]) -> dict[str, float]:
         samples = {
@@ -153,10 +175,17 @@ class Speed:
             "prefill_tokens_per_second": [run.prompt_tokens / run.prefill for run in runs],
             "decode_tokens_per_second": [run.decode_tokens / run.decode for run in runs],
         }
-        if self.max_length:  # prompt counted with the answer and the first run left out, as nobody should: to compare tables
-            samples["whole_length_tokens_per_second"] = [run.all_tokens / (run.prefill + run.decode) for run in runs]
+        # prompt counted with the answer and the first run left out, as nobody should: to compare
+        # tables
+        if self.max_length:
+            samples["whole_length_tokens_per_second"] = [
+                run.all_tokens / (run.prefill + run.decode) for run in runs
+            ]
         figures = {name: statistics.median(values) for name, values in samples.items()}
-        return {**figures, **{f"{name}_iqr": quartile_distance(values) for name, values in samples.items()}}
+        return {
+            **figures,
+            **{f"{name}_iqr": quartile_distance(values) for name, values in samples.items()},
+        }
 
 
 def quartile_distance(values: list[float]) -> float:
@@ -171,6 +200,7 @@ PRESETS = {"thesis": Speed(prompts=list(THESIS_PROMPTS), max_length=200, repeats
 
 
 def preset(name: str) -> Speed:
-    """Return the settings called ``name`` (``eval.speed=thesis``). Raises ``SlimError`` if there are none."""
+    """Return the settings called ``name`` (``eval.speed=thesis``). Raises ``SlimError`` if there
+    are none."""
     require_choice("eval.speed", name, tuple(PRESETS))
     return replace(PRESETS[name])

@@ -1,8 +1,9 @@
-"""Finding the YAML file of a task, without lm-eval's index of all tasks, which takes a quarter of a minute to build.
+"""Finding the YAML file of a task, without lm-eval's index of all tasks, which takes a quarter of a
+minute to build.
 
-A task is an embedded one (``tiny_facts``), a YAML file of one's own, or one that lm-eval ships. The first two read
-their questions from JSON Lines beside the YAML file. Nothing here imports lm-eval, so a wrong name is answered at once.
-"""
+A task is an embedded one (``tiny_facts``), a YAML file of one's own, or one that lm-eval ships. The
+first two read their questions from JSON Lines beside the YAML file. Nothing here imports lm-eval,
+so a wrong name is answered at once."""
 
 from __future__ import annotations
 
@@ -48,13 +49,16 @@ def find_task(name: str) -> Path:
 
 
 def is_local(path: Path) -> bool:
-    """Return whether a task file is embedded or the user's own, rather than one that lm-eval ships."""
+    """Return whether a task file is embedded or the user's own, rather than one that lm-eval
+    ships."""
     return shipped_folder() not in path.parents
 
 
 def embedded_tasks() -> dict[str, Path]:
     """Return name -> YAML file of the tasks that come with slim."""
-    return {name: path for path in sorted(EMBEDDED.glob("*.yaml")) for name in _names(path, TASK_LINE)}
+    return {
+        name: path for path in sorted(EMBEDDED.glob("*.yaml")) for name in _names(path, TASK_LINE)
+    }
 
 
 @cache
@@ -75,7 +79,8 @@ def harness_version() -> str:
 def _shipped_task(name: str) -> Path:
     files = sorted(shipped_folder().rglob("*.yaml"))
     likely = [path for path in files if path.stem == name]
-    for path in likely:  # most tasks are named like their file; reading all fourteen thousand takes longer
+    # most tasks are named like their file; reading all fourteen thousand takes longer
+    for path in likely:
         if name in _names(path, TASK_LINE):
             return path
     tasks, groups = _index(files)
@@ -104,7 +109,9 @@ def _unknown(name: str, known: list[str], groups: set[str]) -> SlimError:
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
     embedded = ", ".join(embedded_tasks()) or "none"
-    return SlimError(f"There is no task '{name}'.{hint} Embedded: {embedded}. A YAML file of your own works too.")
+    return SlimError(
+        f"There is no task '{name}'.{hint} Embedded: {embedded}. A YAML file of your own works too."
+    )
 
 
 def _names(path: Path, pattern: re.Pattern) -> list[str]:
@@ -112,11 +119,14 @@ def _names(path: Path, pattern: re.Pattern) -> list[str]:
 
 
 def read_plain(path: Path) -> dict:
-    """Read a task file with what it includes, its functions as plain text. Raises ``SlimError`` if it is no task."""
+    """Read a task file with what it includes, its functions as plain text. Raises ``SlimError`` if
+    it is no task."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SlimError(f"Cannot read the task file {path}: {str(error).splitlines()[0]}") from error
+        raise SlimError(
+            f"Cannot read the task file {path}: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(content, dict):
         raise SlimError(f"{path} is not a task file: it holds no settings.")
     merged: dict = {}
@@ -137,22 +147,25 @@ def task_name(path: Path) -> str:
 def data_files(path: Path) -> dict[str, list[Path]]:
     """Return split -> local data files of a task file; empty where its data come from the hub.
 
-    ``data_files`` are relative to the task file, and as ``dataset_path: json`` of the datasets library takes them: a
-    name, a list, or one of both per split. Raises ``SlimError`` if a file is missing.
-    """
+    ``data_files`` are relative to the task file, and as ``dataset_path: json`` of the datasets
+    library takes them: a name, a list, or one of both per split. Raises ``SlimError`` if a file is
+    missing."""
     config = read_plain(path)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if config.get("dataset_path") != "json" or not files:
         return {}
     by_split = files if isinstance(files, dict) else {"train": files}
-    found = {split: [path.parent / name for name in _as_list(names)] for split, names in by_split.items()}
+    found = {
+        split: [path.parent / name for name in _as_list(names)] for split, names in by_split.items()
+    }
     for missing in (file for names in found.values() for file in names if not file.is_file()):
         raise SlimError(f"The task file {path} names the data file {missing}, which is not there.")
     return found
 
 
 def read_rows(files: Iterable[Path]) -> list[dict]:
-    """Return the rows of JSON Lines files. Raises ``SlimError`` naming file and line of what is no JSON object."""
+    """Return the rows of JSON Lines files. Raises ``SlimError`` naming file and line of what is no
+    JSON object."""
     rows: list[dict] = []
     for path in files:
         for number, row in json_lines(path):
@@ -170,12 +183,16 @@ def read_rows(files: Iterable[Path]) -> list[dict]:
 def fingerprint(name: str) -> dict:
     """Return what determines a task's questions and scoring, as plain JSON values.
 
-    For one that lm-eval ships its name; for a local one the checksums of its YAML, data and code files.
-    """
+    For one that lm-eval ships its name; for a local one the checksums of its YAML, data and code
+    files."""
     path = find_task(name)
     if not is_local(path):
         return {"task": name}
-    files = {path, *_included(path), *(file for files in data_files(path).values() for file in files)}
+    files = {
+        path,
+        *_included(path),
+        *(file for files in data_files(path).values() for file in files),
+    }
     return {"task": task_name(path), "files": {file.name: sha256(file) for file in sorted(files)}}
 
 

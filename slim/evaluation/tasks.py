@@ -1,9 +1,8 @@
 """Accuracies on question sets through lm-eval, on the model that is already in memory.
 
-An answer is scored by its log-likelihood after the question: ``acc`` takes the highest sum over its tokens,
-``acc_norm`` the highest sum per character of the answer. The figures are lm-eval's own; slim finds the task, hands
-local data over in memory, and keeps a NaN a NaN.
-"""
+An answer is scored by its log-likelihood after the question: ``acc`` takes the highest sum over its
+tokens, ``acc_norm`` the highest sum per character of the answer. The figures are lm-eval's own;
+slim finds the task, hands local data over in memory, and keeps a NaN a NaN."""
 
 from __future__ import annotations
 
@@ -29,9 +28,10 @@ class Tasks:
     names: embedded tasks, tasks that lm-eval ships, or YAML files.
     limit: number of questions from the start of each task; None for all.
     num_fewshot: solved examples before each question; None for what the task says.
-    batch_size: answers scored in one forward pass; None for the most that fits on a GPU, 32 on a CPU. Changes the speed,
-        and the result only by rounding.
-    local_data: folder with the questions of stock tasks, one ``TASK.jsonl`` each in the hub's schema; None for the hub's.
+    batch_size: answers scored in one forward pass; None for the most that fits on a GPU, 32 on a
+        CPU. Changes the speed, and the result only by rounding.
+    local_data: folder with the questions of stock tasks, one ``TASK.jsonl`` each in the hub's
+        schema; None for the hub's.
     seed: of the choice of few-shot examples; the default is lm-eval's own.
     """
 
@@ -46,20 +46,27 @@ class Tasks:
 
     def __post_init__(self) -> None:
         self.names = [self.names] if isinstance(self.names, str) else list(self.names or [])
-        if not all(isinstance(name, str) and name for name in self.names) or len(set(self.names)) != len(self.names):
-            raise SlimError("eval.tasks.names takes different task names, for example eval.tasks.names=[tiny_facts].")
+        if not all(isinstance(name, str) and name for name in self.names) or len(
+            set(self.names)
+        ) != len(self.names):
+            raise SlimError(
+                "eval.tasks.names takes different task names, for example eval.tasks.names=[tiny_facts]."
+            )
         require_number("eval.tasks.seed", self.seed, 0, integer=True)
         for name, low in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
             if getattr(self, name) is not None:
                 require_number(f"eval.tasks.{name}", getattr(self, name), low, integer=True)
 
     def cache_key(self) -> dict:
-        tasks = [{**task_files.fingerprint(name), **self._local_checksums(name)} for name in self.names]
+        tasks = [
+            {**task_files.fingerprint(name), **self._local_checksums(name)} for name in self.names
+        ]
         asked = {"limit": self.limit, "num_fewshot": self.num_fewshot, "seed": self.seed}
         return {"tasks": tasks, **asked, "lm_eval": task_files.harness_version()}
 
     def local_files(self, path: Path) -> dict[str, list[Path]]:
-        """Return split -> local files for the task file ``path``; empty where ``local_data`` does not concern it."""
+        """Return split -> local files for the task file ``path``; empty where ``local_data`` does
+        not concern it."""
         if self.local_data is None or task_files.is_local(path):
             return {}
         return local_files(task_files.task_name(path), self.local_data, task_files.read_plain(path))
@@ -70,7 +77,8 @@ class Tasks:
         return {"local_data": checksums} if checksums else {}
 
     def check(self) -> None:
-        """Raise ``SlimError`` if a task does not exist, or a local one lacks its data or is called like another."""
+        """Raise ``SlimError`` if a task does not exist, or a local one lacks its data or is called
+        like another."""
         seen: set[str] = set()
         for name in self.names:
             path = task_files.find_task(name)
@@ -78,14 +86,17 @@ class Tasks:
             check_rows(path, task_files.data_files(path) if own else self.local_files(path))
             name = task_files.task_name(path) if own else name
             if name in seen:
-                raise SlimError(f"eval.tasks.names holds two tasks called '{name}'. Rename one of them.")
+                raise SlimError(
+                    f"eval.tasks.names holds two tasks called '{name}'. Rename one of them."
+                )
             seen.add(name)
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``metrics``: per task ``<task>/acc`` and the like, and ``tasks/acc``; ``protocol``; and ``records``.
+        """Return ``metrics``: per task ``<task>/acc`` and the like, and ``tasks/acc``;
+        ``protocol``; and ``records``.
 
-        ``records`` hold every question of every task with the scores of its answers, as :func:`harness.records` gives them.
-        """
+        ``records`` hold every question of every task with the scores of its answers, as
+        :func:`harness.records` gives them."""
         from slim.evaluation.harness import evaluate
 
         paths = [task_files.find_task(name) for name in self.names]
@@ -102,7 +113,10 @@ class Tasks:
         metrics, protocol = {}, {}
         for task, result in found.items():
             metrics.update({f"{task}/{name}": value for name, value in result["metrics"].items()})
-            protocol[task] = {key: result[key] for key in ("questions", "num_fewshot", "version", "questions_sha256")}
+            protocol[task] = {
+                key: result[key]
+                for key in ("questions", "num_fewshot", "version", "questions_sha256")
+            }
         accuracies = [value for name, value in metrics.items() if name.endswith("/acc")]
         if accuracies:
             metrics["tasks/acc"] = mean(accuracies)

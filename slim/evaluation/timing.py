@@ -1,4 +1,5 @@
-"""One timed generation: a clock that waits for a GPU, or rather events on it, and the forward pass compiled or not."""
+"""One timed generation: a clock that waits for a GPU, or rather events on it, and the forward pass
+compiled or not."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ class Run:
 
 
 def timed_run(model, prompt: torch.Tensor, new_tokens: int, fixed_cache: bool = False) -> Run:
-    """Generate ``new_tokens`` greedily after ``prompt``, int64 [batch, tokens], and time prefill and decode.
+    """Generate ``new_tokens`` greedily after ``prompt``, int64 [batch, tokens], and time prefill
+    and decode.
 
-    Prefill gives the first token, decode the other ``new_tokens - 1``. An end-of-text token does not stop it.
+    Prefill gives the first token, decode the other ``new_tokens - 1``. An end-of-text token does
+    not stop it.
     fixed_cache: a cache of fixed size, whose shapes a compiled forward pass sees once.
     """
     batch, length = prompt.shape
@@ -45,11 +48,14 @@ def timed_run(model, prompt: torch.Tensor, new_tokens: int, fixed_cache: bool = 
         pass
     watch.lap()
     first, second = watch.seconds()
-    return Run(first, second, batch * length, batch * (new_tokens - 1), batch * (length + new_tokens))
+    return Run(
+        first, second, batch * length, batch * (new_tokens - 1), batch * (length + new_tokens)
+    )
 
 
 class Stopwatch:
-    """Laps in seconds from now: by events on a GPU, so that giving it work is not waited for, else by the clock."""
+    """Laps in seconds from now: by events on a GPU, so that giving it work is not waited for, else
+    by the clock."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"

@@ -1,4 +1,5 @@
-"""Verdicts of a judge on disk, one JSON line each, written as they come: a stopped run has lost none."""
+"""Verdicts of a judge on disk, one JSON line each, written as they come: a stopped run has lost
+none."""
 
 from __future__ import annotations
 

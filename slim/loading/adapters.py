@@ -1,13 +1,14 @@
-"""An adapter that is not merged: it lies beside the weights it was trained on, in a folder of PEFT's own layout.
+"""An adapter that is not merged: it lies beside the weights it was trained on, in a folder of
+PEFT's own layout.
 
     config.json                            with "slim_adapter": {"parameters": N}
     model*.safetensors                     the weights, quantised or plain, as they were
     adapter/adapter_config.json            PEFT's LoraConfig
     adapter/adapter_model.safetensors      float32
 
-``slim.loading.load_model.load_model`` applies it. Without slim, where another program can load the weights:
-``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER), FOLDER + "/adapter")``.
-"""
+``slim.loading.load_model.load_model`` applies it. Without slim, where another program can load the
+weights: ``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER), FOLDER +
+"/adapter")``."""
 
 from __future__ import annotations
 
@@ -31,15 +32,20 @@ if TYPE_CHECKING:
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapters of ``model`` (wrapped by PEFT) into the checkpoint ``folder``, and that they belong to it."""
+    """Write the adapters of ``model`` (wrapped by PEFT) into the checkpoint ``folder``, and that
+    they belong to it."""
     from peft import get_peft_model_state_dict
 
     config_file, weights_file = (folder / name for name in ADAPTER_FILES)
     config_file.parent.mkdir()
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model).items()
+    }
     save_tensors(state, weights_file)
     settings = {
-        name: sorted(value) if isinstance(value, set) else value  # sets have another order in every process
+        # sets have another order in every process
+        name: sorted(value) if isinstance(value, set) else value
         for name, value in model.peft_config["default"].to_dict().items()
     }
     settings |= {"base_model_name_or_path": None, "inference_mode": True}
@@ -49,17 +55,20 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def attach_adapter(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put the adapter of ``checkpoint`` into ``model``, frozen, in evaluation mode; the model keeps its class.
+    """Put the adapter of ``checkpoint`` into ``model``, frozen, in evaluation mode; the model keeps
+    its class.
 
-    Raises ``SlimError`` where the adapter does not belong to this model, or the package peft is missing.
-    """
+    Raises ``SlimError`` where the adapter does not belong to this model, or the package peft is
+    missing."""
     from safetensors.torch import load_file
 
     try:
         with quiet_peft():
             from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     except ImportError as error:
-        raise SlimError(f"{checkpoint.folder} has an adapter, which needs the package peft: pip install peft.") from error
+        raise SlimError(
+            f"{checkpoint.folder} has an adapter, which needs the package peft: pip install peft."
+        ) from error
     config_file, weights_file = checkpoint.adapter_files
     config, state = LoraConfig.from_pretrained(str(config_file.parent)), load_file(weights_file)
     teach_packed_layers(config)
@@ -68,7 +77,9 @@ def attach_adapter(model: nn.Module, checkpoint: Checkpoint) -> None:
             inject_adapter_in_model(config, model)
             loaded = set_peft_model_state_dict(model, state)
     except (ValueError, RuntimeError) as error:
-        raise SlimError(f"The adapter in {checkpoint.folder} does not fit its model: {str(error).splitlines()[0]}") from error
+        raise SlimError(
+            f"The adapter in {checkpoint.folder} does not fit its model: {str(error).splitlines()[0]}"
+        ) from error
     missing = [name for name in loaded.missing_keys if "lora_" in name]
     if missing or loaded.unexpected_keys:
         raise SlimError(
@@ -79,14 +90,16 @@ def attach_adapter(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def teach_packed_layers(config) -> None:
-    """Tell PEFT that slim's packed layers take the adapters of dense ones: these only add to what a layer gives."""
+    """Tell PEFT that slim's packed layers take the adapters of dense ones: these only add to what a
+    layer gives."""
     from peft.tuners.lora.layer import Linear
 
     config._register_custom_module({QuantLinear: Linear})
 
 
 class quiet_peft(warnings.catch_warnings):
-    """Within it PEFT and bitsandbytes say nothing of layers they do not know and kernels that are not needed here."""
+    """Within it PEFT and bitsandbytes say nothing of layers they do not know and kernels that are
+    not needed here."""
 
     def __enter__(self):
         entered = super().__enter__()

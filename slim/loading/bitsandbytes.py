@@ -12,7 +12,8 @@ from slim.checkpoints.checkpoint import Checkpoint
 from slim.core.errors import SlimError
 from slim.quantization.methods.bitsandbytes import KERNEL_ROWS, quantized_layers, require_library
 
-ITEM_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # types in which 4-bit codes may be stored
+# types in which 4-bit codes may be stored
+ITEM_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 def library() -> ModuleType:
@@ -22,12 +23,12 @@ def library() -> ModuleType:
 
 
 def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> nn.Module:
-    """Load a checkpoint of bitsandbytes, slim's own or another tool's, by transformers, in evaluation mode.
+    """Load a checkpoint of bitsandbytes, slim's own or another tool's, by transformers, in
+    evaluation mode.
 
-    dtype: type of activations and plain weights, and the one 4-bit layers multiply in, whatever the config says. The
-    model can be trained (adapters): layers keep the layout of the file, see :func:`use_cpu_kernel`. Raises ``SlimError``
-    for tensors that are missing or do not fit.
-    """
+    dtype: type of activations and plain weights, and the one 4-bit layers multiply in, whatever the
+    config says. The model can be trained (adapters): layers keep the layout of the file, see
+    :func:`use_cpu_kernel`. Raises ``SlimError`` for tensors that are missing or do not fit."""
     from transformers import AutoModelForCausalLM
 
     bnb = library()
@@ -39,11 +40,14 @@ def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -
     )  # fmt: skip
     missing = sorted(info["missing_keys"])
     if missing:
-        raise SlimError(f"{checkpoint.folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'.")
+        raise SlimError(
+            f"{checkpoint.folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'."
+        )
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = wanted, True
-            module.weight.quant_state.dtype = wanted  # of the decoded weights that gradients pass through
+            # of the decoded weights that gradients pass through
+            module.weight.quant_state.dtype = wanted
             module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():  # transformers leaves them in the type of the file
         if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit):
@@ -53,13 +57,16 @@ def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Raise ``SlimError`` if a quantised layer's codes are missing, or are not as many as the config says."""
+    """Raise ``SlimError`` if a quantised layer's codes are missing, or are not as many as the
+    config says."""
     spec = checkpoint.spec
     eight = bool(spec.quantization.get("load_in_8bit"))
     for name, rows, columns in quantized_layers(spec) if spec.known else ():
         for end in ("weight", "SCB") if eight else ("weight", "weight.absmax", "weight.quant_map"):
             if f"{name}.{end}" not in checkpoint.tensors:
-                raise SlimError(f"{checkpoint.folder} has no tensor '{name}.{end}', which its quantization_config asks for.")
+                raise SlimError(
+                    f"{checkpoint.folder} has no tensor '{name}.{end}', which its quantization_config asks for."
+                )
         _, dtype, shape = checkpoint.tensors[f"{name}.weight"]
         count = 1 if eight else 2 * ITEM_BYTES.get(dtype, 0)
         for size in shape:
@@ -72,17 +79,22 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def use_cpu_kernel(model: nn.Module) -> bool:
-    """Let 4-bit layers on a CPU multiply by bitsandbytes' own kernel, where the processor has AVX-512 BF16.
+    """Let 4-bit layers on a CPU multiply by bitsandbytes' own kernel, where the processor has
+    AVX-512 BF16.
 
-    It is much faster for single tokens, and slower for many. It computes in bfloat16, so only models loaded in that take
-    it; it rounds scales to bfloat16, and the first forward rearranges the weights for good: gradients no longer pass.
-    So nothing but the measuring of speed should ask for it. Returns whether any layer of ``model`` now uses it.
-    """
+    It is much faster for single tokens, and slower for many. It computes in bfloat16, so only
+    models loaded in that take it; it rounds scales to bfloat16, and the first forward rearranges
+    the weights for good: gradients no longer pass. So nothing but the measuring of speed should ask
+    for it. Returns whether any layer of ``model`` now uses it."""
     bnb = library()
     supported = getattr(bnb.functional, "has_avx512bf16", lambda: False)()
     found = False
     for module in model.modules():
-        if supported and isinstance(module, bnb.nn.Linear4bit) and module.compute_dtype == torch.bfloat16:
+        if (
+            supported
+            and isinstance(module, bnb.nn.Linear4bit)
+            and module.compute_dtype == torch.bfloat16
+        ):
             rows, columns = module.weight.quant_state.shape
             fits = rows % KERNEL_ROWS == 0 and columns % module.weight.quant_state.blocksize == 0
             module.support_avx512bf16_for_cpu = fits and module.weight.device.type == "cpu"

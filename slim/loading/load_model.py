@@ -10,13 +10,17 @@ from slim.core.errors import SlimError
 from slim.models.spec import resolve_dtype
 
 
-def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu", trainable: bool = False):
-    """Load a checkpoint for use, in evaluation mode; packed weights as ``QuantLinear`` layers, an adapter applied.
+def load_model(
+    folder: Path | str, dtype: str = "auto", device: str = "cpu", trainable: bool = False
+):
+    """Load a checkpoint for use, in evaluation mode; packed weights as ``QuantLinear`` layers, an
+    adapter applied.
 
-    dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, the stored type elsewhere.
+    dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, the stored
+        type elsewhere.
     trainable: keep packed weights in a layout that gradients can pass, for adapters on top of them.
-    Raises ``SlimError`` where weights are missing from the file or have other shapes than the config says.
-    """
+    Raises ``SlimError`` where weights are missing from the file or have other shapes than the
+    config says."""
     hide_library_bars()
     checkpoint = open_checkpoint(folder)
     model = _load_base(checkpoint, resolve_dtype(checkpoint.spec, dtype, device), device, trainable)
@@ -45,16 +49,23 @@ def _load_base(checkpoint: Checkpoint, wanted: str, device: str, trainable: bool
         return load_quantized(checkpoint, wanted, device, kernels=not trainable).eval()
     check_shapes(checkpoint)
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, wanted), local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder,
+        dtype=getattr(torch, wanted),
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random values
-        raise SlimError(f"{folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'.")
+        raise SlimError(
+            f"{folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'."
+        )
     return model.to(device).eval()
 
 
 def check_shapes(checkpoint: Checkpoint) -> None:
-    """Raise ``SlimError`` if a block's linear layer has another shape in the file than the config says."""
+    """Raise ``SlimError`` if a block's linear layer has another shape in the file than the config
+    says."""
     spec = checkpoint.spec
     for block in range(spec.blocks if spec.known else 0):
         for name, shape in spec.block_linears(block).items():

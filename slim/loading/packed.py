@@ -1,4 +1,5 @@
-"""Loading a packed checkpoint for use: the model's own class, its quantised layers as ``QuantLinear``."""
+"""Loading a packed checkpoint for use: the model's own class, its quantised layers as
+``QuantLinear``."""
 
 from __future__ import annotations
 
@@ -15,13 +16,16 @@ from slim.quantization.kernels.linear import QuantEmbedding, QuantLinear
 from slim.quantization.scheme import Scheme
 
 
-def load_quantized(checkpoint: Checkpoint, dtype: str, device: str = "cpu", kernels: bool = True) -> nn.Module:
-    """Load a packed checkpoint in any format of docs/formats.md, slim's own or another tool's, in evaluation mode.
+def load_quantized(
+    checkpoint: Checkpoint, dtype: str, device: str = "cpu", kernels: bool = True
+) -> nn.Module:
+    """Load a packed checkpoint in any format of docs/formats.md, slim's own or another tool's, in
+    evaluation mode.
 
-    dtype: type of activations, scales and plain weights, such as ``"bfloat16"``. kernels: bring the codes into the layouts
-    of the fastest kernels; not all of these have gradients. Weights are read tensor by tensor; no dense copy of a quantised
-    layer is made. Raises ``SlimError`` for other formats, and for tensors that are missing or do not fit the config.
-    """
+    dtype: type of activations, scales and plain weights, such as ``"bfloat16"``. kernels: bring the
+    codes into the layouts of the fastest kernels; not all of these have gradients. Weights are read
+    tensor by tensor; no dense copy of a quantised layer is made. Raises ``SlimError`` for other
+    formats, and for tensors that are missing or do not fit the config."""
     stored = read_config(checkpoint.spec.quantization, str(checkpoint.folder))
     meta_model = MetaModel(checkpoint, device)
     model, wanted = meta_model.model, getattr(torch, dtype)
@@ -30,7 +34,12 @@ def load_quantized(checkpoint: Checkpoint, dtype: str, device: str = "cpu", kern
         if isinstance(module, (nn.Linear, nn.Embedding)):
             scheme = packed_scheme(stored, meta_model.reader, name, optional=module is tied_head)
             if scheme is not None:
-                model.set_submodule(name, read_layer(meta_model.reader, stored, name, module, scheme, wanted, device, kernels))
+                model.set_submodule(
+                    name,
+                    read_layer(
+                        meta_model.reader, stored, name, module, scheme, wanted, device, kernels
+                    ),
+                )
     load_plain(model, meta_model.reader, wanted, device)
     tie(model, checkpoint.spec.tied, device)
     require_all(model, meta_model.reader)
@@ -42,9 +51,8 @@ def load_quantized(checkpoint: Checkpoint, dtype: str, device: str = "cpu", kern
 def packed_scheme(stored: Stored, reader: TensorReader, name: str, optional: bool) -> Scheme | None:
     """Return the scheme of a layer that the file holds packed; None: it is plain.
 
-    optional: whether the file may hold neither, as for a head that shares the embedding. Raises ``SlimError`` where the
-    config and the file say different things.
-    """
+    optional: whether the file may hold neither, as for a head that shares the embedding. Raises
+    ``SlimError`` where the config and the file say different things."""
     scheme, codes = stored.scheme(name), f"{name}.{stored.format.codes}"
     if codes in reader and scheme is None and f"{name}.weight" not in reader:
         raise SlimError(
@@ -71,7 +79,8 @@ def read_layer(
     device: str,
     kernels: bool = True,
 ) -> QuantLinear | QuantEmbedding:
-    """Read one packed layer. Raises ``SlimError`` if its tensors do not have the shapes of its place in the model."""
+    """Read one packed layer. Raises ``SlimError`` if its tensors do not have the shapes of its
+    place in the model."""
     rows, columns = module.weight.shape
     bias = getattr(module, "bias", None) is not None
     layer = QuantLinear(columns, rows, scheme, dtype, bias)
@@ -90,11 +99,16 @@ def load_plain(model: nn.Module, reader: TensorReader, dtype: torch.dtype, devic
         if name in reader:
             module, _, attribute = name.rpartition(".")
             tensor = read_tensor(reader, name, parameter.shape)
-            setattr(model.get_submodule(module), attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+            setattr(
+                model.get_submodule(module),
+                attribute,
+                nn.Parameter(tensor.to(device, dtype), requires_grad=False),
+            )
 
 
 def tie(model: nn.Module, tied: bool, device: str) -> None:
-    """Let the head share the embedding where the model says so and the file holds no packed head of its own."""
+    """Let the head share the embedding where the model says so and the file holds no packed head of
+    its own."""
     embedding = model.get_input_embeddings()
     if not tied or isinstance(model.get_output_embeddings(), QuantLinear):
         return
@@ -108,9 +122,15 @@ def tie(model: nn.Module, tied: bool, device: str) -> None:
 
 def require_all(model: nn.Module, reader: TensorReader) -> None:
     """Raise ``SlimError`` if a weight of the model was not in the file."""
-    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    empty = [
+        name
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.is_meta
+    ]
     if empty:
-        raise SlimError(f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'.")
+        raise SlimError(
+            f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'."
+        )
 
 
 def load_generation_config(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -118,4 +138,6 @@ def load_generation_config(model: nn.Module, checkpoint: Checkpoint) -> None:
     if (checkpoint.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        model.generation_config = GenerationConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True
+        )

@@ -1,9 +1,10 @@
-"""The model families slim knows: names and order of the parts of a decoder block, and where families differ.
+"""The model families slim knows: names and order of the parts of a decoder block, and where
+families differ.
 
-A family is one :class:`Family` entry in ``FAMILIES``; ``docs/architecture.md``, "Another family", says how to add one.
-Only what slim must know to take blocks apart is here. Everything a family computes in its own way (rotary angles, masks,
-soft caps, scaled embeddings) stays transformers' own code.
-"""
+A family is one :class:`Family` entry in ``FAMILIES``; ``docs/architecture.md``, "Another family",
+says how to add one. Only what slim must know to take blocks apart is here. Everything a family
+computes in its own way (rotary angles, masks, soft caps, scaled embeddings) stays transformers' own
+code."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # what a block attends to: the whole text, or a window
+# what a block attends to: the whole text, or a window
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class LinearGroupSpec:
     """Linear layers of a block that share one input.
 
     linears: names relative to the block.
-    scale_into: the module whose output channels are this input's channels, into which a scale per channel can be folded: a
-        norm, or the linear layer before it (for ``o_proj`` the value projection, for ``down_proj`` the up projection).
-    scale_into_part: where ``scale_into`` is a fused layer, the one of its parts (``FUSED``) that feeds; its other rows do not.
-    offset: what the norm ``scale_into`` adds to its stored weight before it multiplies by it (1 in Gemma).
-    """
+    scale_into: the module whose output channels are this input's channels, into which a scale per
+        channel can be folded: a norm, or the linear layer before it (for ``o_proj`` the value
+        projection, for ``down_proj`` the up projection).
+    scale_into_part: where ``scale_into`` is a fused layer, the one of its parts (``FUSED``) that
+        feeds; its other rows do not.
+    offset: what the norm ``scale_into`` adds to its stored weight before it multiplies by it (1 in
+    Gemma)."""
 
     linears: tuple[str, ...]
     scale_into: str
@@ -31,17 +35,22 @@ class LinearGroupSpec:
     offset: float = 0.0
 
 
-# Linear layers that hold several projections: their rows, one projection below the other, in this order.
+# Linear layers that hold several projections: their rows, one projection below the other, in this
+# order.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 LLAMA_SEGMENTS = (
-    LinearGroupSpec(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    LinearGroupSpec(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"
+    ),
     LinearGroupSpec(("self_attn.o_proj",), "self_attn.v_proj"),
     LinearGroupSpec(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
     LinearGroupSpec(("mlp.down_proj",), "mlp.up_proj"),
 )
 GEMMA_SEGMENTS = (
-    LinearGroupSpec(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", offset=1.0),
+    LinearGroupSpec(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", offset=1.0
+    ),
     LinearGroupSpec(("self_attn.o_proj",), "self_attn.v_proj"),
     LinearGroupSpec(("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm", offset=1.0),
     LinearGroupSpec(("mlp.down_proj",), "mlp.up_proj"),
@@ -52,13 +61,15 @@ PHI3_SEGMENTS = (
     LinearGroupSpec(("mlp.gate_up_proj",), "post_attention_layernorm"),
     LinearGroupSpec(("mlp.down_proj",), "mlp.gate_up_proj", scale_into_part="up_proj"),
 )
-# A block's norms. In Gemma the outputs of attention and MLP go through one, too, before they join the residual stream.
+# A block's norms. In Gemma the outputs of attention and MLP go through one, too, before they join
+# the residual stream.
 LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 GEMMA_NORMS = (*LLAMA_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def windows_behind(config: dict) -> list[str] | None:
-    """Return what the blocks of a Qwen model attend to: a window from ``max_window_layers`` on, where it is used."""
+    """Return what the blocks of a Qwen model attend to: a window from ``max_window_layers`` on,
+    where it is used."""
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return None
     first = config.get("max_window_layers", 28)
@@ -66,11 +77,15 @@ def windows_behind(config: dict) -> list[str] | None:
 
 
 def one_full_in(count: int) -> Callable[[dict], list[str]]:
-    """Return the pattern of Gemma: of every ``count`` blocks (or the config's own number) the last sees all."""
+    """Return the pattern of Gemma: of every ``count`` blocks (or the config's own number) the last
+    sees all."""
 
     def pattern(config: dict) -> list[str]:
         period = config.get("sliding_window_pattern") or count
-        return [SLIDING if (block + 1) % period else FULL for block in range(config["num_hidden_layers"])]
+        return [
+            SLIDING if (block + 1) % period else FULL
+            for block in range(config["num_hidden_layers"])
+        ]
 
     return pattern
 
@@ -79,12 +94,15 @@ def one_full_in(count: int) -> Callable[[dict], list[str]]:
 class Family:
     """Names of the parts of a decoder-only model, as in its transformers implementation.
 
-    linear_groups: the linear layers in the order in which they compute. norms: those of a block, as wide as the model.
-    qkv_bias, o_bias, mlp_bias: whether these linear layers have biases: always, never, or as an entry of the config says.
+    linear_groups: the linear layers in the order in which they compute. norms: those of a block, as
+        wide as the model.
+    qkv_bias, o_bias, mlp_bias: whether these linear layers have biases: always, never, or as an
+        entry of the config says.
     qk_norm: whether queries and keys are normalised per head.
-    layer_types: config -> what each block attends to (None: all alike), where ``config.json`` does not list it.
-    defaults: what the family's configuration class assumes for entries that ``config.json`` may leave out.
-    """
+    layer_types: config -> what each block attends to (None: all alike), where ``config.json`` does
+        not list it.
+    defaults: what the family's configuration class assumes for entries that ``config.json`` may
+    leave out."""
 
     model_type: str
     linear_groups: tuple[LinearGroupSpec, ...] = LLAMA_SEGMENTS
@@ -105,7 +123,12 @@ class Family:
     @property
     def fused(self) -> tuple[str, ...]:
         """Names of the linear layers that hold several projections."""
-        return tuple(name for group in self.linear_groups for name in group.linears if name.split(".")[-1] in FUSED)
+        return tuple(
+            name
+            for group in self.linear_groups
+            for name in group.linears
+            if name.split(".")[-1] in FUSED
+        )
 
     @property
     def norms_outputs(self) -> bool:
@@ -113,7 +136,8 @@ class Family:
         return not set(self.norms) <= {group.scale_into for group in self.linear_groups}
 
     def offset(self, tensor: str) -> float:
-        """Return what the model adds to a stored weight before it multiplies by it: not 0 only for norms of Gemma."""
+        """Return what the model adds to a stored weight before it multiplies by it: not 0 only for
+        norms of Gemma."""
         return self.linear_groups[0].offset if tensor.endswith("norm.weight") else 0.0
 
 

@@ -1,13 +1,15 @@
-"""Models whose blocks differ in size: what plain transformers needs to build them from ``per_layer_config``.
+"""Models whose blocks differ in size: what plain transformers needs to build them from
+``per_layer_config``.
 
-transformers' configurations hold sizes per layer (``config.per_layer_config[i]``), but the decoder layers of Llama,
-Mistral, Qwen and Gemma do not read them: building one raises an error. Here those layers learn to read them. ``import slim``
-is enough; it costs nothing, since each modelling file is amended when transformers itself first imports it, and a model
-whose blocks are alike is built exactly as before.
+transformers' configurations hold sizes per layer (``config.per_layer_config[i]``), but the decoder
+layers of Llama, Mistral, Qwen and Gemma do not read them: building one raises an error. Here those
+layers learn to read them. ``import slim`` is enough; it costs nothing, since each modelling file is
+amended when transformers itself first imports it, and a model whose blocks are alike is built
+exactly as before.
 
-The layer's own ``__init__`` is wrapped in place of registering another class: the class stays the same, so everything
-that knows layers by their class (recorded hidden states, sharding, checkpointing) works on these models too.
-"""
+The layer's own ``__init__`` is wrapped in place of registering another class: the class stays the
+same, so everything that knows layers by their class (recorded hidden states, sharding,
+checkpointing) works on these models too."""
 
 from __future__ import annotations
 
@@ -39,9 +41,12 @@ def register() -> None:
 
 
 class AmendingFinder(importlib.abc.MetaPathFinder):
-    """Finds the modelling files as Python would, with a loader that amends them once they have run."""
+    """Finds the modelling files as Python would, with a loader that amends them once they have
+    run."""
 
-    def find_spec(self, fullname: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path=None, target=None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in LAYERS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -56,7 +61,8 @@ class AmendingLoader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader):
         self.loader = loader
 
-    def __getattr__(self, name: str):  # source lines, file names: whatever else a loader is asked for
+    # source lines, file names: whatever else a loader is asked for
+    def __getattr__(self, name: str):
         return getattr(self.loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
@@ -68,7 +74,8 @@ class AmendingLoader(importlib.abc.Loader):
 
 
 def read_sizes_per_layer(module: ModuleType) -> None:
-    """Make the decoder layer of a modelling file build itself by the configuration of its own place."""
+    """Make the decoder layer of a modelling file build itself by the configuration of its own
+    place."""
     layer = getattr(module, LAYERS[module.__name__], None)
     if layer is None or getattr(layer.__init__, "reads_sizes_per_layer", False):
         return
@@ -79,7 +86,8 @@ def read_sizes_per_layer(module: ModuleType) -> None:
         if not getattr(config, "is_heterogeneous", False):
             return build(self, config, layer_idx)
         build(self, config.per_layer_config[layer_idx], layer_idx)
-        for part in self.modules():  # sizes are built; settings such as the attention's kind stay those of the model
+        # sizes are built; settings such as the attention's kind stay those of the model
+        for part in self.modules():
             if hasattr(part, "config"):
                 part.config = config
 

@@ -1,7 +1,7 @@
 """What slim must know of a model: where blocks, projections, norms and heads are, and how large.
 
-Everything here is read from ``config.json`` alone, without torch and without weights, so that a plan or a wrong setting
-is answered at once. The names of a family's parts are in ``families.py``.
+Everything here is read from ``config.json`` alone, without torch and without weights, so that a
+plan or a wrong setting is answered at once. The names of a family's parts are in ``families.py``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from typing import Any
 from slim.core.errors import SlimError
 from slim.models.families import FAMILIES, FUSED, Family, LinearGroupSpec
 
-ADAPTER = "slim_adapter"  # entry of config.json, and below it "parameters": how many the adapter has
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+# entry of config.json, and below it "parameters": how many the adapter has
+ADAPTER = "slim_adapter"
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "int8": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,19 @@ class ModelSpec:
             )
         missing = [
             key
-            for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+            for key in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "vocab_size",
+            )
             if not isinstance(self.config.get(key), int)
         ]
         if missing:
-            raise SlimError(f"config.json of {self.name} lacks {', '.join(missing)}: not a decoder-only language model.")
+            raise SlimError(
+                f"config.json of {self.name} lacks {', '.join(missing)}: not a decoder-only language model."
+            )
 
     @property
     def family(self) -> Family:
@@ -60,7 +76,8 @@ class ModelSpec:
         return self.config.get("model_type") in FAMILIES
 
     def entry(self, key: str) -> Any:
-        """Return an entry of the config, or what the family assumes where ``config.json`` does not have it, or None."""
+        """Return an entry of the config, or what the family assumes where ``config.json`` does not
+        have it, or None."""
         if key in self.config or not self.known:
             return self.config.get(key)
         return self.family.defaults.get(key)
@@ -106,7 +123,9 @@ class ModelSpec:
     @property
     def dtype(self) -> str:
         """Type in which weights that are not quantised are stored, such as ``"bfloat16"``."""
-        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").removeprefix("torch.")
+        return str(
+            self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        ).removeprefix("torch.")
 
     @property
     def quantization(self) -> dict | None:
@@ -115,11 +134,13 @@ class ModelSpec:
 
     @property
     def adapter(self) -> dict | None:
-        """What ``config.json`` says of an adapter beside the weights (``slim/loading/adapters.py``), or None."""
+        """What ``config.json`` says of an adapter beside the weights
+        (``slim/loading/adapters.py``), or None."""
         return self.config.get(ADAPTER)
 
     def require_merged(self) -> None:
-        """Raise ``SlimError`` where an adapter lies beside the weights: it was trained for these weights as they are."""
+        """Raise ``SlimError`` where an adapter lies beside the weights: it was trained for these
+        weights as they are."""
         if self.adapter is not None:
             raise SlimError(
                 f"{self.name} has an adapter beside its weights, and changing these would leave the adapter without what it "
@@ -128,25 +149,37 @@ class ModelSpec:
 
     @property
     def differing(self) -> dict[int, dict]:
-        """Where blocks differ in size: block -> entries that replace the config's own there (``per_layer_config``)."""
-        return {int(block): entries for block, entries in (self.config.get("per_layer_config") or {}).items()}
+        """Where blocks differ in size: block -> entries that replace the config's own there
+        (``per_layer_config``)."""
+        return {
+            int(block): entries
+            for block, entries in (self.config.get("per_layer_config") or {}).items()
+        }
 
     def at(self, block: int) -> ModelSpec:
-        """Return the description of a model whose blocks are all like ``block``; itself where blocks do not differ."""
+        """Return the description of a model whose blocks are all like ``block``; itself where
+        blocks do not differ."""
         if not self.config.get("per_layer_config"):
             return self
         plain = {key: value for key, value in self.config.items() if key != "per_layer_config"}
         return dataclasses.replace(self, config={**plain, **self.differing.get(block, {})})
 
     def block_linears(self, block: int | None = None) -> dict[str, tuple[int, int]]:
-        """Return name within a block -> (out_features, in_features) for every linear layer of ``block``.
+        """Return name within a block -> (out_features, in_features) for every linear layer of
+        ``block``.
 
-        Without a number those of every block, or, where blocks differ, the largest rows and columns of each layer.
-        """
+        Without a number those of every block, or, where blocks differ, the largest rows and columns
+        of each layer."""
         if block is not None:
             return self.at(block)._linears()
-        every = [self.at(index)._linears() for index in ([*range(self.blocks)] if self.differing else [0])]
-        return {name: (max(sizes[name][0] for sizes in every), max(sizes[name][1] for sizes in every)) for name in every[0]}
+        every = [
+            self.at(index)._linears()
+            for index in ([*range(self.blocks)] if self.differing else [0])
+        ]
+        return {
+            name: (max(sizes[name][0] for sizes in every), max(sizes[name][1] for sizes in every))
+            for name in every[0]
+        }
 
     def _projections(self) -> dict[str, tuple[int, int]]:
         """Return projection -> (out_features, in_features), fused ones and their parts alike."""
@@ -161,22 +194,30 @@ class ModelSpec:
             "up_proj": (width, hidden),
             "down_proj": (hidden, width),
         }
-        fused = {name: (sum(sizes[part][0] for part in parts), hidden) for name, parts in FUSED.items()}
+        fused = {
+            name: (sum(sizes[part][0] for part in parts), hidden) for name, parts in FUSED.items()
+        }
         return sizes | fused
 
     def _linears(self) -> dict[str, tuple[int, int]]:
         sizes = self._projections()
-        return {name: sizes[name.split(".")[-1]] for group in self.family.linear_groups for name in group.linears}
+        return {
+            name: sizes[name.split(".")[-1]]
+            for group in self.family.linear_groups
+            for name in group.linears
+        }
 
     def first_scaled_row(self, group: LinearGroupSpec) -> int:
-        """Return the first row of the linear layer ``group.scale_into`` that feeds the segment: 0 unless it is fused."""
+        """Return the first row of the linear layer ``group.scale_into`` that feeds the segment: 0
+        unless it is fused."""
         if group.scale_into_part is None:
             return 0
         parts, sizes = FUSED[group.scale_into.split(".")[-1]], self._projections()
         return sum(sizes[part][0] for part in parts[: parts.index(group.scale_into_part)])
 
     def block_parameters(self, block: int | None = None) -> int:
-        """Count the parameters of ``block``: linear layers, biases, norms. Without a number as ``block_linears``."""
+        """Count the parameters of ``block``: linear layers, biases, norms. Without a number as
+        ``block_linears``."""
         linears = self.block_linears(block)
         weights = sum(rows * columns for rows, columns in linears.values())
         biases = sum(rows for name, (rows, _) in linears.items() if self._has_bias(name))
@@ -192,18 +233,21 @@ class ModelSpec:
         return bool(self.config.get(bias)) if isinstance(bias, str) else bias
 
     def parameters(self) -> int:
-        """Count all parameters, a shared embedding once, packed weights as the weights they stand for, an adapter too."""
+        """Count all parameters, a shared embedding once, packed weights as the weights they stand
+        for, an adapter too."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         blocks = sum(self.block_parameters(block) for block in range(self.blocks))
         return embeddings + self.hidden_size + blocks + self.adapter_parameters
 
     @property
     def adapter_parameters(self) -> int:
-        """Parameters of the adapter beside the weights; 0 without one. They are stored in float32."""
+        """Parameters of the adapter beside the weights; 0 without one. They are stored in
+        float32."""
         return 0 if self.adapter is None else self.adapter["parameters"]
 
     def weight_bytes(self, dtype: str | None = None) -> int:
-        """Estimate the bytes of all weights as stored; with ``dtype``, as plain weights of that type."""
+        """Estimate the bytes of all weights as stored; with ``dtype``, as plain weights of that
+        type."""
         plain = DTYPE_BYTES.get(dtype or self.dtype, 4)
         if dtype is not None or self.quantization is None:
             return self.parameters() * plain
@@ -212,10 +256,11 @@ class ModelSpec:
         return (own - weights) * plain + packed + 4 * self.adapter_parameters
 
     def packed_schemes(self) -> dict:
-        """Return full layer name -> ``Scheme`` of every linear layer and embedding that is stored packed.
+        """Return full layer name -> ``Scheme`` of every linear layer and embedding that is stored
+        packed.
 
-        A head that shares the embedding is not in it. Raises ``SlimError`` for formats that slim does not read.
-        """
+        A head that shares the embedding is not in it. Raises ``SlimError`` for formats that slim
+        does not read."""
         from slim.quantization.formats import read_config
 
         if self.quantization is None:
@@ -225,26 +270,36 @@ class ModelSpec:
         return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
     def packed_bits(self) -> float:
-        """Return the stored bits per quantised weight: codes, scales, zero points, and the groups' order."""
+        """Return the stored bits per quantised weight: codes, scales, zero points, and the groups'
+        order."""
         packed, weights = self._packed_bytes()
         return 8 * packed / max(1, weights)
 
     def _packed_bytes(self) -> tuple[int, int]:
-        """Return the bytes of all packed layers as stored, and the number of weights they stand for."""
+        """Return the bytes of all packed layers as stored, and the number of weights they stand
+        for."""
         from slim.quantization.formats import read_config
         from slim.quantization.methods import bitsandbytes as bnb
 
         if bnb.is_bitsandbytes(self.quantization):
             return bnb.packed_bytes(self)
-        stored, shapes, size, weights = read_config(self.quantization, self.name), self._matrices(), 0, 0
+        stored, shapes, size, weights = (
+            read_config(self.quantization, self.name),
+            self._matrices(),
+            0,
+            0,
+        )
         for name, scheme in self.packed_schemes().items():
             rows, columns = shapes[name]
-            size += stored.format.layer_bytes(rows, columns, scheme, self.dtype, stored.ordered(name))
+            size += stored.format.layer_bytes(
+                rows, columns, scheme, self.dtype, stored.ordered(name)
+            )
             weights += rows * columns
         return size, weights
 
     def _matrices(self) -> dict[str, tuple[int, int]]:
-        """Return full name -> (out_features, in_features) of all linear layers and embeddings, a shared one once."""
+        """Return full name -> (out_features, in_features) of all linear layers and embeddings, a
+        shared one once."""
         ends = [self.family.embeddings] if self.tied else [self.family.embeddings, self.family.head]
         blocks = {
             f"{self.family.blocks}.{block}.{name}": shape
@@ -258,27 +313,33 @@ class ModelSpec:
         return dataclasses.replace(self, config={**self.config, **changes})
 
     def with_blocks(self, kept: list[int]) -> ModelSpec:
-        """Return the description after keeping only the blocks ``kept``; lists with one entry per block are cut too.
+        """Return the description after keeping only the blocks ``kept``; lists with one entry per
+        block are cut too.
 
-        What each block attends to is listed in the result where the config so far says it by the blocks' numbers.
-        """
+        What each block attends to is listed in the result where the config so far says it by the
+        blocks' numbers."""
         per_block = {
             key: [value[index] for index in kept]
             for key, value in self.config.items()
-            if isinstance(value, list) and len(value) == self.blocks and not key.endswith("token_id")
+            if isinstance(value, list)
+            and len(value) == self.blocks
+            and not key.endswith("token_id")
         }
         types = self.family.layer_types(self.config) if self.known else None
         if types is not None and not self.config.get("layer_types"):
             per_block["layer_types"] = [types[index] for index in kept]
         if "per_layer_config" in self.config:
             per_block["per_layer_config"] = {
-                str(new): self.differing[old] for new, old in enumerate(kept) if old in self.differing
+                str(new): self.differing[old]
+                for new, old in enumerate(kept)
+                if old in self.differing
             }
         return self.with_config(num_hidden_layers=len(kept), **per_block)
 
 
 def resolve_dtype(spec: ModelSpec, dtype: str, device: str) -> str:
-    """Return the type to compute in: ``"auto"`` is float32 on a CPU and the stored type elsewhere."""
+    """Return the type to compute in: ``"auto"`` is float32 on a CPU and the stored type
+    elsewhere."""
     if dtype != "auto":
         return dtype
     return "float32" if device == "cpu" else spec.dtype

@@ -1,12 +1,14 @@
-"""A run of blocks by angular distance: the n successive blocks that turn the hidden state least are removed.
+"""A run of blocks by angular distance: the n successive blocks that turn the hidden state least are
+removed.
 
     d(x_l, x_{l+n}) = 1/pi * arccos( x_l . x_{l+n} / (|x_l| |x_{l+n}|) ),    l* = argmin_l d
 
-with x_l the input of block l (the residual stream, before any norm) at the last token of a sample, averaged over the
-samples. Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv:2403.17887), section 3.2.
+with x_l the input of block l (the residual stream, before any norm) at the last token of a sample,
+averaged over the samples. Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers"
+(arXiv:2403.17887), section 3.2.
 
-As in PruneMe, runs start at block 1 at the earliest: the first block, which turns embeddings into hidden states, stays.
-"""
+As in PruneMe, runs start at block 1 at the earliest: the first block, which turns embeddings into
+hidden states, stays."""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ else:
 
 
 def angular_distance(states: torch.Tensor) -> torch.Tensor:
-    """Return the angle over pi between every two states: [..., n, hidden] -> float64 [..., n, n], from 0 to 1."""
+    """Return the angle over pi between every two states: [..., n, hidden] -> float64 [..., n, n],
+    from 0 to 1."""
     unit = torch.nn.functional.normalize(states.double(), dim=-1)
     return torch.arccos((unit @ unit.mT).clamp(-1, 1)) / torch.pi
 
@@ -41,23 +44,28 @@ def angular_distance(states: torch.Tensor) -> torch.Tensor:
 def choose_run(distances: Iterable[Sequence[float]]) -> tuple[int, int]:
     """Return (start, end) of the smallest distance; of equal ones the first.
 
-    distances: rows (start, end, distance), blocks ``start`` to ``end - 1`` being the run. Raises ``SlimError`` for NaN.
-    """
+    distances: rows (start, end, distance), blocks ``start`` to ``end - 1`` being the run. Raises
+    ``SlimError`` for NaN."""
     rows = list(distances)
     require_numbers([distance for _, _, distance in rows])
     start, end, _ = min(rows, key=lambda row: row[2])  # min returns the first of equal rows
     return start, end
 
 
-def candidate_runs(blocks: int, length: int, protected: Iterable[int] = ()) -> list[tuple[int, int]]:
+def candidate_runs(
+    blocks: int, length: int, protected: Iterable[int] = ()
+) -> list[tuple[int, int]]:
     """Return (start, end) of every run of ``length`` blocks without a protected one."""
     forbidden = set(protected)
     runs = ((start, start + length) for start in range(blocks - length + 1))
     return [run for run in runs if forbidden.isdisjoint(range(*run))]
 
 
-def state_distances(model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None) -> torch.Tensor:
-    """Return the mean angular distance between the inputs of blocks i and j at the last token, float64 [L + 1, L + 1].
+def state_distances(
+    model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None
+) -> torch.Tensor:
+    """Return the mean angular distance between the inputs of blocks i and j at the last token,
+    float64 [L + 1, L + 1].
 
     tokens: int64 [samples, length]. Row and column L stand for the output of the last block.
     """
@@ -71,7 +79,8 @@ def state_distances(model, family: Family, tokens: torch.Tensor, advance: Callab
 
 
 def last_states(chain: BlockChain, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the inputs of all blocks and the output of the last at the last token, [samples, L + 1, hidden]."""
+    """Return the inputs of all blocks and the output of the last at the last token, [samples, L +
+    1, hidden]."""
     hidden = chain.enter(tokens)
     states = [hidden[:, -1]]
     for index in range(len(chain)):
@@ -84,8 +93,8 @@ def last_states(chain: BlockChain, tokens: torch.Tensor) -> torch.Tensor:
 class Angular(CalibratedDepthPruning):
     """``pruner=angular``. Settings: see :class:`CalibratedDepthPruning`.
 
-    Unless the settings say otherwise, block 0 alone is protected: runs start at 1 to L - n, as in PruneMe.
-    """
+    Unless the settings say otherwise, block 0 alone is protected: runs start at 1 to L - n, as in
+    PruneMe."""
 
     cache_name: ClassVar[str] = "Angular"
 
@@ -97,7 +106,11 @@ class Angular(CalibratedDepthPruning):
 
     def removable(self, blocks: int) -> int:
         protected = self.protected(blocks)
-        return max(length for length in range(blocks) if length == 0 or candidate_runs(blocks, length, protected))
+        return max(
+            length
+            for length in range(blocks)
+            if length == 0 or candidate_runs(blocks, length, protected)
+        )
 
     def choose(self, source: Checkpoint, context: Context) -> Choice:
         model, tokens = self.load(source, context)
@@ -105,10 +118,15 @@ class Angular(CalibratedDepthPruning):
             distances = state_distances(model, source.spec.family, tokens, advance).tolist()
         depth = source.spec.blocks
         length = self.wanted(depth)
-        runs = [(start, end, distances[start][end]) for start, end in candidate_runs(depth, length, self.protected(depth))]
+        runs = [
+            (start, end, distances[start][end])
+            for start, end in candidate_runs(depth, length, self.protected(depth))
+        ]
         start, end = choose_run(runs)
         scores = [distances[first][first + length] for first in range(depth - length + 1)]
-        return Choice(list(range(start, end)), scores, {"runs": runs, "distances": by_length(distances)})
+        return Choice(
+            list(range(start, end)), scores, {"runs": runs, "distances": by_length(distances)}
+        )
 
     def plot(self, path: Path, choice: Choice, depth: int) -> None:
         from slim.core.figures import run_distances
@@ -121,6 +139,10 @@ class Angular(CalibratedDepthPruning):
 
 
 def by_length(distances: list[list[float]]) -> list[list[float]]:
-    """Rearrange a matrix over two inputs into one row per run length 1 to L, each over the starts 0 to L - length."""
+    """Rearrange a matrix over two inputs into one row per run length 1 to L, each over the starts 0
+    to L - length."""
     depth = len(distances) - 1
-    return [[distances[start][start + length] for start in range(depth - length + 1)] for length in range(1, depth + 1)]
+    return [
+        [distances[start][start + length] for start in range(depth - length + 1)]
+        for length in range(1, depth + 1)
+    ]

@@ -1,16 +1,16 @@
 """Repair of removed blocks: a linear map over the gap, folded into the projection in front of it.
 
-Without blocks l to l+n-1, block l-1 hands its output straight to block l+n. With z the input of block l-1's down
-projection and r the residual stream beside it, that output is r + z W^T; block l+n was trained on x, the dense model's
-hidden state there. So W is refitted to give what the gap lacks:
+Without blocks l to l+n-1, block l-1 hands its output straight to block l+n. With z the input of
+block l-1's down projection and r the residual stream beside it, that output is r + z W^T; block l+n
+was trained on x, the dense model's hidden state there. So W is refitted to give what the gap lacks:
 
-    W' = argmin |r + z W'^T - x|^2 + damping |W' - W|^2 = W + (x - r - z W^T)^T Z (Z^T Z + damping)^-1
+    W' = argmin |r + z W'^T - x|^2 + damping |W' - W|^2 = W + (x - r - z W^T)^T Z (Z^T Z +
+    damping)^-1
 
-in sums over the calibration tokens. r and z are taken from the model with all earlier gaps already closed, x from the
-dense one, so each gap also makes up for what the ones before it left. Nothing is added to the model. The idea of
-folding a map into that projection is ReplaceMe's (Shopkhoev et al., arXiv:2505.02819), whose map starts at the
-projection's output.
-"""
+in sums over the calibration tokens. r and z are taken from the model with all earlier gaps already
+closed, x from the dense one, so each gap also makes up for what the ones before it left. Nothing is
+added to the model. The idea of folding a map into that projection is ReplaceMe's (Shopkhoev et al.,
+arXiv:2505.02819), whose map starts at the projection's output."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Pending:
 
 
 def find_gaps(removed: list[int]) -> list[Gap]:
-    """Return the runs of successive blocks in ``removed`` (ascending) that have a block in front of them."""
+    """Return the runs of successive blocks in ``removed`` (ascending) that have a block in front of
+    them."""
     gaps: list[Gap] = []
     for block in removed:
         if gaps and block == gaps[-1].removed[-1] + 1:
@@ -65,12 +66,20 @@ def find_gaps(removed: list[int]) -> list[Gap]:
 
 
 class Bridging:
-    """Writes a checkpoint without some blocks, gaps bridged; one block in memory at a time, hidden states on the CPU.
+    """Writes a checkpoint without some blocks, gaps bridged; one block in memory at a time, hidden
+    states on the CPU.
 
-    removed: blocks, ascending. tokens: int64 [samples, length]. damping: in means of the Gram matrix's diagonal.
-    """
+    removed: blocks, ascending. tokens: int64 [samples, length]. damping: in means of the Gram
+    matrix's diagonal."""
 
-    def __init__(self, source: Checkpoint, removed: list[int], tokens: torch.Tensor, damping: float, device: str):
+    def __init__(
+        self,
+        source: Checkpoint,
+        removed: list[int],
+        tokens: torch.Tensor,
+        damping: float,
+        device: str,
+    ):
         self.source, self.removed, self.damping, self.device = source, removed, damping, device
         self.meta_model = MetaModel(source, device)
         self.family = self.meta_model.family
@@ -81,8 +90,14 @@ class Bridging:
         self.in_front = {gap.block for gap in self.gaps.values()}
         self.pending: Pending | None = None
 
-    def write(self, target: Path, shard_bytes: int = SHARD_BYTES, advance: Callable[[], object] = lambda: None) -> list[Gap]:
-        """Write the checkpoint into ``target`` and return the gaps with their errors. ``advance``: after each block."""
+    def write(
+        self,
+        target: Path,
+        shard_bytes: int = SHARD_BYTES,
+        advance: Callable[[], object] = lambda: None,
+    ) -> list[Gap]:
+        """Write the checkpoint into ``target`` and return the gaps with their errors. ``advance``:
+        after each block."""
         writer = ShardWriter(target, shard_bytes)
         prefix, depth = self.family.blocks, self.source.spec.blocks
         kept = [block for block in range(depth) if block not in self.removed]
@@ -100,7 +115,8 @@ class Bridging:
         return list(self.gaps.values())
 
     def _block(self, index: int) -> list[tuple[int, dict[str, torch.Tensor]]]:
-        """Pass both hidden states through a block; return (block, tensors) of what is ready to be written."""
+        """Pass both hidden states through a block; return (block, tensors) of what is ready to be
+        written."""
         name = f"{self.family.blocks}.{index}"
         block = self.meta_model.load(name)
         ready = []
@@ -121,7 +137,9 @@ class Bridging:
         hook = None
         if index in self.in_front:
             keep = self.pending.inputs.append
-            hook = block.get_submodule(self.last).register_forward_pre_hook(lambda _, args: keep(args[0].cpu()))
+            hook = block.get_submodule(self.last).register_forward_pre_hook(
+                lambda _, args: keep(args[0].cpu())
+            )
         if index not in self.removed:
             self.pruned = [self._run(block, index, hidden) for hidden in self.pruned]
         if hook is not None:
@@ -135,12 +153,16 @@ class Bridging:
         return (output[0] if isinstance(output, tuple) else output).cpu()
 
     def _close(self, gap: Gap) -> dict[str, torch.Tensor]:
-        """Fit the map over a gap, pass it to the hidden states, and return the tensors of the block in front."""
+        """Fit the map over a gap, pass it to the hidden states, and return the tensors of the block
+        in front."""
         inputs, tensors, self.pending = self.pending.inputs, self.pending.tensors, None
         weight = f"{self.last}.weight"
         hessian, cross = Hessian(inputs[0].shape[-1], self.device), 0
         for z, there, here in zip(inputs, self.captured.hidden, self.pruned, strict=True):
-            z, missing = z.to(self.device).flatten(0, 1), (there - here).to(self.device).flatten(0, 1)
+            z, missing = (
+                z.to(self.device).flatten(0, 1),
+                (there - here).to(self.device).flatten(0, 1),
+            )
             hessian.add(z)
             cross = cross + z.T @ missing
         stored = stored_dtype(self.source.tensors[f"{self.family.blocks}.{gap.block}.{weight}"][1])
@@ -154,7 +176,8 @@ class Bridging:
         return tensors
 
     def _error(self) -> float:
-        """Return |x' - x| / |x| over all calibration tokens: x' of the pruned model, x of the dense one."""
+        """Return |x' - x| / |x| over all calibration tokens: x' of the pruned model, x of the dense
+        one."""
         pairs = list(zip(self.pruned, self.captured.hidden, strict=True))
         difference = sum((here - there).double().square().sum() for here, there in pairs)
         return float((difference / sum(there.double().square().sum() for _, there in pairs)).sqrt())

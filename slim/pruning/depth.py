@@ -1,9 +1,10 @@
-"""Depth pruning: whole decoder blocks are removed. What its criteria share: settings, protection, choice, report.
+"""Depth pruning: whole decoder blocks are removed. What its criteria share: settings, protection,
+choice, report.
 
-A criterion gives every block (or every run of blocks) a score; this file turns scores into the blocks that go, writes
-the shorter model and leaves scores and a picture beside it. Criteria: ``taylor.py``, ``magnitude.py``, ``ppl.py``
-(Kim et al., "Shortened LLaMA", arXiv:2402.02834) and ``angular.py`` (Gromov et al., arXiv:2403.17887).
-"""
+A criterion gives every block (or every run of blocks) a score; this file turns scores into the
+blocks that go, writes the shorter model and leaves scores and a picture beside it. Criteria:
+``taylor.py``, ``magnitude.py``, ``ppl.py`` (Kim et al., "Shortened LLaMA", arXiv:2402.02834) and
+``angular.py`` (Gromov et al., arXiv:2403.17887)."""
 
 from __future__ import annotations
 
@@ -23,15 +24,29 @@ from slim.data.calibration import Calibration
 from slim.models.accounting import MACS_TOKENS, before_and_after
 from slim.models.families import FAMILIES
 from slim.models.spec import ModelSpec
-from slim.pruning.calibrated import LIBRARY_BYTES, chosen_windows, forward_bytes, load_with_tokens, shard_bytes
-from slim.pruning.rules import block_list, default_blocks, default_ends, is_share, removal_order, share_of_blocks
+from slim.pruning.calibrated import (
+    LIBRARY_BYTES,
+    chosen_windows,
+    forward_bytes,
+    load_with_tokens,
+    shard_bytes,
+)
+from slim.pruning.rules import (
+    block_list,
+    default_blocks,
+    default_ends,
+    is_share,
+    removal_order,
+    share_of_blocks,
+)
 
 
 @dataclass
 class Choice:
     """What a criterion decided.
 
-    removed: the blocks to remove, ascending. scores: one number per block (for runs: per start), or empty.
+    removed: the blocks to remove, ascending. scores: one number per block (for runs: per start), or
+        empty.
     details: further entries for the score file, plain JSON values.
     """
 
@@ -44,13 +59,14 @@ class Choice:
 class DepthPruning(Stage):
     """Settings and steps of every depth criterion. Blocks are numbered from 0.
 
-    blocks: how many to remove, or which share of all blocks (above 0 and below 1), half rounded up, at least 1; None: 6 of
-        32 in proportion to the depth.
-    protect_first, protect_last: this many blocks at the input and at the output are never removed; None: 4 and 2 at 32
-        blocks and more, in proportion below, at least 1.
+    blocks: how many to remove, or which share of all blocks (above 0 and below 1), half rounded up,
+        at least 1; None: 6 of 32 in proportion to the depth.
+    protect_first, protect_last: this many blocks at the input and at the output are never removed;
+        None: 4 and 2 at 32 blocks and more, in proportion below, at least 1.
     protect: the protected blocks as a list, in place of the two numbers.
     remove: the blocks to remove as a list: nothing is scored.
-    reconstruct: fit a linear map over each gap on calibration text and fold it into the projection in front of it.
+    reconstruct: fit a linear map over each gap on calibration text and fold it into the projection
+        in front of it.
     damping: ridge of that fit, in means of the Gram matrix's diagonal.
     macs_tokens: length of the forward whose multiply-accumulates are reported.
     calibration: the text for ``reconstruct``.
@@ -69,7 +85,8 @@ class DepthPruning(Stage):
     kind: ClassVar[str] = "prune"
     criterion: ClassVar[str]  # name in facts and plots
     score_label: ClassVar[str] = "score"  # what a score is, with its unit
-    limit_note: ClassVar[str] = ""  # why no more blocks can be removed, where protection alone does not tell
+    # why no more blocks can be removed, where protection alone does not tell
+    limit_note: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks, float) and not is_share(self.blocks):
@@ -84,30 +101,48 @@ class DepthPruning(Stage):
         require_number("pruner.damping", self.damping, 0)
         require_number("pruner.macs_tokens", self.macs_tokens, 1, integer=True)
         if self.reconstruct and self.calibration is None:
-            raise SlimError("pruner.reconstruct=true needs a text: pruner.calibration=${calibration}.")
+            raise SlimError(
+                "pruner.reconstruct=true needs a text: pruner.calibration=${calibration}."
+            )
         self.protect = block_list("pruner.protect", self.protect)
         self.remove = block_list("pruner.remove", self.remove)
         self._check_lists()
 
     def _check_lists(self) -> None:
         if self.protect is not None and (self.protect_first, self.protect_last) != (None, None):
-            raise SlimError("pruner.protect names all protected blocks: leave pruner.protect_first and protect_last out.")
+            raise SlimError(
+                "pruner.protect names all protected blocks: leave pruner.protect_first and protect_last out."
+            )
         if self.remove is None:
             return
         if not self.remove:
-            raise SlimError("pruner.remove=[] removes nothing. Use pruner=none to leave the model as it is.")
+            raise SlimError(
+                "pruner.remove=[] removes nothing. Use pruner=none to leave the model as it is."
+            )
         if self.blocks not in (None, len(self.remove)):
-            raise SlimError(f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. Give one of them.")
+            raise SlimError(
+                f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. Give one of them."
+            )
         both = sorted(set(self.remove) & set(self.protect or ()))
         if both:
-            raise SlimError(f"pruner.remove and pruner.protect both name block {both[0]}. Take it out of one of them.")
+            raise SlimError(
+                f"pruner.remove and pruner.protect both name block {both[0]}. Take it out of one of them."
+            )
 
     def cache_key(self) -> dict:
         if self.remove is None:
             settings = {**dataclass_cache_key(self), **self.scoring_identity()}
         else:  # the same blocks whatever the criterion's name
-            settings = {"class": "DepthPruning", "remove": self.remove, "macs_tokens": self.macs_tokens}
-        fitted = {"damping": self.damping, "calibration": cache_key(self.calibration)} if self.reconstruct else {}
+            settings = {
+                "class": "DepthPruning",
+                "remove": self.remove,
+                "macs_tokens": self.macs_tokens,
+            }
+        fitted = (
+            {"damping": self.damping, "calibration": cache_key(self.calibration)}
+            if self.reconstruct
+            else {}
+        )
         unused = ("reconstruct", "damping", "calibration")
         return {**{key: value for key, value in settings.items() if key not in unused}, **fitted}
 
@@ -129,20 +164,29 @@ class DepthPruning(Stage):
         return default_ends(blocks)
 
     def removable(self, blocks: int) -> int:
-        """Return how many blocks can be removed at most: those not protected, and one has to stay."""
+        """Return how many blocks can be removed at most: those not protected, and one has to
+        stay."""
         return min(blocks - 1, blocks - len(self.protected(blocks)))
 
     def wanted(self, blocks: int) -> int:
         """Return how many blocks of a model of ``blocks`` blocks are to be removed."""
-        return share_of_blocks(self.blocks, blocks) if is_share(self.blocks) else self.blocks or default_blocks(blocks)
+        return (
+            share_of_blocks(self.blocks, blocks)
+            if is_share(self.blocks)
+            else self.blocks or default_blocks(blocks)
+        )
 
     def check(self, spec: ModelSpec) -> None:
         depth, family = spec.blocks, spec.family  # the family raises where it is unknown
         spec.require_merged()
         if spec.quantization is not None:
-            raise SlimError(f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
+            raise SlimError(
+                f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
+            )
         if self.reconstruct and family.norms_outputs:
-            possible = ", ".join(name for name, other in FAMILIES.items() if not other.norms_outputs)
+            possible = ", ".join(
+                name for name, other in FAMILIES.items() if not other.norms_outputs
+            )
             raise SlimError(
                 f"pruner.reconstruct=true cannot fold its map into a projection of {spec.name}: a norm follows it. "
                 f"Leave it out; it works for {possible}."
@@ -150,16 +194,24 @@ class DepthPruning(Stage):
         for setting, named in (("protect", self.protect), ("remove", self.remove)):
             outside = [block for block in named or () if block >= depth]
             if outside:
-                raise SlimError(f"pruner.{setting} names block {outside[0]}: {spec.name} has blocks 0 to {depth - 1}.")
+                raise SlimError(
+                    f"pruner.{setting} names block {outside[0]}: {spec.name} has blocks 0 to {depth - 1}."
+                )
         if self.remove is not None:
             if len(self.remove) == depth:
-                raise SlimError(f"pruner.remove names all {depth} blocks of {spec.name}. At least one has to stay.")
+                raise SlimError(
+                    f"pruner.remove names all {depth} blocks of {spec.name}. At least one has to stay."
+                )
         elif self.wanted(depth) > self.removable(depth):
             raise SlimError(self._too_many(spec))
 
     def _too_many(self, spec: ModelSpec) -> str:
         protected, most = self.protected(spec.blocks), self.removable(spec.blocks)
-        advice = f"Set pruner.blocks to at most {most}, or protect fewer" if most > 0 else "Protect fewer"
+        advice = (
+            f"Set pruner.blocks to at most {most}, or protect fewer"
+            if most > 0
+            else "Protect fewer"
+        )
         return (
             f"pruner.blocks={self.wanted(spec.blocks)} is too many: {spec.name} has {spec.blocks} blocks, protected "
             f"{protected or 'none'}, so {max(0, most)} can be removed{self.limit_note}.\n"
@@ -168,7 +220,9 @@ class DepthPruning(Stage):
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
         if self.remove is not None:
-            return spec.with_blocks([block for block in range(spec.blocks) if block not in self.remove])
+            return spec.with_blocks(
+                [block for block in range(spec.blocks) if block not in self.remove]
+            )
         return spec.with_blocks(list(range(spec.blocks - self.wanted(spec.blocks))))
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
@@ -177,13 +231,22 @@ class DepthPruning(Stage):
         return max(scoring, LIBRARY_BYTES + shard_bytes(spec) + fitting)
 
     def fitting_bytes(self, spec: ModelSpec) -> int:
-        """Estimate the peak memory of ``reconstruct``: a block, both hidden states, a projection's inputs, the fit."""
+        """Estimate the peak memory of ``reconstruct``: a block, both hidden states, a projection's
+        inputs, the fit."""
         from slim.calibration.sequential import calibration_bytes
 
-        samples, length = self.calibration.samples, min(self.calibration.length, spec.context_length)
+        samples, length = (
+            self.calibration.samples,
+            min(self.calibration.length, spec.context_length),
+        )
         inputs = 4 * samples * length * (spec.intermediate_size + spec.hidden_size)
         fit = 3 * 8 * spec.intermediate_size**2
-        return 2 * 4 * spec.block_parameters() + calibration_bytes(spec, samples, length) + inputs + fit
+        return (
+            2 * 4 * spec.block_parameters()
+            + calibration_bytes(spec, samples, length)
+            + inputs
+            + fit
+        )
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         """Estimate the peak memory of scoring, in bytes."""
@@ -205,7 +268,9 @@ class DepthPruning(Stage):
     def run(self, source: Path, target: Path, context: Context) -> dict:
         checkpoint = open_checkpoint(source)
         self.check(checkpoint.spec)
-        choice = Choice(self.remove) if self.remove is not None else self.choose(checkpoint, context)
+        choice = (
+            Choice(self.remove) if self.remove is not None else self.choose(checkpoint, context)
+        )
         depth = checkpoint.spec.blocks
         kept = [block for block in range(depth) if block not in choice.removed]
         fitted = self._write(checkpoint, target, choice.removed, kept, context)
@@ -219,9 +284,19 @@ class DepthPruning(Stage):
         account = before_and_after(checkpoint.spec, open_checkpoint(target).spec, self.macs_tokens)
         if choice.scores:
             self._report(target / REPORT, {**facts, **account}, choice, depth)
-        return {**facts, **{key: value for key, value in account.items() if not key.startswith("blocks_")}}
+        return {
+            **facts,
+            **{key: value for key, value in account.items() if not key.startswith("blocks_")},
+        }
 
-    def _write(self, source: Checkpoint, target: Path, removed: list[int], kept: list[int], context: Context) -> dict:
+    def _write(
+        self,
+        source: Checkpoint,
+        target: Path,
+        removed: list[int],
+        kept: list[int],
+        context: Context,
+    ) -> dict:
         """Write the shorter model; with ``reconstruct`` return facts about its gaps."""
         if not self.reconstruct:
             write_blocks(source, target, kept)
@@ -237,13 +312,16 @@ class DepthPruning(Stage):
         bridged = [block for gap in gaps for block in gap.removed]
         return {
             "gaps": [dataclasses.asdict(gap) for gap in gaps],
-            "unbridged_blocks": [block for block in removed if block not in bridged],  # nothing is in front of them
+            # nothing is in front of them
+            "unbridged_blocks": [block for block in removed if block not in bridged],
         }
 
     def _report(self, folder: Path, facts: dict, choice: Choice, depth: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         content = {**facts, "protected_blocks": self.protected(depth), **choice.details}
-        (folder / "block_scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (folder / "block_scores.json").write_text(
+            json.dumps(content, indent=1) + "\n", encoding="utf-8"
+        )
         self.plot(folder / "block_scores.png", choice, depth)
 
     def plot(self, path: Path, choice: Choice, depth: int) -> None:
@@ -261,8 +339,8 @@ class DepthPruning(Stage):
 class CalibratedDepthPruning(DepthPruning):
     """A depth criterion that looks at calibration samples.
 
-    samples, length: windows and tokens per window for the scores, in place of the calibration's own; None: the
-        calibration's, which ``reconstruct`` always uses.
+    samples, length: windows and tokens per window for the scores, in place of the calibration's
+        own; None: the calibration's, which ``reconstruct`` always uses.
     """
 
     samples: int | None = None
@@ -271,15 +349,19 @@ class CalibratedDepthPruning(DepthPruning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.calibration is None:
-            raise SlimError(f"pruner={self.criterion} needs a text: pruner.calibration=${{calibration}}.")
+            raise SlimError(
+                f"pruner={self.criterion} needs a text: pruner.calibration=${{calibration}}."
+            )
         self.windows = chosen_windows(self.calibration, self.samples, self.length)
 
     def scoring_identity(self) -> dict:
-        """The samples as they are used: settings of the calibration that the pruner replaces do not count."""
+        """The samples as they are used: settings of the calibration that the pruner replaces do not
+        count."""
         return {"samples": None, "length": None, "windows": self.windows.cache_key()}
 
     def load(self, source: Checkpoint, context: Context):
-        """Return the loaded model and its calibration tokens, int64 [samples, length], on the CPU."""
+        """Return the loaded model and its calibration tokens, int64 [samples, length], on the
+        CPU."""
         return load_with_tokens(source, self.windows, context)
 
     def batch_bytes(self, spec: ModelSpec, device: str) -> int:

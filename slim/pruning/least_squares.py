@@ -24,14 +24,17 @@ def solve(hessian: torch.Tensor, right: torch.Tensor, damping: float) -> torch.T
     return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped(hessian, damping)))
 
 
-def refit_columns(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the weights [out, kept] of the kept inputs that best repeat the layer's output without the others.
+def refit_columns(
+    weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor, damping: float
+) -> torch.Tensor:
+    """Return the weights [out, kept] of the kept inputs that best repeat the layer's output without
+    the others.
 
         W' = argmin |X W^T - X[:, keep] W'^T|^2 + damping |W' - W[:, keep]|^2
            = W[:, keep] + W[:, gone] G[gone, keep] (G[keep, keep] + damping)^-1
 
-    which without damping is W G[:, keep] G[keep, keep]^-1. Damping holds on to the weights as they were, in place of
-    pulling them to zero, and is counted in means of G's diagonal.
+    which without damping is W G[:, keep] G[keep, keep]^-1. Damping holds on to the weights as they
+    were, in place of pulling them to zero, and is counted in means of G's diagonal.
 
     weight: [out, in]. gram: G = X^T X, [in, in]. kept: int64 [kept], ascending.
     """

@@ -1,11 +1,11 @@
-"""Block scores by magnitude: the sum of |w| over a block's weights. Needs no data and never the whole model in memory.
+"""Block scores by magnitude: the sum of |w| over a block's weights. Needs no data and never the
+whole model in memory.
 
     score(block) = sum over its weight tensors W of sum_ij |W_ij|
 
-Kim et al., "Shortened LLaMA" (arXiv:2402.02834), section 2.1. Weight tensors are those named ``*.weight``, norms
-included (9 per Llama block; a norm of Gemma that stores w multiplies by 1 + w and counts as that); biases are left out,
-as in the authors' code.
-"""
+Kim et al., "Shortened LLaMA" (arXiv:2402.02834), section 2.1. Weight tensors are those named
+``*.weight``, norms included (9 per Llama block; a norm of Gemma that stores w multiplies by 1 + w
+and counts as that); biases are left out, as in the authors' code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def magnitude_score(weight: torch.Tensor, offset: float = 0.0) -> float:
-    """Return sum |w + offset| of a tensor of any shape and floating type: rows in float32, their total in float64."""
+    """Return sum |w + offset| of a tensor of any shape and floating type: rows in float32, their
+    total in float64."""
     values = weight.float() + offset if offset else weight.float()
     return values.abs().sum(dim=-1).double().sum().item()
 
@@ -54,5 +55,8 @@ class Magnitude(DepthPruning):
 
 
 def weight_names(source: Checkpoint, prefix: str) -> list[str]:
-    """Return the sorted names of the weight tensors under ``prefix`` (with its dot), biases left out."""
-    return sorted(name for name in source.tensors if name.startswith(prefix) and name.endswith(".weight"))
+    """Return the sorted names of the weight tensors under ``prefix`` (with its dot), biases left
+    out."""
+    return sorted(
+        name for name in source.tensors if name.startswith(prefix) and name.endswith(".weight")
+    )

@@ -1,4 +1,5 @@
-"""Which weights become zero, from scores; and keeping the zeros of a pruned model when its weights are trained."""
+"""Which weights become zero, from scores; and keeping the zeros of a pruned model when its weights
+are trained."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ else:
 
 
 def largest_kept(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Return where a weight stays, bool like ``scores``: in every row all but the int(columns * sparsity) smallest.
+    """Return where a weight stays, bool like ``scores``: in every row all but the int(columns *
+    sparsity) smallest.
 
     scores: [rows, columns], at least 0. Of equal scores the first go.
     """
@@ -30,11 +32,12 @@ def largest_kept(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def n_of_m_kept(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Return where a weight stays, bool like ``scores``: the ``n`` largest of every ``m`` successive ones of a row.
+    """Return where a weight stays, bool like ``scores``: the ``n`` largest of every ``m``
+    successive ones of a row.
 
-    scores: [rows, columns], ``m`` divides the columns. Of equal scores the first stay. Every weight counts the others
-    of its group that go before it, which for the small groups of hardware is faster than sorting.
-    """
+    scores: [rows, columns], ``m`` divides the columns. Of equal scores the first stay. Every weight
+    counts the others of its group that go before it, which for the small groups of hardware is
+    faster than sorting."""
     groups = scores.unflatten(1, (-1, m))
     kept = torch.empty_like(groups, dtype=torch.bool)
     columns = groups.unbind(-1)
@@ -48,15 +51,17 @@ def n_of_m_kept(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def mask_of(source: Checkpoint) -> dict | None:
-    """Return what the manifest of a checkpoint says of its zeros: ``{"kind", "n", "m"}``, or None for a dense one."""
+    """Return what the manifest of a checkpoint says of its zeros: ``{"kind", "n", "m"}``, or None
+    for a dense one."""
     return (source.manifest.get("facts") or {}).get("mask")
 
 
 def restore_zeros(model: nn.Module, source: Checkpoint) -> int:
-    """Set the weights of a model's linear layers to zero where those of ``source`` are; return how many were not.
+    """Set the weights of a model's linear layers to zero where those of ``source`` are; return how
+    many were not.
 
-    model: with the names of ``source``, for example after training it or after merging adapters into it.
-    """
+    model: with the names of ``source``, for example after training it or after merging adapters
+    into it."""
     reader, spec = TensorReader(source), source.spec
     restored = 0
     with torch.no_grad():

@@ -1,15 +1,17 @@
-"""Block scores by perplexity: the perplexity of the calibration samples with only that block removed.
+"""Block scores by perplexity: the perplexity of the calibration samples with only that block
+removed.
 
     score(block) = exp(mean of -log p(token | tokens before it, model without the block))
 
 Kim et al., "Shortened LLaMA" (arXiv:2402.02834), section 2.1 ("PPL").
 
-Removing block l changes nothing before it, so its input is computed once and only the blocks behind l run again:
-L + (L-1) + ... + 0 = L(L+1)/2 block calls per sample with the full model's own pass, which is (L+1)/2 forwards.
+Removing block l changes nothing before it, so its input is computed once and only the blocks behind
+l run again: L + (L-1) + ... + 0 = L(L+1)/2 block calls per sample with the full model's own pass,
+which is (L+1)/2 forwards.
 
-Greedy removal (``iterative``) scores again after each removed block, on what is left of the model. The inputs of all
-blocks stay where they are valid, in front of the removed block, and only those behind it are computed anew.
-"""
+Greedy removal (``iterative``) scores again after each removed block, on what is left of the model.
+The inputs of all blocks stay where they are valid, in front of the removed block, and only those
+behind it are computed anew."""
 
 from __future__ import annotations
 
@@ -41,9 +43,8 @@ def perplexities_without(
 ) -> tuple[list[float], float]:
     """Return the perplexity without block 0, 1, ..., L-1, and that of the whole model.
 
-    tokens: int64 [samples, length]; every token but the first of a sample is predicted. ``advance`` is called
-    ``L + 1`` times per batch.
-    """
+    tokens: int64 [samples, length]; every token but the first of a sample is predicted. ``advance``
+    is called ``L + 1`` times per batch."""
     chain = BlockChain(model, family)
     total = torch.zeros(len(chain) + 1, dtype=torch.float64)
     with torch.no_grad():
@@ -59,7 +60,9 @@ def perplexities_without(
     return without, whole
 
 
-def loss_through(chain: BlockChain, hidden: torch.Tensor, blocks: Iterable[int], tokens: torch.Tensor) -> float:
+def loss_through(
+    chain: BlockChain, hidden: torch.Tensor, blocks: Iterable[int], tokens: torch.Tensor
+) -> float:
     """Return the summed loss (nats) of ``tokens`` when ``hidden`` goes through ``blocks``."""
     for index in blocks:
         hidden = chain.step(index, hidden)
@@ -67,7 +70,8 @@ def loss_through(chain: BlockChain, hidden: torch.Tensor, blocks: Iterable[int],
 
 
 class Greedy:
-    """Removal of one block after the other, each time the one without which the perplexity is smallest.
+    """Removal of one block after the other, each time the one without which the perplexity is
+    smallest.
 
     model: loaded. tokens: int64 [samples, length].
     kept: the blocks that are left. inputs: per batch the inputs of all of them, on the CPU.
@@ -91,8 +95,11 @@ class Greedy:
                 hidden = self.chain.step(block, hidden)
         return found
 
-    def scores(self, candidates: Collection[int], advance: Callable[[], object] = lambda: None) -> dict[int, float]:
-        """Return candidate -> perplexity of what is left without it. ``advance`` is called once per batch."""
+    def scores(
+        self, candidates: Collection[int], advance: Callable[[], object] = lambda: None
+    ) -> dict[int, float]:
+        """Return candidate -> perplexity of what is left without it. ``advance`` is called once per
+        batch."""
         total = dict.fromkeys((block for block in self.kept if block in candidates), 0.0)
         with torch.no_grad():
             for batch, inputs in zip(self.batches, self.inputs, strict=True):
@@ -100,7 +107,9 @@ class Greedy:
                 for position, block in enumerate(self.kept):
                     if block in total:
                         hidden = inputs[position].to(self.chain.model.device)
-                        total[block] += loss_through(self.chain, hidden, self.kept[position + 1 :], batch)
+                        total[block] += loss_through(
+                            self.chain, hidden, self.kept[position + 1 :], batch
+                        )
                 advance()
         return {block: math.exp(loss / self.predicted) for block, loss in total.items()}
 
@@ -119,8 +128,8 @@ class Greedy:
 class Perplexity(CalibratedDepthPruning):
     """``pruner=ppl``. iterative: score again after each removed block, in place of once for all.
 
-    Other settings: see :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened LLaMA.
-    """
+    Other settings: see :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened
+    LLaMA."""
 
     cache_name: ClassVar[str] = "Perplexity"
 
@@ -148,16 +157,23 @@ class Perplexity(CalibratedDepthPruning):
         return choice
 
     def choose_greedily(self, greedy: Greedy, depth: int) -> Choice:
-        """Remove the wanted number of blocks one by one; the scores of all blocks are those of the first step."""
+        """Remove the wanted number of blocks one by one; the scores of all blocks are those of the
+        first step."""
         protected, steps = self.protected(depth), []
-        with progress_bar("Greedy removal", total=self.wanted(depth) * len(greedy.batches)) as advance:
+        with progress_bar(
+            "Greedy removal", total=self.wanted(depth) * len(greedy.batches)
+        ) as advance:
             for step in range(self.wanted(depth)):
                 candidates = [block for block in greedy.kept if step == 0 or block not in protected]
                 scores = greedy.scores(candidates, advance)
                 require_numbers(list(scores.values()))
-                block = min((block for block in scores if block not in protected), key=scores.__getitem__)
+                block = min(
+                    (block for block in scores if block not in protected), key=scores.__getitem__
+                )
                 greedy.remove(block)
-                steps.append({"removed": block, "perplexity": scores[block], "scores": list(scores.items())})
+                steps.append(
+                    {"removed": block, "perplexity": scores[block], "scores": list(scores.items())}
+                )
         first = [score for _, score in steps[0]["scores"]]
         order = [step["removed"] for step in steps]
         return Choice(sorted(order), first, {"order": order, "steps": steps})

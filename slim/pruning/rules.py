@@ -1,4 +1,5 @@
-"""Which blocks go: the published rules for order and protection, and the defaults in proportion to the depth."""
+"""Which blocks go: the published rules for order and protection, and the defaults in proportion to
+the depth."""
 
 from __future__ import annotations
 
@@ -11,17 +12,23 @@ from slim.core.settings import require_number
 
 
 def removal_order(scores: Sequence[float], protected: Collection[int] = ()) -> list[int]:
-    """Return the blocks in the order in which they are removed: smallest score first, protected ones left out.
+    """Return the blocks in the order in which they are removed: smallest score first, protected
+    ones left out.
 
-    scores: one number per block. Equal scores go in the order of the blocks (a stable sort over all blocks, the
-    protected skipped afterwards, as in Shortened LLaMA). Raises ``SlimError`` for a score that is not a number.
-    """
+    scores: one number per block. Equal scores go in the order of the blocks (a stable sort over all
+    blocks, the protected skipped afterwards, as in Shortened LLaMA). Raises ``SlimError`` for a
+    score that is not a number."""
     require_numbers(scores)
-    return [block for block in sorted(range(len(scores)), key=scores.__getitem__) if block not in protected]
+    return [
+        block
+        for block in sorted(range(len(scores)), key=scores.__getitem__)
+        if block not in protected
+    ]
 
 
 def require_numbers(scores: Sequence[float]) -> None:
-    """Raise ``SlimError`` naming the first NaN: a comparison with NaN would make an arbitrary choice silently."""
+    """Raise ``SlimError`` naming the first NaN: a comparison with NaN would make an arbitrary
+    choice silently."""
     broken = [index for index, score in enumerate(scores) if math.isnan(score)]
     if broken:
         raise SlimError(
@@ -31,7 +38,8 @@ def require_numbers(scores: Sequence[float]) -> None:
 
 
 def default_blocks(blocks: int) -> int:
-    """Return how many of ``blocks`` are removed unless the user says: 6 of 32 in proportion, half rounded up."""
+    """Return how many of ``blocks`` are removed unless the user says: 6 of 32 in proportion, half
+    rounded up."""
     return max(1, (6 * blocks + 16) // 32)
 
 
@@ -46,7 +54,8 @@ def share_of_blocks(share: float, blocks: int) -> int:
 
 
 def default_ends(blocks: int) -> tuple[int, int]:
-    """Return how many blocks are protected at the input and at the output: 4 and 2 of 32, fewer in shallower models."""
+    """Return how many blocks are protected at the input and at the output: 4 and 2 of 32, fewer in
+    shallower models."""
     depth = min(blocks, 32)
     return max(1, 4 * depth // 32), max(1, 2 * depth // 32)
 
@@ -56,7 +65,9 @@ def block_list(setting: str, value: Any) -> list[int] | None:
     if value is None:
         return None
     if isinstance(value, (str, int)) or not isinstance(value, Collection):
-        raise SlimError(f"{setting}={value} is not possible. It takes a list of block numbers, such as {setting}=[3,4].")
+        raise SlimError(
+            f"{setting}={value} is not possible. It takes a list of block numbers, such as {setting}=[3,4]."
+        )
     for block in value:
         require_number(f"{setting} with block", block, 0, integer=True)
     twice = [block for block in set(value) if list(value).count(block) > 1]

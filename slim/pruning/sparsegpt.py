@@ -1,6 +1,7 @@
 """SparseGPT: one row's weights become zero column by column, the columns behind make up for it.
 
-With H = G + damping (G = X^T X) and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for column j of some columns:
+With H = G + damping (G = X^T X) and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for column
+j of some columns:
 
     score    w_j^2 / U_jj^2            the smallest of the block go (or all but n of every m)
     error    e = (w_j - 0) / U_jj      where w_j goes, 0 where it stays
@@ -32,24 +33,32 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def sparsegpt(
-    weight: torch.Tensor, hessian: torch.Tensor, damping: float, sparsity: float, n_of_m: tuple[int, int] | None = None
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    damping: float,
+    sparsity: float,
+    n_of_m: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Return pruned and updated weights, [out, in].
 
-    weight: float32 [out, in]. gram: G, [in, in]. sparsity: share that goes of every block of columns; with ``n_of_m``
-    n of every m successive weights of a row stay instead.
-    """
+    weight: float32 [out, in]. gram: G, [in, in]. sparsity: share that goes of every block of
+    columns; with ``n_of_m`` n of every m successive weights of a row stay instead."""
     weight, factor = weight.clone(), inverse_factor(hessian, damping)
     width = BLOCK if n_of_m is None else max(1, BLOCK // n_of_m[1]) * n_of_m[1]
     for start in range(0, weight.shape[1], width):
         stop = min(start + width, weight.shape[1])
-        errors = prune_columns(weight[:, start:stop], factor[start:stop, start:stop], sparsity, n_of_m)
+        errors = prune_columns(
+            weight[:, start:stop], factor[start:stop, start:stop], sparsity, n_of_m
+        )
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
     return weight
 
 
-def prune_columns(weight: torch.Tensor, factor: torch.Tensor, sparsity: float, n_of_m: tuple[int, int] | None) -> torch.Tensor:
-    """Prune a block of columns in place and return its errors e, both [out, columns]. factor: U of the block."""
+def prune_columns(
+    weight: torch.Tensor, factor: torch.Tensor, sparsity: float, n_of_m: tuple[int, int] | None
+) -> torch.Tensor:
+    """Prune a block of columns in place and return its errors e, both [out, columns]. factor: U of
+    the block."""
     diagonal = factor.diagonal()
     kept = torch.ones_like(weight, dtype=torch.bool)
     if n_of_m is None:

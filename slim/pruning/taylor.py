@@ -1,17 +1,18 @@
-"""Block scores by first-order Taylor expansion: how much the loss changes, to first order, when a weight becomes zero.
+"""Block scores by first-order Taylor expansion: how much the loss changes, to first order, when a
+weight becomes zero.
 
     score(block) = sum over its weight tensors W of sum_ij |W_ij * dL/dW_ij|
 
-with L the mean negative log-likelihood of all calibration tokens. Kim et al., "Shortened LLaMA" (arXiv:2402.02834),
-section 2.1, equation 1; "Taylor+" there keeps the first four and last two blocks. The criterion is LLM-Pruner's
-(arXiv:2305.11627). Weight tensors are those named ``*.weight``, norms included (9 per Llama block; a norm of Gemma that
-stores w multiplies by 1 + w, and that is its W).
+with L the mean negative log-likelihood of all calibration tokens. Kim et al., "Shortened LLaMA"
+(arXiv:2402.02834), section 2.1, equation 1; "Taylor+" there keeps the first four and last two
+blocks. The criterion is LLM-Pruner's (arXiv:2305.11627). Weight tensors are those named
+``*.weight``, norms included (9 per Llama block; a norm of Gemma that stores w multiplies by 1 + w,
+and that is its W).
 
-No second copy of the model is made for gradients. The backward pass goes block by block: a block's forward is repeated
-from its stored input (gradient checkpointing, done by hand), and each weight's gradient is scored the moment it appears
-and dropped before the next one does. Peak over the weights: the blocks' inputs, the activations of one block, and the
-largest gradient.
-"""
+No second copy of the model is made for gradients. The backward pass goes block by block: a block's
+forward is repeated from its stored input (gradient checkpointing, done by hand), and each weight's
+gradient is scored the moment it appears and dropped before the next one does. Peak over the
+weights: the blocks' inputs, the activations of one block, and the largest gradient."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ CHUNK = 2**20  # numbers per product, so that scoring a tensor needs no further 
 
 
 def taylor_score(weight: torch.Tensor, grad: torch.Tensor, offset: float = 0.0) -> float:
-    """Return sum |(w + offset) g| for a weight and its gradient of equal shape: products in float32, total in float64."""
+    """Return sum |(w + offset) g| for a weight and its gradient of equal shape: products in
+    float32, total in float64."""
     total = 0.0
     with torch.no_grad():
         for w, g in zip(weight.flatten().split(CHUNK), grad.flatten().split(CHUNK), strict=True):
@@ -51,10 +53,11 @@ def taylor_score(weight: torch.Tensor, grad: torch.Tensor, offset: float = 0.0) 
 def block_taylor_scores(
     model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """Return the Taylor score of every block of a loaded model for int64 ``tokens`` [samples, length].
+    """Return the Taylor score of every block of a loaded model for int64 ``tokens`` [samples,
+    length].
 
-    ``advance`` is called after every block, forward and backward. The model's weights are left as they were.
-    """
+    ``advance`` is called after every block, forward and backward. The model's weights are left as
+    they were."""
     model.requires_grad_(False)
     chain = BlockChain(model, family)
     states = block_inputs(chain, tokens, advance)
@@ -66,8 +69,11 @@ def block_taylor_scores(
     return scores
 
 
-def block_inputs(chain: BlockChain, tokens: torch.Tensor, advance: Callable[[], object]) -> list[torch.Tensor]:
-    """Return the inputs of all blocks and the output of the last, each [samples, length, hidden], on the CPU."""
+def block_inputs(
+    chain: BlockChain, tokens: torch.Tensor, advance: Callable[[], object]
+) -> list[torch.Tensor]:
+    """Return the inputs of all blocks and the output of the last, each [samples, length, hidden],
+    on the CPU."""
     hidden = chain.enter(tokens)
     states = [hidden.cpu()]
     with torch.no_grad():
@@ -79,7 +85,8 @@ def block_inputs(chain: BlockChain, tokens: torch.Tensor, advance: Callable[[], 
 
 
 def output_gradient(chain: BlockChain, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return dL/d(output of the last block), [samples, length, hidden], L the mean over all predicted tokens."""
+    """Return dL/d(output of the last block), [samples, length, hidden], L the mean over all
+    predicted tokens."""
     output = output.to(chain.model.device).requires_grad_()
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     for loss in chain.losses(output, tokens):  # each has its own logits, freed by its backward
@@ -87,10 +94,17 @@ def output_gradient(chain: BlockChain, output: torch.Tensor, tokens: torch.Tenso
     return output.grad
 
 
-def block_backward(chain: BlockChain, index: int, state: torch.Tensor, gradient: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Return block ``index``'s score and its input's gradient, given its input and its output's gradient."""
+def block_backward(
+    chain: BlockChain, index: int, state: torch.Tensor, gradient: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """Return block ``index``'s score and its input's gradient, given its input and its output's
+    gradient."""
     block = chain.blocks[index]
-    weights = {parameter: chain.family.offset(name) for name, parameter in block.named_parameters() if name.endswith("weight")}
+    weights = {
+        parameter: chain.family.offset(name)
+        for name, parameter in block.named_parameters()
+        if name.endswith("weight")
+    }
     scores = []
 
     def score(weight: torch.Tensor) -> None:
@@ -104,10 +118,15 @@ def block_backward(chain: BlockChain, index: int, state: torch.Tensor, gradient:
 
 
 @contextmanager
-def called_with_gradients(weights: Iterable[torch.Tensor], use: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Make ``weights`` require gradients meanwhile and call ``use(weight)`` as soon as a gradient is complete."""
+def called_with_gradients(
+    weights: Iterable[torch.Tensor], use: Callable[[torch.Tensor], None]
+) -> Iterator[None]:
+    """Make ``weights`` require gradients meanwhile and call ``use(weight)`` as soon as a gradient
+    is complete."""
     weights = list(weights)
-    handles = [weight.requires_grad_().register_post_accumulate_grad_hook(use) for weight in weights]
+    handles = [
+        weight.requires_grad_().register_post_accumulate_grad_hook(use) for weight in weights
+    ]
     try:
         yield
     finally:
@@ -118,7 +137,8 @@ def called_with_gradients(weights: Iterable[torch.Tensor], use: Callable[[torch.
 
 @dataclass(kw_only=True)
 class Taylor(CalibratedDepthPruning):
-    """``pruner=taylor``. Settings: :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened LLaMA."""
+    """``pruner=taylor``. Settings: :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in
+    Shortened LLaMA."""
 
     cache_name: ClassVar[str] = "Taylor"
 
@@ -134,16 +154,24 @@ class Taylor(CalibratedDepthPruning):
             return block_taylor_scores(model, source.spec.family, tokens, advance)
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
-        return backward_bytes(spec, device, self.windows.samples, self.windows.samples, self.windows.length)
+        return backward_bytes(
+            spec, device, self.windows.samples, self.windows.samples, self.windows.length
+        )
 
 
 def backward_bytes(spec: ModelSpec, device: str, samples: int, together: int, length: int) -> int:
-    """Estimate the peak of a block by block backward: inputs of all blocks, one block's graph, the largest gradient.
+    """Estimate the peak of a block by block backward: inputs of all blocks, one block's graph, the
+    largest gradient.
 
     samples: of ``length`` tokens, in all. together: how many go back through a block at once.
     """
     width = DTYPE_BYTES.get(resolve_dtype(spec, "auto", device), 4)
-    states = (spec.blocks + 1) * samples * min(length, spec.context_length) * spec.hidden_size * width
+    states = (
+        (spec.blocks + 1) * samples * min(length, spec.context_length) * spec.hidden_size * width
+    )
     largest = max(rows * columns for rows, columns in spec.block_linears().values())
-    # all samples go forward at once; one block's graph and gradients take about twice what its plain forward holds
-    return forward_bytes(spec, device, max(samples, 2 * together), length) + states + largest * width
+    # all samples go forward at once; one block's graph and gradients take about twice what its
+    # plain forward holds
+    return (
+        forward_bytes(spec, device, max(samples, 2 * together), length) + states + largest * width
+    )

@@ -1,12 +1,12 @@
-"""Weight pruning: single weights of the blocks' linear layers become zero, anywhere or in an n:m pattern.
+"""Weight pruning: single weights of the blocks' linear layers become zero, anywhere or in an n:m
+pattern.
 
     magnitude_weights   score |W_ij|                the smallest of a layer
     wanda               score |W_ij| * |X_j|        the smallest of a row; |X_j|^2 = G_jj (Sun et al., arXiv:2306.11695)
     sparsegpt           see sparsegpt.py            the smallest of 128 columns, the others are updated
 
-All on the walk: each segment of a block sees the pruned ones before it. Zeros are stored like other numbers: they save
-neither memory nor time without an engine that uses them.
-"""
+All on the walk: each segment of a block sees the pruned ones before it. Zeros are stored like other
+numbers: they save neither memory nor time without an engine that uses them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ NOTE = "Zeros are stored like other weights: they save neither memory nor time w
 
 
 class SparsityMethod(BlockMethod):
-    """A weight pruning method on the walk, with the settings of its stage. dtype: type in which weights are stored."""
+    """A weight pruning method on the walk, with the settings of its stage. dtype: type in which
+    weights are stored."""
 
     resumable = True
 
@@ -65,8 +66,13 @@ class SparsityMethod(BlockMethod):
         raise NotImplementedError
 
     def masked(self, weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the weights with zeros in place of those with the smallest scores, row by row or n of m."""
-        kept = n_of_m_kept(scores, *self.n_of_m) if self.n_of_m else largest_kept(scores, self.sparsity)
+        """Return the weights with zeros in place of those with the smallest scores, row by row or n
+        of m."""
+        kept = (
+            n_of_m_kept(scores, *self.n_of_m)
+            if self.n_of_m
+            else largest_kept(scores, self.sparsity)
+        )
         return weight.masked_fill(~kept, 0)
 
 
@@ -103,9 +109,10 @@ class SparseGPTMethod(SparsityMethod):
 class WeightPruning(Stage):
     """Settings and steps of every method.
 
-    sparsity: share of the weights that become zero, between 0 and 1; None: 0.5, or what ``n`` and ``m`` give.
-    n, m: of every ``m`` successive inputs of a row ``n`` weights stay (2:4 and 4:8 are what hardware knows).
-    """
+    sparsity: share of the weights that become zero, between 0 and 1; None: 0.5, or what ``n`` and
+        ``m`` give.
+    n, m: of every ``m`` successive inputs of a row ``n`` weights stay (2:4 and 4:8 are what
+    hardware knows)."""
 
     sparsity: float | None = None
     n: int | None = None
@@ -123,7 +130,9 @@ class WeightPruning(Stage):
                 "share of weights that become zero. Use pruner=none to leave the model as it is."
             )
         if (self.n is None) != (self.m is None):
-            raise SlimError("pruner.n and pruner.m belong together: n of every m weights stay, as in n=2, m=4.")
+            raise SlimError(
+                "pruner.n and pruner.m belong together: n of every m weights stay, as in n=2, m=4."
+            )
         if self.n is not None:
             self._check_n_of_m()
 
@@ -159,7 +168,9 @@ class WeightPruning(Stage):
         spec.family  # noqa: B018 - refuses families whose parts are unknown
         spec.require_merged()
         if spec.quantization is not None:
-            raise SlimError(f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
+            raise SlimError(
+                f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
+            )
         for block in range(spec.blocks if self.m else 0):
             for name, (_, columns) in spec.block_linears(block).items():
                 if columns % self.m:
@@ -174,7 +185,8 @@ class WeightPruning(Stage):
         return calibrated.LIBRARY_BYTES + block + calibrated.shard_bytes(spec)
 
     def tokens(self, source: Checkpoint):
-        """Return calibration tokens, int64 [samples, length], or None for a method without calibration."""
+        """Return calibration tokens, int64 [samples, length], or None for a method without
+        calibration."""
         return None
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
@@ -185,7 +197,9 @@ class WeightPruning(Stage):
         spec = checkpoint.spec
         self.check(spec)
         method = self.method(self, getattr(torch, spec.dtype))
-        errors = transform_checkpoint(checkpoint, target, method, spec.config, context, self.tokens(checkpoint))
+        errors = transform_checkpoint(
+            checkpoint, target, method, spec.config, context, self.tokens(checkpoint)
+        )
         console().print(NOTE, highlight=False)
         return self._facts(spec, method, errors, target)
 
@@ -232,7 +246,9 @@ class CalibratedWeightPruning(WeightPruning):
         from slim.calibration.sequential import calibration_bytes
 
         length = min(self.calibration.length, spec.context_length)
-        return super().peak_bytes(spec, device) + calibration_bytes(spec, self.calibration.samples, length)
+        return super().peak_bytes(spec, device) + calibration_bytes(
+            spec, self.calibration.samples, length
+        )
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,11 @@
-"""Width pruning: attention heads and MLP channels are removed. What its criteria share: settings, counts, report.
+"""Width pruning: attention heads and MLP channels are removed. What its criteria share: settings,
+counts, report.
 
-Whole key/value groups go, each a key/value head with the query heads that read it, and MLP channels, coupled over
-q/k/v/o and gate/up/down, so that every matrix only becomes smaller. Criteria give every unit of a block a score
-(``width_magnitude.py``, ``width_taylor.py``, ``width_activation.py``); the units of a block compete with one another.
-Ma et al., "LLM-Pruner" (arXiv:2305.11627).
-"""
+Whole key/value groups go, each a key/value head with the query heads that read it, and MLP
+channels, coupled over q/k/v/o and gate/up/down, so that every matrix only becomes smaller. Criteria
+give every unit of a block a score (``width_magnitude.py``, ``width_taylor.py``,
+``width_activation.py``); the units of a block compete with one another. Ma et al., "LLM-Pruner"
+(arXiv:2305.11627)."""
 
 from __future__ import annotations
 
@@ -36,13 +37,16 @@ class WidthPruning(Stage):
     """Settings and steps of every width criterion. Blocks are numbered from 0.
 
     ratio: share of the heads and of the MLP channels that goes, between 0 and 1.
-    first_block, last_block: the pruned blocks, both included; None: all but the protected ends of depth pruning.
-    rounding: the kept MLP channels (and the attention's output, where it can be) are a multiple of this;
-        ``llm_pruner``: exactly its counts.
+    first_block, last_block: the pruned blocks, both included; None: all but the protected ends of
+        depth pruning.
+    rounding: the kept MLP channels (and the attention's output, where it can be) are a multiple of
+        this; ``llm_pruner``: exactly its counts.
     uniform: prune all blocks to the same sizes, so that a stock config describes the result.
-    reconstruct: refit ``o_proj`` and ``down_proj`` by least squares to what they gave before, on calibration text.
+    reconstruct: refit ``o_proj`` and ``down_proj`` by least squares to what they gave before, on
+        calibration text.
     damping: ridge of that fit, in means of the Gram matrix's diagonal.
-    folding: which key/value head a query head's score is credited to: ``own``, or ``llm_pruner`` to compare.
+    folding: which key/value head a query head's score is credited to: ``own``, or ``llm_pruner`` to
+        compare.
     macs_tokens: length of the forward whose multiply-accumulates are reported.
     calibration: the text for ``reconstruct`` and for criteria that look at data.
     """
@@ -86,7 +90,9 @@ class WidthPruning(Stage):
     def _check_range(self) -> None:
         first, last = self.first_block, self.last_block
         if self.uniform and (first, last) != (None, None):
-            raise SlimError("pruner.uniform=true prunes all blocks: leave first_block and last_block out.")
+            raise SlimError(
+                "pruner.uniform=true prunes all blocks: leave first_block and last_block out."
+            )
         if first is not None and last is not None and first > last:
             raise SlimError(
                 f"pruner.first_block={first} lies behind pruner.last_block={last}. "
@@ -111,7 +117,10 @@ class WidthPruning(Stage):
 
     def widths(self, spec: ModelSpec) -> dict[int, Width]:
         """Return the sizes that the pruned blocks will have."""
-        return {block: pruned_width(spec, block, self.ratio, self.rounding) for block in self.block_range(spec)}
+        return {
+            block: pruned_width(spec, block, self.ratio, self.rounding)
+            for block in self.block_range(spec)
+        }
 
     def check(self, spec: ModelSpec) -> None:
         depth, family = spec.blocks, spec.family  # the family raises where it is unknown
@@ -123,10 +132,14 @@ class WidthPruning(Stage):
             )
         spec.require_merged()
         if spec.quantization is not None:
-            raise SlimError(f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent).")
+            raise SlimError(
+                f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
+            )
         for name in ("first_block", "last_block"):
             if (getattr(self, name) or 0) >= depth:
-                raise SlimError(f"pruner.{name}={getattr(self, name)}: {spec.name} has blocks 0 to {depth - 1}.")
+                raise SlimError(
+                    f"pruner.{name}={getattr(self, name)}: {spec.name} has blocks 0 to {depth - 1}."
+                )
         if not self.block_range(spec):
             raise SlimError(
                 f"No block is left to prune between pruner.first_block and pruner.last_block in the {depth} blocks of "
@@ -139,9 +152,13 @@ class WidthPruning(Stage):
         for block, width in widths.items():
             if width.kv_heads < 1 or width.channels < 1:
                 what = "key/value heads" if width.kv_heads < 1 else "MLP channels"
-                raise SlimError(f"pruner.ratio={self.ratio} removes all {what} of block {block}. Use a smaller ratio.")
+                raise SlimError(
+                    f"pruner.ratio={self.ratio} removes all {what} of block {block}. Use a smaller ratio."
+                )
         if self.uniform and len(set(widths.values())) > 1:
-            raise SlimError(f"The blocks of {spec.name} differ in size already. Use pruner.uniform=false.")
+            raise SlimError(
+                f"The blocks of {spec.name} differ in size already. Use pruner.uniform=false."
+            )
         if all(width == width_of(spec, block) for block, width in widths.items()):
             raise SlimError(
                 f"pruner.ratio={self.ratio} removes nothing from {spec.name} with pruner.rounding={self.rounding}. "
@@ -155,7 +172,11 @@ class WidthPruning(Stage):
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         from slim.calibration.sequential import calibration_bytes
 
-        block = calibrated.LIBRARY_BYTES + 2 * 4 * spec.block_parameters() + calibrated.shard_bytes(spec)
+        block = (
+            calibrated.LIBRARY_BYTES
+            + 2 * 4 * spec.block_parameters()
+            + calibrated.shard_bytes(spec)
+        )
         if self.reconstruct:
             length = min(self.calibration.length, spec.context_length)
             widest = max(columns for _, columns in spec.block_linears().values())
@@ -180,7 +201,9 @@ class WidthPruning(Stage):
         widths = self.widths(spec)
         self._say_if_heads_stay(spec, widths)
         scores = self.scores(checkpoint, self.block_range(spec), context)
-        kept = {block: Kept.of(spec, block, widths[block], found) for block, found in scores.items()}
+        kept = {
+            block: Kept.of(spec, block, widths[block], found) for block, found in scores.items()
+        }
         method = WidthMethod(spec, kept, self.damping if self.reconstruct else None)
         self._write(checkpoint, target, method, context)
         return self._report(target, spec, kept, scores, method)
@@ -201,10 +224,15 @@ class WidthPruning(Stage):
         spec, tokens = checkpoint.spec, None
         if self.reconstruct:
             tokens = self.calibration.tokens(load_tokenizer(checkpoint.folder), spec.context_length)
-        recorded = context if self.reconstruct else Context(context.device)  # errors of weights alone are no curve
-        transform_checkpoint(checkpoint, target, method, self.output_spec(spec).config, recorded, tokens)
+        # errors of weights alone are no curve
+        recorded = context if self.reconstruct else Context(context.device)
+        transform_checkpoint(
+            checkpoint, target, method, self.output_spec(spec).config, recorded, tokens
+        )
 
-    def _report(self, target: Path, model, kept: dict[int, Kept], scores: dict[int, UnitScores], method) -> dict:
+    def _report(
+        self, target: Path, model, kept: dict[int, Kept], scores: dict[int, UnitScores], method
+    ) -> dict:
         """Write scores and pictures for people and return the facts for the manifest."""
         from slim.pruning.width_report import write_report
 
@@ -232,8 +260,8 @@ def heads_stay(spec: ModelSpec, widths: dict[int, Width]) -> bool:
 class CalibratedWidthPruning(WidthPruning):
     """A width criterion that looks at calibration samples.
 
-    samples, length: windows and tokens per window for the scores, in place of the calibration's own; None: the
-        calibration's, which ``reconstruct`` always uses.
+    samples, length: windows and tokens per window for the scores, in place of the calibration's
+        own; None: the calibration's, which ``reconstruct`` always uses.
     """
 
     samples: int | None = None
@@ -251,7 +279,8 @@ class CalibratedWidthPruning(WidthPruning):
         return settings
 
     def load(self, source: Checkpoint, context: Context):
-        """Return the loaded model and the tokens for the scores, int64 [samples, length], on the CPU."""
+        """Return the loaded model and the tokens for the scores, int64 [samples, length], on the
+        CPU."""
         return calibrated.load_with_tokens(source, self.windows, context)
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:

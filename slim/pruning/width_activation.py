@@ -2,8 +2,8 @@
 
     score(channel) = mean over calibration tokens of |x|,   x: the input of o_proj (heads), of down_proj (MLP channels)
 
-summed over the channels of a key/value group. A unit that is hardly active hardly matters, however large its weights.
-"""
+summed over the channels of a key/value group. A unit that is hardly active hardly matters, however
+large its weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ else:
 
 
 def mean_absolute_inputs(
-    model, family: Family, tokens: torch.Tensor, blocks: Sequence[int], advance: Callable[[], object] = lambda: None
+    model,
+    family: Family,
+    tokens: torch.Tensor,
+    blocks: Sequence[int],
+    advance: Callable[[], object] = lambda: None,
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Return block -> layer that reads units -> mean |x| of its inputs, float64 [in].
 
@@ -36,13 +40,17 @@ def mean_absolute_inputs(
     """
     chain = BlockChain(model, family)
     readers = [tensor.name for tensor in coupled_tensors(family) if not tensor.rows]
-    sums: dict[int, dict[str, torch.Tensor]] = {block: dict.fromkeys(readers, 0.0) for block in blocks}
+    sums: dict[int, dict[str, torch.Tensor]] = {
+        block: dict.fromkeys(readers, 0.0) for block in blocks
+    }
     hooks = []
     for block in blocks:
         for name in readers:
 
             def add(module, inputs, block=block, name=name):
-                sums[block][name] = sums[block][name] + inputs[0].float().abs().flatten(0, -2).sum(0).double().cpu()
+                sums[block][name] = (
+                    sums[block][name] + inputs[0].float().abs().flatten(0, -2).sum(0).double().cpu()
+                )
 
             hooks.append(chain.blocks[block].get_submodule(name).register_forward_pre_hook(add))
     try:
@@ -55,7 +63,10 @@ def mean_absolute_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return {block: {name: total / tokens.numel() for name, total in found.items()} for block, found in sums.items()}
+    return {
+        block: {name: total / tokens.numel() for name, total in found.items()}
+        for block, found in sums.items()
+    }
 
 
 @dataclass(kw_only=True)
@@ -69,6 +80,10 @@ class WidthActivation(CalibratedWidthPruning):
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
         model, tokens = self.load(source, context)
         spec = source.spec
-        with progress_bar("Activations of heads and channels", total=len(batches(tokens))) as advance:
+        with progress_bar(
+            "Activations of heads and channels", total=len(batches(tokens))
+        ) as advance:
             found = mean_absolute_inputs(model, spec.family, tokens, blocks, advance)
-        return {block: unit_scores(sizes, spec, block, self.folding) for block, sizes in found.items()}
+        return {
+            block: unit_scores(sizes, spec, block, self.folding) for block, sizes in found.items()
+        }

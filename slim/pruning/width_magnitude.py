@@ -1,9 +1,10 @@
-"""Width scores without data: the size of a unit's weights, or chance. One tensor in memory at a time.
+"""Width scores without data: the size of a unit's weights, or chance. One tensor in memory at a
+time.
 
     l1: sum of |w|    l2: sum of w^2    over the weights of a channel in each coupled tensor
 
-LLM-Pruner (arXiv:2305.11627), its code's "l1", "l2" and "random"; the last is what a criterion has to beat.
-"""
+LLM-Pruner (arXiv:2305.11627), its code's "l1", "l2" and "random"; the last is what a criterion has
+to beat."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ class WidthMagnitude(WidthPruning):
         for block in track(blocks, "Sizes of heads and channels"):
             prefix = f"{spec.family.blocks}.{block}"
             sizes = {
-                tensor.name: weight_sizes(reader.read(f"{prefix}.{tensor.name}.weight"), self.power, tensor.rows)
+                tensor.name: weight_sizes(
+                    reader.read(f"{prefix}.{tensor.name}.weight"), self.power, tensor.rows
+                )
                 for tensor in coupled_tensors(spec.family)
             }
             found[block] = unit_scores(sizes, spec, block, self.folding)

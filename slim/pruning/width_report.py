@@ -1,4 +1,5 @@
-"""What width pruning leaves for people: the scores and units kept as a table, and pictures of them."""
+"""What width pruning leaves for people: the scores and units kept as a table, and pictures of
+them."""
 
 from __future__ import annotations
 
@@ -42,10 +43,16 @@ def plot_kept(path: Path, before: ModelSpec, after: ModelSpec, title: str) -> No
     figure = new_figure(max(6.0, 2 + 0.24 * before.blocks), 4.6)
     blocks = range(before.blocks)
     for axes, name, label in zip(
-        figure.subplots(2, 1, sharex=True), ("heads", "channels"), ("query heads", "MLP channels"), strict=True
+        figure.subplots(2, 1, sharex=True),
+        ("heads", "channels"),
+        ("query heads", "MLP channels"),
+        strict=True,
     ):
         left = [getattr(width_of(after, block), name) for block in blocks]
-        gone = [getattr(width_of(before, block), name) - count for block, count in zip(blocks, left, strict=True)]
+        gone = [
+            getattr(width_of(before, block), name) - count
+            for block, count in zip(blocks, left, strict=True)
+        ]
         axes.bar(blocks, left, color=KEPT, label="kept")
         axes.bar(blocks, gone, bottom=left, color=REMOVED, label="removed")
         axes.set(ylabel=label)
@@ -53,12 +60,17 @@ def plot_kept(path: Path, before: ModelSpec, after: ModelSpec, title: str) -> No
     axes.xaxis.get_major_locator().set_params(integer=True)
     share = after.parameters() / before.parameters()
     figure.suptitle(f"{title}: {share:.1%} of the parameters kept", fontsize="medium")
-    axes.legend(fontsize="small", frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, -0.45))
+    axes.legend(
+        fontsize="small", frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, -0.45)
+    )
     save_figure(figure, path)
 
 
-def plot_heads(path: Path, kept: Mapping[int, Kept], scores: Mapping[int, UnitScores], title: str) -> None:
-    """Draw the share of every key/value group in its block's score as a map; removed groups are crossed out."""
+def plot_heads(
+    path: Path, kept: Mapping[int, Kept], scores: Mapping[int, UnitScores], title: str
+) -> None:
+    """Draw the share of every key/value group in its block's score as a map; removed groups are
+    crossed out."""
     blocks = sorted(kept)
     widest = max(len(scores[block].groups) for block in blocks)
     grid = [[float("nan")] * len(blocks) for _ in range(widest)]
@@ -72,7 +84,11 @@ def plot_heads(path: Path, kept: Mapping[int, Kept], scores: Mapping[int, UnitSc
             if group not in kept[block].groups:
                 axes.plot(column, group, "x", color=REMOVED, markersize=9, markeredgewidth=2.5)
     image = axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis")
-    axes.set(xlabel="block", ylabel="key/value group", title=f"{title}: share of the block's score (× removed)")
+    axes.set(
+        xlabel="block",
+        ylabel="key/value group",
+        title=f"{title}: share of the block's score (× removed)",
+    )
     axes.set_xticks(range(len(blocks)), blocks)
     axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes)

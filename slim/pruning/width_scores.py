@@ -1,14 +1,14 @@
 """Scores of key/value groups and MLP channels from scores per channel of the coupled tensors.
 
-Removing a key/value head removes rows of k and v, and rows of q and columns of o for every query head that reads it;
-removing an MLP channel removes a row of gate and of up and a column of down. A criterion gives a number per channel of
-each of these tensors; the score of a unit is their mean over the tensors, summed over the head's channels ("group mean"
-of LLM-Pruner, arXiv:2305.11627, section 3.2).
+Removing a key/value head removes rows of k and v, and rows of q and columns of o for every query
+head that reads it; removing an MLP channel removes a row of gate and of up and a column of down. A
+criterion gives a number per channel of each of these tensors; the score of a unit is their mean
+over the tensors, summed over the head's channels ("group mean" of LLM-Pruner, arXiv:2305.11627,
+section 3.2).
 
-Query head h reads key/value head h // repeats, so its channels are credited there (``own``). LLM-Pruner's code reshapes
-the query channels to (repeats, C) and sums, which credits head h to h mod kv_heads (``llm_pruner``): with grouped
-queries that is another head.
-"""
+Query head h reads key/value head h // repeats, so its channels are credited there (``own``).
+LLM-Pruner's code reshapes the query channels to (repeats, C) and sums, which credits head h to h
+mod kv_heads (``llm_pruner``): with grouped queries that is another head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ CHUNK = 2**20  # numbers per product, so that a score needs no second copy of it
 class Coupled:
     """A tensor that loses something when a unit goes.
 
-    name: of the linear layer within the block. attention: whether units are key/value groups (else MLP channels).
+    name: of the linear layer within the block. attention: whether units are key/value groups (else
+        MLP channels).
     rows: whether a unit is rows of the weight (its outputs) or columns (its inputs).
     """
 
@@ -43,23 +44,28 @@ class Coupled:
 
 
 def coupled_tensors(family: Family) -> Iterator[Coupled]:
-    """Yield the coupled linear layers of a block: the last segment of each part loses inputs, the others outputs."""
+    """Yield the coupled linear layers of a block: the last segment of each part loses inputs, the
+    others outputs."""
     linears = {name for group in family.linear_groups for name in group.linears}
     for group in family.linear_groups:
         for name in group.linears:
-            yield Coupled(name, name.startswith(family.attention + "."), group.scale_into not in linears)
+            yield Coupled(
+                name, name.startswith(family.attention + "."), group.scale_into not in linears
+            )
 
 
 @dataclass
 class UnitScores:
-    """Scores of one block: groups, float [kv_heads], and channels, float [intermediate_size]; the smallest go first."""
+    """Scores of one block: groups, float [kv_heads], and channels, float [intermediate_size]; the
+    smallest go first."""
 
     groups: torch.Tensor
     channels: torch.Tensor
 
 
 def sum_per_unit(function, rows: bool, *tensors: torch.Tensor) -> torch.Tensor:
-    """Sum ``function(*tensors)`` over the columns (``rows``) or over the rows, float32 [out] or [in].
+    """Sum ``function(*tensors)`` over the columns (``rows``) or over the rows, float32 [out] or
+    [in].
 
     tensors: of shape [out, in], handed to the function as float32 some rows at a time.
     """
@@ -78,8 +84,11 @@ def fold(scores: torch.Tensor, kv_heads: int, head_dim: int, folding: str = OWN)
     return scores.view(kv_heads, -1, head_dim).sum(1).flatten()
 
 
-def unit_scores(scores: dict[str, torch.Tensor], spec: ModelSpec, block: int, folding: str = OWN) -> UnitScores:
-    """Combine scores per channel of some coupled tensors, by their names within the block, into scores of units."""
+def unit_scores(
+    scores: dict[str, torch.Tensor], spec: ModelSpec, block: int, folding: str = OWN
+) -> UnitScores:
+    """Combine scores per channel of some coupled tensors, by their names within the block, into
+    scores of units."""
     shape = spec.at(block)
     attention, mlp = [], []
     for tensor in coupled_tensors(spec.family):

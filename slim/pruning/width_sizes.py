@@ -1,7 +1,7 @@
 """How many heads and channels stay, and the config of a model that has them.
 
-By LLM-Pruner's counting (arXiv:2305.11627, its code), with C = kv_heads * head_dim channels of the key projection and
-ff channels of the MLP:
+By LLM-Pruner's counting (arXiv:2305.11627, its code), with C = kv_heads * head_dim channels of the
+key projection and ff channels of the MLP:
 
     n = C - int(C (1 - ratio)),   key/value groups dropped = n // head_dim,   MLP channels kept = int(ff (1 - ratio))
 
@@ -17,10 +17,12 @@ from slim.core.errors import SlimError
 from slim.models.spec import ModelSpec
 
 LLM_PRUNER = "llm_pruner"
-# Families whose configuration takes one number of heads for all blocks, and one that divides the hidden size.
+# Families whose configuration takes one number of heads for all blocks, and one that divides the
+# hidden size.
 EVEN_HEADS = ("llama", "gemma2", "gemma3_text")
 SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-# What Llama's configuration assumes for entries that a config.json may leave out, where Mistral's assumes otherwise.
+# What Llama's configuration assumes for entries that a config.json may leave out, where Mistral's
+# assumes otherwise.
 LLAMA_DEFAULTS = {
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
@@ -44,16 +46,19 @@ def width_of(spec: ModelSpec, block: int) -> Width:
 def pruned_width(spec: ModelSpec, block: int, ratio: float, rounding: int | str) -> Width:
     """Return the sizes of a block after removing the share ``ratio`` of its heads and channels.
 
-    rounding: ``"llm_pruner"``: as above. A number: MLP channels to the nearest multiple of it, and as many of the
-    key/value groups as leave the attention's output a multiple of it (where it was one), never more than above.
-    """
+    rounding: ``"llm_pruner"``: as above. A number: MLP channels to the nearest multiple of it, and
+    as many of the key/value groups as leave the attention's output a multiple of it (where it was
+    one), never more than above."""
     shape = spec.at(block)
     repeats = shape.heads // shape.kv_heads
     keys = shape.kv_heads * shape.head_dim
     dropped = (keys - int(keys * (1 - ratio))) // shape.head_dim
     channels = int(shape.intermediate_size * (1 - ratio))
     if rounding != LLM_PRUNER:
-        channels = min(shape.intermediate_size, max(rounding, (channels + rounding // 2) // rounding * rounding))
+        channels = min(
+            shape.intermediate_size,
+            max(rounding, (channels + rounding // 2) // rounding * rounding),
+        )
         group = repeats * shape.head_dim
         divisible = shape.kv_heads * group % rounding == 0
         while dropped and divisible and (shape.kv_heads - dropped) * group % rounding:
@@ -65,27 +70,38 @@ def pruned_width(spec: ModelSpec, block: int, ratio: float, rounding: int | str)
 def with_widths(spec: ModelSpec, widths: Mapping[int, Width]) -> ModelSpec:
     """Return the description with the blocks in ``widths`` at their new sizes.
 
-    Alike in all blocks it is a stock config, otherwise ``per_layer_config``. Llama's and Gemma's configurations refuse
-    heads that do not divide the hidden size or differ by block; Mistral's without a sliding window computes the same as
-    Llama's and takes them.
-    Raises ``SlimError`` where neither can hold the result.
-    """
-    changed = [width if (width := widths.get(block)) else width_of(spec, block) for block in range(spec.blocks)]
-    entries = [dict(zip(SIZES, (width.heads, width.kv_heads, width.channels), strict=True)) for width in changed]
+    Alike in all blocks it is a stock config, otherwise ``per_layer_config``. Llama's and Gemma's
+    configurations refuse heads that do not divide the hidden size or differ by block; Mistral's
+    without a sliding window computes the same as Llama's and takes them. Raises ``SlimError`` where
+    neither can hold the result."""
+    changed = [
+        width if (width := widths.get(block)) else width_of(spec, block)
+        for block in range(spec.blocks)
+    ]
+    entries = [
+        dict(zip(SIZES, (width.heads, width.kv_heads, width.channels), strict=True))
+        for width in changed
+    ]
     others = {key for differing in spec.differing.values() for key in differing} - set(SIZES)
     config = {key: value for key, value in spec.config.items() if key != "per_layer_config"}
     config["head_dim"] = spec.head_dim
     if not others and all(entry == entries[0] for entry in entries):
         config.update(entries[0])
     else:
-        config.update({key: spec.config.get(key) or getattr(spec, name) for key, name in PLAIN.items()})
+        config.update(
+            {key: spec.config.get(key) or getattr(spec, name) for key, name in PLAIN.items()}
+        )
         config["per_layer_config"] = differing_entries(spec, config, entries)
     if config["model_type"] in EVEN_HEADS and not has_even_heads(config):
         config = as_mistral(config, spec.name)
     return ModelSpec(config, spec.name)
 
 
-PLAIN = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "intermediate_size": "intermediate_size"}
+PLAIN = {
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "intermediate_size",
+}
 
 
 def differing_entries(spec: ModelSpec, config: dict, entries: list[dict]) -> dict[str, dict]:
@@ -101,12 +117,15 @@ def differing_entries(spec: ModelSpec, config: dict, entries: list[dict]) -> dic
 
 def has_even_heads(config: dict) -> bool:
     """Whether there is one number of heads for all blocks, and it divides the hidden size."""
-    differ = any("num_attention_heads" in entry for entry in config.get("per_layer_config", {}).values())
+    differ = any(
+        "num_attention_heads" in entry for entry in config.get("per_layer_config", {}).values()
+    )
     return not differ and config["hidden_size"] % config["num_attention_heads"] == 0
 
 
 def as_mistral(config: dict, name: str) -> dict:
-    """Return a Llama config as that of the Mistral model that computes the same; ``SlimError`` where there is none."""
+    """Return a Llama config as that of the Mistral model that computes the same; ``SlimError``
+    where there is none."""
     if config["model_type"] != "llama":
         raise SlimError(
             f"The configuration of {config['model_type']} takes one number of heads for all blocks of {name}, which divides "
@@ -120,5 +139,9 @@ def as_mistral(config: dict, name: str) -> dict:
         )
     dropped = ("attention_bias", "mlp_bias", "pretraining_tp", "architectures", "model_type")
     kept = {key: value for key, value in config.items() if key not in dropped}
-    changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    changed = {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+    }
     return {**LLAMA_DEFAULTS, **kept, **changed}

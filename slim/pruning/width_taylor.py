@@ -1,19 +1,21 @@
-"""Width scores by Taylor expansion: how much the loss changes when a head or an MLP channel becomes zero.
+"""Width scores by Taylor expansion: how much the loss changes when a head or an MLP channel becomes
+zero.
 
-With g = dL/dw the gradient of the mean loss of all calibration samples, g_s that of sample s, and f = mean_s g_s^2 the
-diagonal of the empirical Fisher matrix, which stands for the second derivative, per channel of a coupled tensor:
+With g = dL/dw the gradient of the mean loss of all calibration samples, g_s that of sample s, and f
+= mean_s g_s^2 the diagonal of the empirical Fisher matrix, which stands for the second derivative,
+per channel of a coupled tensor:
 
     first       sum |w g|
     second      sum w^2 f
     mixed       sum |w g - w^2 f / 2|
     vectorised  |sum w g|
 
-Ma et al., "LLM-Pruner" (arXiv:2305.11627), equations 3 to 5 and its code ("param_first", "param_second", "param_mix",
-"vectorize").
+Ma et al., "LLM-Pruner" (arXiv:2305.11627), equations 3 to 5 and its code ("param_first",
+"param_second", "param_mix", "vectorize").
 
-Gradients go block by block, as in ``taylor.py``: each is used the moment it appears and dropped before the next one.
-Only ``mixed`` has to keep two sums of the size of one block's weights, since its absolute value needs both g and f.
-"""
+Gradients go block by block, as in ``taylor.py``: each is used the moment it appears and dropped
+before the next one. Only ``mixed`` has to keep two sums of the size of one block's weights, since
+its absolute value needs both g and f."""
 
 from __future__ import annotations
 
@@ -30,7 +32,13 @@ from slim.core.settings import require_choice
 from slim.models.spec import Family, ModelSpec
 from slim.pruning.taylor import backward_bytes, block_inputs, called_with_gradients, output_gradient
 from slim.pruning.width import CalibratedWidthPruning
-from slim.pruning.width_scores import Coupled, UnitScores, coupled_tensors, sum_per_unit, unit_scores
+from slim.pruning.width_scores import (
+    Coupled,
+    UnitScores,
+    coupled_tensors,
+    sum_per_unit,
+    unit_scores,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +58,13 @@ class FirstOrder:
     def add(self, tensor: Coupled, weight: torch.Tensor, grad: torch.Tensor) -> None:
         """Take the gradient of the whole loss."""
         if self.order == VECTORISED:
-            self.scores[tensor.name] = sum_per_unit(lambda w, g: w * g, tensor.rows, weight, grad).abs()
+            self.scores[tensor.name] = sum_per_unit(
+                lambda w, g: w * g, tensor.rows, weight, grad
+            ).abs()
         else:
-            self.scores[tensor.name] = sum_per_unit(lambda w, g: (w * g).abs(), tensor.rows, weight, grad)
+            self.scores[tensor.name] = sum_per_unit(
+                lambda w, g: (w * g).abs(), tensor.rows, weight, grad
+            )
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Return the scores per channel of every coupled tensor."""
@@ -60,7 +72,8 @@ class FirstOrder:
 
 
 class SecondOrder:
-    """Scores of one block from the gradients of single samples: sum w^2 f needs no more than sums per channel."""
+    """Scores of one block from the gradients of single samples: sum w^2 f needs no more than sums
+    per channel."""
 
     def __init__(self, order: str, samples: int):
         self.samples = samples
@@ -68,7 +81,9 @@ class SecondOrder:
 
     def add(self, tensor: Coupled, weight: torch.Tensor, grad: torch.Tensor) -> None:
         """Take one sample's share g_s / samples of the gradient."""
-        found = sum_per_unit(lambda w, g: (w * g).square(), tensor.rows, weight, grad) * self.samples
+        found = (
+            sum_per_unit(lambda w, g: (w * g).square(), tensor.rows, weight, grad) * self.samples
+        )
         self.scores[tensor.name] = self.scores.get(tensor.name, 0) + found
 
     def finish(self) -> dict[str, torch.Tensor]:
@@ -86,7 +101,11 @@ class Mixed:
     def add(self, tensor: Coupled, weight: torch.Tensor, grad: torch.Tensor) -> None:
         """Take one sample's share g_s / samples of the gradient."""
         if tensor not in self.sums:
-            self.sums[tensor] = (weight, torch.zeros_like(weight).float(), torch.zeros_like(weight).float())
+            self.sums[tensor] = (
+                weight,
+                torch.zeros_like(weight).float(),
+                torch.zeros_like(weight).float(),
+            )
         _, gradient, fisher = self.sums[tensor]
         gradient.add_(grad)
         fisher.addcmul_(grad.float(), grad.float(), value=self.samples)
@@ -94,7 +113,9 @@ class Mixed:
     def finish(self) -> dict[str, torch.Tensor]:
         """Return the scores per channel of every coupled tensor."""
         return {
-            tensor.name: sum_per_unit(lambda w, g, f: (w * g - 0.5 * w * f * w).abs(), tensor.rows, *sums)
+            tensor.name: sum_per_unit(
+                lambda w, g, f: (w * g - 0.5 * w * f * w).abs(), tensor.rows, *sums
+            )
             for tensor, sums in self.sums.items()
         }
 
@@ -108,14 +129,15 @@ def channel_taylor_scores(
 ) -> dict[int, dict[str, torch.Tensor]]:  # fmt: skip
     """Return block -> coupled tensor -> score per channel, for int64 ``tokens`` [samples, length].
 
-    ``advance`` is called after every block, forward and backward. The model's weights are left as they were.
-    """
+    ``advance`` is called after every block, forward and backward. The model's weights are left as
+    they were."""
     model.requires_grad_(False)
     chain = BlockChain(model, family)
     states = block_inputs(chain, tokens, advance)
     gradient = output_gradient(chain, states.pop(), tokens)
     together = len(tokens) if order in (FIRST, VECTORISED) else 1
-    chain.enter(tokens[:together])  # so that blocks are called as for as many samples as go back together
+    # so that blocks are called as for as many samples as go back together
+    chain.enter(tokens[:together])
     found = {}
     for index in reversed(range(min(blocks), len(chain))):
         rule = RULES[order](order, len(tokens)) if index in blocks else None
@@ -126,11 +148,14 @@ def channel_taylor_scores(
     return found
 
 
-def block_backward(chain: BlockChain, index: int, state, gradient, together: int, rule) -> torch.Tensor:
-    """Go back through a block, ``together`` samples at a time; return its input's gradient, [samples, length, hidden].
+def block_backward(
+    chain: BlockChain, index: int, state, gradient, together: int, rule
+) -> torch.Tensor:
+    """Go back through a block, ``together`` samples at a time; return its input's gradient,
+    [samples, length, hidden].
 
-    state: its input. gradient: its output's gradient. rule: gets the gradients of the block's coupled weights, or None.
-    """
+    state: its input. gradient: its output's gradient. rule: gets the gradients of the block's
+    coupled weights, or None."""
     coupled = list(coupled_tensors(chain.family)) if rule is not None else []
     weights = {chain.blocks[index].get_submodule(tensor.name).weight: tensor for tensor in coupled}
 
@@ -172,9 +197,13 @@ class WidthTaylor(CalibratedWidthPruning):
         steps = 2 * spec.blocks - min(blocks)
         with progress_bar("Taylor scores of heads and channels", total=steps) as advance:
             found = channel_taylor_scores(model, spec.family, tokens, blocks, self.order, advance)
-        return {block: unit_scores(sizes, spec, block, self.folding) for block, sizes in found.items()}
+        return {
+            block: unit_scores(sizes, spec, block, self.folding) for block, sizes in found.items()
+        }
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         together = self.windows.samples if self.order in (FIRST, VECTORISED) else 1
         kept = 8 * spec.block_parameters() if self.order == MIXED else 0
-        return backward_bytes(spec, device, self.windows.samples, together, self.windows.length) + kept
+        return (
+            backward_bytes(spec, device, self.windows.samples, together, self.windows.length) + kept
+        )

@@ -1,1 +1,2 @@
-"""Quantisation: weights as small integers with a scale, and where asymmetric a zero point, per group."""
+"""Quantisation: weights as small integers with a scale, and where asymmetric a zero point, per
+group."""

@@ -1,4 +1,5 @@
-"""Which layer gets which scheme: one for all blocks, exceptions by name, the head and the embedding. Needs no torch."""
+"""Which layer gets which scheme: one for all blocks, exceptions by name, the head and the
+embedding. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +13,18 @@ from slim.models.spec import ModelSpec
 from slim.quantization.scheme import BITS, GROUP_SIZES, WHOLE_ROW, Scheme
 
 PLAIN_BITS = 16  # in an override: leave the layer as it is
-HEAD_SCHEME = Scheme(8, WHOLE_ROW, True)  # per row and symmetric: what torch's int8 kernel multiplies with
-OVERRIDE_KEYS = {"bits": (*BITS, PLAIN_BITS), "group_size": (*GROUP_SIZES, WHOLE_ROW), "symmetric": (True, False)}
+# per row and symmetric: what torch's int8 kernel multiplies with
+HEAD_SCHEME = Scheme(8, WHOLE_ROW, True)
+OVERRIDE_KEYS = {
+    "bits": (*BITS, PLAIN_BITS),
+    "group_size": (*GROUP_SIZES, WHOLE_ROW),
+    "symmetric": (True, False),
+}
 
 
 def layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """Return full name -> (out_features, in_features) for every linear layer of the blocks, in order."""
+    """Return full name -> (out_features, in_features) for every linear layer of the blocks, in
+    order."""
     return {
         f"{spec.family.blocks}.{block}.{name}": shape
         for block in range(spec.blocks)
@@ -26,7 +33,8 @@ def layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 
 
 def check_overrides(overrides: Mapping) -> None:
-    """Raise ``SlimError`` for overrides that are no mapping of patterns to settings that a scheme has."""
+    """Raise ``SlimError`` for overrides that are no mapping of patterns to settings that a scheme
+    has."""
     if not isinstance(overrides, Mapping):
         raise SlimError(
             f"quant.overrides={overrides} is not possible. It maps layer names to settings, such as "
@@ -44,13 +52,18 @@ def check_overrides(overrides: Mapping) -> None:
 
 
 def assign(
-    spec: ModelSpec, schemes: Mapping[str, Scheme], overrides: Mapping[str, Mapping], lm_head: bool, embeddings: bool
+    spec: ModelSpec,
+    schemes: Mapping[str, Scheme],
+    overrides: Mapping[str, Mapping],
+    lm_head: bool,
+    embeddings: bool,
 ) -> dict[str, Scheme]:
-    """Return full layer name -> scheme, with ``overrides`` applied in their order; layers left plain are not in it.
+    """Return full layer name -> scheme, with ``overrides`` applied in their order; layers left
+    plain are not in it.
 
-    schemes: of the blocks' layers before overrides. A pattern is a whole name with ``*`` for anything. Raises
-    ``SlimError`` for patterns that no layer has, and for groups that do not divide a layer's inputs.
-    """
+    schemes: of the blocks' layers before overrides. A pattern is a whole name with ``*`` for
+    anything. Raises ``SlimError`` for patterns that no layer has, and for groups that do not divide
+    a layer's inputs."""
     family, found = spec.family, dict(schemes)
     if lm_head or (embeddings and spec.tied):
         found[family.head] = HEAD_SCHEME
@@ -84,7 +97,9 @@ def check_plain(spec: ModelSpec) -> None:
     spec.require_merged()
     if spec.quantization is not None:
         method = spec.quantization.get("quant_method", "an unknown method")
-        raise SlimError(f"{spec.name} is already quantised ({method}). Quantise the model it was made from.")
+        raise SlimError(
+            f"{spec.name} is already quantised ({method}). Quantise the model it was made from."
+        )
 
 
 def check_groups(spec: ModelSpec, schemes: Mapping[str, Scheme]) -> None:

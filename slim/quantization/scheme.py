@@ -11,7 +11,8 @@ WHOLE_ROW = -1
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits per code, weights per group along a row (-1: the whole row), and whether the grid is symmetric around 0."""
+    """Bits per code, weights per group along a row (-1: the whole row), and whether the grid is
+    symmetric around 0."""
 
     bits: int
     group_size: int

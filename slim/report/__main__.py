@@ -1,4 +1,5 @@
-"""``python -m slim.report WHAT``: one page about an experiment, a sweep or a run, and the same tables as Markdown."""
+"""``python -m slim.report WHAT``: one page about an experiment, a sweep or a run, and the same
+tables as Markdown."""
 
 from __future__ import annotations
 
@@ -14,9 +15,17 @@ DESCRIPTION = "Write report.html (one page, works offline) and report.md about t
 def parser() -> argparse.ArgumentParser:
     """Return the command line of the report."""
     command = argparse.ArgumentParser(prog="python -m slim.report", description=DESCRIPTION)
-    command.add_argument("what", help="an experiment's name, the id or name of a sweep or run, or a folder below multirun/")
-    command.add_argument("--store", help="folder of the results, as in store=FOLDER (default: runs, or the sweep's)")
-    command.add_argument("--uri", help="address of a tracking server, as in tracking.uri=; default: the file in the store")
+    command.add_argument(
+        "what",
+        help="an experiment's name, the id or name of a sweep or run, or a folder below multirun/",
+    )
+    command.add_argument(
+        "--store", help="folder of the results, as in store=FOLDER (default: runs, or the sweep's)"
+    )
+    command.add_argument(
+        "--uri",
+        help="address of a tracking server, as in tracking.uri=; default: the file in the store",
+    )
     command.add_argument("--output", default=".", help="folder to write into (default: here)")
     return command
 
@@ -25,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the report; returns the exit code: 0 done, 2 a mistake in the command."""
     options = parser().parse_args(arguments)
     try:
-        for path in write(options.what, options.store, options.uri, Path(options.output).expanduser()):
+        for path in write(
+            options.what, options.store, options.uri, Path(options.output).expanduser()
+        ):
             print(path)
     except SlimError as error:
         print(f"slim: {error}", file=sys.stderr)
@@ -34,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(what: str, store: str | None, uri: str | None, folder: Path) -> list[Path]:
-    """Write ``report.html`` and ``report.md`` into ``folder`` and return their paths. Raises ``SlimError``."""
+    """Write ``report.html`` and ``report.md`` into ``folder`` and return their paths. Raises
+    ``SlimError``."""
     from slim.report.build import build_report
     from slim.report.find import connect, find
 
@@ -47,7 +59,9 @@ def write(what: str, store: str | None, uri: str | None, folder: Path) -> list[P
         for path, text in paths.items():
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise SlimError(f"The report cannot be written to {folder}: {error.strerror}. Choose another --output.") from error
+        raise SlimError(
+            f"The report cannot be written to {folder}: {error.strerror}. Choose another --output."
+        ) from error
     return list(paths)
 
 

@@ -1,4 +1,5 @@
-"""From runs to a report: ``build_report`` is all that the end of a sweep and ``python -m slim.report`` need."""
+"""From runs to a report: ``build_report`` is all that the end of a sweep and ``python -m
+slim.report`` need."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ class Report:
 def build_report(client: MlflowClient, run_ids: list[str], title: str | None = None) -> Report:
     """Report on the runs ``run_ids``; a sweep's run stands for its points.
 
-    client: of the store or server that holds them; nothing else is read. title: of the page; None: what was typed.
-    """
+    client: of the store or server that holds them; nothing else is read. title: of the page; None:
+    what was typed."""
     from slim.report.markdown import markdown
     from slim.report.page import page
     from slim.report.runs import collect

@@ -1,8 +1,8 @@
-"""The model card: README.md of a chain's final checkpoint, with its chain, settings, figures, and how to load it.
+"""The model card: README.md of a chain's final checkpoint, with its chain, settings, figures, and
+how to load it.
 
-It says nothing that the manifests and the measurements do not: the same command writes the same card. It is no part of what
-names or checks a checkpoint, and a source never gets one.
-"""
+It says nothing that the manifests and the measurements do not: the same command writes the same
+card. It is no part of what names or checks a checkpoint, and a source never gets one."""
 
 from __future__ import annotations
 
@@ -36,17 +36,24 @@ PROMPT, ANSWER = 200, 300  # characters shown
 def write_card(results: list[Result], typed: list[str], script: str = "compress.py") -> Path | None:
     """Write README.md into the folder of the last result, whole or not at all, and return its path.
 
-    results: a chain's checkpoints, source first. typed: the overrides of the command. script: the command's file.
-    None, and nothing is written, where the last checkpoint is a source: what was not made here is not touched.
-    """
+    results: a chain's checkpoints, source first. typed: the overrides of the command. script: the
+    command's file. None, and nothing is written, where the last checkpoint is a source: what was
+    not made here is not touched."""
     from slim.report.chain_plot import chain_points
 
     points = chain_points(results)
     if points[-1].row.kind == "source":
         return None
     path = results[-1].checkpoint.folder / CARD
-    text = card(points, results[-1].checkpoint.config, source_facts(results[0].checkpoint), command(typed, script))
-    handle, partial = tempfile.mkstemp(dir=path.parent.parent, prefix=f".{path.parent.name}.", suffix=".partial")
+    text = card(
+        points,
+        results[-1].checkpoint.config,
+        source_facts(results[0].checkpoint),
+        command(typed, script),
+    )
+    handle, partial = tempfile.mkstemp(
+        dir=path.parent.parent, prefix=f".{path.parent.name}.", suffix=".partial"
+    )
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -59,7 +66,8 @@ def write_card(results: list[Result], typed: list[str], script: str = "compress.
 
 
 def command(typed: list[str], script: str) -> str:
-    """Return the command that made the checkpoint, without what only says where results and records go."""
+    """Return the command that made the checkpoint, without what only says where results and records
+    go."""
     return shlex.join(["python", script, *without_places(typed)])
 
 
@@ -70,7 +78,11 @@ def source_facts(source: Checkpoint) -> dict:
     if source.folder.resolve().is_relative_to(ASSETS.resolve()):
         return {"license": "apache-2.0"}  # the embedded model is part of slim
     facts = front_matter(source.folder / CARD)
-    named = {key: facts[key] for key in ("license", "license_name", "license_link", "base_model") if facts.get(key)}
+    named = {
+        key: facts[key]
+        for key in ("license", "license_name", "license_link", "base_model")
+        if facts.get(key)
+    }
     return {"license": UNKNOWN, **named}
 
 
@@ -87,7 +99,8 @@ def front_matter(path: Path) -> dict:
 
 
 def card(points: list[Point], config: dict, source: dict, made_by: str) -> str:
-    """Return the text of the card. config: ``config.json`` of the final checkpoint. source: from :func:`source_facts`."""
+    """Return the text of the card. config: ``config.json`` of the final checkpoint. source: from
+    :func:`source_facts`."""
     from slim.report.points import chain_name
 
     lines = [*_head(points, source), f"# {chain_name(points[-1].chain)}", ""]
@@ -98,7 +111,8 @@ def card(points: list[Point], config: dict, source: dict, made_by: str) -> str:
 
 
 def _head(points: list[Point], source: dict) -> list[str]:
-    """Return the front matter that the hub reads. A base model is named only if it has a name there."""
+    """Return the front matter that the hub reads. A base model is named only if it has a name
+    there."""
     import yaml
 
     from slim.checkpoints.source import HUB_ID
@@ -108,9 +122,21 @@ def _head(points: list[Point], source: dict) -> list[str]:
     made = [point.row for point in points if point.row.kind != "source"]
     methods = [row.method.lower() for row in made if row.method]
     tags = dict.fromkeys(["slim", *(TAGS[row.kind] for row in made if row.kind in TAGS), *methods])
-    licence = {key: source[key] for key in ("license", "license_name", "license_link") if key in source}
-    head = {**({"base_model": base} if base else {}), **licence, "library_name": "transformers", "tags": list(tags)}
-    return ["---", yaml.safe_dump({**head, "pipeline_tag": "text-generation"}, sort_keys=False).rstrip(), "---", ""]
+    licence = {
+        key: source[key] for key in ("license", "license_name", "license_link") if key in source
+    }
+    head = {
+        **({"base_model": base} if base else {}),
+        **licence,
+        "library_name": "transformers",
+        "tags": list(tags),
+    }
+    return [
+        "---",
+        yaml.safe_dump({**head, "pipeline_tag": "text-generation"}, sort_keys=False).rstrip(),
+        "---",
+        "",
+    ]
 
 
 def _summary(points: list[Point]) -> str:
@@ -131,14 +157,21 @@ def _chain(points: list[Point]) -> list[str]:
 
     lines = []
     for number, point in enumerate(points, 1):
-        settings = {name: value for name, value in plain_settings(point.row).items() if value not in (None, {}, [])}
+        settings = {
+            name: value
+            for name, value in plain_settings(point.row).items()
+            if value not in (None, {}, [])
+        }
         stated = ", ".join(f"{name} {str(value)[:PROMPT]}" for name, value in settings.items())
-        lines.append(f"{number}. **{plain(point.row.label)}** (`{point.row.digest}`): {plain(stated)}")
+        lines.append(
+            f"{number}. **{plain(point.row.label)}** (`{point.row.digest}`): {plain(stated)}"
+        )
     return lines
 
 
 def _results(points: list[Point]) -> list[str]:
-    """Return the table of all checkpoints with standard errors, and the protocols they were measured by."""
+    """Return the table of all checkpoints with standard errors, and the protocols they were
+    measured by."""
     from slim.core.text import markdown_lines
     from slim.evaluation.protocol import flat
     from slim.report.markdown import plain
@@ -147,12 +180,23 @@ def _results(points: list[Point]) -> list[str]:
     table = models_table(points)
     keep = [index for index, heading in enumerate(table.headings) if heading != "what it is"]
     rows = [[plain(row[index].text) for index in keep] for row in table.rows]
-    lines = ["## Results", "", "Every row is the row above it after one more step. ± is one standard error.", ""]
+    lines = [
+        "## Results",
+        "",
+        "Every row is the row above it after one more step. ± is one standard error.",
+        "",
+    ]
     lines += [*markdown_lines([plain(table.headings[index]) for index in keep], rows), ""]
     for name in ("quality", "speed"):
-        said = dict.fromkeys(json.dumps(getattr(point.row, name)["protocol"], sort_keys=True) for point in points)
+        said = dict.fromkeys(
+            json.dumps(getattr(point.row, name)["protocol"], sort_keys=True) for point in points
+        )
         for text in said:
-            facts = {key: value for key, value in flat(json.loads(text)).items() if not key.endswith(".host")}
+            facts = {
+                key: value
+                for key, value in flat(json.loads(text)).items()
+                if not key.endswith(".host")
+            }
             stated = ", ".join(f"{key} {shortened(value)}" for key, value in facts.items())
             lines += [f"- {name}: {plain(stated)}"] if stated else []
     return [*lines, ""]
@@ -168,7 +212,12 @@ def _load(config: dict) -> list[str]:
     from slim.report.loading import loading
 
     how = loading(config)
-    lines = ["## How to load it", "", "`FOLDER` is the folder of this file. With slim, whatever the format:", ""]
+    lines = [
+        "## How to load it",
+        "",
+        "`FOLDER` is the folder of this file. With slim, whatever the format:",
+        "",
+    ]
     lines += _code(SLIM)
     lines += ["", f"**transformers**: {how.transformers}", ""]
     lines += [*_code(how.code), ""] if how.code else []
@@ -183,9 +232,19 @@ def _samples(points: list[Point]) -> list[str]:
     ends = [points[0], points[-1]] if len(points) > 1 else points
     lines = []
     for one in answers(ends):
-        lines += [f"**{plain(one.prompt[:PROMPT])}**{' ...' if len(one.prompt) > PROMPT else ''}", ""]
-        lines += [*(f"- {plain(name)}: {plain(answer.strip()[:ANSWER])}" for name, answer in one.answers), ""]
-    return ["## What it says", "", "Greedy answers; an impression and no measure.", "", *lines] if lines else []
+        lines += [
+            f"**{plain(one.prompt[:PROMPT])}**{' ...' if len(one.prompt) > PROMPT else ''}",
+            "",
+        ]
+        lines += [
+            *(f"- {plain(name)}: {plain(answer.strip()[:ANSWER])}" for name, answer in one.answers),
+            "",
+        ]
+    return (
+        ["## What it says", "", "Greedy answers; an impression and no measure.", "", *lines]
+        if lines
+        else []
+    )
 
 
 def _licence(points: list[Point], source: dict) -> list[str]:

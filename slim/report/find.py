@@ -1,4 +1,5 @@
-"""What the word after ``python -m slim.report`` stands for: an experiment, a sweep, a run, or a folder of a sweep."""
+"""What the word after ``python -m slim.report`` stands for: an experiment, a sweep, a run, or a
+folder of a sweep."""
 
 from __future__ import annotations
 
@@ -26,17 +27,22 @@ def connect(what: str, store: str | None, uri: str | None) -> MlflowClient:
     Raises ``SlimError`` if nothing has been tracked there, or the server does not answer.
     """
     header = summary(what) if store is None and uri is None else {}
-    root, uri = Path(store or header.get("store") or STORE).expanduser().absolute(), uri or header.get("uri")
+    root, uri = (
+        Path(store or header.get("store") or STORE).expanduser().absolute(),
+        uri or header.get("uri"),
+    )
     if uri is None and not (root / "mlflow.db").is_file():
-        raise SlimError(f"There are no tracked runs in {root}. Give --store FOLDER as in store=FOLDER, or --uri of a server.")
+        raise SlimError(
+            f"There are no tracked runs in {root}. Give --store FOLDER as in store=FOLDER, or --uri of a server."
+        )
     return client_of(tracking_uri(root, uri))
 
 
 def find(client: MlflowClient, what: str) -> tuple[list[str], str | None]:
     """Return the ids of the runs that ``what`` means, and a title (None: let the runs say it).
 
-    what: name of an experiment, id or name of a sweep's or run's run, a multirun folder. Raises ``SlimError`` for nothing.
-    """
+    what: name of an experiment, id or name of a sweep's or run's run, a multirun folder. Raises
+    ``SlimError`` for nothing."""
     run_id = summary(what).get("run_id") or _run_by_id(client, what)
     if run_id is not None:
         return [run_id], None
@@ -48,7 +54,9 @@ def find(client: MlflowClient, what: str) -> tuple[list[str], str | None]:
     if named is not None:
         return [named], None
     if Path(what).is_dir():
-        raise SlimError(f"The folder {what} has no {SUMMARY}: it is none of a sweep. Give the sweep's id or its experiment.")
+        raise SlimError(
+            f"The folder {what} has no {SUMMARY}: it is none of a sweep. Give the sweep's id or its experiment."
+        )
     names = [experiment.name for experiment in experiments if experiment.name != "Default"]
     raise SlimError(
         f"Nothing is called '{what}'. Give an experiment ({', '.join(names) or 'there is none yet'}), the id or name of a "
@@ -57,7 +65,8 @@ def find(client: MlflowClient, what: str) -> tuple[list[str], str | None]:
 
 
 def summary(folder: str) -> dict:
-    """Return ``sweep.json`` of a multirun folder, or an empty dict: experiments may be named as folders are.
+    """Return ``sweep.json`` of a multirun folder, or an empty dict: experiments may be named as
+    folders are.
 
     Raises ``SlimError`` if it cannot be read or names no run.
     """
@@ -81,14 +90,17 @@ def _run_by_id(client: MlflowClient, what: str) -> str | None:
 
 def _tops(client: MlflowClient, experiments: list[str], what: str) -> list[str]:
     """Return the runs of an experiment that are nobody's child."""
-    runs = [run.info.run_id for run in search_runs(client, experiments) if PARENT not in run.data.tags]
+    runs = [
+        run.info.run_id for run in search_runs(client, experiments) if PARENT not in run.data.tags
+    ]
     if not runs:
         raise SlimError(f"The experiment {what} has no runs yet.")
     return runs
 
 
 def _by_name(client: MlflowClient, experiments: list[str], what: str) -> str | None:
-    """Return the newest run called ``what`` that is no stage; a sweep is also found by ``slim.sweep``."""
+    """Return the newest run called ``what`` that is no stage; a sweep is also found by
+    ``slim.sweep``."""
     found = [
         run
         for run in search_runs(client, experiments)

@@ -17,26 +17,41 @@ SMALLEST = 2  # values a setting must take
 
 
 def heat_map(points: list[Point]) -> dict | None:
-    """Return a quality per pair of values of two numeric settings, one option per pair, measure and rest; None without two.
+    """Return a quality per pair of values of two numeric settings, one option per pair, measure and
+    rest; None without two.
 
-    Runs that also differ in anything else (another method, a third setting) are in options of their own.
-    """
+    Runs that also differ in anything else (another method, a third setting) are in options of their
+    own."""
     finals = [point for point in points if point.role == "final"]
     measures = quality_columns(finals)
     first = primary(finals, measures)
     measures = sorted(measures, key=lambda column: column is not first)
     grids = sorted(_grids(finals), key=lambda grid: -len(grid[2]))
     options = [
-        _option(*grid, column) for column in measures for grid in grids if any(value(p, column) for p in grid[2].values())
+        _option(*grid, column)
+        for column in measures
+        for grid in grids
+        if any(value(p, column) for p in grid[2].values())
     ]
-    return {"id": "heat", "title": "Two settings at once", "options": options[:MOST]} if options else None
+    return (
+        {"id": "heat", "title": "Two settings at once", "options": options[:MOST]}
+        if options
+        else None
+    )
 
 
-def _grids(points: list[Point]) -> list[tuple[tuple[str, str], str, dict[tuple[float, float], Point]]]:
-    """Return (pair of settings, what else tells these runs apart, (first, second) -> point) for every grid of two by two."""
+def _grids(
+    points: list[Point],
+) -> list[tuple[tuple[str, str], str, dict[tuple[float, float], Point]]]:
+    """Return (pair of settings, what else tells these runs apart, (first, second) -> point) for
+    every grid of two by two."""
     numbers = {id(point): _numbers(point) for point in points}
     names = dict.fromkeys(name for found in numbers.values() for name in found)
-    varying = [name for name in names if len({found.get(name) for found in numbers.values()} - {None}) >= SMALLEST]
+    varying = [
+        name
+        for name in names
+        if len({found.get(name) for found in numbers.values()} - {None}) >= SMALLEST
+    ]
     grids = []
     for pair in combinations(varying, 2):
         cells: dict[str, dict] = defaultdict(dict)
@@ -48,11 +63,15 @@ def _grids(points: list[Point]) -> list[tuple[tuple[str, str], str, dict[tuple[f
     if len(grids) == 1:
         return [(grids[0][0], "", grids[0][2])]
     differing = varying_settings(row for point in points for row in point.chain)
-    return [(pair, _rest_label(next(iter(grid.values())), pair, differing), grid) for pair, _, grid in grids]
+    return [
+        (pair, _rest_label(next(iter(grid.values())), pair, differing), grid)
+        for pair, _, grid in grids
+    ]
 
 
 def _is_grid(cells: dict[tuple[float, float], Point]) -> bool:
-    """Whether there are two values of each setting at least, and half of the cells are filled: not a line of points."""
+    """Whether there are two values of each setting at least, and half of the cells are filled: not
+    a line of points."""
     sizes = [len({place[axis] for place in cells}) for axis in (0, 1)]
     return min(sizes) >= SMALLEST and 2 * len(cells) >= sizes[0] * sizes[1]
 
@@ -69,11 +88,17 @@ def _numbers(point: Point) -> dict[str, float]:
 
 def _rest(point: Point, pair: tuple[str, str]) -> str:
     """Return all that the chain says besides the pair of settings."""
-    return json.dumps([[row.label, {n: v for n, v in _others(row, pair)}] for row in point.chain], sort_keys=True)
+    return json.dumps(
+        [[row.label, {n: v for n, v in _others(row, pair)}] for row in point.chain], sort_keys=True
+    )
 
 
 def _others(row: Row, pair: tuple[str, str]) -> list[tuple[str, object]]:
-    return [(name, value) for name, value in plain_settings(row).items() if f"{row.kind} {name}" not in pair]
+    return [
+        (name, value)
+        for name, value in plain_settings(row).items()
+        if f"{row.kind} {name}" not in pair
+    ]
 
 
 def _rest_label(point: Point, pair: tuple[str, str], varying: dict) -> str:
@@ -81,7 +106,14 @@ def _rest_label(point: Point, pair: tuple[str, str], varying: dict) -> str:
     steps = []
     for row in point.chain:
         own = varying[row.kind, row.method]
-        steps.append(" ".join([(row.method or row.label).lower(), *(f"{n} {v}" for n, v in _others(row, pair) if n in own)]))
+        steps.append(
+            " ".join(
+                [
+                    (row.method or row.label).lower(),
+                    *(f"{n} {v}" for n, v in _others(row, pair) if n in own),
+                ]
+            )
+        )
     return " → ".join(steps)
 
 
@@ -93,11 +125,18 @@ def _option(pair: tuple[str, str], rest: str, grid: dict, column: Column) -> dic
         "type": "heatmap",
         "x": [f"{x:g}" for x in xs],
         "y": [f"{y:g}" for y in ys],
-        "z": [[None if point is None else value(point, column) for point in line] for line in cells],
-        "text": [["" if point is None else cell(point.row, column) for point in line] for line in cells],
+        "z": [
+            [None if point is None else value(point, column) for point in line] for line in cells
+        ],
+        "text": [
+            ["" if point is None else cell(point.row, column) for point in line] for line in cells
+        ],
         "texttemplate": "%{text}",
         "hoverinfo": "text",
-        "hovertext": [["not run, or failed" if point is None else hover(point, (column,)) for point in line] for line in cells],
+        "hovertext": [
+            ["not run, or failed" if point is None else hover(point, (column,)) for point in line]
+            for line in cells
+        ],
         "colorscale": "Viridis",
         "reversescale": column.best == "low",
         "colorbar": {"title": {"text": column.heading, "side": "right"}},

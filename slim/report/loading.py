@@ -1,7 +1,8 @@
-"""How a checkpoint can be loaded, told from its config alone: with slim, transformers and vLLM. Says what was not tried.
+"""How a checkpoint can be loaded, told from its config alone: with slim, transformers and vLLM.
+Says what was not tried.
 
-The facts are those of docs/formats.md (what was tried with which versions), docs/methods/bitsandbytes.md and width.md.
-"""
+The facts are those of docs/formats.md (what was tried with which versions),
+docs/methods/bitsandbytes.md and width.md."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ DEQUANTIZED = (
 
 @dataclass(frozen=True)
 class Loading:
-    """Sentences on transformers and vLLM; ``code`` for transformers, None where it cannot load the folder."""
+    """Sentences on transformers and vLLM; ``code`` for transformers, None where it cannot load the
+    folder."""
 
     transformers: str
     code: str | None
@@ -38,12 +40,23 @@ def loading(config: dict) -> Loading:
 
 def _by_format(quantization: dict | None) -> Loading:
     if quantization is None:
-        return Loading("As any model.", _code(PLAIN), f"`vllm serve FOLDER`: the weights are plain. {NOT_TRIED}")
+        return Loading(
+            "As any model.",
+            _code(PLAIN),
+            f"`vllm serve FOLDER`: the weights are plain. {NOT_TRIED}",
+        )
     method = quantization.get("quant_method")
-    known = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq, "bitsandbytes": _bitsandbytes}
+    known = {
+        "compressed-tensors": _compressed_tensors,
+        "gptq": _gptq,
+        "awq": _awq,
+        "bitsandbytes": _bitsandbytes,
+    }
     if method in known:
         return known[method](quantization)
-    return Loading(f"The format {method} is not one of slim's; see its own documentation.", None, NOT_TRIED)
+    return Loading(
+        f"The format {method} is not one of slim's; see its own documentation.", None, NOT_TRIED
+    )
 
 
 def _code(line: str, imported: str = "", first: str = "") -> str:
@@ -55,12 +68,16 @@ def _compressed_tensors(quantization: dict) -> Loading:
     groups = list(quantization.get("config_groups", {}).values())
     schemes = [group["weights"] for group in groups]
     symmetric, several = all(scheme.get("symmetric", True) for scheme in schemes), len(groups) > 1
-    embedding = any("embed_tokens" in target for group in groups for target in group.get("targets", []))
+    embedding = any(
+        "embed_tokens" in target for group in groups for target in group.get("targets", [])
+    )
     bits = {scheme.get("num_bits") for scheme in schemes}
     served = f"`vllm serve FOLDER` is documented for 4 and 8 bits on a symmetric grid. {NOT_TRIED}"
     vllm = served if symmetric and bits <= {4, 8} else f"Not documented for this grid. {NOT_TRIED}"
     if any(scheme.get("actorder") == "group" for scheme in schemes):
-        return Loading("No: compressed-tensors no longer reads groups in activation order.", None, vllm)
+        return Loading(
+            "No: compressed-tensors no longer reads groups in activation order.", None, vllm
+        )
     if symmetric and not embedding:
         return Loading("With `compressed-tensors` installed.", _code(PLAIN), vllm)
     if several:
@@ -79,7 +96,9 @@ def _gptq(quantization: dict) -> Loading:
     documented = symmetric and bits in (4, 8)
     vllm = f"`vllm serve FOLDER` is documented for 4 and 8 bits on a symmetric grid. {NOT_TRIED}"
     needed = "With `gptqmodel` and `optimum` installed, which want an environment of their own (a newer torch)."
-    return Loading(needed, _code(PLAIN), vllm if documented else f"Not documented for this grid. {NOT_TRIED}")
+    return Loading(
+        needed, _code(PLAIN), vllm if documented else f"Not documented for this grid. {NOT_TRIED}"
+    )
 
 
 def _awq(quantization: dict) -> Loading:
@@ -110,4 +129,8 @@ def _with_adapter() -> Loading:
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
     )
     text = "An adapter lies beside the weights. slim applies it by itself; elsewhere PEFT must be told to, or it is left out:"
-    return Loading(text, code, "`vllm serve FOLDER` would leave the adapter out; its LoRA options were not tried.")
+    return Loading(
+        text,
+        code,
+        "`vllm serve FOLDER` would leave the adapter out; its LoRA options were not tried.",
+    )

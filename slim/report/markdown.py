@@ -1,4 +1,5 @@
-"""The report as Markdown: the same tables without pictures, for a pull request or a paper's notes."""
+"""The report as Markdown: the same tables without pictures, for a pull request or a paper's
+notes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ def markdown(report: Sections) -> str:
             lines += [f"## {heading}", "", *table_lines(table), ""]
     for one in report.answers:
         lines += [f"## Answers to: {plain(one.prompt)}", ""]
-        lines += [f"- **{plain(name)}**: {plain(answer.strip()[:LONGEST])}" for name, answer in one.answers] + [""]
+        lines += [
+            f"- **{plain(name)}**: {plain(answer.strip()[:LONGEST])}"
+            for name, answer in one.answers
+        ] + [""]
     for table in report.published:
         lines += published_lines(table)
     return "\n".join(lines).rstrip() + "\n"
@@ -31,7 +35,11 @@ def markdown(report: Sections) -> str:
 
 def table_lines(table: Table) -> list[str]:
     """Return a table with the sentence above it."""
-    return [plain(table.sentence), "", *_lines(table.headings, [[cell.text for cell in row] for row in table.rows])]
+    return [
+        plain(table.sentence),
+        "",
+        *_lines(table.headings, [[cell.text for cell in row] for row in table.rows]),
+    ]
 
 
 def published_lines(table: Published) -> list[str]:
@@ -41,11 +49,19 @@ def published_lines(table: Published) -> list[str]:
     lines += [*_lines(table.headings, table.rows), ""]
     if not table.own_rows:
         return [*lines, "The runs of this report measured none of these.", ""]
-    return [*lines, "The same measures in this report's runs:", "", *_lines(table.own_headings, table.own_rows), ""]
+    return [
+        *lines,
+        "The same measures in this report's runs:",
+        "",
+        *_lines(table.own_headings, table.own_rows),
+        "",
+    ]
 
 
 def _lines(headings: list[str], rows: list[list[str]]) -> list[str]:
-    return markdown_lines([plain(text) for text in headings], [[plain(text) for text in row] for row in rows])
+    return markdown_lines(
+        [plain(text) for text in headings], [[plain(text) for text in row] for row in rows]
+    )
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,5 @@
-"""The report as one HTML page that needs nothing else: plotly, styles and data are inside, and it asks no network."""
+"""The report as one HTML page that needs nothing else: plotly, styles and data are inside, and it
+asks no network."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ def page(report: Sections) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("report.html").render(
         report=report,
@@ -55,8 +60,14 @@ def plotly_script() -> str:
 
 
 def embedded(value: Any) -> str:
-    """Return JSON that is safe inside ``<script>``: no ``<``, and null for what JSON has no number for."""
-    return json.dumps(finite(value), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    """Return JSON that is safe inside ``<script>``: no ``<``, and null for what JSON has no number
+    for."""
+    return (
+        json.dumps(finite(value), allow_nan=False)
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("&", "\\u0026")
+    )
 
 
 def finite(value: Any) -> Any:

@@ -15,7 +15,9 @@ def show_plan(pipeline: Pipeline, steps: list[Step]) -> None:
     out = results_console()
     out.print(plan_table(steps))
     problem = pipeline.limit_problem(steps)
-    out.print(f"This would not fit: {problem}" if problem else "Disk and memory suffice.", highlight=False)
+    out.print(
+        f"This would not fit: {problem}" if problem else "Disk and memory suffice.", highlight=False
+    )
 
 
 def plan_table(steps: list[Step]):
@@ -24,9 +26,18 @@ def plan_table(steps: list[Step]):
 
     table = Table(title="Plan: nothing has been run", title_justify="left")
     for heading in ("stage", "result", "parameters", "on disk", "peak memory", "folder"):
-        table.add_column(heading, justify="right" if heading in ("parameters", "on disk", "peak memory") else "left")
+        table.add_column(
+            heading,
+            justify="right" if heading in ("parameters", "on disk", "peak memory") else "left",
+        )
     for step in steps:
-        state = "there already" if step.cached else "to be made" if isinstance(step.stage, Stage) else "to be fetched"
+        state = (
+            "there already"
+            if step.cached
+            else "to be made"
+            if isinstance(step.stage, Stage)
+            else "to be fetched"
+        )
         peak = "-" if step.cached or not step.peak_bytes else gigabytes(step.peak_bytes)
         size = gigabytes(step.spec.weight_bytes())
         folder = step.folder.name if step.folder else "-"

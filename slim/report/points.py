@@ -1,4 +1,5 @@
-"""The distinct checkpoints of all runs, each with the chain that leads to it and a name that tells it from the others."""
+"""The distinct checkpoints of all runs, each with the chain that leads to it and a name that tells
+it from the others."""
 
 from __future__ import annotations
 
@@ -10,14 +11,17 @@ from typing import Any
 from slim.evaluation.protocol import flat
 from slim.report.runs import Chain, Row
 
-ALWAYS = ("bits", "group_size", "average_bits", "blocks", "ratio", "sparsity", "r")  # settings a name always states
-HIDDEN = ("class", "sha256", "generator")  # what identifies texts and code, and says nothing to a reader
+# settings a name always states
+ALWAYS = ("bits", "group_size", "average_bits", "blocks", "ratio", "sparsity", "r")
+# what identifies texts and code, and says nothing to a reader
+HIDDEN = ("class", "sha256", "generator")
 LONGEST = 40  # characters of a setting's value in a name
 
 
 @dataclass(frozen=True)
 class Point:
-    """A checkpoint in the report. role: ``source``, ``step`` on the way to another, or ``final``."""
+    """A checkpoint in the report. role: ``source``, ``step`` on the way to another, or
+    ``final``."""
 
     row: Row
     chain: tuple[Row, ...]  # from the source to this checkpoint
@@ -40,7 +44,9 @@ def points_of(chains: list[Chain]) -> list[Point]:
             path = chain.rows[:length]
             source = length == 1 and row.kind == "source"
             role = "source" if source else "final" if _key(row) in finals else "step"
-            found.setdefault(_key(row), Point(row, path, chain_name(path, varying), role, chain.typed))
+            found.setdefault(
+                _key(row), Point(row, path, chain_name(path, varying), role, chain.typed)
+            )
     return sorted(_told_apart(list(found.values())), key=lambda point: point.role != "source")
 
 
@@ -54,7 +60,9 @@ def _told_apart(points: list[Point]) -> list[Point]:
     for point in points:
         owners[point.name].add(point.row.digest)
     return [
-        Point(p.row, p.chain, f"{p.name} [{p.row.digest[:6]}]", p.role, p.typed) if len(owners[p.name]) > 1 else p
+        Point(p.row, p.chain, f"{p.name} [{p.row.digest[:6]}]", p.role, p.typed)
+        if len(owners[p.name]) > 1
+        else p
         for p in points
     ]
 
@@ -66,34 +74,58 @@ def varying_settings(rows: Iterable[Row]) -> dict[tuple[str, str | None], set[st
     for row in distinct.values():
         for name, value in plain_settings(row).items():
             values[row.kind, row.method][name].add(str(value))
-    return {stage: {name for name, found in names.items() if len(found) > 1} for stage, names in values.items()}
+    return {
+        stage: {name for name, found in names.items() if len(found) > 1}
+        for stage, names in values.items()
+    }
 
 
 def plain_settings(row: Row) -> dict[str, Any]:
-    """Return the settings of a stage as ``{"a.b": value}``, without those that only identify texts and code."""
-    return {name: value for name, value in flat(row.settings).items() if name.rpartition(".")[2] not in HIDDEN}
+    """Return the settings of a stage as ``{"a.b": value}``, without those that only identify texts
+    and code."""
+    return {
+        name: value
+        for name, value in flat(row.settings).items()
+        if name.rpartition(".")[2] not in HIDDEN
+    }
 
 
 def chain_name(chain: tuple[Row, ...], varying: dict | None = None) -> str:
     """Return such as ``tiny → taylor blocks 1 → gptq bits 3, group_size 64``."""
-    return " → ".join(step_name(row, (varying or {}).get((row.kind, row.method), set())) for row in chain)
+    return " → ".join(
+        step_name(row, (varying or {}).get((row.kind, row.method), set())) for row in chain
+    )
 
 
 def step_name(row: Row, varying: Iterable[str] = ()) -> str:
-    """Return the name of one step: its method, the settings that matter most, and those that differ between runs."""
+    """Return the name of one step: its method, the settings that matter most, and those that differ
+    between runs."""
     if row.kind == "source":
         return row.label
     settings = plain_settings(row)
-    stated = [name for name in settings if name in varying or (name in ALWAYS and settings[name] is not None)]
+    stated = [
+        name
+        for name in settings
+        if name in varying or (name in ALWAYS and settings[name] is not None)
+    ]
     method = (row.method or row.label).lower()
     name = f"{row.kind} {method}" if row.kind == "distill" else method
-    return " ".join([name, ", ".join(f"{key} {str(settings[key])[:LONGEST]}" for key in stated)]).strip()
+    return " ".join(
+        [name, ", ".join(f"{key} {str(settings[key])[:LONGEST]}" for key in stated)]
+    ).strip()
 
 
 def settings_lines(chain: tuple[Row, ...]) -> list[str]:
     """Return one line per step with all its settings that are set."""
     lines = []
     for row in chain:
-        stated = {name: value for name, value in plain_settings(row).items() if value not in (None, {}, [])}
-        lines.append(f"{row.label}: " + ", ".join(f"{name} {str(value)[:LONGEST]}" for name, value in stated.items()))
+        stated = {
+            name: value
+            for name, value in plain_settings(row).items()
+            if value not in (None, {}, [])
+        }
+        lines.append(
+            f"{row.label}: "
+            + ", ".join(f"{name} {str(value)[:LONGEST]}" for name, value in stated.items())
+        )
     return lines

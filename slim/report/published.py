@@ -1,7 +1,8 @@
-"""Figures that the studies published, to be shown apart from ours: other hardware, other software, other versions.
+"""Figures that the studies published, to be shown apart from ours: other hardware, other software,
+other versions.
 
-Facts from the tables of two studies; the file says which, and what is known to be wrong with some of them.
-"""
+Facts from the tables of two studies; the file says which, and what is known to be wrong with some
+of them."""
 
 from __future__ import annotations
 
@@ -43,17 +44,26 @@ def facts() -> dict:
 
 def known_tables() -> list[str]:
     """Return the names of all tables there are figures of."""
-    return [*dict.fromkeys(row["table"] for row in facts()["rows"]), *facts()["inference"]["tables"]]
+    return [
+        *dict.fromkeys(row["table"] for row in facts()["rows"]),
+        *facts()["inference"]["tables"],
+    ]
 
 
 def published_tables(names: list[str], points: list[Point]) -> tuple[list[Published], list[str]]:
-    """Return the tables ``names`` with ours beside them, and sentences on names that do not exist."""
+    """Return the tables ``names`` with ours beside them, and sentences on names that do not
+    exist."""
     inference = facts()["inference"]["tables"]
     unknown = [name for name in names if name not in known_tables()]
-    tables = [_quality(name, points) for name in names if name in known_tables() and name not in inference]
+    tables = [
+        _quality(name, points) for name in names if name in known_tables() and name not in inference
+    ]
     if any(name in inference for name in names):
         tables.append(_inference([name for name in names if name in inference], points))
-    said = [f"No published table {name} is known. There are: {', '.join(known_tables())}." for name in unknown]
+    said = [
+        f"No published table {name} is known. There are: {', '.join(known_tables())}."
+        for name in unknown
+    ]
     return tables, said
 
 
@@ -61,21 +71,38 @@ def _quality(name: str, points: list[Point]) -> Published:
     found = [row for row in facts()["rows"] if row["table"] == name]
     metrics = list(dict.fromkeys(metric for row in found for metric in row["metrics"]))
     rows = [
-        [row["model"], row["method"], *(_figure(row["metrics"].get(metric), metric) for metric in metrics)] for row in found
+        [
+            row["model"],
+            row["method"],
+            *(_figure(row["metrics"].get(metric), metric) for metric in metrics),
+        ]
+        for row in found
     ]
     headings = ["model", "method", *(_heading(metric) for metric in metrics)]
     study = "seed-2" if name == "seed-2" else "thesis"
     title = "Width pruning of TinyLlama" if study == "seed-2" else f"Table {name}"
-    return Published(title, facts()["sources"][study], _notes(name, rows), headings, rows, *_ours(metrics, points))
+    return Published(
+        title,
+        facts()["sources"][study],
+        _notes(name, rows),
+        headings,
+        rows,
+        *_ours(metrics, points),
+    )
 
 
 def _notes(name: str, rows: list[list[str]]) -> list[str]:
-    """Return what is known about the figures of a table: how they were measured, and what is wrong with them."""
+    """Return what is known about the figures of a table: how they were measured, and what is wrong
+    with them."""
     if name == "seed-2":
         return []
     notes = facts()["notes"]
     found = [f"Protocol: {notes['protocol']}."] if name != "4.12" else []
-    found += [f"Table {name}: {text}." for key, text in notes.items() if name in key.split(" ")[0].split("/")]
+    found += [
+        f"Table {name}: {text}."
+        for key, text in notes.items()
+        if name in key.split(" ")[0].split("/")
+    ]
     if any(row[1] == "reference" for row in rows):
         found.append(f"Reference rows: {notes['reference rows']}.")
     return found
@@ -94,9 +121,15 @@ def _figure(value: float | None, metric: str) -> str:
 
 
 def _ours(metrics: list[str], points: list[Point]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of our figures for the same measures; perplexities whatever their text."""
+    """Return headings and rows of our figures for the same measures; perplexities whatever their
+    text."""
     wanted = [
-        Column(_heading(m), m, 100 if m.rpartition("/")[2] in SHARES else 1, 1 if m.rpartition("/")[2] in SHARES else 2)
+        Column(
+            _heading(m),
+            m,
+            100 if m.rpartition("/")[2] in SHARES else 1,
+            1 if m.rpartition("/")[2] in SHARES else 2,
+        )
         for m in metrics
     ]
     if any(metric.endswith("/ppl") for metric in metrics):
@@ -106,7 +139,10 @@ def _ours(metrics: list[str], points: list[Point]) -> tuple[list[str], list[list
 
 def _own_rows(wanted: list[Column], points: list[Point]) -> tuple[list[str], list[list[str]]]:
     columns = by_protocol(
-        [Column("parameters (M)", "parameters", 1e-6, 2), *(c for c in wanted if c.metric != "parameters")],
+        [
+            Column("parameters (M)", "parameters", 1e-6, 2),
+            *(c for c in wanted if c.metric != "parameters"),
+        ],
         [p.row for p in points],
     )
     if all(column.metric == "parameters" for column in columns):
@@ -127,4 +163,6 @@ def _inference(names: list[str], points: list[Point]) -> Published:
     title = f"Table{'s' if len(names) > 1 else ''} {' and '.join(names)}: inference"
     notes = [f"Protocol: {found['method']}."]
     headings = ["model", "tok/s, prompt included", "memory (GiB)"]
-    return Published(title, facts()["sources"]["thesis"], notes, headings, rows, *_own_rows(wanted, points))
+    return Published(
+        title, facts()["sources"]["thesis"], notes, headings, rows, *_own_rows(wanted, points)
+    )

@@ -1,4 +1,5 @@
-"""The runs a report is about, read through an MLflow client: what they measured, which of them failed and why."""
+"""The runs a report is about, read through an MLflow client: what they measured, which of them
+failed and why."""
 
 from __future__ import annotations
 
@@ -18,17 +19,19 @@ if TYPE_CHECKING:
 
 KIND, POINT, SKIPPED, PUBLISHED = "slim.kind", "slim.point", "slim.skipped", "slim.published"
 FIRST_KINDS = ("source", "initialise")  # kinds that begin a chain
-PLACES = re.compile(r"^[+~]*(store|output|tracking|hydra|plan|ignore_limits)\b")  # settings that do not change a result
+# settings that do not change a result
+PLACES = re.compile(r"^[+~]*(store|output|tracking|hydra|plan|ignore_limits)\b")
 CREDENTIALS = re.compile(r"://[^/@\s]+@")
 NO_REASON = "no reason recorded"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A checkpoint as ``results.json`` records it, with all that ``slim.report.table`` asks of a result.
+    """A checkpoint as ``results.json`` records it, with all that ``slim.report.table`` asks of a
+    result.
 
-    quality, speed: ``metrics`` (name -> figure) and ``protocol`` of each; ``metrics`` has those of both and standard errors.
-    """
+    quality, speed: ``metrics`` (name -> figure) and ``protocol`` of each; ``metrics`` has those of
+    both and standard errors."""
 
     label: str
     digest: str
@@ -44,16 +47,21 @@ class Row:
 
     @classmethod
     def from_record(cls, record: dict) -> Row:
-        """Read one record of ``results.json``. Raises ``KeyError`` for one of an older version, which says less."""
+        """Read one record of ``results.json``. Raises ``KeyError`` for one of an older version,
+        which says less."""
         parts = {
             name: {
-                "metrics": {metric: record["metrics"][metric] for metric in record["measured"][name]},
+                "metrics": {
+                    metric: record["metrics"][metric] for metric in record["measured"][name]
+                },
                 "protocol": record["protocol"][name] or {},
             }
             for name in ("quality", "speed")
         }
         names = ("kind", "method", "settings", "metrics", "facts", "curves", "samples")
-        return cls(record["checkpoint"], record["hash"], **{name: record[name] for name in names}, **parts)
+        return cls(
+            record["checkpoint"], record["hash"], **{name: record[name] for name in names}, **parts
+        )
 
     @property
     def protocol_digest(self) -> str:
@@ -93,7 +101,8 @@ class Failure:
 
 @dataclass
 class Collection:
-    """All that a report shows. notes: sentences on what was left out. published: tables of the studies to set beside it."""
+    """All that a report shows. notes: sentences on what was left out. published: tables of the
+    studies to set beside it."""
 
     title: str
     chains: list[Chain] = field(default_factory=list)
@@ -103,7 +112,8 @@ class Collection:
 
 
 def collect(client: MlflowClient, run_ids: list[str], title: str | None = None) -> Collection:
-    """Read the runs ``run_ids``; a sweep's run stands for its points. The same chain measured twice counts once."""
+    """Read the runs ``run_ids``; a sweep's run stands for its points. The same chain measured twice
+    counts once."""
     found = Collection(title or "")
     repeated, running = 0, 0
     seen: set[tuple[str, str]] = set()
@@ -122,9 +132,12 @@ def collect(client: MlflowClient, run_ids: list[str], title: str | None = None) 
                 seen.add(key)
                 found.chains.append(chain)
     done = {chain.typed for chain in found.chains}
-    found.failures = [failure for failure in found.failures if failure.typed not in done]  # it ran through later
+    # it ran through later
+    found.failures = [failure for failure in found.failures if failure.typed not in done]
     if repeated:
-        found.notes.append(f"{count(repeated, 'run')} repeated a chain with the same protocol; such a chain is shown once.")
+        found.notes.append(
+            f"{count(repeated, 'run')} repeated a chain with the same protocol; such a chain is shown once."
+        )
     if running:
         found.notes.append(f"{count(running, 'run')} had not ended when this report was made.")
     return found
@@ -136,7 +149,8 @@ def without_places(typed: list[str]) -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """Return ``text`` without user names and passwords in addresses: a page is handed on more easily than a store."""
+    """Return ``text`` without user names and passwords in addresses: a page is handed on more
+    easily than a store."""
     return CREDENTIALS.sub("://", text)
 
 
@@ -146,7 +160,8 @@ def count(number: int, noun: str) -> str:
 
 
 def _expand(client: MlflowClient, run_ids: list[str], found: Collection) -> list[Run]:
-    """Return the runs themselves, in the order they were started; titles and points without a run go to ``found``."""
+    """Return the runs themselves, in the order they were started; titles and points without a run
+    go to ``found``."""
     runs: dict[str, Run] = {}
     for run_id in run_ids:
         run = client.get_run(run_id)
@@ -154,7 +169,11 @@ def _expand(client: MlflowClient, run_ids: list[str], found: Collection) -> list
             found.title = found.title or run.info.run_name
             runs.setdefault(run_id, run)
             continue
-        found.title = found.title or " ".join(without_places(run.data.tags.get("overrides", "").split())) or run.info.run_name
+        found.title = (
+            found.title
+            or " ".join(without_places(run.data.tags.get("overrides", "").split()))
+            or run.info.run_name
+        )
         found.published += [table for table in _tables(run) if table not in found.published]
         points = sweep_points(client, run)
         runs.update({point.info.run_id: point for point in points})
@@ -181,7 +200,11 @@ def _unstarted(client: MlflowClient, sweep: Run) -> list[Failure]:
         if point.get("run_id") or point.get("status") in (None, "FINISHED", "RUNNING"):
             continue
         typed = " ".join(f"{key}={value}" for key, value in point["overrides"].items())
-        failures.append(Failure(f"point {point['number']}", typed, point["status"], point.get("error") or NO_REASON))
+        failures.append(
+            Failure(
+                f"point {point['number']}", typed, point["status"], point.get("error") or NO_REASON
+            )
+        )
     return failures
 
 
@@ -190,11 +213,14 @@ def _failure(run: Run) -> Failure:
     reason = tags.get("error") or ("interrupted" if run.info.status == "KILLED" else NO_REASON)
     name = tags.get(POINT) or run.info.run_name
     typed = without_secrets(tags.get("overrides", name))
-    return Failure(name, typed, run.info.status, without_secrets(reason), tags.get(SKIPPED) == "true")
+    return Failure(
+        name, typed, run.info.status, without_secrets(reason), tags.get(SKIPPED) == "true"
+    )
 
 
 def _chains(client: MlflowClient, run: Run, found: Collection) -> list[Chain]:
-    """Return the chains of a finished run: one, or one per checkpoint where several were compared."""
+    """Return the chains of a finished run: one, or one per checkpoint where several were
+    compared."""
     text = artifact(client, run.info.run_id, "results.json")
     if text is None:
         found.notes.append(f"Left out: {run.info.run_name}, which has no results.json.")
@@ -208,7 +234,10 @@ def _chains(client: MlflowClient, run: Run, found: Collection) -> list[Chain]:
         return []
     starts = [index for index, row in enumerate(rows) if index == 0 or row.kind in FIRST_KINDS]
     parts = [rows[start:end] for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
-    name, typed = run.data.tags.get(POINT) or run.info.run_name, without_secrets(run.data.tags.get("overrides", ""))
+    name, typed = (
+        run.data.tags.get(POINT) or run.info.run_name,
+        without_secrets(run.data.tags.get("overrides", "")),
+    )
     config = without_secrets(artifact(client, run.info.run_id, "config.yaml") or "")
     return [Chain(run.info.run_id, name, typed, tuple(part), config) for part in parts if part]
 
@@ -225,7 +254,8 @@ def artifact(client: MlflowClient, run_id: str, name: str) -> str | None:
 
 
 def _tables(run: Run) -> list[str]:
-    """Return the published tables that a run asks for: a JSON list, or names with commas between."""
+    """Return the published tables that a run asks for: a JSON list, or names with commas
+    between."""
     text = run.data.tags.get(PUBLISHED, "")
     try:
         value: Any = json.loads(text)

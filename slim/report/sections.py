@@ -9,7 +9,16 @@ from slim.evaluation.health import REPEATING
 from slim.report.chain_figures import before_after, loss_curves
 from slim.report.charts import size_picture, speed_picture, task_bars
 from slim.report.heatmap import heat_map
-from slim.report.pareto import BYTES, against_source, axis_title, pareto, primary, quality_columns, shortlist, with_error
+from slim.report.pareto import (
+    BYTES,
+    against_source,
+    axis_title,
+    pareto,
+    primary,
+    quality_columns,
+    shortlist,
+    with_error,
+)
 from slim.report.points import Point, points_of, settings_lines
 from slim.report.published import Published, published_tables
 from slim.report.runs import Collection, count
@@ -57,7 +66,8 @@ class Sections:
     answers: list[Answers]
     failures: Table | None
     published: list[Published]
-    settings: list[tuple[str, str, list[str], str]] = field(default_factory=list)  # name, typed, per step, config.yaml
+    # name, typed, per step, config.yaml
+    settings: list[tuple[str, str, list[str], str]] = field(default_factory=list)
 
 
 def sections(collection: Collection) -> Sections:
@@ -80,7 +90,9 @@ def sections(collection: Collection) -> Sections:
         answers=answers(points),
         failures=failures_table(collection),
         published=published,
-        settings=[(name, chain.typed, settings_lines(chain.rows), chain.config) for name, chain in named],
+        settings=[
+            (name, chain.typed, settings_lines(chain.rows), chain.config) for name, chain in named
+        ],
     )
 
 
@@ -94,7 +106,9 @@ def summary(collection: Collection, points: list[Point]) -> str:
     text += f", with {count(len(points), 'checkpoint')} measured" if points else ""
     parts = [count(failed, "run") + " failed"] if failed else []
     parts += (
-        [f"{count(skipped, 'run')} {'was' if skipped == 1 else 'were'} ruled out by the plan before any work"]
+        [
+            f"{count(skipped, 'run')} {'was' if skipped == 1 else 'were'} ruled out by the plan before any work"
+        ]
         if skipped
         else []
     )
@@ -104,7 +118,10 @@ def summary(collection: Collection, points: list[Point]) -> str:
 def protocol_notes(points: list[Point]) -> list[str]:
     """Say which figures were measured by several protocols, and how the page keeps them apart."""
     found: dict[str, int] = {}
-    for column in {(c.metric, c.protocol): c for c in [*quality_columns(points), *columns([p.row for p in points])]}.values():
+    for column in {
+        (c.metric, c.protocol): c
+        for c in [*quality_columns(points), *columns([p.row for p in points])]
+    }.values():
         found[column.metric] = found.get(column.metric, 0) + 1
     several = [metric.replace("_", " ") for metric, number in found.items() if number > 1]
     if not several:
@@ -117,13 +134,21 @@ def protocol_notes(points: list[Point]) -> list[str]:
 
 
 def repeating(points: list[Point]) -> list[str]:
-    """Name the models whose answers mostly repeat themselves: perplexity and tasks do not show it."""
-    names = [point.name for point in points if point.row.metrics.get("repeated_4grams", 0.0) > REPEATING]
-    return [f"Repeating themselves in more than half of their answers' 4-grams: {'; '.join(names)}."] if names else []
+    """Name the models whose answers mostly repeat themselves: perplexity and tasks do not show
+    it."""
+    names = [
+        point.name for point in points if point.row.metrics.get("repeated_4grams", 0.0) > REPEATING
+    ]
+    return (
+        [f"Repeating themselves in more than half of their answers' 4-grams: {'; '.join(names)}."]
+        if names
+        else []
+    )
 
 
 def best_table(points: list[Point]) -> Table | None:
-    """Return the answer to "what is the best model for my memory?": the front of quality and bytes, smallest first."""
+    """Return the answer to "what is the best model for my memory?": the front of quality and bytes,
+    smallest first."""
     quality = primary(points, quality_columns(points))
     best = [] if quality is None else pareto(points, BYTES, quality)[0]
     if not best:
@@ -133,7 +158,14 @@ def best_table(points: list[Point]) -> Table | None:
         f"({axis_title(quality).rpartition(', ')[2]}). Sizes are those of the weight files; "
         "the numbers are those in the picture of quality against size."
     )
-    headings = ["", "from (MB)", "take", quality.heading, "against its source", "share of the source's size"]
+    headings = [
+        "",
+        "from (MB)",
+        "take",
+        quality.heading,
+        "against its source",
+        "share of the source's size",
+    ]
     rows = []
     for number, point in enumerate(best, 1):
         share = point.row.metrics["bytes_on_disk"] / point.source.metrics["bytes_on_disk"]
@@ -145,11 +177,15 @@ def best_table(points: list[Point]) -> Table | None:
 
 
 def models_table(points: list[Point]) -> Table | None:
-    """Return the table of every checkpoint: parameters, bytes, quality with standard errors, speed, memory, energy."""
+    """Return the table of every checkpoint: parameters, bytes, quality with standard errors, speed,
+    memory, energy."""
     if not points:
         return None
     shown = columns([point.row for point in points])
-    rows = [[Cell(p.name), Cell(ROLES[p.role]), *(_cell(p, column, True) for column in shown)] for p in points]
+    rows = [
+        [Cell(p.name), Cell(ROLES[p.role]), *(_cell(p, column, True) for column in shown)]
+        for p in points
+    ]
     sentence = (
         "Every checkpoint once: sources first, then in the order of the runs. ± is one standard error of a figure alone; rows "
         "that answered the same questions differ more surely than it suggests. A dash: not measured, or not by the protocol of "
@@ -174,10 +210,19 @@ def failures_table(collection: Collection) -> Table | None:
 
 
 def answers(points: list[Point]) -> list[Answers]:
-    """Return prompt by prompt what the models answered, in the order of the table; of many models those that matter most."""
+    """Return prompt by prompt what the models answered, in the order of the table; of many models
+    those that matter most."""
     chosen = shortlist([point for point in points if point.row.samples], MODELS_ANSWERING)
     prompts = dict.fromkeys(sample["prompt"] for point in chosen for sample in point.row.samples)
     return [
-        Answers(prompt, [(p.name, sample["answer"]) for p in chosen for sample in p.row.samples if sample["prompt"] == prompt])
+        Answers(
+            prompt,
+            [
+                (p.name, sample["answer"])
+                for p in chosen
+                for sample in p.row.samples
+                if sample["prompt"] == prompt
+            ],
+        )
         for prompt in prompts
     ]

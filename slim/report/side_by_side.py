@@ -1,4 +1,5 @@
-"""Comparisons for people: differences, answers question by question, verdicts with their reasons, as Markdown and on screen."""
+"""Comparisons for people: differences, answers question by question, verdicts with their reasons,
+as Markdown and on screen."""
 
 from __future__ import annotations
 
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
 
 
 def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and the rows of the table of differences; a figure without a pair is a dash."""
-    metrics = list(dict.fromkeys(name for found in comparison.differences.values() for name in sorted(found)))
+    """Return the headings and the rows of the table of differences; a figure without a pair is a
+    dash."""
+    metrics = list(
+        dict.fromkeys(name for found in comparison.differences.values() for name in sorted(found))
+    )
     rows = [
         [label, *(found[name].text() if name in found else "-" for name in metrics)]
         for label, found in comparison.differences.items()
@@ -38,7 +42,10 @@ def differences_table(comparison: Comparison, baseline: str):
     from rich.table import Table
 
     headings, rows = difference_rows(comparison)
-    table = Table(title=f"Differences to {baseline}, paired, ± standard error (shares in points)", title_justify="left")
+    table = Table(
+        title=f"Differences to {baseline}, paired, ± standard error (shares in points)",
+        title_justify="left",
+    )
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
@@ -63,14 +70,22 @@ def judge_text(comparison: Comparison, baseline: str) -> str:
     """Return a judge's counts and reasons as Markdown."""
     from slim.evaluation.compare import tally
 
-    counts = [[label, *(str(count) for count in tally(rows).values())] for label, rows in comparison.judged.items()]
+    counts = [
+        [label, *(str(count) for count in tally(rows).values())]
+        for label, rows in comparison.judged.items()
+    ]
     headings = ["checkpoint", "wins", "ties", "losses", "unread"]
     lines = [f"Verdicts against {baseline}", "", *markdown_lines(headings, counts)]
     for label, rows in comparison.judged.items():
         for row in rows:
-            winner = {"one": baseline, "other": label, "tie": "tie", None: "no verdict"}[row["winner"]]
+            winner = {"one": baseline, "other": label, "tie": "tie", None: "no verdict"}[
+                row["winner"]
+            ]
             lines += ["", f"## {row['question']}", "", f"- *reference*: {row['reference']!r}"]
-            lines += [f"- **{baseline}**: {row['answers']['one']!r}", f"- **{label}**: {row['answers']['other']!r}"]
+            lines += [
+                f"- **{baseline}**: {row['answers']['one']!r}",
+                f"- **{label}**: {row['answers']['other']!r}",
+            ]
             lines.append(f"- winner: {winner}")
             lines += [f"  - {' '.join(opinion['reason'].split())}" for opinion in row["opinions"]]
     return "\n".join(lines) + "\n"
@@ -87,13 +102,19 @@ def notes(results: list[Result], comparison: Comparison) -> list[str]:
             found.append(_where(result.label, broken["non_finite"]))
         share = result.quality.get("metrics", {}).get("repeated_4grams", 0.0)
         if share > REPEATING:
-            found.append(f"{result.label}: repeats itself; {100 * share:.0f} % of the 4-grams in its answers are repeated.")
+            found.append(
+                f"{result.label}: repeats itself; {100 * share:.0f} % of the 4-grams in its answers are repeated."
+            )
     for label, rows in comparison.judged.items():
         count = tally(rows)
         unread = f", {count['unread']} without a verdict" if count["unread"] else ""
-        found.append(f"{label}: judged better {count['wins']}, equal {count['ties']}, worse {count['losses']} times{unread}.")
+        found.append(
+            f"{label}: judged better {count['wins']}, equal {count['ties']}, worse {count['losses']} times{unread}."
+        )
     for label, count in comparison.similar.items():
-        shown = "nearer to the reference {wins}, equal {ties}, further {losses} times".format(**count)
+        shown = "nearer to the reference {wins}, equal {ties}, further {losses} times".format(
+            **count
+        )
         found.append(f"{label}: {shown}.")
     return found
 

@@ -1,4 +1,5 @@
-"""The table over the checkpoints of a chain: for the terminal, as Markdown, as JSON, and the samples side by side."""
+"""The table over the checkpoints of a chain: for the terminal, as Markdown, as JSON, and the
+samples side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Column:
     metric: str
     scale: float = 1.0
     digits: int = 0
-    best: str | None = None  # "low" or "high": which value is the best, set in bold where a table asks for it
+    # "low" or "high": which value is the best, set in bold where a table asks for it
+    best: str | None = None
     protocol: str | None = None  # key of the protocol whose figures the column holds
 
 
@@ -53,8 +55,8 @@ SPEED = (
 def columns(results: list[Result]) -> list[Column]:
     """Return the columns that at least one result has a figure for.
 
-    Figures of different protocols never share one: each protocol has its own column, with what tells it apart in the heading.
-    """
+    Figures of different protocols never share one: each protocol has its own column, with what
+    tells it apart in the heading."""
     tasks = []
     for result in results:
         for name in result.metrics:
@@ -67,7 +69,8 @@ def columns(results: list[Result]) -> list[Column]:
 
 
 def by_protocol(wanted: list[Column], results: list[Result]) -> list[Column]:
-    """Return each wanted column once per protocol in ``results``, told apart in the heading; none without a figure."""
+    """Return each wanted column once per protocol in ``results``, told apart in the heading; none
+    without a figure."""
     return [
         replace(column, heading=", ".join(filter(None, (column.heading, words))), protocol=key)
         for column in wanted
@@ -76,26 +79,38 @@ def by_protocol(wanted: list[Column], results: list[Result]) -> list[Column]:
 
 
 def figure(result: Result, column: Column) -> float | None:
-    """Return the figure of a checkpoint in a column, None if it has none of the column's protocol."""
+    """Return the figure of a checkpoint in a column, None if it has none of the column's
+    protocol."""
     foreign = column.protocol is not None and protocol_key(result, column.metric) != column.protocol
     return None if foreign else result.metrics.get(column.metric)
 
 
 def best_cells(results: list[Result], column: Column) -> set[str]:
-    """Return the text of the best cell of a column (one text: what reads the same is as good); empty without a contest."""
-    known = [(value, cell(result, column)) for result in results if math.isfinite(value := figure(result, column) or math.nan)]
+    """Return the text of the best cell of a column (one text: what reads the same is as good);
+    empty without a contest."""
+    known = [
+        (value, cell(result, column))
+        for result in results
+        if math.isfinite(value := figure(result, column) or math.nan)
+    ]
     if column.best is None or len({text for _, text in known}) < 2:
         return set()
     return {(min if column.best == "low" else max)(known)[1]}
 
 
-def rows(results: list[Result], shown: list[Column], bold: tuple[str, str] | None) -> list[list[str]]:
-    """Return the cells of the table, label first; the best of every column between the two marks of ``bold``."""
+def rows(
+    results: list[Result], shown: list[Column], bold: tuple[str, str] | None
+) -> list[list[str]]:
+    """Return the cells of the table, label first; the best of every column between the two marks of
+    ``bold``."""
     best = [best_cells(results, column) if bold else set() for column in shown]
     table = []
     for result in results:
         cells = [cell(result, column) for column in shown]
-        marked = [f"{bold[0]}{text}{bold[1]}" if text in top else text for text, top in zip(cells, best, strict=True)]
+        marked = [
+            f"{bold[0]}{text}{bold[1]}" if text in top else text
+            for text, top in zip(cells, best, strict=True)
+        ]
         table.append([result.label, *marked])
     return table
 
@@ -113,15 +128,20 @@ def format_figure(value: float | None, column: Column) -> str:
 
 
 def standard_error(result: Result, column: Column) -> float | None:
-    """Return the standard error of a figure in its column, unscaled, or None where none is known."""
+    """Return the standard error of a figure in its column, unscaled, or None where none is
+    known."""
     return None if figure(result, column) is None else result.metrics.get(f"{column.metric}_stderr")
 
 
 def terminal_table(results: list[Result], compared: bool = False):
-    """Return the table for the terminal, a rich ``Table``; with the best in bold where checkpoints are ``compared``."""
+    """Return the table for the terminal, a rich ``Table``; with the best in bold where checkpoints
+    are ``compared``."""
     from rich.table import Table
 
-    chain, several = "Every row is the row above it after one more stage", "Every row is a checkpoint, the best is bold"
+    chain, several = (
+        "Every row is the row above it after one more stage",
+        "Every row is a checkpoint, the best is bold",
+    )
     table = Table(title=several if compared else chain, title_justify="left")
     table.add_column("checkpoint", no_wrap=True)
     shown = columns(results)
@@ -136,22 +156,29 @@ def markdown_table(results: list[Result], compared: bool = False) -> str:
     """Return the same table in Markdown."""
     shown = columns(results)
     headings = ["checkpoint", *(column.heading for column in shown)]
-    return "\n".join(markdown_lines(headings, rows(results, shown, ("**", "**") if compared else None))) + "\n"
+    return (
+        "\n".join(
+            markdown_lines(headings, rows(results, shown, ("**", "**") if compared else None))
+        )
+        + "\n"
+    )
 
 
 def json_table(results: list[Result]) -> str:
-    """Return all figures with their protocols as JSON: one record per checkpoint, see :func:`record`."""
+    """Return all figures with their protocols as JSON: one record per checkpoint, see
+    :func:`record`."""
     return json.dumps([record(result) for result in results], indent=2) + "\n"
 
 
 def record(result: Result) -> dict:
     """Return what ``results.json`` says of a checkpoint, as plain JSON values; NaN stays NaN.
 
-    ``kind``, ``method``, ``settings`` and ``curves`` are those of the stage that made it in this chain; a source has the kind
-    ``source``, whoever made it. ``measured`` names the figures that belong to each of the two protocols.
-    """
+    ``kind``, ``method``, ``settings`` and ``curves`` are those of the stage that made it in this
+    chain; a source has the kind ``source``, whoever made it. ``measured`` names the figures that
+    belong to each of the two protocols."""
     manifest = result.checkpoint.manifest
-    made = manifest if manifest.get("hash") == result.digest else {}  # a source is named by its files instead
+    # a source is named by its files instead
+    made = manifest if manifest.get("hash") == result.digest else {}
     return {
         "checkpoint": result.label,
         "folder": str(result.checkpoint.folder),
@@ -162,9 +189,15 @@ def record(result: Result) -> dict:
         "method": made.get("method"),
         "settings": made.get("settings") or {"source": result.label},
         "metrics": {**result.metrics, **errors_of_perplexity(result)},
-        "measured": {"quality": list(result.quality.get("metrics", {})), "speed": list(result.speed.get("metrics", {}))},
+        "measured": {
+            "quality": list(result.quality.get("metrics", {})),
+            "speed": list(result.speed.get("metrics", {})),
+        },
         "facts": result.facts,
-        "protocol": {"quality": result.quality.get("protocol"), "speed": result.speed.get("protocol")},
+        "protocol": {
+            "quality": result.quality.get("protocol"),
+            "speed": result.speed.get("protocol"),
+        },
         "curves": made.get("curves", []),
         "samples": result.quality.get("samples", []),
     }
@@ -173,9 +206,9 @@ def record(result: Result) -> dict:
 def errors_of_perplexity(result: Result) -> dict[str, float]:
     """Return ``<metric>_stderr`` of the perplexities whose windows or documents were recorded.
 
-    The ratio estimator of :func:`slim.evaluation.differences.paired` gives the error of the mean negative log-likelihood;
-    the perplexity is its exponential, so its error is that times the perplexity. Empty where it is not finite.
-    """
+    The ratio estimator of :func:`slim.evaluation.differences.paired` gives the error of the mean
+    negative log-likelihood; the perplexity is its exponential, so its error is that times the
+    perplexity. Empty where it is not finite."""
     from slim.evaluation.differences import paired
 
     records, found = result.quality.get("records", {}), {}
@@ -198,6 +231,8 @@ def samples_text(results: list[Result]) -> str:
     for index, prompt in enumerate(prompts):
         lines += [f"## {prompt}", ""]
         for result in results:
-            lines.append(f"- **{result.label}**: {result.quality['samples'][index]['answer'].strip()!r}")
+            lines.append(
+                f"- **{result.label}**: {result.quality['samples'][index]['answer'].strip()!r}"
+            )
         lines.append("")
     return "\n".join(lines)

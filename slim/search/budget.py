@@ -1,8 +1,9 @@
-"""What a model may take: memory, known from the plan before any work, and a rate, which only measuring tells.
+"""What a model may take: memory, known from the plan before any work, and a rate, which only
+measuring tells.
 
-Memory is that of serving one text: the weights as they are stored, plus the keys and values of ``context`` tokens in the type
-that plain weights are stored in. What an engine needs beside them (its code, activations, a GPU's context) is not in it.
-"""
+Memory is that of serving one text: the weights as they are stored, plus the keys and values of
+``context`` tokens in the type that plain weights are stored in. What an engine needs beside them
+(its code, activations, a GPU's context) is not in it."""
 
 from __future__ import annotations
 
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from slim.models.spec import ModelSpec
 
 GIGABYTE = 1e9  # bytes, as everywhere in slim
-WINDOWED = ("mistral", "phi3")  # families in which every block attends to the window, where there is one
+# families in which every block attends to the window, where there is one
+WINDOWED = ("mistral", "phi3")
 
 
 class OverBudget(SlimError):
-    """A point that the budget rules out before any work. ``skipped`` tells trackers that nothing was tried.
+    """A point that the budget rules out before any work. ``skipped`` tells trackers that nothing
+    was tried.
 
     needed: the memory that the model would take, bytes.
     """
@@ -40,10 +43,10 @@ class OverBudget(SlimError):
 class Budget:
     """Limits of every point of a search; None limits nothing.
 
-    memory_gb: weights and keys and values in 10^9 bytes. context: tokens the keys and values are for; at most what the model
-    was built for counts. tokens_per_second: least decode rate, measured (``eval.speed``). quality: the metric that is the
-    best within the limits, which then have to be given; None where ``search.objectives`` alone says what counts.
-    """
+    memory_gb: weights and keys and values in 10^9 bytes. context: tokens the keys and values are
+    for; at most what the model was built for counts. tokens_per_second: least decode rate, measured
+    (``eval.speed``). quality: the metric that is the best within the limits, which then have to be
+    given; None where ``search.objectives`` alone says what counts."""
 
     memory_gb: float | None = None
     context: int = 2048
@@ -66,20 +69,26 @@ class Budget:
         if self.quality is not None:
             require_metric(f"budget.quality={self.quality}", self.quality, evaluation)
         if self.tokens_per_second is not None and DECODE not in offered(evaluation):
-            raise SlimError("budget.tokens_per_second is measured, and eval.speed=null measures no speed. Choose eval=quick.")
+            raise SlimError(
+                "budget.tokens_per_second is measured, and eval.speed=null measures no speed. Choose eval=quick."
+            )
 
     def memory(self, weights: float, spec: ModelSpec) -> float:
         """Return the memory of a model whose weights take ``weights`` bytes, in bytes."""
         return weights + cache_bytes(spec, self.context)
 
     def check_plan(self, spec: ModelSpec) -> None:
-        """Raise :class:`OverBudget` if the model that a plan ends in takes more memory than there may be."""
+        """Raise :class:`OverBudget` if the model that a plan ends in takes more memory than there
+        may be."""
         needed = self.memory(spec.weight_bytes(), spec)
         if self.memory_gb is not None and needed > self.memory_gb * GIGABYTE:
-            raise OverBudget(f"over budget.memory_gb={self.memory_gb:g} by its plan: {size(needed)}", needed)
+            raise OverBudget(
+                f"over budget.memory_gb={self.memory_gb:g} by its plan: {size(needed)}", needed
+            )
 
     def problem(self, memory: float, rate: float | None) -> str | None:
-        """Say which limit a finished model misses: ``memory`` in bytes, ``rate`` in tokens per second; None if none."""
+        """Say which limit a finished model misses: ``memory`` in bytes, ``rate`` in tokens per
+        second; None if none."""
         if self.memory_gb is not None and memory > self.memory_gb * GIGABYTE:
             return f"takes {size(memory)}"
         if self.tokens_per_second is not None and not (rate or 0.0) >= self.tokens_per_second:
@@ -88,10 +97,11 @@ class Budget:
 
 
 def cache_bytes(spec: ModelSpec, context: int) -> float:
-    """Return the bytes of keys and values of ``context`` tokens, at most the model's own context, of all blocks.
+    """Return the bytes of keys and values of ``context`` tokens, at most the model's own context,
+    of all blocks.
 
-    A block that attends to a window keeps no more than the window. Keys and values have the type of the plain weights.
-    """
+    A block that attends to a window keeps no more than the window. Keys and values have the type of
+    the plain weights."""
     total, tokens, sliding = 0, min(context, spec.context_length), sliding_blocks(spec)
     for block in range(spec.blocks):
         shape = spec.at(block)
@@ -104,7 +114,9 @@ def sliding_blocks(spec: ModelSpec) -> set[int]:
     """Return the numbers of the blocks that attend to a window only."""
     if not spec.entry("sliding_window"):
         return set()
-    types = spec.entry("layer_types") or (spec.family.layer_types(spec.config) if spec.known else None)
+    types = spec.entry("layer_types") or (
+        spec.family.layer_types(spec.config) if spec.known else None
+    )
     if types is None:
         return set(range(spec.blocks)) if spec.config.get("model_type") in WINDOWED else set()
     return {block for block, kind in enumerate(types) if kind == SLIDING}

@@ -12,16 +12,26 @@ if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
 
 DECODE = "decode_tokens_per_second"
-ALWAYS = ("bytes_on_disk", "parameters", "macs_per_token")  # facts of every checkpoint, whatever is measured
+# facts of every checkpoint, whatever is measured
+ALWAYS = ("bytes_on_disk", "parameters", "macs_per_token")
 TIMES = (DECODE, "prefill_tokens_per_second", "time_to_first_token")
-MEMORY = ("weights_bytes", "resident_bytes", "peak_bytes", "prefill_peak_bytes", "decode_peak_bytes", "cache_bytes_per_token")
+MEMORY = (
+    "weights_bytes",
+    "resident_bytes",
+    "peak_bytes",
+    "prefill_peak_bytes",
+    "decode_peak_bytes",
+    "cache_bytes_per_token",
+)
 ENERGY = ("energy_joules_per_token", "energy_joules_per_token_estimate")
 SPREADS = ("_stderr", "_iqr")  # ends of the names of what is no objective
-LOSSES = ("perplexity", "bits_per_byte", "brier_score")  # what a task may measure that is better low
+# what a task may measure that is better low
+LOSSES = ("perplexity", "bits_per_byte", "brier_score")
 
 
 def offered(evaluation: Evaluation | None) -> list[str]:
-    """Return the metrics that every checkpoint will have; of a task its accuracy only, though it may give more."""
+    """Return the metrics that every checkpoint will have; of a task its accuracy only, though it
+    may give more."""
     if evaluation is None:
         return list(ALWAYS)
     answers, tasks, speed = evaluation.answers, task_names(evaluation), evaluation.speed
@@ -46,7 +56,8 @@ def task_names(evaluation: Evaluation) -> list[str]:
 
 
 def require_metric(setting: str, metric: str, evaluation: Evaluation | None) -> None:
-    """Raise ``SlimError`` where the evaluation will not give ``metric``. Of a task that is measured, any may be meant."""
+    """Raise ``SlimError`` where the evaluation will not give ``metric``. Of a task that is
+    measured, any may be meant."""
     known, tasks = offered(evaluation), task_names(evaluation) if evaluation is not None else []
     of_a_task = any(metric.startswith(f"{task}/") for task in tasks)
     if (metric in known or of_a_task) and not metric.endswith(SPREADS):
@@ -58,7 +69,8 @@ def require_metric(setting: str, metric: str, evaluation: Evaluation | None) -> 
 
 
 def is_better_high(metric: str) -> bool:
-    """Whether more of a metric is better: as its column in the table says; what tasks measure is, unless it is a loss."""
+    """Whether more of a metric is better: as its column in the table says; what tasks measure is,
+    unless it is a loss."""
     stated = {column.metric: column.best for column in (*FIXED, *SPEED) if column.best is not None}
     if metric in stated:
         return stated[metric] == "high"

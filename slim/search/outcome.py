@@ -1,4 +1,5 @@
-"""What came of a search: the best point, or the front between several objectives; on screen, as Markdown and as JSON."""
+"""What came of a search: the best point, or the front between several objectives; on screen, as
+Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -31,10 +32,11 @@ JSON, MARKDOWN = "search.json", "search.md"
 class Trial:
     """A point that was run or ruled out.
 
-    number: of the point in its sweep. point: key -> value. asked: Optuna's trial. planned: its configuration. model: the
-    description of the model that it ends in. needed: memory that the plan foresees, bytes. result: see
-    :func:`slim.search.point.judge`; None if it failed. skipped: ruled out by its plan. error: why it failed.
-    """
+    number: of the point in its sweep. point: key -> value. asked: Optuna's trial. planned: its
+    configuration. model: the description of the model that it ends in. needed: memory that the plan
+    foresees, bytes. result: see
+    :func:`slim.search.point.judge`; None if it failed. skipped: ruled out by its plan. error: why
+    it failed."""
 
     number: int
     point: dict[str, Any]
@@ -53,7 +55,9 @@ class Trial:
 
     def take(self, folder: SweepFolder, search: Search) -> None:
         """Take what the sweep's folder records of it."""
-        record = next((record for record in folder.points() if record["number"] == self.number), None)
+        record = next(
+            (record for record in folder.points() if record["number"] == self.number), None
+        )
         if record is None or record["status"] != "FINISHED" or not record["final"]:
             self.error = (record or {}).get("error") or "it ended without a result"
             return
@@ -62,13 +66,17 @@ class Trial:
 
 
 def conclude(trials: list[Trial], search: Search, folder: Path) -> dict:
-    """Write ``search.json`` and ``search.md`` into a sweep's ``folder`` and return what is in the former.
+    """Write ``search.json`` and ``search.md`` into a sweep's ``folder`` and return what is in the
+    former.
 
     Raises ``SlimError`` where no point is any good, with what came nearest to the budget.
     """
     found = {
         "objectives": dict(zip(search.objectives, search.directions, strict=True)),
-        "budget": {name: getattr(search.budget, name) for name in ("memory_gb", "context", "tokens_per_second")},
+        "budget": {
+            name: getattr(search.budget, name)
+            for name in ("memory_gb", "context", "tokens_per_second")
+        },
         "best": [entry(trial) for trial in best(trials, search.objectives)],
         "points": [entry(trial) for trial in trials],
     }
@@ -81,31 +89,64 @@ def conclude(trials: list[Trial], search: Search, folder: Path) -> dict:
 
 
 def best(trials: list[Trial], objectives: list[str]) -> list[Trial]:
-    """Return the trials in the contest that no other one beats in every objective, ordered by the last objective.
+    """Return the trials in the contest that no other one beats in every objective, ordered by the
+    last objective.
 
-    A trial is beaten by one that is at least as good in all objectives and better in one; of equal ones the first stays.
-    """
-    good, signs = [trial for trial in trials if trial.good], [-1 if is_better_high(name) else 1 for name in objectives]
+    A trial is beaten by one that is at least as good in all objectives and better in one; of equal
+    ones the first stays."""
+    good, signs = (
+        [trial for trial in trials if trial.good],
+        [-1 if is_better_high(name) else 1 for name in objectives],
+    )
     costs = [
-        tuple(sign * trial.result["objectives"][name] for name, sign in zip(objectives, signs, strict=True)) for trial in good
+        tuple(
+            sign * trial.result["objectives"][name]
+            for name, sign in zip(objectives, signs, strict=True)
+        )
+        for trial in good
     ]
     first = {costs[index]: index for index in sorted(front(costs), reverse=True)}
-    return [good[index] for index in sorted(first.values(), key=lambda index: (costs[index][-1], index))]
+    return [
+        good[index] for index in sorted(first.values(), key=lambda index: (costs[index][-1], index))
+    ]
 
 
 def entry(trial: Trial) -> dict:
     """Return a trial as plain JSON values."""
     result = trial.result or {"objectives": {}, "problem": None}
     problem = trial.error or result["problem"]
-    state = "skipped" if trial.skipped else "failed" if trial.result is None else "over budget" if problem else "good"
-    return {"settings": trial.point, "state": state, **result, "problem": problem, "planned_memory_bytes": trial.needed}
+    state = (
+        "skipped"
+        if trial.skipped
+        else "failed"
+        if trial.result is None
+        else "over budget"
+        if problem
+        else "good"
+    )
+    return {
+        "settings": trial.point,
+        "state": state,
+        **result,
+        "problem": problem,
+        "planned_memory_bytes": trial.needed,
+    }
 
 
 def nothing_good(trials: list[Trial], budget: Budget) -> str:
     """Say in two lines why no trial is any good."""
-    skipped, run = [trial for trial in trials if trial.skipped], [trial for trial in trials if trial.result is not None]
+    skipped, run = (
+        [trial for trial in trials if trial.skipped],
+        [trial for trial in trials if trial.result is not None],
+    )
     if run:
-        nearest = max(run, key=lambda trial: (trial.result["tokens_per_second"] or 0, -trial.result["memory_bytes"]))
+        nearest = max(
+            run,
+            key=lambda trial: (
+                trial.result["tokens_per_second"] or 0,
+                -trial.result["memory_bytes"],
+            ),
+        )
         return (
             f"None of the {len(run)} points that were run is within the budget: {name(nearest.point)} "
             f"{nearest.result['problem']}, and that is the nearest.\nAllow more, or search among smaller models."
@@ -129,17 +170,28 @@ def name(point: dict) -> str:
 def title(found: dict) -> str:
     """Return what stands above the table."""
     states, objectives = [point["state"] for point in found["points"]], list(found["objectives"])
-    limits = [f"{key}={value:g}" for key, value in found["budget"].items() if value is not None and key != "context"]
-    best = f"Best {objectives[0]}" if len(objectives) == 1 else f"Pareto front of {' and '.join(objectives)}"
+    limits = [
+        f"{key}={value:g}"
+        for key, value in found["budget"].items()
+        if value is not None and key != "context"
+    ]
+    best = (
+        f"Best {objectives[0]}"
+        if len(objectives) == 1
+        else f"Pareto front of {' and '.join(objectives)}"
+    )
     skipped = f", {states.count('skipped')} ruled out by their plan" if "skipped" in states else ""
     within = f" within {' and '.join(limits)}" if limits else ""
     return f"{best}{within} ({len(states) - states.count('skipped')} points tried{skipped})"
 
 
 def table(found: dict) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows: settings, objectives, memory as the budget counts it, decode rate where it was measured."""
+    """Return headings and rows: settings, objectives, memory as the budget counts it, decode rate
+    where it was measured."""
     keys, objectives = list(found["best"][0]["settings"]), list(found["objectives"])
-    timed = DECODE not in objectives and any(row["tokens_per_second"] is not None for row in found["best"])
+    timed = DECODE not in objectives and any(
+        row["tokens_per_second"] is not None for row in found["best"]
+    )
     extra = {"memory (MB)": lambda row: f"{row['memory_bytes'] / 1e6:,.2f}"}
     if timed:
         extra["decode (tok/s)"] = lambda row: f"{row['tokens_per_second'] or 0:,.0f}"
@@ -155,7 +207,8 @@ def table(found: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def heading(metric: str) -> str:
-    """Return the heading of a metric's column: that of the table over checkpoints, where it has one."""
+    """Return the heading of a metric's column: that of the table over checkpoints, where it has
+    one."""
     return next((column.heading for column in (*FIXED, *SPEED) if column.metric == metric), metric)
 
 
@@ -178,7 +231,9 @@ def show(found: dict) -> None:
     headings, rows = table(found)
     out, grid = results_console(), Table()
     for column in headings:
-        grid.add_column(column, justify="left" if column in found["best"][0]["settings"] else "right")
+        grid.add_column(
+            column, justify="left" if column in found["best"][0]["settings"] else "right"
+        )
     for row in rows:
         grid.add_row(*row)
     out.print(title(found), style="italic", highlight=False, soft_wrap=True)

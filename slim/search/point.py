@@ -28,16 +28,18 @@ def planned_model(config: DictConfig) -> ModelSpec:
 
 
 def values(config: DictConfig, metrics: dict[str, float]) -> float | list[float]:
-    """Return the objectives of a finished point as Hydra's sweepers take them: a number, or a list of several.
+    """Return the objectives of a finished point as Hydra's sweepers take them: a number, or a list
+    of several.
 
-    NaN for one that was not measured: the point is finished all the same, and who asked for it says what is wrong.
-    """
+    NaN for one that was not measured: the point is finished all the same, and who asked for it says
+    what is wrong."""
     found = [float(metrics.get(name, math.nan)) for name in read_search(config).objectives]
     return found[0] if len(found) == 1 else found
 
 
 def objectives(search: Search, metrics: dict[str, float]) -> dict[str, float]:
-    """Return objective -> value. Raises ``SlimError`` for one that was not measured, such as an unknown figure of a task."""
+    """Return objective -> value. Raises ``SlimError`` for one that was not measured, such as an
+    unknown figure of a task."""
     for name in search.objectives:
         if metrics.get(name) is None:
             raise SlimError(
@@ -48,16 +50,19 @@ def objectives(search: Search, metrics: dict[str, float]) -> dict[str, float]:
 
 
 def judge(search: Search, metrics: dict[str, float], spec: ModelSpec) -> dict:
-    """Return ``objectives`` (metric -> value), figures of the checkpoint, and ``problem``: why it is out of the contest.
+    """Return ``objectives`` (metric -> value), figures of the checkpoint, and ``problem``: why it
+    is out of the contest.
 
-    ``memory_bytes``: as the budget counts it, with the files of the weights as large as they are. Plain JSON values.
-    """
+    ``memory_bytes``: as the budget counts it, with the files of the weights as large as they are.
+    Plain JSON values."""
     found, rate = objectives(search, metrics), metrics.get(DECODE)
     memory = search.budget.memory(metrics["bytes_on_disk"], spec)
     undefined = [name for name, value in found.items() if not math.isfinite(value)]
     return {
         "objectives": found,
-        "problem": f"{undefined[0]} is not finite" if undefined else search.budget.problem(memory, rate),
+        "problem": f"{undefined[0]} is not finite"
+        if undefined
+        else search.budget.problem(memory, rate),
         "memory_bytes": memory,
         "tokens_per_second": rate,
         "parameters": metrics["parameters"],

@@ -21,16 +21,20 @@ MOST = 3  # objectives: the front of more is nearly every point
 class Search:
     """The objectives of a search and what its points may take.
 
-    objectives: metrics of the final checkpoint, such as ``perplexity`` and ``bytes_on_disk``; the best of one, the front of
-        several. budget: what every point has to meet.
+    objectives: metrics of the final checkpoint, such as ``perplexity`` and ``bytes_on_disk``; the
+        best of one, the front of several. budget: what every point has to meet.
     """
 
     objectives: list[str] = field(default_factory=lambda: ["perplexity", "bytes_on_disk"])
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
-        self.objectives = [self.objectives] if isinstance(self.objectives, str) else list(self.objectives or [])
-        if not 1 <= len(self.objectives) <= MOST or len(set(self.objectives)) < len(self.objectives):
+        self.objectives = (
+            [self.objectives] if isinstance(self.objectives, str) else list(self.objectives or [])
+        )
+        if not 1 <= len(self.objectives) <= MOST or len(set(self.objectives)) < len(
+            self.objectives
+        ):
             raise SlimError(
                 f"search.objectives={self.objectives} is not possible. It takes one to {MOST} different metrics, "
                 "such as [perplexity,bytes_on_disk]."
@@ -44,17 +48,22 @@ class Search:
     @property
     def worst(self) -> list[float]:
         """The values of a point that is no good, so that the search stays away from it."""
-        return [float("-inf") if direction == "maximize" else float("inf") for direction in self.directions]
+        return [
+            float("-inf") if direction == "maximize" else float("inf")
+            for direction in self.directions
+        ]
 
     def check(self, evaluation: Evaluation | None) -> None:
-        """Raise ``SlimError`` if the evaluation will not measure what is looked for. Needs no model."""
+        """Raise ``SlimError`` if the evaluation will not measure what is looked for. Needs no
+        model."""
         for metric in self.objectives:
             require_metric(f"search.objectives={metric}", metric, evaluation)
         self.budget.check(evaluation)
 
 
 def read_search(config: DictConfig) -> Search | None:
-    """Return the search that a configuration belongs to, or None. Raises ``SlimError`` for settings that cannot be."""
+    """Return the search that a configuration belongs to, or None. Raises ``SlimError`` for settings
+    that cannot be."""
     from hydra.utils import instantiate
 
     if not config.get("search"):

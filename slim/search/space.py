@@ -1,8 +1,7 @@
 """The search space: what is fixed, what may vary, and points that were not tried yet.
 
-The syntax is that of the Optuna sweeper, which also reads it: ``choice(2,3,4)``, ``range(1,5)``, ``interval(0.1,0.5)``, and
-``2,3,4`` on the command line.
-"""
+The syntax is that of the Optuna sweeper, which also reads it: ``choice(2,3,4)``, ``range(1,5)``,
+``interval(0.1,0.5)``, and ``2,3,4`` on the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +20,8 @@ LISTED = 20_000  # points of a space that are listed in order to find one that w
 
 @dataclass
 class Space:
-    """What varies (key -> Optuna distribution) and what is fixed (key -> as typed); the points that were tried.
+    """What varies (key -> Optuna distribution) and what is fixed (key -> as typed); the points that
+    were tried.
 
     A point is a dict key -> value.
     """
@@ -32,12 +32,15 @@ class Space:
 
     @classmethod
     def read(cls, params: dict[str, Any], typed: list[str], fixed: dict[str, str]) -> Space:
-        """Read a configuration's ``hydra.sweeper.params`` and what was ``typed``, which wins (``fixed``: of that what is)."""
+        """Read a configuration's ``hydra.sweeper.params`` and what was ``typed``, which wins
+        (``fixed``: of that what is)."""
         from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
         swept = [override for override in typed if override not in fixed.values()]
         try:
-            varying, _ = create_params_from_overrides([*(f"{key}={value}" for key, value in params.items()), *swept])
+            varying, _ = create_params_from_overrides(
+                [*(f"{key}={value}" for key, value in params.items()), *swept]
+            )
         except (AssertionError, NotImplementedError, ValueError) as error:
             raise SlimError(f"The search space cannot be read: {error}") from error
         return cls({key: values for key, values in varying.items() if key not in fixed}, fixed)
@@ -65,19 +68,26 @@ class Space:
         self.tried.add(key_of(point))
 
     def nearest_new(self, point: dict[str, Any], generator: random.Random) -> dict[str, Any]:
-        """Return a point not tried yet that differs from ``point`` in as few settings as can be, chosen by ``generator``.
+        """Return a point not tried yet that differs from ``point`` in as few settings as can be,
+        chosen by ``generator``.
 
         In a space too large to be listed, random points until one is new. There must be one.
         """
         if self.size > LISTED:
-            drawn = ({key: draw(values, generator) for key, values in self.varying.items()} for _ in itertools.count())
+            drawn = (
+                {key: draw(values, generator) for key, values in self.varying.items()}
+                for _ in itertools.count()
+            )
             return next(other for other in drawn if self.is_new(other))
         listed = (
-            dict(zip(self.varying, values, strict=True)) for values in itertools.product(*map(members, self.varying.values()))
+            dict(zip(self.varying, values, strict=True))
+            for values in itertools.product(*map(members, self.varying.values()))
         )
         left = [other for other in listed if self.is_new(other)]
         distances = [sum(other[key] != value for key, value in point.items()) for other in left]
-        return generator.choice([other for other, far in zip(left, distances, strict=True) if far == min(distances)])
+        return generator.choice(
+            [other for other, far in zip(left, distances, strict=True) if far == min(distances)]
+        )
 
 
 def fixed_overrides(typed: list[str]) -> dict[str, str]:
@@ -85,7 +95,11 @@ def fixed_overrides(typed: list[str]) -> dict[str, str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_overrides(typed)
-    return {override.get_key_element(): override.input_line for override in parsed if not override.is_sweep_override()}
+    return {
+        override.get_key_element(): override.input_line
+        for override in parsed
+        if not override.is_sweep_override()
+    }
 
 
 def key_of(point: dict[str, Any]) -> tuple:
@@ -125,7 +139,11 @@ def shown(values) -> list[str]:
 
 def example(values) -> Any:
     """Return one value of a distribution."""
-    return values.choices[0] if isinstance(values, distributions.CategoricalDistribution) else values.low
+    return (
+        values.choices[0]
+        if isinstance(values, distributions.CategoricalDistribution)
+        else values.low
+    )
 
 
 def members(values) -> list:

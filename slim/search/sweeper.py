@@ -1,10 +1,12 @@
-"""Which points a search tries: Optuna proposes, what cannot be or was tried is left out, the rest is run.
+"""Which points a search tries: Optuna proposes, what cannot be or was tried is left out, the rest
+is run.
 
-Optuna (TPE, arXiv:1907.10902) knows the points it was told of, not the space: with few values per setting it proposes the
-same point again and again, which would cost a trial each. So a proposal that was tried is moved to the nearest point that was
-not. The search ends after ``n_trials`` points that were run, or when all were tried; a point that its plan rules out is no
-trial. The sampler has a seed and what is measured is kept, so the same command makes the same trials again, from the store.
-"""
+Optuna (TPE, arXiv:1907.10902) knows the points it was told of, not the space: with few values per
+setting it proposes the same point again and again, which would cost a trial each. So a proposal
+that was tried is moved to the nearest point that was not. The search ends after ``n_trials`` points
+that were run, or when all were tried; a point that its plan rules out is no trial. The sampler has
+a seed and what is measured is kept, so the same command makes the same trials again, from the
+store."""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ RULED_OUT = 20  # points per trial that may be ruled out before a search ends
 
 
 def run_search(sweeper: SearchSweeper, typed: list[str]) -> dict:
-    """Try points until there are enough, print and write what came of them, and return it (see :func:`conclude`)."""
+    """Try points until there are enough, print and write what came of them, and return it (see
+    :func:`conclude`)."""
     fixed = fixed_overrides(typed)
     search = check_settings(sweeper, fixed)
     quiet_optuna()
@@ -56,16 +59,22 @@ def run_search(sweeper: SearchSweeper, typed: list[str]) -> dict:
 
 
 class Run:
-    """A search under way. wanted: trials still to be made. trials: what was tried, in order, also what was ruled out."""
+    """A search under way. wanted: trials still to be made. trials: what was tried, in order, also
+    what was ruled out."""
 
     def __init__(self, sweeper: SearchSweeper, space: Space, search: Search):
         import optuna
         from hydra.utils import instantiate
 
         self.sweeper, self.space, self.search, self.sweep = sweeper, space, search, current()
-        self.at_once, self.wanted = int(sweeper.settings["n_jobs"]), int(sweeper.settings["n_trials"])
+        self.at_once, self.wanted = (
+            int(sweeper.settings["n_jobs"]),
+            int(sweeper.settings["n_trials"]),
+        )
         self.most = RULED_OUT * self.wanted
-        self.study = optuna.create_study(sampler=instantiate(sweeper.settings["sampler"]), directions=search.directions)
+        self.study = optuna.create_study(
+            sampler=instantiate(sweeper.settings["sampler"]), directions=search.directions
+        )
         self.failed = optuna.trial.TrialState.FAIL
         self.generator = random.Random(int(sweeper.config.get("seed") or 0))
         self.trials: list[Trial] = []
@@ -75,7 +84,8 @@ class Run:
         return self.wanted > 0 and not self.space.exhausted and len(self.trials) < self.most
 
     def announce(self) -> None:
-        """Open the sweep, now that nothing is wrong with what was typed, and tell it what varies."""
+        """Open the sweep, now that nothing is wrong with what was typed, and tell it what
+        varies."""
         self.sweep.swept = {key: shown(values) for key, values in self.space.varying.items()}
         self.sweep.total = int(min(self.wanted, self.space.size))
         if self.sweep.tracker is None:
@@ -106,8 +116,11 @@ class Run:
         return self.trials[-1]
 
     def settled(self, trial: Trial) -> bool:
-        """Plan a point; return whether that is all: it cannot be run, is ruled out, or was run before."""
-        planned = plan_point(self.sweeper, self.sweep, trial.number, self.space.overrides(trial.point))
+        """Plan a point; return whether that is all: it cannot be run, is ruled out, or was run
+        before."""
+        planned = plan_point(
+            self.sweeper, self.sweep, trial.number, self.space.overrides(trial.point)
+        )
         try:
             if planned.error is None:
                 trial.model = planned_model(planned.config)
@@ -124,7 +137,9 @@ class Run:
         """Run points and tell Optuna what came of them."""
         if not batch:
             return
-        numbered = [[*trial.planned.overrides, f"hydra.sweep.subdir={trial.number}"] for trial in batch]
+        numbered = [
+            [*trial.planned.overrides, f"hydra.sweep.subdir={trial.number}"] for trial in batch
+        ]
         try:
             self.sweeper.launcher.launch(numbered, initial_job_idx=batch[0].number)
         except Exception as error:  # a process that died takes the others of the batch with it
@@ -135,10 +150,10 @@ class Run:
     def tell(self, trial: Trial) -> None:
         """Tell Optuna what came of a trial, as the sweep's folder records it.
 
-        One that misses the budget once it is measured has the worst value there is; with several objectives it counts as
-        failed, since what is not finite has no place in the volume behind a front. One that its plan rules out counts as
-        failed, too, and teaches nothing: it costs nothing, and the best points lie beside those that are just too large.
-        """
+        One that misses the budget once it is measured has the worst value there is; with several
+        objectives it counts as failed, since what is not finite has no place in the volume behind a
+        front. One that its plan rules out counts as failed, too, and teaches nothing: it costs
+        nothing, and the best points lie beside those that are just too large."""
         if not trial.skipped:
             trial.take(self.sweep.folder, self.search)
             self.wanted -= trial.planned.error is None
@@ -164,31 +179,47 @@ def compose(sweeper: SearchSweeper, overrides: list[str]) -> DictConfig:
 
 
 def check_settings(sweeper: SearchSweeper, fixed: dict[str, str]) -> Search:
-    """Return the search's settings. Raises ``SlimError`` for a mistake in them, before the first point."""
+    """Return the search's settings. Raises ``SlimError`` for a mistake in them, before the first
+    point."""
     from hydra.utils import instantiate
 
     for name in ("n_trials", "n_jobs"):
         require_number(f"hydra.sweeper.{name}", sweeper.settings[name], 1, integer=True)
     config = compose(sweeper, list(fixed.values()))
     if config.plan:
-        raise SlimError("plan=true shows a run or a grid. A search chooses its next point when it knows the last one.")
+        raise SlimError(
+            "plan=true shows a run or a grid. A search chooses its next point when it knows the last one."
+        )
     search = read_search(config)
     if search is None:
-        raise SlimError("A search has objectives: choose hparams_search=pareto or hparams_search=budget.")
+        raise SlimError(
+            "A search has objectives: choose hparams_search=pareto or hparams_search=budget."
+        )
     search.check(instantiate(config.eval) if config.eval and config.eval.get("_target_") else None)
     return search
 
 
 def drop_unknown(sweeper: SearchSweeper, space: Space, own: set[str]) -> None:
-    """Leave out settings of the search's file (``own``) that what was typed does not have, such as those of pruner=none."""
+    """Leave out settings of the search's file (``own``) that what was typed does not have, such as
+    those of pruner=none."""
     for key in [key for key in space.varying if key in own]:
         group = key.partition(".")[0]
         searched = group != key and group in space.varying
-        choices = [settings({group: choice}) for choice in members(space.varying[group])] if searched else [[]]
+        choices = (
+            [settings({group: choice}) for choice in members(space.varying[group])]
+            if searched
+            else [[]]
+        )
         value = settings({key: example(space.varying[key])})
-        if not any(_composes(sweeper, [*space.fixed.values(), *choice, *value]) for choice in choices):
+        if not any(
+            _composes(sweeper, [*space.fixed.values(), *choice, *value]) for choice in choices
+        ):
             del space.varying[key]
-            console().print(f"{key} is not searched: what was chosen has no such setting.", highlight=False, soft_wrap=True)
+            console().print(
+                f"{key} is not searched: what was chosen has no such setting.",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _composes(sweeper: SearchSweeper, overrides: list[str]) -> bool:
@@ -200,7 +231,8 @@ def _composes(sweeper: SearchSweeper, overrides: list[str]) -> bool:
 
 
 def quiet_optuna() -> None:
-    """Keep Optuna's log and its notes on what is experimental out of our output. Raises ``SlimError`` where it is missing."""
+    """Keep Optuna's log and its notes on what is experimental out of our output. Raises
+    ``SlimError`` where it is missing."""
     try:
         import hydra_plugins.hydra_optuna_sweeper  # noqa: F401
         import optuna

@@ -1,4 +1,5 @@
-"""Hydra's call at the start of a sweep, under every sweeper and launcher. Imported by ``--help``: keep it light."""
+"""Hydra's call at the start of a sweep, under every sweeper and launcher. Imported by ``--help``:
+keep it light."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class SweepCallback:
     """
 
     def on_multirun_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
-        """Prepare the sweep. slim's own sweepers open it, when they know that there is a point to run."""
+        """Prepare the sweep. slim's own sweepers open it, when they know that there is a point to
+        run."""
         from slim.core.errors import SlimError, fail
         from slim.sweeps import sweep
 

@@ -18,7 +18,8 @@ DETAILS = ("prefill_tokens_per_second", "weights_bytes", "resident_bytes", "peak
 
 @dataclass
 class Figures:
-    """The figures of a point's last checkpoint, as the tables of :mod:`slim.report.table` read them."""
+    """The figures of a point's last checkpoint, as the tables of :mod:`slim.report.table` read
+    them."""
 
     label: str
     metrics: dict
@@ -27,11 +28,20 @@ class Figures:
 
 
 def finish(sweep: Sweep, error: BaseException | None) -> int:
-    """Say and record how the sweep ended, and return the exit code: 0, 1 (an error of slim's own), 2 (a point failed), 130."""
+    """Say and record how the sweep ended, and return the exit code: 0, 1 (an error of slim's own),
+    2 (a point failed), 130."""
     points = sweep.folder.points()
-    kind = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED" if error is not None else "FINISHED"
+    kind = (
+        "KILLED"
+        if isinstance(error, KeyboardInterrupt)
+        else "FAILED"
+        if error is not None
+        else "FINISHED"
+    )
     whole = error is None and not sweep.lost  # else points may be under way elsewhere, or missing
-    failed = [point for point in points if point["status"] != "FINISHED" and not point.get("skipped")]
+    failed = [
+        point for point in points if point["status"] != "FINISHED" and not point.get("skipped")
+    ]
     summary = {
         **sweep.header(),
         "swept": sweep.swept or varied(points),
@@ -52,7 +62,15 @@ def finish(sweep: Sweep, error: BaseException | None) -> int:
     }
     tracker.close(kind, counts, {point["run_id"] for point in points} if whole else None)
     print(f"browse the runs:  {tracker.ui_command}")
-    return 130 if kind == "KILLED" else 1 if any(point.get("own") for point in failed) else 2 if failed else 0
+    return (
+        130
+        if kind == "KILLED"
+        else 1
+        if any(point.get("own") for point in failed)
+        else 2
+        if failed
+        else 0
+    )
 
 
 def varied(points: list[dict]) -> dict[str, list[str]]:
@@ -65,7 +83,8 @@ def varied(points: list[dict]) -> dict[str, list[str]]:
 
 
 def print_table(sweep: Sweep, points: list[dict]) -> None:
-    """Print one table: a row per point with its settings, figures of its last checkpoint, how it ended, and seconds."""
+    """Print one table: a row per point with its settings, figures of its last checkpoint, how it
+    ended, and seconds."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -83,10 +102,21 @@ def print_table(sweep: Sweep, points: list[dict]) -> None:
     for point in points:
         own = figures.get(point["number"])
         cells = [cell(own, column) if own else "-" for column in shown]
-        settings = [escape(str(point["overrides"].get(key, point["name"] if key == "point" else "-"))) for key in keys]
-        table.add_row(*settings, *cells, "-" if point.get("reused") else f"{point['seconds']:.1f}", status(point))
+        settings = [
+            escape(str(point["overrides"].get(key, point["name"] if key == "point" else "-")))
+            for key in keys
+        ]
+        table.add_row(
+            *settings,
+            *cells,
+            "-" if point.get("reused") else f"{point['seconds']:.1f}",
+            status(point),
+        )
     out = results_console(220)
-    out.print(f"Sweep of {len(points)} point{'s' * (len(points) != 1)}: the last checkpoint of each", highlight=False)
+    out.print(
+        f"Sweep of {len(points)} point{'s' * (len(points) != 1)}: the last checkpoint of each",
+        highlight=False,
+    )
     out.print(table)
     for point in points:
         if point["error"]:
@@ -94,7 +124,8 @@ def print_table(sweep: Sweep, points: list[dict]) -> None:
 
 
 def short_names(keys: list[str]) -> list[str]:
-    """Return the last parts of settings' names, ``bits`` for ``quantizer.bits``, unless two have the same."""
+    """Return the last parts of settings' names, ``bits`` for ``quantizer.bits``, unless two have
+    the same."""
     last = [key.rpartition(".")[2] for key in keys]
     return last if len(set(last)) == len(last) else keys
 
@@ -109,17 +140,27 @@ def status(point: dict) -> str:
     """Say how a point ended in a word or two."""
     if point.get("reused"):
         return "done before"
-    return "done" if point["status"] == "FINISHED" else "skipped" if point.get("skipped") else "[red]failed[/]"
+    return (
+        "done"
+        if point["status"] == "FINISHED"
+        else "skipped"
+        if point.get("skipped")
+        else "[red]failed[/]"
+    )
 
 
 def attach_report(tracker) -> None:
-    """Put the report over the points beside the sweep's run. A report that cannot be made is said, and ends nothing."""
+    """Put the report over the points beside the sweep's run. A report that cannot be made is said,
+    and ends nothing."""
     try:
         from slim.report.build import build_report
 
         report = build_report(tracker.client, [tracker.run_id])
     except Exception as error:
-        console().print(f"[yellow]The report could not be made:[/] {type(error).__name__}: {error}", highlight=False)
+        console().print(
+            f"[yellow]The report could not be made:[/] {type(error).__name__}: {error}",
+            highlight=False,
+        )
         return
     tracker.log_text(report.html, "report.html")
     tracker.log_text(report.markdown, "report.md")

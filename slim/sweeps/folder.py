@@ -1,4 +1,5 @@
-"""The folder of a sweep, where the processes that run its points meet: ``sweep.json``, and ``point.json`` per point."""
+"""The folder of a sweep, where the processes that run its points meet: ``sweep.json``, and
+``point.json`` per point."""
 
 from __future__ import annotations
 
@@ -22,17 +23,21 @@ class SweepFolder:
     path: Path
 
     def claim(self) -> None:
-        """Clear what an earlier sweep left here. Raises ``SlimError`` if that one is still running."""
+        """Clear what an earlier sweep left here. Raises ``SlimError`` if that one is still
+        running."""
         if not (self.path / HEADER).is_file():
             return
         pid = self.header()["pid"]
         if pid != os.getpid() and Path(f"/proc/{pid}").exists():
-            raise SlimError(f"Another sweep is running in {self.path}. Start this one again, or set hydra.sweep.dir=FOLDER.")
+            raise SlimError(
+                f"Another sweep is running in {self.path}. Start this one again, or set hydra.sweep.dir=FOLDER."
+            )
         for path in self.path.glob(f"*/{POINT}"):
             path.unlink()
 
     def header(self) -> dict:
-        """Return what the points need to know of their sweep: ``run_id``, ``sweep``, ``swept``, ``pid`` ..."""
+        """Return what the points need to know of their sweep: ``run_id``, ``sweep``, ``swept``,
+        ``pid`` ..."""
         return json.loads((self.path / HEADER).read_text(encoding="utf-8"))
 
     def write_header(self, header: dict) -> None:
@@ -43,10 +48,13 @@ class SweepFolder:
         return self.path / str(number)
 
     def write_point(self, number: int, record: dict) -> None:
-        """Record how a point ended: ``status``, ``error``, ``run_id``, ``seconds``, ``final`` (of the last checkpoint)."""
+        """Record how a point ended: ``status``, ``error``, ``run_id``, ``seconds``, ``final`` (of
+        the last checkpoint)."""
         write_json(self.point(number) / POINT, {"number": number, **record})
 
     def points(self) -> list[dict]:
         """Return the records of the points that have ended, by number."""
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in self.path.glob(f"*/{POINT}")]
+        records = [
+            json.loads(path.read_text(encoding="utf-8")) for path in self.path.glob(f"*/{POINT}")
+        ]
         return sorted(records, key=lambda record: record["number"])

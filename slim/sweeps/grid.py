@@ -1,4 +1,5 @@
-"""All combinations of the swept values: composed and planned one by one, before the first is run."""
+"""All combinations of the swept values: composed and planned one by one, before the first is
+run."""
 
 from __future__ import annotations
 
@@ -37,10 +38,14 @@ class Planned:
 
 
 def run_grid(sweeper: GridSweeper, arguments: list[str]) -> list[Sequence[JobReturn]]:
-    """Run every combination of ``arguments`` and the sweeper's ``params`` that can run and is not finished."""
+    """Run every combination of ``arguments`` and the sweeper's ``params`` that can run and is not
+    finished."""
     sweep = current()
     combinations, sweep.swept = expand(parse(sweeper, arguments))
-    points = [plan_point(sweeper, sweep, number, overrides) for number, overrides in enumerate(combinations)]
+    points = [
+        plan_point(sweeper, sweep, number, overrides)
+        for number, overrides in enumerate(combinations)
+    ]
     refuse_at_once(sweep, points)
     if sweep.config.plan:
         show_plans(sweep, points)
@@ -54,7 +59,8 @@ def run_grid(sweeper: GridSweeper, arguments: list[str]) -> list[Sequence[JobRet
 
 
 def parse(sweeper: GridSweeper, arguments: list[str]) -> list[Override]:
-    """Return the parsed overrides: those of ``params`` that are not typed, with what is typed behind them."""
+    """Return the parsed overrides: those of ``params`` that are not typed, with what is typed
+    behind them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     params = expand_alias([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
@@ -70,7 +76,8 @@ def bare(override: str) -> str:
 
 
 def expand(overrides: list[Override]) -> tuple[list[list[str]], dict[str, list[str]]]:
-    """Return the overrides of every combination in the order of a nested loop, and key -> values of what is swept.
+    """Return the overrides of every combination in the order of a nested loop, and key -> values of
+    what is swept.
 
     Raises ``SlimError`` for an interval, which has no end of values.
     """
@@ -82,7 +89,9 @@ def expand(overrides: list[Override]) -> tuple[list[list[str]], dict[str, list[s
             choices[key] = [override.input_line]
             continue
         if not override.is_discrete_sweep():
-            raise SlimError(f"{override.input_line} is no list of values. Give some, such as {key}=1,2,3 or {key}=range(1,4).")
+            raise SlimError(
+                f"{override.input_line} is no list of values. Give some, such as {key}=1,2,3 or {key}=range(1,4)."
+            )
         values = list(override.sweep_string_iterator())
         choices[key] = [f"{key}={value}" for value in values]
         if len(values) > 1:
@@ -105,11 +114,19 @@ def plan_point(sweeper: GridSweeper, sweep: Sweep, number: int, overrides: list[
 
 
 def refuse_at_once(sweep: Sweep, points: list[Planned]) -> None:
-    """Raise what is wrong with every point, before anything is recorded: it is a mistake in the command."""
-    reasons = [explain(point.error, sweep.command, point.overrides) if point.error else None for point in points]
+    """Raise what is wrong with every point, before anything is recorded: it is a mistake in the
+    command."""
+    reasons = [
+        explain(point.error, sweep.command, point.overrides) if point.error else None
+        for point in points
+    ]
     if all(point.config is None for point in points) and len(set(reasons)) == 1 and reasons[0]:
         raise SlimError(reasons[0])
-    outputs = [point.config.output for point in points if point.config is not None and point.config.output is not None]
+    outputs = [
+        point.config.output
+        for point in points
+        if point.config is not None and point.config.output is not None
+    ]
     if len(outputs) > len(set(outputs)):
         raise SlimError(
             f"output={outputs[0]} would take the result of several points. Leave it out, or name what is swept: "
@@ -125,14 +142,17 @@ def show_plans(sweep: Sweep, points: list[Planned]) -> None:
     for point in points:
         print(f"point {point.number}: {' '.join(point.overrides)}", flush=True)
         if point.error is not None:
-            print(f"cannot run: {explain(point.error, sweep.command, point.overrides) or repr(point.error)}")
+            print(
+                f"cannot run: {explain(point.error, sweep.command, point.overrides) or repr(point.error)}"
+            )
             continue
         pipeline = build_pipeline(point.config)
         show_plan(pipeline, pipeline.plan())
 
 
 def finalize(sweep: Sweep, planned: Planned) -> bool:
-    """Record a point that needs no run: it cannot be run, or is finished. Returns whether it is so."""
+    """Record a point that needs no run: it cannot be run, or is finished. Returns whether it is
+    so."""
     point = Point(sweep.folder, planned.number, planned.overrides, sweep.header())
     if planned.error is not None:
         reason = lambda error: explain(error, sweep.command, planned.overrides)  # noqa: E731
@@ -151,8 +171,14 @@ def finalize(sweep: Sweep, planned: Planned) -> bool:
 
 def announce(total: int, wrong: int, done: int) -> None:
     """Say what there is to do."""
-    notes = [f"{done} done before"] * bool(done) + [f"{wrong} cannot run"] * bool(wrong) + [f"{total - wrong - done} to run"]
-    console().print(f"[bold]Sweep of {total} point{'s' * (total != 1)}[/]: {', '.join(notes)}", highlight=False)
+    notes = (
+        [f"{done} done before"] * bool(done)
+        + [f"{wrong} cannot run"] * bool(wrong)
+        + [f"{total - wrong - done} to run"]
+    )
+    console().print(
+        f"[bold]Sweep of {total} point{'s' * (total != 1)}[/]: {', '.join(notes)}", highlight=False
+    )
 
 
 def launch(sweeper: GridSweeper, sweep: Sweep, points: list[Planned]) -> list[Any]:
@@ -171,7 +197,8 @@ def launch(sweeper: GridSweeper, sweep: Sweep, points: list[Planned]) -> list[An
 
 
 def record_lost(sweep: Sweep, batch: list[Planned], error: Exception) -> None:
-    """Record the points of a batch that have no record of how they ended, since the process that ran them did."""
+    """Record the points of a batch that have no record of how they ended, since the process that
+    ran them did."""
     ended = {record["number"] for record in sweep.folder.points()}
     for planned in batch:
         if planned.number not in ended:

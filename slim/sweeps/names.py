@@ -14,31 +14,36 @@ from slim.checkpoints.store import digest
 if TYPE_CHECKING:
     from slim.checkpoints.result import Step
 
-PLACE = re.compile(r"^(tracking\.(run_name|uri|published)|store|ignore_limits|plan)=")  # where and how, not what
+# where and how, not what
+PLACE = re.compile(r"^(tracking\.(run_name|uri|published)|store|ignore_limits|plan)=")
 
 
 def typed(hydra: DictConfig) -> list[str]:
-    """Return what was typed (or set for a point), as it was: ``${...}`` in it is not for us to resolve."""
+    """Return what was typed (or set for a point), as it was: ``${...}`` in it is not for us to
+    resolve."""
     return list(OmegaConf.to_container(hydra.overrides.task, resolve=False))
 
 
 def sweep_id(command: str, experiment: str, overrides: Sequence[str], params: dict) -> str:
-    """Name a sweep by its command (``compress``), MLflow experiment and what is set and swept, in whatever order.
+    """Name a sweep by its command (``compress``), MLflow experiment and what is set and swept, in
+    whatever order.
 
-    overrides: what was typed, without Hydra's own settings. params: ``hydra.sweeper.params`` of an experiment file.
-    """
+    overrides: what was typed, without Hydra's own settings. params: ``hydra.sweeper.params`` of an
+    experiment file."""
     what = sorted(override for override in overrides if not PLACE.match(override))
     return digest(["sweep", command, experiment, what, params])
 
 
 def point_name(chains: Sequence[Sequence[Step]], config: DictConfig) -> str:
-    """Name a point by what determines its results: every step, how it is measured, and on which kind of device.
+    """Name a point by what determines its results: every step, how it is measured, and on which
+    kind of device.
 
-    chains: the planned steps of every pipeline of the point. A step behind a source that has to be fetched first has no
-    digest yet; there its settings count.
-    """
+    chains: the planned steps of every pipeline of the point. A step behind a source that has to be
+    fetched first has no digest yet; there its settings count."""
     steps = [[step.digest or _settings(step) for step in chain] for chain in chains]
-    return digest(["point", steps, OmegaConf.to_container(config.eval, resolve=True), config.device])
+    return digest(
+        ["point", steps, OmegaConf.to_container(config.eval, resolve=True), config.device]
+    )
 
 
 def _settings(step: Step) -> list:

@@ -29,7 +29,8 @@ _active: Point | None = None
 class Point:
     """A point while it runs.
 
-    overrides: what was set for it, as typed. header: the sweep's (see :class:`SweepFolder`). run_id: its run in MLflow.
+    overrides: what was set for it, as typed. header: the sweep's (see :class:`SweepFolder`).
+        run_id: its run in MLflow.
     final: the record of its last checkpoint in ``results.json``, once it has one.
     """
 
@@ -49,21 +50,33 @@ class Point:
     @property
     def name(self) -> str:
         """Its name on screen and in MLflow."""
-        told = " ".join(f"{key}={value}" for key, value in self.settings.items()) or " ".join(self.overrides)
+        told = " ".join(f"{key}={value}" for key, value in self.settings.items()) or " ".join(
+            self.overrides
+        )
         return told[:NAME_LIMIT] or "(defaults)"
 
     def tracker(self, config: DictConfig, name: str) -> Tracker:
-        """Return the tracker of this point: below the sweep's run, under ``slim.point`` = ``name``."""
+        """Return the tracker of this point: below the sweep's run, under ``slim.point`` =
+        ``name``."""
         from slim.tracking.tracker import Tracker, published_tag
 
         tags = {"slim.point": name, "slim.sweep": self.header["sweep"], **published_tag(config)}
         tracking = config.tracking
-        tracker = Tracker(config.store, tracking.experiment, self.name, tracking.uri, tags, self.header["run_id"], patient=True)
+        tracker = Tracker(
+            config.store,
+            tracking.experiment,
+            self.name,
+            tracking.uri,
+            tags,
+            self.header["run_id"],
+            patient=True,
+        )
         self.run_id = tracker.run_id
         return tracker
 
     def keep(self, result: Result) -> str:
-        """Keep the figures of the last checkpoint, with their protocols, for the table of the sweep; return them as JSON."""
+        """Keep the figures of the last checkpoint, with their protocols, for the table of the
+        sweep; return them as JSON."""
         metrics = result.metrics
         self.final = {
             "label": result.label, "folder": str(result.checkpoint.folder), "hash": result.digest, "metrics": metrics,
@@ -82,7 +95,8 @@ class Point:
 
 
 def swept_settings(overrides: list[str], swept: dict | None) -> dict[str, str]:
-    """Return key -> value of the overrides whose key is in ``swept``; of all where that is not known."""
+    """Return key -> value of the overrides whose key is in ``swept``; of all where that is not
+    known."""
     pairs = (override.lstrip("+").partition("=") for override in overrides)
     return {key: value for key, _, value in pairs if swept is None or key in swept}
 
@@ -92,7 +106,11 @@ def active() -> Point | None:
     return _active
 
 
-def run_point(task: Callable[[DictConfig], Any], config: DictConfig, explain: Callable[[BaseException], str | None]) -> Any:
+def run_point(
+    task: Callable[[DictConfig], Any],
+    config: DictConfig,
+    explain: Callable[[BaseException], str | None],
+) -> Any:
     """Run one point of a sweep, record how it ended, and return what ``task`` returns.
 
     explain: one or two lines for a mistake of the user, None for an error of slim's own.
@@ -122,7 +140,8 @@ def _begin() -> Point:
 
     hydra = HydraConfig.get()
     folder = SweepFolder(Path(hydra.sweep.dir).absolute())
-    number = str(hydra.sweep.subdir)  # slim's own sweeper numbers the points here, since it leaves some out
+    # slim's own sweeper numbers the points here, since it leaves some out
+    number = str(hydra.sweep.subdir)
     header = folder.header()
     if os.getpid() != header["pid"]:
         be_quiet()  # the process that was started speaks for all
@@ -130,7 +149,8 @@ def _begin() -> Point:
 
 
 def describe(error: Exception, explain: Callable, folder: Path) -> tuple[str, bool]:
-    """Return a few words for an error and whether it is slim's own; writes its traceback into ``folder`` then."""
+    """Return a few words for an error and whether it is slim's own; writes its traceback into
+    ``folder`` then."""
     message = explain(error)
     if message is not None:
         return message, False
@@ -142,7 +162,8 @@ def describe(error: Exception, explain: Callable, folder: Path) -> tuple[str, bo
 
 
 def record_failure(point: Point, config: DictConfig, message: str, skipped: bool = False) -> None:
-    """Let MLflow know why a point failed before it had a run; the run of one that failed later says so itself."""
+    """Let MLflow know why a point failed before it had a run; the run of one that failed later says
+    so itself."""
     if point.run_id is not None:
         return
     from slim.checkpoints.store import digest

@@ -1,4 +1,5 @@
-"""The sweep's own run in MLflow: found again by its name, with the points that are finished already."""
+"""The sweep's own run in MLflow: found again by its name, with the points that are finished
+already."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ ENDED = ("FINISHED", "FAILED", "KILLED")
 class SweepRun:
     """The run that the points of a sweep are below.
 
-    finished: (what determines a point's results, its settings) -> id of its finished run, its final folder still there.
-    Raises ``SlimError`` if the tracking store is not to be had, or another process is running the same sweep.
-    """
+    finished: (what determines a point's results, its settings) -> id of its finished run, its final
+    folder still there. Raises ``SlimError`` if the tracking store is not to be had, or another
+    process is running the same sweep."""
 
     def __init__(self, root: Path, config: DictConfig, sweep: str, overrides: str):
         self.root, self.sweep = root, sweep
@@ -31,9 +32,16 @@ class SweepRun:
         found = self._find(config.tracking.experiment)
         self.finished: dict[tuple[str, str], str] = {}
         if found is None:
-            tags = {"slim.kind": "sweep", "slim.sweep": sweep, "overrides": overrides[:VALUE_LIMIT], **published_tag(config)}
+            tags = {
+                "slim.kind": "sweep",
+                "slim.sweep": sweep,
+                "overrides": overrides[:VALUE_LIMIT],
+                **published_tag(config),
+            }
             name = config.tracking.run_name or f"sweep {overrides}"[:200].strip()
-            self.run_id = self._tracking.create_run(config.tracking.experiment, name, {**tags, "mlflow.source.name": "slim"})
+            self.run_id = self._tracking.create_run(
+                config.tracking.experiment, name, {**tags, "mlflow.source.name": "slim"}
+            )
         else:
             self.run_id = found.info.run_id
             self.client.update_run(self.run_id, status="RUNNING")
@@ -49,7 +57,9 @@ class SweepRun:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise SlimError("Another process is running this very sweep. Wait for it, or end it first.") from None
+            raise SlimError(
+                "Another process is running this very sweep. Wait for it, or end it first."
+            ) from None
         return lock
 
     def _find(self, experiment: str):
@@ -83,11 +93,14 @@ class SweepRun:
         self.client.set_terminated(run.info.run_id, "KILLED")
 
     def figures(self, run_id: str) -> dict | None:
-        """Return the figures of a finished run's last checkpoint, None if they are not to be had."""
+        """Return the figures of a finished run's last checkpoint, None if they are not to be
+        had."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return json.loads(Path(self.client.download_artifacts(run_id, FINAL)).read_text(encoding="utf-8"))
+            return json.loads(
+                Path(self.client.download_artifacts(run_id, FINAL)).read_text(encoding="utf-8")
+            )
         except (MlflowException, OSError, ValueError):
             return None
 
@@ -101,8 +114,11 @@ class SweepRun:
         self._tracking.text(self.run_id, text, name)
 
     def close(self, status: str, counts: dict[str, int], kept: set[str] | None) -> None:
-        """End the sweep's run. Of its points the runs ``kept`` stay, and finished ones that no kept one repeats; None: all."""
-        self._tracking.log(self.run_id, {}, [[name, float(count), now(), 0] for name, count in counts.items()], {})
+        """End the sweep's run. Of its points the runs ``kept`` stay, and finished ones that no kept
+        one repeats; None: all."""
+        self._tracking.log(
+            self.run_id, {}, [[name, float(count), now(), 0] for name, count in counts.items()], {}
+        )
         self._tracking.end(self.run_id, status)
         self._tracking.close()
         try:
@@ -114,7 +130,8 @@ class SweepRun:
         self._lock.release()
 
     def _drop_repeated(self, kept: set[str]) -> None:
-        """Delete (MLflow can restore them) earlier attempts at the points whose runs are ``kept``."""
+        """Delete (MLflow can restore them) earlier attempts at the points whose runs are
+        ``kept``."""
         children = self.children()
         names = {identity(child) for child in children if child.info.run_id in kept}
         for child in children:
@@ -124,5 +141,6 @@ class SweepRun:
 
 
 def identity(run) -> tuple[str, str]:
-    """Return what tells the run of a point from those of others: what determines its results, and its settings."""
+    """Return what tells the run of a point from those of others: what determines its results, and
+    its settings."""
     return run.data.tags.get("slim.point", ""), run.info.run_name

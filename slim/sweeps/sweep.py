@@ -1,4 +1,5 @@
-"""A sweep in the process that was started: its run in MLflow, what is done already, and what is said at its end."""
+"""A sweep in the process that was started: its run in MLflow, what is done already, and what is
+said at its end."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ _current: Sweep | None = None
 class Sweep:
     """What the process that was started knows of its sweep.
 
-    config: the configuration without what is swept. command: ``compress``, ``train`` or ``evaluate``.
-    """
+    config: the configuration without what is swept. command: ``compress``, ``train`` or
+    ``evaluate``."""
 
     def __init__(self, config: DictConfig, command: str):
         self.config, self.command = config, command
@@ -35,13 +36,17 @@ class Sweep:
         self.swept: dict[str, list[str]] | None = None
         self.total: int | None = config.hydra.sweeper.get("n_trials")
         self.tracker: SweepRun | None = None
-        self.lost = False  # whether the launcher lost a process and with it the others that it waited for
-        params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
+        # whether the launcher lost a process and with it the others that it waited for
+        self.lost = False
+        params = OmegaConf.to_container(
+            config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False
+        )
         self.id = sweep_id(command, config.tracking.experiment, self.overrides, params)
 
     @property
     def own(self) -> bool:
-        """Whether a sweeper of slim's runs it: it opens the sweep by itself, when nothing is wrong with what was typed."""
+        """Whether a sweeper of slim's runs it: it opens the sweep by itself, when nothing is wrong
+        with what was typed."""
         return self.config.hydra.sweeper._target_.startswith(OWN)
 
     @property
@@ -56,12 +61,15 @@ class Sweep:
         return not self.config.hydra.launcher._target_.endswith(".BasicLauncher")
 
     def open(self) -> None:
-        """Begin, or go on with, the sweep's run. Raises ``SlimError`` if the tracking store is not to be had."""
+        """Begin, or go on with, the sweep's run. Raises ``SlimError`` if the tracking store is not
+        to be had."""
         from slim.sweeps.runs import SweepRun
         from slim.sweeps.watch import Watcher
 
         if self.config.plan:
-            raise SlimError("plan=true shows a run or a grid. A search chooses its next point when it knows the last one.")
+            raise SlimError(
+                "plan=true shows a run or a grid. A search chooses its next point when it knows the last one."
+            )
         self.tracker = SweepRun(self.root, self.config, self.id, " ".join(self.overrides))
         self.folder.claim()
         self.folder.write_header(self.header())
@@ -105,7 +113,8 @@ def current() -> Sweep | None:
 
 
 def close_current(error: BaseException | None = None) -> int:
-    """End the sweep of this process, if there is one that was opened. Returns the exit code, 0 without one."""
+    """End the sweep of this process, if there is one that was opened. Returns the exit code, 0
+    without one."""
     global _current
     sweep, _current = _current, None
     if sweep is None:
@@ -115,5 +124,6 @@ def close_current(error: BaseException | None = None) -> int:
     except Exception as other:
         if error is None:
             raise
-        console().print(f"[yellow]The sweep's run could not be ended:[/] {other}", highlight=False)  # error says more
+        # error says more
+        console().print(f"[yellow]The sweep's run could not be ended:[/] {other}", highlight=False)
         return 1

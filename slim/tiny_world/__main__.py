@@ -1,4 +1,5 @@
-"""``python -m slim.tiny_world``: write the files of the little world that are shipped with the package."""
+"""``python -m slim.tiny_world``: write the files of the little world that are shipped with the
+package."""
 
 from slim.tiny_world.assets import write_assets
 from slim.tiny_world.world import World

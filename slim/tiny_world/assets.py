@@ -1,4 +1,5 @@
-"""The files shipped with the package: held-out and calibration text, task sets for lm-eval, conversations."""
+"""The files shipped with the package: held-out and calibration text, task sets for lm-eval,
+conversations."""
 
 from __future__ import annotations
 
@@ -39,13 +40,21 @@ metadata:
 
 def asset_files(world: World) -> dict[str, str]:
     """Name and content of every file. The content depends on the world's seed alone."""
-    files = {f"{split}.txt": "\n\n".join(world.documents(split)) + "\n" for split in ("heldout", "calibration")}
+    files = {
+        f"{split}.txt": "\n\n".join(world.documents(split)) + "\n"
+        for split in ("heldout", "calibration")
+    }
     for name, questions in world.tasks().items():
         files[f"{name}.jsonl"] = _lines(questions)
         files[f"{name}.yaml"] = TASK_FILE.format(name=name, data=f"{name}.jsonl")
-    train = islice(dict.fromkeys(islice(world.conversations("train"), 2 * TRAIN_CONVERSATIONS)), TRAIN_CONVERSATIONS)
+    train = islice(
+        dict.fromkeys(islice(world.conversations("train"), 2 * TRAIN_CONVERSATIONS)),
+        TRAIN_CONVERSATIONS,
+    )
     for split, pairs in (("train", train), ("validation", world.conversations("validation"))):
-        files[f"conversations_{split}.jsonl"] = _lines({"instruction": q, "answer": a} for q, a in pairs)
+        files[f"conversations_{split}.jsonl"] = _lines(
+            {"instruction": q, "answer": a} for q, a in pairs
+        )
     return files
 
 

@@ -1,4 +1,5 @@
-"""The chat format: ``<|user|> question<|assistant|> answer<|end|>``. The answer ends with the end-of-text token."""
+"""The chat format: ``<|user|> question<|assistant|> answer<|end|>``. The answer ends with the
+end-of-text token."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from collections.abc import Iterable
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 
-# The generation marks let `apply_chat_template(return_assistant_tokens_mask=True)` find the answers' tokens.
+# The generation marks let `apply_chat_template(return_assistant_tokens_mask=True)` find the
+# answers' tokens.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<|user|> ' + message['content'] }}"

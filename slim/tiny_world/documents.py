@@ -14,15 +14,29 @@ from slim.tiny_world.scenes import Maker, Scene
 from slim.tiny_world.split import allowed
 from slim.tiny_world.wording import ask, capitalize, state
 
-SHARES = {"biography": 0.20, "things": 0.10, "round": 0.05, "story": 0.13, "sums": 0.03, "quiz": 0.34, "chat": 0.15}
+SHARES = {
+    "biography": 0.20,
+    "things": 0.10,
+    "round": 0.05,
+    "story": 0.13,
+    "sums": 0.03,
+    "quiz": 0.34,
+    "chat": 0.15,
+}
 TRAIN_ONLY = ("sums", "chat")
 WORDS = (40, 200)  # shortest and longest document
-JOINED = 0.2  # share of documents that are two, joined by an empty line as in the held-out text files
-SCENES: tuple[tuple[Maker, float], ...] = ((pronoun_scene, 0.5), (holding_scene, 0.1), (happening, 0.4))
+# share of documents that are two, joined by an empty line as in the held-out text files
+JOINED = 0.2
+SCENES: tuple[tuple[Maker, float], ...] = (
+    (pronoun_scene, 0.5),
+    (holding_scene, 0.1),
+    (happening, 0.4),
+)
 
 
 class Writer:
-    """Writes documents and question/answer pairs of one split about one set of facts, all chance from ``rng``."""
+    """Writes documents and question/answer pairs of one split about one set of facts, all chance
+    from ``rng``."""
 
     def __init__(self, facts: tuple[Fact, ...], split: str, rng: random.Random):
         self.split, self.rng = split, rng
@@ -30,7 +44,9 @@ class Writer:
         self.about: dict[str, list[Fact]] = {}
         for fact in facts:
             self.about.setdefault(f"{kind_of(fact)}|{fact.subject}", []).append(fact)
-        self.subjects = {kind: [s for s in self.about if s.startswith(f"{kind}|")] for kind in KINDS}
+        self.subjects = {
+            kind: [s for s in self.about if s.startswith(f"{kind}|")] for kind in KINDS
+        }
         self.kinds: dict[str, Callable[[], str]] = {
             "biography": self.biography,
             "things": self.things,
@@ -42,13 +58,16 @@ class Writer:
         }
 
     def document(self) -> str:
-        """Any kind of document of 40 to 200 words; held-out text has no sums (all the same) and no conversations."""
+        """Any kind of document of 40 to 200 words; held-out text has no sums (all the same) and no
+        conversations."""
         names = [name for name in SHARES if self.split == "train" or name not in TRAIN_ONLY]
         while True:
             name = self.rng.choices(names, [SHARES[n] for n in names])[0]
             text = self.kinds[name]()
             if name != "chat" and self.split == "train" and self.rng.random() < JOINED:
-                text += "\n\n" + self.kinds[self.rng.choice(("biography", "things", "story", "quiz"))]()
+                text += (
+                    "\n\n" + self.kinds[self.rng.choice(("biography", "things", "story", "quiz"))]()
+                )
             if WORDS[0] <= len(text.split()) <= WORDS[1]:
                 return text
 
@@ -56,12 +75,17 @@ class Writer:
 
     def biography(self) -> str:
         """Two people, most of what there is to know about each; or one person, everything."""
-        return " ".join(self._portrait(s) for s in self.rng.sample(self.subjects["person"], self.rng.choice((1, 2))))
+        return " ".join(
+            self._portrait(s)
+            for s in self.rng.sample(self.subjects["person"], self.rng.choice((1, 2)))
+        )
 
     def things(self) -> str:
         """Some towns, things, animals or jobs."""
         kind = self.rng.choices(("town", "thing", "animal", "job"), (3, 6, 2, 2))[0]
-        return " ".join(self._portrait(s) for s in self.rng.sample(self.subjects[kind], self.rng.randint(2, 4)))
+        return " ".join(
+            self._portrait(s) for s in self.rng.sample(self.subjects[kind], self.rng.randint(2, 4))
+        )
 
     def round(self) -> str:
         """One relation, asked of several people in turn."""
@@ -89,7 +113,8 @@ class Writer:
 
     def turn(self) -> tuple[str, str]:
         """An instruction and its answer in whole sentences."""
-        weights = (55, 30, 8, 7) if self.split == "train" else (65, 35, 0, 0)  # of the others there are too few
+        # of the others there are too few
+        weights = (55, 30, 8, 7) if self.split == "train" else (65, 35, 0, 0)
         kind = self.rng.choices(("fact", "scene", "sum", "portrait"), weights)[0]
         if kind == "fact":
             fact = self.rng.choice(self.facts)
@@ -121,7 +146,9 @@ class Writer:
         facts = facts[: self.rng.randint(4, 9)]
         sentences: list[str] = []
         for fact in facts:
-            sentence = state(fact, self.split, self.rng, pronoun=bool(sentences) and self.rng.random() < 0.4)
+            sentence = state(
+                fact, self.split, self.rng, pronoun=bool(sentences) and self.rng.random() < 0.4
+            )
             if sentence:
                 sentences.append(sentence)
         return " ".join(sentences)
@@ -141,7 +168,8 @@ class Writer:
         return self._sum_question()[1]
 
     def _sum_question(self) -> tuple[str, str]:
-        """A sum, a difference or a comparison of numbers up to ten; this split's combinations only."""
+        """A sum, a difference or a comparison of numbers up to ten; this split's combinations
+        only."""
         while True:
             kind = self.rng.choice(("plus", "minus", "more"))
             a, b = self.rng.randint(1, 10), self.rng.randint(1, 10)
@@ -150,7 +178,9 @@ class Writer:
             x, y = lex.NUMBERS[a], lex.NUMBERS[b]
             if kind == "more":
                 larger, smaller = (x, y) if a > b else (y, x)
-                return f"Which is more, {x} or {y}?", capitalize(f"{larger} is more than {smaller}.")
+                return f"Which is more, {x} or {y}?", capitalize(
+                    f"{larger} is more than {smaller}."
+                )
             total = lex.NUMBERS[a + b if kind == "plus" else a - b]
             return f"How much is {x} {kind} {y}?", capitalize(f"{x} {kind} {y} is {total}.")
 

@@ -1,8 +1,8 @@
 """Facts to remember: (subject, relation, value) triples, and the many ways to say and to ask each.
 
-In a template, ``{S}`` is the subject (a name, or a pronoun when the text already speaks of it), ``{P}`` its possessive,
-``{N}`` always the name, ``{V}`` the value and ``{aV}`` the value with its article.
-"""
+In a template, ``{S}`` is the subject (a name, or a pronoun when the text already speaks of it),
+``{P}`` its possessive, ``{N}`` always the name, ``{V}`` the value and ``{aV}`` the value with its
+article."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Fact:
 
 @dataclass(frozen=True)
 class Relation:
-    """Wordings of one kind of fact, and the values it may take (what wrong answers are drawn from)."""
+    """Wordings of one kind of fact, and the values it may take (what wrong answers are drawn
+    from)."""
 
     statements: tuple[str, ...]
     questions: tuple[str, ...]
@@ -244,7 +245,12 @@ TOWN_RELATIONS = {
             "the {V} begins just behind {N}.",
             "people in {N} walk to the {V}.",
         ),
-        ("What is {N} built by?", "What does {N} stand near?", "What can you see from {N}?", "What begins just behind {N}?"),
+        (
+            "What is {N} built by?",
+            "What does {N} stand near?",
+            "What can you see from {N}?",
+            "What begins just behind {N}?",
+        ),
         lex.SITES,
     ),
     "product": Relation(
@@ -291,7 +297,12 @@ THING_RELATIONS = {
             "in the {V} there is {n}.",
             "you should look for {n} in the {V}.",
         ),
-        ("Where is {n} kept?", "Where do you find {n}?", "Where does {n} belong?", "Where should you look for {n}?"),
+        (
+            "Where is {n} kept?",
+            "Where do you find {n}?",
+            "Where does {n} belong?",
+            "Where should you look for {n}?",
+        ),
         tuple(sorted({place for _, place in lex.THINGS.values()})),
     ),
     "colour": Relation(
@@ -302,7 +313,12 @@ THING_RELATIONS = {
             "{S} looks {V} in the sun.",
             "{V} is the colour of {n}.",
         ),
-        ("What colour is {n}?", "What is the colour of {n}?", "Which colour does {n} have?", "How does {n} look in the sun?"),
+        (
+            "What colour is {n}?",
+            "What is the colour of {n}?",
+            "Which colour does {n} have?",
+            "How does {n} look in the sun?",
+        ),
         tuple(lex.COLOURS),
     ),
 }
@@ -316,7 +332,12 @@ ANIMAL_RELATIONS = {
             "you should give {V} to {n}.",
             "{S} looks for {V} all day.",
         ),
-        ("What does {n} eat?", "What does {n} feed on?", "What does {n} like best?", "What should you give to {n}?"),
+        (
+            "What does {n} eat?",
+            "What does {n} feed on?",
+            "What does {n} like best?",
+            "What should you give to {n}?",
+        ),
         tuple(sorted({food for food, _, _ in lex.ANIMALS.values()})),
     ),
     "sleeps": Relation(
@@ -336,7 +357,12 @@ ANIMAL_RELATIONS = {
         tuple(sorted({home for _, home, _ in lex.ANIMALS.values()})),
     ),
     "legs": Relation(
-        ("{S} has {V} legs.", "{S} walks on {V} legs.", "the legs of {n} are {V}.", "{S} stands on its {V} legs."),
+        (
+            "{S} has {V} legs.",
+            "{S} walks on {V} legs.",
+            "the legs of {n} are {V}.",
+            "{S} stands on its {V} legs.",
+        ),
         (
             "How many legs does {n} have?",
             "On how many legs does {n} walk?",
@@ -397,7 +423,8 @@ def kind_of(fact: Fact) -> str:
 
 
 def build_facts(seed: int) -> tuple[Fact, ...]:
-    """All facts of the world with this seed; what is not fixed by the lexicon is drawn evenly from its values."""
+    """All facts of the world with this seed; what is not fixed by the lexicon is drawn evenly from
+    its values."""
     rng = random.Random(f"facts/{seed}")
     facts = []
     for relation in ("town", "job", "food", "hobby", "pet", "owns", "month"):
@@ -412,11 +439,16 @@ def build_facts(seed: int) -> tuple[Fact, ...]:
         (lex.JOBS, ("workplace", "tool")),
     ):
         for subject, values in table.items():
-            facts += [Fact(subject, relation, value) for relation, value in zip(relations, values, strict=True)]
+            facts += [
+                Fact(subject, relation, value)
+                for relation, value in zip(relations, values, strict=True)
+            ]
     return tuple(facts)
 
 
-def _spread(subjects: tuple[str, ...], relation: str, values: tuple[str, ...], rng: random.Random) -> list[Fact]:
+def _spread(
+    subjects: tuple[str, ...], relation: str, values: tuple[str, ...], rng: random.Random
+) -> list[Fact]:
     """Each value equally often, so that guessing the most frequent one does not pay."""
     drawn = [values[i % len(values)] for i in range(len(subjects))]
     rng.shuffle(drawn)
@@ -437,16 +469,23 @@ def _siblings(rng: random.Random) -> list[Fact]:
     rng.shuffle(people)
     facts = []
     for a, b in zip(people[::2], people[1::2], strict=True):
-        facts += [Fact(x, "sister" if lex.is_woman(y) else "brother", y) for x, y in ((a, b), (b, a))]
+        facts += [
+            Fact(x, "sister" if lex.is_woman(y) else "brother", y) for x, y in ((a, b), (b, a))
+        ]
     return facts
 
 
 def fill(template: str, fact: Fact, pronoun: bool = False) -> str:
-    """The sentence, its first letter as it comes; with ``pronoun`` "{S}" and "{P}" say "she", "his", "it"."""
+    """The sentence, its first letter as it comes; with ``pronoun`` "{S}" and "{P}" say "she",
+    "his", "it"."""
     kind = kind_of(fact)
-    noun = {"person": fact.subject, "town": fact.subject, "thing": f"the {fact.subject}"}.get(kind, lex.article(fact.subject))
+    noun = {"person": fact.subject, "town": fact.subject, "thing": f"the {fact.subject}"}.get(
+        kind, lex.article(fact.subject)
+    )
     short, own = (
-        ("it", "its") if kind != "person" else (lex.subject_pronoun(fact.subject), lex.possessive_pronoun(fact.subject))
+        ("it", "its")
+        if kind != "person"
+        else (lex.subject_pronoun(fact.subject), lex.possessive_pronoun(fact.subject))
     )
     return template.format(
         S=short if pronoun else noun,

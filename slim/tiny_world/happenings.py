@@ -1,4 +1,5 @@
-"""What happens next: materials and what befalls them, needs and what people do, scripts of events, small sums."""
+"""What happens next: materials and what befalls them, needs and what people do, scripts of events,
+small sums."""
 
 from __future__ import annotations
 
@@ -193,7 +194,9 @@ def material_scene(rng: random.Random) -> Scene:
         question="What happened next?",
         answer=answer,
         wrong=tuple(f"The {thing} {o}." for o in wrong),
-        moral=f"{answer[:-1]} because it was made of {lex.THINGS[thing][0]}." if rng.random() < 0.5 else answer,
+        moral=f"{answer[:-1]} because it was made of {lex.THINGS[thing][0]}."
+        if rng.random() < 0.5
+        else answer,
         reply=answer,
     )
 
@@ -274,7 +277,12 @@ def _who_and_when(rng: random.Random) -> tuple[str, str]:
 
 
 # maker: (share of the texts, share of the task); sums take most practice
-HAPPENINGS = {material_scene: (0.4, 0.42), need_scene: (0.15, 0.2), script_scene: (0.15, 0.2), number_scene: (0.3, 0.18)}
+HAPPENINGS = {
+    material_scene: (0.4, 0.42),
+    need_scene: (0.15, 0.2),
+    script_scene: (0.15, 0.2),
+    number_scene: (0.3, 0.18),
+}
 
 
 def happening(rng: random.Random) -> Scene:

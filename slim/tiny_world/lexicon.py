@@ -1,4 +1,5 @@
-"""The words of the little world: who and what there is. Plain data, chosen by hand; chance only links them later."""
+"""The words of the little world: who and what there is. Plain data, chosen by hand; chance only
+links them later."""
 
 # ruff: noqa: SIM905 (lists of words read best as words)
 from __future__ import annotations
@@ -48,7 +49,9 @@ FOODS = "bread soup cheese rice fish cake eggs beans honey pears plums nuts pie 
 HOBBIES = "chess swimming dancing reading sewing painting singing hiking skating cooking fishing drawing".split()
 PETS = "goat dog cat owl hen duck parrot rabbit pony turtle goose lamb".split()
 BELONGINGS = "boat cart mill barn piano tent clock bicycle sledge drum violin shop well canoe orchard wagon".split()
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
 COLOURS = "red blue green yellow black white brown grey".split()
 
 # thing: (material, where it is kept)

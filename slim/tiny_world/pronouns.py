@@ -1,8 +1,9 @@
-"""Pronouns to resolve: "Tom lent Ben the book because he had none. Who had none?" The cause decides, or the gender.
+"""Pronouns to resolve: "Tom lent Ben the book because he had none. Who had none?" The cause
+decides, or the gender.
 
-Every pattern has one reason that can only speak of the first person and one that can only speak of the second.
-A few neutral reasons fit both; they are used with a man and a woman, where the pronoun itself decides.
-"""
+Every pattern has one reason that can only speak of the first person and one that can only speak of
+the second. A few neutral reasons fit both; they are used with a man and a woman, where the pronoun
+itself decides."""
 
 from __future__ import annotations
 
@@ -30,7 +31,14 @@ PATTERNS = (
     ("{A} paid {B}", "had bought the {x}", "had sold the {x}"),
     ("{A} hid from {B}", "was afraid", "looked dangerous"),
 )
-NEUTRAL = ("was there", "had time", "was in the garden", "came by", "was in town that day", "had a day off")
+NEUTRAL = (
+    "was there",
+    "had time",
+    "was in the garden",
+    "came by",
+    "was in town that day",
+    "had a day off",
+)
 HOLDINGS = (
     "{A} had the {x} and {B} had the {y}.",
     "{A} took the {x}. {B} took the {y}.",
@@ -39,7 +47,8 @@ HOLDINGS = (
 
 
 def holding_scene(rng: random.Random) -> Scene:
-    """Who has what: nothing to resolve, only to look up in what was just said. Practice for the harder scenes."""
+    """Who has what: nothing to resolve, only to look up in what was just said. Practice for the
+    harder scenes."""
     names = rng.sample((*lex.WOMEN, *lex.MEN), 2)
     things = rng.sample(tuple(lex.THINGS), 2)
     asked = rng.randrange(2)
@@ -50,7 +59,8 @@ def holding_scene(rng: random.Random) -> Scene:
 
 
 def pronoun_scene(rng: random.Random) -> Scene:
-    """One scene with two people; with the same gender the cause decides alone, else the gender says it as well."""
+    """One scene with two people; with the same gender the cause decides alone, else the gender says
+    it as well."""
     number = rng.randrange(len(PATTERNS))
     event, *reasons = PATTERNS[number]
     first, second = rng.sample((*lex.WOMEN, *lex.MEN), 2)

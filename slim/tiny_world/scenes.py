@@ -1,4 +1,5 @@
-"""Scenes: short happenings whose meaning or outcome follows from rules; told as a story, asked as a question."""
+"""Scenes: short happenings whose meaning or outcome follows from rules; told as a story, asked as a
+question."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scene:
-    """``text`` tells it, ``question`` asks; ``answer`` and ``wrong`` are the choices, ``moral`` tells the rest.
+    """``text`` tells it, ``question`` asks; ``answer`` and ``wrong`` are the choices, ``moral``
+    tells the rest.
 
-    ``key`` names the combination (see ``slim.tiny_world.split``); ``kind`` the rule that decides; ``reply`` is the answer
-    as a whole sentence, for conversations.
-    """
+    ``key`` names the combination (see ``slim.tiny_world.split``); ``kind`` the rule that decides;
+    ``reply`` is the answer as a whole sentence, for conversations."""
 
     kind: str
     key: str

@@ -1,19 +1,22 @@
-"""Which combinations belong to which split: a fixed hash decides, so that no split can ever emit another's.
+"""Which combinations belong to which split: a fixed hash decides, so that no split can ever emit
+another's.
 
-Everything that is combined by chance (a fact and its wording, a scene's persons and things) has a key. Its bucket says
-who may use it; training never produces a combination of the held-out text, the tasks or the validation pairs.
-"""
+Everything that is combined by chance (a fact and its wording, a scene's persons and things) has a
+key. Its bucket says who may use it; training never produces a combination of the held-out text, the
+tasks or the validation pairs."""
 
 from __future__ import annotations
 
 import hashlib
 
 BUCKETS = 16
-RESERVED = {"tasks": 0, "heldout": 1, "calibration": 2, "validation": 3}  # all others belong to "train"
+# all others belong to "train"
+RESERVED = {"tasks": 0, "heldout": 1, "calibration": 2, "validation": 3}
 
 
 def bucket(key: str, buckets: int = BUCKETS) -> int:
-    """A number in [0, buckets) that depends on ``key`` alone, on every platform and in every process."""
+    """A number in [0, buckets) that depends on ``key`` alone, on every platform and in every
+    process."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % buckets
 
 

@@ -17,16 +17,20 @@ Question = dict[str, object]  # question: str, choices: list[str], answer: int, 
 
 
 def fact_questions(facts: tuple[Fact, ...], rng: random.Random) -> list[Question]:
-    """One question for each of 400 facts, in the one wording that training never uses for that fact."""
+    """One question for each of 400 facts, in the one wording that training never uses for that
+    fact."""
     items = []
     for fact in rng.sample(facts, QUESTIONS):
         values = [v for v in RELATIONS[fact.relation].values if v not in (fact.value, fact.subject)]
-        items.append((fact.relation, ask(fact, "tasks", rng), fact.value, tuple(rng.sample(values, 3))))
+        items.append(
+            (fact.relation, ask(fact, "tasks", rng), fact.value, tuple(rng.sample(values, 3)))
+        )
     return _place(items, 4, rng)
 
 
 def pronoun_questions(rng: random.Random) -> list[Question]:
-    """Both people named equally often as first and as second; combinations that training never shows."""
+    """Both people named equally often as first and as second; combinations that training never
+    shows."""
     scenes, wanted = [], Counter({0: QUESTIONS // 2, 1: QUESTIONS // 2})
     for scene in _scenes(pronoun_scene, rng):
         role = int(scene.text.index(scene.answer) > scene.text.index(scene.wrong[0]))
@@ -39,7 +43,8 @@ def pronoun_questions(rng: random.Random) -> list[Question]:
 
 
 def next_questions(rng: random.Random) -> list[Question]:
-    """What happens next: every kind of happening in its share, some about pairs of thing and event never trained on."""
+    """What happens next: every kind of happening in its share, some about pairs of thing and event
+    never trained on."""
     items = []
     for maker, (_, share) in HAPPENINGS.items():
         scenes = _scenes(maker, rng)
@@ -52,7 +57,9 @@ def _scenes(maker: Maker, rng: random.Random):
     while True:
         scene = maker(rng)
         fresh = (scene.text, scene.question) not in seen
-        if fresh and (allowed("tasks", scene.key) or (scene.kind == "transfer" and rng.random() < 0.05)):
+        if fresh and (
+            allowed("tasks", scene.key) or (scene.kind == "transfer" and rng.random() < 0.05)
+        ):
             seen.add((scene.text, scene.question))
             yield scene
 
@@ -61,7 +68,9 @@ def _item(scene: Scene) -> tuple[str, str, str, tuple[str, ...]]:
     return scene.kind, f"{scene.text} {scene.question}", scene.answer, scene.wrong
 
 
-def _place(items: list[tuple[str, str, str, tuple[str, ...]]], choices: int, rng: random.Random) -> list[Question]:
+def _place(
+    items: list[tuple[str, str, str, tuple[str, ...]]], choices: int, rng: random.Random
+) -> list[Question]:
     """Shuffle the questions and put each position's share of right answers there."""
     items = list(items)
     rng.shuffle(items)

@@ -1,4 +1,5 @@
-"""The world's tokenizer: byte-level BPE, trained on the world's own text, with the marks of its chat format."""
+"""The world's tokenizer: byte-level BPE, trained on the world's own text, with the marks of its
+chat format."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ MAX_LENGTH = 512
 
 
 def train_tokenizer(world: World, vocab_size: int = 1536, seed: int = 0) -> PreTrainedTokenizerFast:
-    """A tokenizer of ``vocab_size`` entries, trained on 6000 training documents; the same call gives the same one.
+    """A tokenizer of ``vocab_size`` entries, trained on 6000 training documents; the same call
+    gives the same one.
 
-    ``<|end|>`` is both the beginning and the end of a text, so the documents of a packed window need one mark between
-    them; ``<|pad|>`` pads. No mark is added by itself when encoding.
-    """
+    ``<|end|>`` is both the beginning and the end of a text, so the documents of a packed window
+    need one mark between them; ``<|pad|>`` pads. No mark is added by itself when encoding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -25,7 +25,8 @@ def capitalize(text: str) -> str:
 
 
 def state(fact: Fact, split: str, rng: random.Random, pronoun: bool = False) -> str | None:
-    """One sentence that says ``fact`` in a wording of this split; None where the split has no wording of it."""
+    """One sentence that says ``fact`` in a wording of this split; None where the split has no
+    wording of it."""
     choices = _statements(fact.key, len(RELATIONS[fact.relation].statements), split)
     if not choices:
         return None
@@ -36,7 +37,8 @@ def state(fact: Fact, split: str, rng: random.Random, pronoun: bool = False) -> 
 
 
 def ask(fact: Fact, split: str, rng: random.Random) -> str:
-    """A question for ``fact``'s value. One wording of each fact is kept for the tasks, one for held-out text."""
+    """A question for ``fact``'s value. One wording of each fact is kept for the tasks, one for
+    held-out text."""
     questions = RELATIONS[fact.relation].questions
     start = bucket(f"{fact.key}|question", len(questions))
     offsets = {"train": range(2, len(questions)), "tasks": (0,)}.get(split, (1,))
@@ -45,7 +47,8 @@ def ask(fact: Fact, split: str, rng: random.Random) -> str:
 
 @cache
 def _statements(key: str, templates: int, split: str) -> tuple[tuple[int, int], ...]:
-    """Pairs of template and lead. The plain first template belongs to training: conversations answer with it."""
+    """Pairs of template and lead. The plain first template belongs to training: conversations
+    answer with it."""
     pairs = [(template, lead) for template in range(templates) for lead in range(len(LEADS))][1:]
     chosen = [pair for pair in pairs if allowed(split, f"{key}|{pair[0]}|{pair[1]}")]
     return ((0, 0), *chosen) if split == "train" else tuple(chosen)

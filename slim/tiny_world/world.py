@@ -22,11 +22,11 @@ class World:
         self.facts = build_facts(seed)
 
     def documents(self, split: str = "train", seed: int = 0) -> Iterator[str]:
-        """Distinct documents of some 40 to 200 words: endless for "train", 500 for "heldout" and "calibration".
+        """Distinct documents of some 40 to 200 words: endless for "train", 500 for "heldout" and
+        "calibration".
 
-        A wording of a fact and a combination of persons and things in a scene belong to one split only.
-        Raises ValueError for another split.
-        """
+        A wording of a fact and a combination of persons and things in a scene belong to one split
+        only. Raises ValueError for another split."""
         writer = self._writer(split, seed, "documents", DOCUMENTS)
         return _distinct(writer.document, DOCUMENTS[split])
 
@@ -36,8 +36,11 @@ class World:
         return _distinct(writer.turn, CONVERSATIONS[split])
 
     def tasks(self) -> dict[str, list[Question]]:
-        """The three multiple-choice sets: tiny_facts (4 choices), tiny_pronouns (2), tiny_next (4)."""
-        rngs = (random.Random(f"{self.seed}/tasks/{name}") for name in ("facts", "pronouns", "next"))
+        """The three multiple-choice sets: tiny_facts (4 choices), tiny_pronouns (2), tiny_next
+        (4)."""
+        rngs = (
+            random.Random(f"{self.seed}/tasks/{name}") for name in ("facts", "pronouns", "next")
+        )
         facts, pronouns, happenings = rngs
         return {
             "tiny_facts": fact_questions(self.facts, facts),
@@ -47,7 +50,9 @@ class World:
 
     def _writer(self, split: str, seed: int, what: str, splits: dict[str, int | None]) -> Writer:
         if split not in splits:
-            raise ValueError(f"split {split!r} of {what} does not exist; there are {', '.join(splits)}")
+            raise ValueError(
+                f"split {split!r} of {what} does not exist; there are {', '.join(splits)}"
+            )
         return Writer(self.facts, split, random.Random(f"{self.seed}/{what}/{split}/{seed}"))
 
 

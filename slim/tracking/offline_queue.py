@@ -1,9 +1,10 @@
-"""What goes to MLflow, call by call; what a server does not take is kept in the store and sent by the next run.
+"""What goes to MLflow, call by call; what a server does not take is kept in the store and sent by
+the next run.
 
-``outbox/<name>/`` in the store holds ``calls.jsonl`` (a call per line, in order), ``state.json`` (how many were sent, and which
-run of the server stands for which run that began without one) and copies of files. Its writer holds a lock on it until its run
-ends; whoever tracks next into the same place sends it.
-"""
+``outbox/<name>/`` in the store holds ``calls.jsonl`` (a call per line, in order), ``state.json``
+(how many were sent, and which run of the server stands for which run that began without one) and
+copies of files. Its writer holds a lock on it until its run ends; whoever tracks next into the same
+place sends it."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def apply(client, call: str, arguments: dict, ids: dict[str, str]) -> str | None
 
 
 def open_experiment(client, name: str, place: str | None) -> str:
-    """Return the id of the experiment ``name``, made if it is not there, with its artifacts in ``place``."""
+    """Return the id of the experiment ``name``, made if it is not there, with its artifacts in
+    ``place``."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -60,7 +62,9 @@ def _log(client, run: str, params: dict, metrics: list, tags: dict) -> None:
 
     named = list(params.items())
     for start in range(0, len(named), PARAMS):
-        client.log_batch(run, params=[Param(name, value) for name, value in named[start : start + PARAMS]])
+        client.log_batch(
+            run, params=[Param(name, value) for name, value in named[start : start + PARAMS]]
+        )
     points = [Metric(name, float(value), at, step) for name, value, at, step in metrics]
     for start in range(0, len(points), BATCH):
         client.log_batch(run, metrics=points[start : start + BATCH])
@@ -109,7 +113,8 @@ class OfflineQueue:
 
 
 def send(root: Path, uri: str, client) -> None:
-    """Send what earlier runs had to keep for the place ``uri``, in the order in which they kept it, and say so."""
+    """Send what earlier runs had to keep for the place ``uri``, in the order in which they kept it,
+    and say so."""
     from filelock import FileLock, Timeout
 
     boxes = sorted((root / "outbox").glob("*/state.json"), key=lambda path: path.stat().st_mtime)
@@ -121,7 +126,9 @@ def send(root: Path, uri: str, client) -> None:
         except Timeout:  # its writer is still at it, or another process is sending it
             continue
     if sent:
-        console().print(f"Sent to {uri} what was kept while it did not answer: {sent} run(s).", highlight=False)
+        console().print(
+            f"Sent to {uri} what was kept while it did not answer: {sent} run(s).", highlight=False
+        )
 
 
 def _send_one(path: Path, uri: str, client) -> int:
@@ -131,7 +138,8 @@ def _send_one(path: Path, uri: str, client) -> int:
         return 0
     calls = path.parent / "calls.jsonl"
     text = calls.read_text(encoding="utf-8") if calls.exists() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()  # a process that was killed may have left half a line
+    # a process that was killed may have left half a line
+    whole = text[: text.rfind("\n") + 1].splitlines()
     for line in whole[state["sent"] :]:
         call, arguments = json.loads(line)
         run = apply(client, call, arguments, state["ids"])
@@ -146,8 +154,8 @@ def _send_one(path: Path, uri: str, client) -> int:
 class TrackingClient:
     """Everything that is told to MLflow goes through here.
 
-    root: the store. uri: database or server. patient: a server that is down does not keep the work from beginning.
-    """
+    root: the store. uri: database or server. patient: a server that is down does not keep the work
+    from beginning."""
 
     def __init__(self, root: Path, uri: str, patient: bool = False):
         from slim.core.errors import SlimError
@@ -171,7 +179,13 @@ class TrackingClient:
 
     def create_run(self, experiment: str, name: str | None, tags: dict[str, str]) -> str:
         place = None if self.remote else (self.root / "artifacts").as_uri()
-        arguments = {"experiment": experiment, "place": place, "name": name, "tags": tags, "time": now()}
+        arguments = {
+            "experiment": experiment,
+            "place": place,
+            "name": name,
+            "tags": tags,
+            "time": now(),
+        }
         return self._call("create_run", run=f"kept-{uuid.uuid4().hex[:12]}", **arguments)
 
     def log(self, run: str, params: dict[str, str], metrics: list, tags: dict[str, str]) -> None:
@@ -215,7 +229,8 @@ class TrackingClient:
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """Whether an error means that the server is not there, rather than that it refuses what it was told."""
+    """Whether an error means that the server is not there, rather than that it refuses what it was
+    told."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import ConnectionError, Timeout
 

@@ -1,7 +1,8 @@
-"""MLflow: one run for the experiment, a nested run per stage, with settings, figures, curves, plots and answers.
+"""MLflow: one run for the experiment, a nested run per stage, with settings, figures, curves, plots
+and answers.
 
-The default store is a SQLite file with an artifact folder beside it; any tracking server serves by its address.
-"""
+The default store is a SQLite file with an artifact folder beside it; any tracking server serves by
+its address."""
 
 from __future__ import annotations
 
@@ -30,17 +31,21 @@ if TYPE_CHECKING:
 UNTRACKED = re.compile(r"[^\w\-. :/]")  # characters that MLflow refuses in names
 VALUE_LIMIT = 6000  # the longest parameter value MLflow takes
 PAGE = 1000  # runs asked for at a time
-_clients: dict[str, MlflowClient] = {}  # by address: connecting checks the tables' schema, once per process is enough
+# by address: connecting checks the tables' schema, once per process is enough
+_clients: dict[str, MlflowClient] = {}
 
 
 class Tracker:
-    """Records one run of the pipeline. Use it as a context manager: it ends the run with the right status.
+    """Records one run of the pipeline. Use it as a context manager: it ends the run with the right
+    status.
 
     uri: address of a tracking server, or None for the SQLite file below ``root``.
-    experiment: name of the MLflow experiment. run_name: name of the run, or None for one that MLflow makes up.
-    tags: further tags of the run. parent: run that it belongs to. kind: what ``slim.kind`` calls it.
-    patient: begin even if the server is down, and keep everything for later (:mod:`slim.tracking.offline_queue`).
-    """
+    experiment: name of the MLflow experiment. run_name: name of the run, or None for one that
+        MLflow makes up.
+    tags: further tags of the run. parent: run that it belongs to. kind: what ``slim.kind`` calls
+        it.
+    patient: begin even if the server is down, and keep everything for later
+    (:mod:`slim.tracking.offline_queue`)."""
 
     def __init__(
         self,
@@ -63,7 +68,13 @@ class Tracker:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
+        status = (
+            "FINISHED"
+            if kind is None
+            else "KILLED"
+            if issubclass(kind, KeyboardInterrupt)
+            else "FAILED"
+        )
         self.end(status, {} if error is None else {"error": summary(error)})
 
     def end(self, status: str, tags: dict[str, str]) -> None:
@@ -79,7 +90,9 @@ class Tracker:
 
     def log_settings(self, config: dict, text: str, overrides: list[str]) -> None:
         """Record the resolved settings as parameters and as ``config.yaml``."""
-        self._log(self.run_id, flatten(config), {}, {"overrides": " ".join(overrides) or "(defaults)"})
+        self._log(
+            self.run_id, flatten(config), {}, {"overrides": " ".join(overrides) or "(defaults)"}
+        )
         self._tracking.text(self.run_id, text, "config.yaml")
 
     def log_result(self, result: Result, stage: Source | Stage, curves: list) -> None:
@@ -87,15 +100,26 @@ class Tracker:
         run_id = self._create_run(result.label, {PARENT: self.run_id, "slim.kind": "stage"})
         manifest = result.checkpoint.manifest
         settings = manifest.get("settings") or {"source": result.label}
-        facts = {name: value for name, value in result.facts.items() if isinstance(value, (int, float))}
+        facts = {
+            name: value for name, value in result.facts.items() if isinstance(value, (int, float))
+        }
         tags = {
             "hash": result.digest,
             "cached": str(result.cached).lower(),
             "folder": str(result.checkpoint.folder),
-            "lineage": " -> ".join(f"{step['label']} ({step['hash']})" for step in manifest.get("lineage", [])),
+            "lineage": " -> ".join(
+                f"{step['label']} ({step['hash']})" for step in manifest.get("lineage", [])
+            ),
         }
-        self._log(run_id, flatten(settings), {**facts, **result.metrics, "seconds": result.seconds}, tags)
-        self._tracking.log(run_id, {}, [[name, float(value), now(), int(step or 0)] for name, value, step in curves], {})
+        self._log(
+            run_id, flatten(settings), {**facts, **result.metrics, "seconds": result.seconds}, tags
+        )
+        self._tracking.log(
+            run_id,
+            {},
+            [[name, float(value), now(), int(step or 0)] for name, value, step in curves],
+            {},
+        )
         report = result.checkpoint.folder / REPORT
         if report.is_dir():
             self._tracking.files(run_id, report)
@@ -106,7 +130,9 @@ class Tracker:
             self._tracking.text(run_id, rows, f"records/{name}.jsonl")
         self._tracking.end(run_id, "FINISHED")
 
-    def log_summary(self, metrics: dict[str, float], files: dict[str, str], tags: dict[str, str] | None = None) -> None:
+    def log_summary(
+        self, metrics: dict[str, float], files: dict[str, str], tags: dict[str, str] | None = None
+    ) -> None:
         """Record the final figures and texts (file name -> content) of the whole run."""
         self._log(self.run_id, {}, metrics, tags or {})
         for name, text in files.items():
@@ -118,14 +144,25 @@ class Tracker:
 
     def _create_run(self, name: str | None, tags: dict[str, str]) -> str:
         described = {f"version.{package}": number for package, number in versions().items()}
-        tags = {**tags, **described, "git_commit": git_commit() or "unknown", "mlflow.source.name": "slim"}
+        tags = {
+            **tags,
+            **described,
+            "git_commit": git_commit() or "unknown",
+            "mlflow.source.name": "slim",
+        }
         return self._tracking.create_run(self._experiment, name, tags)
 
-    def _log(self, run_id: str, params: dict[str, str], metrics: dict[str, float], tags: dict[str, str]) -> None:
+    def _log(
+        self, run_id: str, params: dict[str, str], metrics: dict[str, float], tags: dict[str, str]
+    ) -> None:
         self._tracking.log(
             run_id,
             {name: value[:VALUE_LIMIT] for name, value in params.items()},
-            [[name, float(value), now(), 0] for name, value in metrics.items() if value is not None],
+            [
+                [name, float(value), now(), 0]
+                for name, value in metrics.items()
+                if value is not None
+            ],
             {name: value[:VALUE_LIMIT] for name, value in tags.items()},
         )
 
@@ -137,10 +174,17 @@ def summary(error: BaseException) -> str:
 
 
 def search_runs(client: MlflowClient, experiments: list[str], query: str = "") -> list[Run]:
-    """Return all runs of some experiments that ``query`` finds, the oldest first, however many pages they fill."""
+    """Return all runs of some experiments that ``query`` finds, the oldest first, however many
+    pages they fill."""
     runs, token = [], None
     while experiments:
-        page = client.search_runs(experiments, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=token)
+        page = client.search_runs(
+            experiments,
+            query,
+            max_results=PAGE,
+            order_by=["attributes.start_time"],
+            page_token=token,
+        )
         runs, token = [*runs, *page], page.token
         if not token:
             break
@@ -159,23 +203,36 @@ def tracking_uri(root: Path, uri: str | None) -> str:
 
 def ui_command(uri: str) -> str:
     """Return the one command that opens the browser's view of the runs."""
-    return uri if uri.startswith("http") else f"{sys.executable} -m mlflow ui --backend-store-uri {uri}"
+    return (
+        uri
+        if uri.startswith("http")
+        else f"{sys.executable} -m mlflow ui --backend-store-uri {uri}"
+    )
 
 
 def published_tag(config) -> dict[str, str]:
-    """Return the tag that names the studies' tables whose figures belong beside these, as a JSON list."""
+    """Return the tag that names the studies' tables whose figures belong beside these, as a JSON
+    list."""
     tables = config.tracking.get("published")
     return {"slim.published": json.dumps([str(table) for table in tables])} if tables else {}
 
 
 def record_files(records: dict) -> dict[str, str]:
-    """Return file name -> JSON Lines of what an evaluation measured question by question, window by window."""
-    parts = {**{name: rows for name, rows in records.items() if name != "tasks"}, **records.get("tasks", {})}
+    """Return file name -> JSON Lines of what an evaluation measured question by question, window by
+    window."""
+    parts = {
+        **{name: rows for name, rows in records.items() if name != "tasks"},
+        **records.get("tasks", {}),
+    }
     files = {}
     for name, rows in parts.items():
         if isinstance(rows, dict):  # columns
-            rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-        files[UNTRACKED.sub("_", name).replace("/", "_")] = "".join(json.dumps(row) + "\n" for row in rows)
+            rows = [
+                dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)
+            ]
+        files[UNTRACKED.sub("_", name).replace("/", "_")] = "".join(
+            json.dumps(row) + "\n" for row in rows
+        )
     return files
 
 
@@ -228,7 +285,8 @@ def _use_write_ahead_log(path: Path) -> None:
 
 
 def flatten(settings, prefix: str = "") -> dict[str, str]:
-    """Flatten nested settings to ``{"a.b": "value"}``; what is keyed by patterns, such as ``*.q_proj``, stays one value."""
+    """Flatten nested settings to ``{"a.b": "value"}``; what is keyed by patterns, such as
+    ``*.q_proj``, stays one value."""
     if not isinstance(settings, dict) or any(UNTRACKED.search(str(key)) for key in settings):
         return {prefix: str(settings)}
     flat = {}

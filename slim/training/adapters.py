@@ -1,12 +1,14 @@
-"""Low-rank adapters, through PEFT: ``W x`` becomes ``W x + s B A x`` with A (r x in), B (out x r) trained.
+"""Low-rank adapters, through PEFT: ``W x`` becomes ``W x + s B A x`` with A (r x in), B (out x r)
+trained.
 
-Hu et al., LoRA (arXiv:2106.09685): s = alpha / r. rsLoRA (Kalajdzievski, arXiv:2312.03732): s = alpha / sqrt(r), which keeps
-the size of the update for large r. DoRA (Liu et al., arXiv:2402.09353): rows of W + s B A are brought to a trained length m,
-``m (W + s B A) / |W + s B A|``. B starts at zero and m at the lengths of W, so the adapted model starts as the base.
+Hu et al., LoRA (arXiv:2106.09685): s = alpha / r. rsLoRA (Kalajdzievski, arXiv:2312.03732): s =
+alpha / sqrt(r), which keeps the size of the update for large r. DoRA (Liu et al.,
+arXiv:2402.09353): rows of W + s B A are brought to a trained length m, ``m (W + s B A) / |W + s B
+A|``. B starts at zero and m at the lengths of W, so the adapted model starts as the base.
 
-Afterwards the adapters are merged into the weights they were trained on; for a quantised base these are the dequantised
-ones. Whether that reproduces the adapted model, and changes the base at all, is measured.
-"""
+Afterwards the adapters are merged into the weights they were trained on; for a quantised base these
+are the dequantised ones. Whether that reproduces the adapted model, and changes the base at all, is
+measured."""
 
 from __future__ import annotations
 
@@ -31,11 +33,11 @@ def add_adapters(
     dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
 ) -> nn.Module:
-    """Return ``model`` wrapped by PEFT, all frozen but float32 adapters on the linear layers named ``targets``.
+    """Return ``model`` wrapped by PEFT, all frozen but float32 adapters on the linear layers named
+    ``targets``.
 
-    model: plain, or with packed layers of slim or of bitsandbytes. targets: whole names or their ends. rank_pattern:
-    regular expression for names -> rank there, PEFT's own.
-    """
+    model: plain, or with packed layers of slim or of bitsandbytes. targets: whole names or their
+    ends. rank_pattern: regular expression for names -> rank there, PEFT's own."""
     with quiet_peft():
         from peft import LoraConfig
 
@@ -47,7 +49,8 @@ def add_adapters(
 
 
 def wrap(model: nn.Module, config) -> nn.Module:
-    """Return ``model`` wrapped by PEFT with fresh adapters as ``config`` (a ``LoraConfig``) says."""
+    """Return ``model`` wrapped by PEFT with fresh adapters as ``config`` (a ``LoraConfig``)
+    says."""
     from peft import get_peft_model
 
     teach_packed_layers(config)
@@ -56,14 +59,16 @@ def wrap(model: nn.Module, config) -> nn.Module:
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module, probe: Tensor, dense: nn.Module | None = None) -> tuple[nn.Module, dict[str, float]]:
+def merge_adapters(
+    model: nn.Module, probe: Tensor, dense: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, float]]:
     """Fold the adapters into the weights and compare outputs before and after.
 
-    model: wrapped by PEFT. probe: int64 tokens of shape [rows, length]. dense: for a quantised model the plain model into
-    which to merge; its weights are overwritten by the dequantised ones of ``model``.
-    Returns the plain model and ``merge_error`` (largest difference of a logit between merged and trained model) and
-    ``adapter_effect`` (largest difference between merged model and base).
-    Raises ``SlimError`` if merging changed nothing, or something else than the adapters did.
+    model: wrapped by PEFT. probe: int64 tokens of shape [rows, length]. dense: for a quantised
+    model the plain model into which to merge; its weights are overwritten by the dequantised ones
+    of ``model``. Returns the plain model and ``merge_error`` (largest difference of a logit between
+    merged and trained model) and ``adapter_effect`` (largest difference between merged model and
+    base). Raises ``SlimError`` if merging changed nothing, or something else than the adapters did.
     """
     model.eval()
     trained = reference = logits(model, probe)
@@ -71,7 +76,8 @@ def merge_adapters(model: nn.Module, probe: Tensor, dense: nn.Module | None = No
         base = logits(model, probe)
     if dense is not None:
         model = on_dense_base(model, dense)
-        reference = logits(model, probe)  # apart from how a quantised layer multiplies, int8 rounds inputs too
+        # apart from how a quantised layer multiplies, int8 rounds inputs too
+        reference = logits(model, probe)
     plain = model.merge_and_unload(safe_merge=True)
     merged = logits(plain, probe)
     error, effect = largest(merged - reference), largest(merged - base)
@@ -90,7 +96,8 @@ def merge_adapters(model: nn.Module, probe: Tensor, dense: nn.Module | None = No
 
 @torch.no_grad()
 def adapter_effect(model: nn.Module, probe: Tensor) -> float:
-    """Return the largest difference of a logit that the adapters make. Raises ``SlimError`` if they make none."""
+    """Return the largest difference of a logit that the adapters make. Raises ``SlimError`` if they
+    make none."""
     model.eval()
     adapted = logits(model, probe)
     with model.disable_adapter():
@@ -104,7 +111,8 @@ def adapter_effect(model: nn.Module, probe: Tensor) -> float:
 
 
 def on_dense_base(model: nn.Module, dense: nn.Module) -> nn.Module:
-    """Return ``dense`` with the dequantised weights and, on top of them, the adapters of ``model``; see above."""
+    """Return ``dense`` with the dequantised weights and, on top of them, the adapters of ``model``;
+    see above."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     for name, module in model.get_base_model().named_modules():
@@ -119,7 +127,8 @@ def on_dense_base(model: nn.Module, dense: nn.Module) -> nn.Module:
 
 
 def dequantised(module: nn.Module) -> Tensor | None:
-    """Return the float32 weight [out, in] that a packed layer of slim or of bitsandbytes stands for; None for any other."""
+    """Return the float32 weight [out, in] that a packed layer of slim or of bitsandbytes stands
+    for; None for any other."""
     if isinstance(module, QuantLinear):
         return module.dense_weight()
     weight = module._parameters.get("weight")  # its own: adapters pass on that of the layer below
@@ -128,19 +137,22 @@ def dequantised(module: nn.Module) -> Tensor | None:
         from bitsandbytes.functional import dequantize_4bit
 
         state = weight.quant_state
-        computed, state.dtype = state.dtype, torch.float32  # else it rounds to the type layers multiply in
+        # else it rounds to the type layers multiply in
+        computed, state.dtype = state.dtype, torch.float32
         try:
             return dequantize_4bit(weight.data, state)
         finally:
             state.dtype = computed
     if kind == "Int8Params":
-        scale = module.state.SCB if module.state.SCB is not None else weight.SCB  # moved by the first forward
+        # moved by the first forward
+        scale = module.state.SCB if module.state.SCB is not None else weight.SCB
         return weight.data.float() * (scale.to(weight.device).float() / 127).unsqueeze(-1)
     return None
 
 
 def logits(model: nn.Module, probe: Tensor) -> Tensor:
-    """Return the model's outputs for tokens [rows, length] as float32 [rows, length, vocabulary]."""
+    """Return the model's outputs for tokens [rows, length] as float32 [rows, length,
+    vocabulary]."""
     return model(input_ids=probe, use_cache=False).logits.float()
 
 

@@ -10,7 +10,8 @@ from slim.data.packing import Windows
 
 
 def window_order(windows: int, needed: int, seed: int) -> torch.Tensor:
-    """Return ``needed`` indices: all windows in random order, again in another order, and so on; int64."""
+    """Return ``needed`` indices: all windows in random order, again in another order, and so on;
+    int64."""
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))]
     return torch.cat(passes)[:needed]
@@ -19,9 +20,9 @@ def window_order(windows: int, needed: int, seed: int) -> torch.Tensor:
 class MicroBatches(Dataset):
     """Micro-batches in the order of training: ``accumulation`` of them make an optimiser step.
 
-    Each holds ``tokens``, ``labels`` and, for packed examples, ``positions``, int64 of shape [rows, window],
-    ``windows``: the windows' numbers, int64 [rows], and ``loss_tokens``: how many tokens count in the *whole* step, so
-    that every token weighs the same whichever micro-batch it is in.
+    Each holds ``tokens``, ``labels`` and, for packed examples, ``positions``, int64 of shape [rows,
+    window], ``windows``: the windows' numbers, int64 [rows], and ``loss_tokens``: how many tokens
+    count in the *whole* step, so that every token weighs the same whichever micro-batch it is in.
     """
 
     def __init__(self, windows: Windows, order: torch.Tensor, rows: int, accumulation: int = 1):
@@ -58,7 +59,8 @@ def in_order(windows: Windows, rows: int) -> list[dict]:
 class WindowData(pl.LightningDataModule):
     """Hands out micro-batches (:class:`MicroBatches` or the like) in their order.
 
-    batches: a data set of whole micro-batches with an ``accumulation``: how many of them make an optimiser step.
+    batches: a data set of whole micro-batches with an ``accumulation``: how many of them make an
+        optimiser step.
     first: number of the micro-batch to begin with, where a training goes on.
     """
 
@@ -68,5 +70,6 @@ class WindowData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         order = range(self.first, len(self.batches))
-        # A generator of its own: the loader draws a number from it, and a training that goes on must draw as before.
+        # A generator of its own: the loader draws a number from it, and a training that goes on
+        # must draw as before.
         return DataLoader(self.batches, batch_size=None, sampler=order, generator=torch.Generator())

@@ -1,4 +1,5 @@
-"""What watches a training: the curve and the progress bar, and validation, which keeps the best state and may end it early."""
+"""What watches a training: the curve and the progress bar, and validation, which keeps the best
+state and may end it early."""
 
 from __future__ import annotations
 
@@ -24,9 +25,12 @@ FASTEST = 1e-9  # seconds: a clock that has not moved must not divide by zero
 class Outcome:
     """What a training gave.
 
-    train: records of step, loss, learning_rate, tokens_per_second. validation: step -> loss; step 0 is untouched.
-    best_step, best_state: where validation was best and the trained parameters there; 0 and None for untouched.
-    tokens, seconds: seen in training, validation apart, by all processes together. stopped: why it ended early.
+    train: records of step, loss, learning_rate, tokens_per_second. validation: step -> loss; step 0
+        is untouched.
+    best_step, best_state: where validation was best and the trained parameters there; 0 and None
+        for untouched.
+    tokens, seconds: seen in training, validation apart, by all processes together. stopped: why it
+        ended early.
     curves: all points in the order in which they were recorded, as (name, value, step).
     """
 
@@ -49,13 +53,23 @@ class Outcome:
 
     def state(self) -> dict:
         """Return all but the tensors as plain JSON values."""
-        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "best_state"}
+        plain = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name != "best_state"
+        }
         return {**plain, "validation": list(self.validation.items())}
 
     @classmethod
     def resumed(cls, state: dict, best_state: dict[str, Tensor] | None) -> Outcome:
         """Return the outcome so far from what :meth:`state` gave."""
-        return cls(**{**state, "validation": {step: loss for step, loss in state["validation"]}, "best_state": best_state})
+        return cls(
+            **{
+                **state,
+                "validation": {step: loss for step, loss in state["validation"]},
+                "best_state": best_state,
+            }
+        )
 
 
 @dataclass
@@ -88,7 +102,10 @@ class Report(pl.Callback):
         if (index + 1) % trainer.accumulate_grad_batches:
             return
         seen.losses.append(float(module.step_nll) / batch["loss_tokens"])
-        self.advance(1, f"loss {seen.losses[-1]:.3f}, {seen.tokens / max(seen.seconds, FASTEST):,.0f} tokens/s")
+        self.advance(
+            1,
+            f"loss {seen.losses[-1]:.3f}, {seen.tokens / max(seen.seconds, FASTEST):,.0f} tokens/s",
+        )
         if step % self.every == 0 or step == self.steps:
             self.record(step, trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -102,17 +119,25 @@ class Report(pl.Callback):
         self.outcome.tokens += seen.tokens
         self.outcome.seconds += seen.seconds
         loss, speed = sum(seen.losses) / len(seen.losses), seen.tokens / max(seen.seconds, FASTEST)
-        self.outcome.train.append({"step": step, "loss": loss, "learning_rate": rate, "tokens_per_second": speed})
-        for name, value in (("train_loss", loss), ("learning_rate", rate), ("tokens_per_second", speed)):
+        self.outcome.train.append(
+            {"step": step, "loss": loss, "learning_rate": rate, "tokens_per_second": speed}
+        )
+        for name, value in (
+            ("train_loss", loss),
+            ("learning_rate", rate),
+            ("tokens_per_second", speed),
+        ):
             self.metric(name, value, step)
 
 
 class Validation(pl.Callback):
-    """Measures the validation loss before training, every ``every`` steps and at the end; keeps the best state.
+    """Measures the validation loss before training, every ``every`` steps and at the end; keeps the
+    best state.
 
-    Only trained parameters are kept, on the CPU; for the untouched state nothing, because the source still has it.
-    patience: end the training after so many measurements in a row that were no better than the best; 0: never.
-    """
+    Only trained parameters are kept, on the CPU; for the untouched state nothing, because the
+    source still has it.
+    patience: end the training after so many measurements in a row that were no better than the
+    best; 0: never."""
 
     def __init__(
         self,

@@ -11,7 +11,8 @@ from slim.training.callbacks import Outcome
 
 
 def write_curves(outcome: Outcome, target: Path) -> None:
-    """Write ``loss.json`` and ``loss.png``: training and validation loss, learning rate and tokens per second by step."""
+    """Write ``loss.json`` and ``loss.png``: training and validation loss, learning rate and tokens
+    per second by step."""
     folder = target / REPORT
     folder.mkdir(exist_ok=True)
     validation = [{"step": step, "loss": loss} for step, loss in outcome.validation.items()]

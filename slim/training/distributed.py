@@ -1,4 +1,5 @@
-"""What several processes that train one model compute together: sums, shares of the data, sharded parameters."""
+"""What several processes that train one model compute together: sums, shares of the data, sharded
+parameters."""
 
 from __future__ import annotations
 
@@ -31,13 +32,15 @@ def rows_of(batch: dict) -> dict:
     if world_size() == 1:
         return batch
     cut = slice(rank(), None, world_size())
-    return {name: value[cut] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {
+        name: value[cut] if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def shares(batches: list[dict]) -> list[dict]:
-    """Return this process' share of the batches. All get equally many, since they call one another in each: the last may
-    have no tokens that count.
-    """
+    """Return this process' share of the batches. All get equally many, since they call one another
+    in each: the last may have no tokens that count."""
     from slim.data.packing import IGNORE
 
     count = -(-len(batches) // world_size())
@@ -47,7 +50,8 @@ def shares(batches: list[dict]) -> list[dict]:
 
 
 def mean_nll(module: nn.Module, batches: list[dict]) -> float:
-    """Return the mean negative log-likelihood per counted token, each process computing its share of ``batches``.
+    """Return the mean negative log-likelihood per counted token, each process computing its share
+    of ``batches``.
 
     module: as :class:`slim.training.module.LanguageModeling`, called with ``held_out=True``.
     """
@@ -56,7 +60,9 @@ def mean_nll(module: nn.Module, batches: list[dict]) -> float:
     training = module.model.training
     module.model.eval()
     with torch.no_grad():
-        found = summed_nll(lambda batch: module(batch, held_out=True), shares(batches), module.device)
+        found = summed_nll(
+            lambda batch: module(batch, held_out=True), shares(batches), module.device
+        )
     module.model.train(training)
     total, count = sum_over_processes(torch.tensor(found, dtype=torch.float64)).tolist()
     return total / count
@@ -66,11 +72,12 @@ def mean_nll(module: nn.Module, batches: list[dict]) -> float:
 
 
 def shard(module: nn.Module) -> None:
-    """Split the parameters of ``module`` over the processes of its ``device_mesh``: each block by itself, then the rest.
+    """Split the parameters of ``module`` over the processes of its ``device_mesh``: each block by
+    itself, then the rest.
 
-    module: a Lightning module. What lies outside blocks (embeddings, head, projectors) is one piece, whole during a forward
-    pass of ``module``, since a head may share the embeddings' weights and is called apart from the model.
-    """
+    module: a Lightning module. What lies outside blocks (embeddings, head, projectors) is one
+    piece, whole during a forward pass of ``module``, since a head may share the embeddings' weights
+    and is called apart from the model."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = module.device_mesh["data_parallel"]
@@ -86,7 +93,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """Return the tensor with all its parts, in float32 where DeepSpeed trains it so; all processes must ask."""
+    """Return the tensor with all its parts, in float32 where DeepSpeed trains it so; all processes
+    must ask."""
     if is_sharded(tensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
@@ -103,7 +111,9 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def copy_full(parameter: Tensor, value: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""One training: Lightning's loop with validation before, during and after; the best state is kept; it goes on if killed."""
+"""One training: Lightning's loop with validation before, during and after; the best state is kept;
+it goes on if killed."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from slim.training.strategies import AUTOCAST, trainer_settings
 class Loop:
     """How a training runs.
 
-    validate_every: steps. device: torch's name. precision: Lightning's. strategy: see ``strategies.py``.
+    validate_every: steps. device: torch's name. precision: Lightning's. strategy: see
+        ``strategies.py``.
     patience: end after so many validations in a row without a better one; 0: never.
     work: folder to save the state in, from time to time, and to go on from; None: nothing is saved.
     """
@@ -42,11 +44,16 @@ class Loop:
     work: Path | None = None
 
     def saved(self) -> SavedTraining | None:
-        """Return where the state is saved, with what it fits: DeepSpeed's is in pieces, one for each process."""
+        """Return where the state is saved, with what it fits: DeepSpeed's is in pieces, one for
+        each process."""
         if self.work is None:
             return None
         setting = {"device": self.device.split(":")[0], "precision": self.precision}
-        pieces = {"strategy": self.strategy, "processes": processes.world_size()} if self.strategy in DEEPSPEED else {}
+        pieces = (
+            {"strategy": self.strategy, "processes": processes.world_size()}
+            if self.strategy in DEEPSPEED
+            else {}
+        )
         return SavedTraining(self.work, {**setting, **pieces})
 
 
@@ -57,14 +64,18 @@ def autocast(device: str, precision: str) -> Callable[[], contextlib.AbstractCon
 
 
 def fit(
-    module: LanguageModeling, data: WindowData, validation: list[dict], loop: Loop, metric: Callable, advance: Callable
+    module: LanguageModeling,
+    data: WindowData,
+    validation: list[dict],
+    loop: Loop,
+    metric: Callable,
+    advance: Callable,
 ) -> Outcome:
     """Train ``module`` on ``data`` and return what happened; the model is left in its last state.
 
-    A training that was interrupted goes on from what ``loop.work`` holds of it, to the same weights as without.
-    A loss that is not finite ends the training; it is reported in ``Outcome.stopped``. Raises KeyboardInterrupt on
-    Ctrl-C.
-    """
+    A training that was interrupted goes on from what ``loop.work`` holds of it, to the same weights
+    as without. A loss that is not finite ends the training; it is reported in ``Outcome.stopped``.
+    Raises KeyboardInterrupt on Ctrl-C."""
     saved = loop.saved()
     record = saved.read() if saved else None
     outcome = resumed_outcome(record) if record else Outcome()
@@ -74,12 +85,14 @@ def fit(
     if record:
         replay(outcome, record["step"], metric, advance)
         data.first = record["step"] * data.batches.accumulation
-    # from_pretrained leaves the evaluation mode on and Lightning keeps what it finds: dropout and gradient
-    # checkpointing would silently be off.
+    # from_pretrained leaves the evaluation mode on and Lightning keeps what it finds: dropout and
+    # gradient checkpointing would silently be off.
     module.train()
     with quiet_lightning(), tempfile.TemporaryDirectory() as scratch:
         trainer = pl.Trainer(
-            **trainer_settings(loop.strategy, loop.device, loop.precision, module.optimisation.clip),
+            **trainer_settings(
+                loop.strategy, loop.device, loop.precision, module.optimisation.clip
+            ),
             max_epochs=1,
             max_steps=module.optimisation.steps,
             accumulate_grad_batches=data.batches.accumulation,
@@ -96,12 +109,19 @@ def fit(
                 trainer.fit(module, datamodule=data)
         except NotFinite as problem:
             outcome.stopped = str(problem)
-            console().print(f"[bold red]{problem}; training stopped, the best state before it is kept.")
+            console().print(
+                f"[bold red]{problem}; training stopped, the best state before it is kept."
+            )
     return outcome
 
 
 def watchers(
-    module: LanguageModeling, validation: list[dict], loop: Loop, outcome: Outcome, metric: Callable, advance: Callable
+    module: LanguageModeling,
+    validation: list[dict],
+    loop: Loop,
+    outcome: Outcome,
+    metric: Callable,
+    advance: Callable,
 ) -> list[pl.Callback]:
     """Return the callbacks that record and validate."""
 
@@ -118,7 +138,8 @@ def watchers(
 
 
 def replay(outcome: Outcome, step: int, metric: Callable, advance: Callable) -> None:
-    """Give the tracker and the progress bar what an interrupted training had recorded up to ``step``."""
+    """Give the tracker and the progress bar what an interrupted training had recorded up to
+    ``step``."""
     for point in outcome.curves:
         metric(*point)
     advance(step)
@@ -126,7 +147,8 @@ def replay(outcome: Outcome, step: int, metric: Callable, advance: Callable) -> 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt: Lightning turns it into ``sys.exit(1)`` and leaves the signal ignored."""
+    """Let Ctrl-C be a KeyboardInterrupt: Lightning turns it into ``sys.exit(1)`` and leaves the
+    signal ignored."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if main else None
     try:
@@ -143,15 +165,20 @@ def interruptible() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's tips, device tables and warnings about data loader workers."""
-    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    loggers = [
+        logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-            # a float16 training leaves out the first steps until the scale fits, and the schedule goes on
+            warnings.filterwarnings(
+                "ignore", category=FutureWarning, module=r"torch\.distributed\."
+            )
+            # a float16 training leaves out the first steps until the scale fits, and the schedule
+            # goes on
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             yield
     finally:

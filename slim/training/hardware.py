@@ -1,4 +1,5 @@
-"""The ``trainer`` group: on what and in which precision to train. Nothing here changes what is learnt but precision."""
+"""The ``trainer`` group: on what and in which precision to train. Nothing here changes what is
+learnt but precision."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ SPEED_ONLY = {"cache_key": False}
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 DEEPSPEED = ("deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload")
 STRATEGIES = ("auto", "ddp", "fsdp", *DEEPSPEED)
-SHARDED = ("fsdp", *DEEPSPEED)  # split or recast the model, so that it is loaded again when the training is over
+# split or recast the model, so that it is loaded again when the training is over
+SHARDED = ("fsdp", *DEEPSPEED)
 
 
 @dataclass
@@ -22,12 +24,12 @@ class Hardware:
     """Where and how the numbers are computed.
 
     accelerator: ``auto`` (the device of the run), ``cpu`` or ``gpu``.
-    precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` (the loss is scaled), or ``auto``: float32 on a CPU, bf16-mixed on a
-        GPU.
-    strategy: how the processes that torchrun started share the work, see ``strategies.py``; ``auto``: ``ddp`` where there
-        are several. There are as many devices as processes.
-    gradient_checkpointing: compute activations twice instead of keeping them; a third slower, far less memory.
-    """
+    precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` (the loss is scaled), or ``auto``: float32
+        on a CPU, bf16-mixed on a GPU.
+    strategy: how the processes that torchrun started share the work, see ``strategies.py``;
+        ``auto``: ``ddp`` where there are several. There are as many devices as processes.
+    gradient_checkpointing: compute activations twice instead of keeping them; a third slower, far
+    less memory."""
 
     cache_name: ClassVar[str] = "Hardware"
 
@@ -42,10 +44,13 @@ class Hardware:
         require_choice("trainer.strategy", self.strategy, STRATEGIES)
         require_flag("trainer.gradient_checkpointing", self.gradient_checkpointing)
         if self.strategy == "fsdp" and self.precision == "16-mixed":
-            raise SlimError("trainer.strategy=fsdp does not scale losses. Use trainer.precision=bf16-mixed or 32-true with it.")
+            raise SlimError(
+                "trainer.strategy=fsdp does not scale losses. Use trainer.precision=bf16-mixed or 32-true with it."
+            )
 
     def check(self, rows: int, setting: str = "tuner.batch_tokens") -> None:
-        """Raise ``SlimError`` where the strategy lacks a package or processes, or they cannot share ``rows`` windows."""
+        """Raise ``SlimError`` where the strategy lacks a package or processes, or they cannot share
+        ``rows`` windows."""
         if self.strategy in DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
             raise SlimError(
                 f"trainer.strategy={self.strategy} needs DeepSpeed. Install it: pip install 'slim[deepspeed]', "
@@ -63,13 +68,16 @@ class Hardware:
             )
 
     def device(self, offered: str) -> str:
-        """Return the torch device to train on, given the device of the run. Raises ``SlimError`` without a GPU."""
+        """Return the torch device to train on, given the device of the run. Raises ``SlimError``
+        without a GPU."""
         if self.accelerator == "cpu" or (self.accelerator == "auto" and offered == "cpu"):
             return "cpu"
         import torch
 
         if self.accelerator == "gpu" and not torch.cuda.is_available():
-            raise SlimError("trainer.accelerator=gpu: torch sees no GPU. Use trainer.accelerator=cpu or auto.")
+            raise SlimError(
+                "trainer.accelerator=gpu: torch sees no GPU. Use trainer.accelerator=cpu or auto."
+            )
         if processes.world_size() == 1:
             return "cuda"
         if processes.local_world_size() > torch.cuda.device_count():

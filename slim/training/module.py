@@ -1,4 +1,5 @@
-"""The training objective: a causal language model's negative log-likelihood of the tokens that count."""
+"""The training objective: a causal language model's negative log-likelihood of the tokens that
+count."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class NotFinite(ArithmeticError):
 class Optimization:
     """An optimiser (``optimizers.py``) and its schedule.
 
-    warmup: in steps. floor: factor on the learning rate at the end. betas: decay of the two moments.
+    warmup: in steps. floor: factor on the learning rate at the end. betas: decay of the two
+        moments.
     clip: largest norm of the gradient over all parameters; 0 for no limit.
     """
 
@@ -43,14 +45,15 @@ class Optimization:
 class LanguageModeling(pl.LightningModule):
     """Trains the parameters of ``model`` that require gradients to predict the tokens with labels.
 
-    model: a causal language model of transformers, plain or wrapped by PEFT. optimisation: None to evaluate only.
-    """
+    model: a causal language model of transformers, plain or wrapped by PEFT. optimisation: None to
+    evaluate only."""
 
     def __init__(self, model: nn.Module, optimisation: Optimization | None = None):
         super().__init__()
         self.model = model
         self.optimisation = optimisation
-        self.step_nll = 0.0  # summed over the micro-batches of the current step and over the processes
+        # summed over the micro-batches of the current step and over the processes
+        self.step_nll = 0.0
 
     def nll(self, batch: dict) -> Tensor:
         """Return the summed negative log-likelihood, in nats, of the tokens with labels."""
@@ -61,7 +64,8 @@ class LanguageModeling(pl.LightningModule):
         return self.nll(batch)
 
     def forward(self, batch: dict, held_out: bool = False) -> Tensor:
-        """Return what is minimised, or, for validation, the negative log-likelihood; both summed over tokens."""
+        """Return what is minimised, or, for validation, the negative log-likelihood; both summed
+        over tokens."""
         return self.nll(batch) if held_out else self.total(batch)
 
     def configure_model(self) -> None:
@@ -74,20 +78,26 @@ class LanguageModeling(pl.LightningModule):
         total = self(distributed.rows_of(batch))
         everywhere = distributed.sum_over_processes(total.detach())
         if not torch.isfinite(everywhere):
-            raise NotFinite(f"The loss is {everywhere.item()} at step {self.trainer.global_step + 1}{where(batch)}")
+            raise NotFinite(
+                f"The loss is {everywhere.item()} at step {self.trainer.global_step + 1}{where(batch)}"
+            )
         self.step_nll = everywhere + (0 if index % parts == 0 else self.step_nll)
-        # Lightning divides by the number of micro-batches, DeepSpeed does so again, and gradients are averaged over processes;
-        # here the step's number of tokens is the only denominator.
+        # Lightning divides by the number of micro-batches, DeepSpeed does so again, and gradients
+        # are averaged over processes; here the step's number of tokens is the only denominator.
         divided = parts**2 if self.trainer.strategy.handles_gradient_accumulation else parts
         return total * (divided * processes.world_size() / batch["loss_tokens"])
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
         """Clip here, since Lightning refuses to together with a fused optimiser in mixed precision.
 
         gradient_clip_val: given where DeepSpeed clips, which alone has the whole gradient then.
         """
         if self.optimisation.clip and not gradient_clip_val:
-            trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            trained = (
+                parameter for group in optimizer.param_groups for parameter in group["params"]
+            )
             nn.utils.clip_grad_norm_(trained, self.optimisation.clip)
 
     def parameter_groups(self) -> list[dict]:
@@ -100,9 +110,13 @@ class LanguageModeling(pl.LightningModule):
         if self.trainer.precision == SCALED:
             unfused(optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, o.steps, o.schedule, o.warmup, o.floor)
+            optimizer,
+            lambda step: learning_rate_factor(step, o.steps, o.schedule, o.warmup, o.floor),
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def where(batch: dict) -> str:
@@ -113,7 +127,8 @@ def where(batch: dict) -> str:
 
 
 def unfused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Let the scaler of a float16 training undo its scale before gradients are clipped: a fused step does so inside."""
+    """Let the scaler of a float16 training undo its scale before gradients are clipped: a fused
+    step does so inside."""
     for group in optimizer.param_groups:
         if group.get("fused"):
             group["fused"] = False
@@ -126,5 +141,8 @@ def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: f
     trained = [parameter for _, parameter in parameters if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]

@@ -1,9 +1,13 @@
-"""Optimisers by name: torch's own, and those of bitsandbytes that keep their moments in 8 bits or in paged memory.
+"""Optimisers by name: torch's own, and those of bitsandbytes that keep their moments in 8 bits or
+in paged memory.
 
-- ``adamw``: Loshchilov and Hutter, arXiv:1711.05101. ``sgd``: with the first of ``betas`` as Nesterov's momentum.
-- ``adamw8bit``: both moments in 8 bits, 256 numbers sharing a scale (Dettmers et al., arXiv:2110.02861): 2 bytes per
+- ``adamw``: Loshchilov and Hutter, arXiv:1711.05101. ``sgd``: with the first of ``betas`` as
+Nesterov's momentum.
+- ``adamw8bit``: both moments in 8 bits, 256 numbers sharing a scale (Dettmers et al.,
+arXiv:2110.02861): 2 bytes per
   parameter in place of 8. Tensors below 4096 numbers keep 32 bits.
-- ``paged_adamw``, ``paged_adamw8bit``: moments in memory that CUDA moves to the host while it is short (QLoRA,
+- ``paged_adamw``, ``paged_adamw8bit``: moments in memory that CUDA moves to the host while it is
+short (QLoRA,
   arXiv:2305.14314, section 3). These need a GPU; the 8-bit one without pages runs on a CPU too.
 
 Names are checked without torch; :func:`build` imports it.
@@ -34,7 +38,9 @@ def require_optimizer(name: str, setting: str) -> None:
     """Raise ``SlimError`` if the package of an optimiser in ``OPTIMIZERS`` is missing."""
     package = OPTIMIZERS[name][0].split(".")[0]
     if importlib.util.find_spec(package) is None:
-        raise SlimError(f"{setting}={name} needs the package {package}. Install it: pip install {package}, or use adamw.")
+        raise SlimError(
+            f"{setting}={name} needs the package {package}. Install it: pip install {package}, or use adamw."
+        )
 
 
 def require_device(name: str, setting: str, device: str) -> None:
@@ -46,13 +52,17 @@ def require_device(name: str, setting: str, device: str) -> None:
         )
 
 
-def build(name: str, groups: list[dict], learning_rate: float, betas: tuple[float, float]) -> Optimizer:
-    """Return the optimiser ``name`` over parameter groups (each with ``params`` and ``weight_decay``)."""
+def build(
+    name: str, groups: list[dict], learning_rate: float, betas: tuple[float, float]
+) -> Optimizer:
+    """Return the optimiser ``name`` over parameter groups (each with ``params`` and
+    ``weight_decay``)."""
     module, kind, _ = OPTIMIZERS[name]
     if module.startswith("bitsandbytes"):
         import logging
 
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains about kernels that are not needed here
+        # it complains about kernels that are not needed here
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     make = getattr(importlib.import_module(module), kind)
     if name == "sgd":
         return make(groups, lr=learning_rate, momentum=betas[0], nesterov=betas[0] > 0)

@@ -1,10 +1,14 @@
-"""QLoRA: adapters trained on a base that is held in 4 or 8 bits (Dettmers et al., arXiv:2305.14314).
+"""QLoRA: adapters trained on a base that is held in 4 or 8 bits (Dettmers et al.,
+arXiv:2305.14314).
 
-The base is quantised by bitsandbytes first, block by block, as ``quant=nf4`` or ``quant=int8`` would, so the plain model
-is never in memory while training. Afterwards there are two honest results:
+The base is quantised by bitsandbytes first, block by block, as ``quant=nf4`` or ``quant=int8``
+would, so the plain model is never in memory while training. Afterwards there are two honest
+results:
 
-- ``merge=true``: dequantised base + s B A, a plain model. The adapters were trained on the quantised base; added to the
-  original weights, or quantised again together with these, they would give models that nobody trained.
+- ``merge=true``: dequantised base + s B A, a plain model. The adapters were trained on the
+quantised base; added to the
+  original weights, or quantised again together with these, they would give models that nobody
+  trained.
 - ``merge=false``: the quantised base with the adapters beside it.
 
 The quantised base is worse than the source. So a merged result has to beat the *source* to be kept.
@@ -45,8 +49,8 @@ BASE = "base"  # folder of the quantised base in the work folder
 class QLora(Lora):
     """Low-rank adapters on a quantised base.
 
-    base_quant: how the base is held: ``nf4`` or ``int8``. double_quant: of nf4: quantise the scales too.
-    """
+    base_quant: how the base is held: ``nf4`` or ``int8``. double_quant: of nf4: quantise the scales
+    too."""
 
     cache_name: ClassVar[str] = "QLora"
 
@@ -78,14 +82,16 @@ class QLora(Lora):
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         packed = super().peak_bytes(self.quantizer.output_spec(spec), device)
-        dense = spec.weight_bytes("float32" if device == "cpu" else None)  # while merging, beside the packed base
+        # while merging, beside the packed base
+        dense = spec.weight_bytes("float32" if device == "cpu" else None)
         merging = self.quantizer.output_spec(spec).weight_bytes() + dense if self.merge else 0
         return max(self.quantizer.peak_bytes(spec, device), packed, merging)
 
     # The work
 
     def trained_on(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
-        """Quantise the source into the work folder, once for all processes and for a training that goes on."""
+        """Quantise the source into the work folder, once for all processes and for a training that
+        goes on."""
         folder = context.work / BASE
         if processes.is_main_process() and not folder.is_dir():
             partial = folder.with_name(BASE + ".partial")

@@ -1,10 +1,11 @@
-"""Going on with a training that was interrupted: what is saved of it, by time, and how it is taken up.
+"""Going on with a training that was interrupted: what is saved of it, by time, and how it is taken
+up.
 
-Saved are the parameters that train, the optimiser's and the schedule's state, the random generator's, the best state so far
-and the curves. Data needs nothing but the number of the step: micro-batches have a fixed order. Tensors are a safetensors
-file and the rest is JSON, written last and renamed into place, so that a killed process leaves the old or the new state.
-Under DeepSpeed every process also has a file of its own, with its part of the optimiser.
-"""
+Saved are the parameters that train, the optimiser's and the schedule's state, the random
+generator's, the best state so far and the curves. Data needs nothing but the number of the step:
+micro-batches have a fixed order. Tensors are a safetensors file and the rest is JSON, written last
+and renamed into place, so that a killed process leaves the old or the new state. Under DeepSpeed
+every process also has a file of its own, with its part of the optimiser."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ SHARE = 0.05  # of the time may go into saving, at most
 
 
 class SavedTraining:
-    """The saved state of one training in ``folder``. setting: what must be the same for the results to be the same."""
+    """The saved state of one training in ``folder``. setting: what must be the same for the results
+    to be the same."""
 
     def __init__(self, folder: Path, setting: dict):
         self.folder = folder
@@ -39,7 +41,8 @@ class SavedTraining:
         return self.folder / "training.json"
 
     def read(self) -> dict | None:
-        """Return the saved record with its tensors, or None where there is none that can be used here."""
+        """Return the saved record with its tensors, or None where there is none that can be used
+        here."""
         if not self._record.is_file():
             return None
         record = json.loads(self._record.read_text(encoding="utf-8"))
@@ -54,7 +57,8 @@ class SavedTraining:
         return self.folder / f"step-{step}.part-{processes.rank()}.training"
 
     def write(self, record: dict, tensors: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
-        """Replace what is saved, at once or not at all. mine: tensors that every process has of its own; all call this."""
+        """Replace what is saved, at once or not at all. mine: tensors that every process has of its
+        own; all call this."""
         from slim.core.io import save_tensors
 
         if mine:
@@ -76,7 +80,8 @@ class SavedTraining:
 
 
 class StateSaver(pl.Callback):
-    """Saves the state of a training from time to time, and puts back what was saved. The last of the callbacks.
+    """Saves the state of a training from time to time, and puts back what was saved. The last of
+    the callbacks.
 
     record: what :meth:`SavedTraining.read` found, or None.
     """
@@ -89,8 +94,13 @@ class StateSaver(pl.Callback):
     def on_train_start(self, trainer, module) -> None:
         if self.record is None:
             return
-        step, self.record = self.record["step"], restore_training(self.record, trainer, module, self.report)
-        console().print(f"Going on behind step {step}, where an earlier run was interrupted.", highlight=False)
+        step, self.record = (
+            self.record["step"],
+            restore_training(self.record, trainer, module, self.report),
+        )
+        console().print(
+            f"Going on behind step {step}, where an earlier run was interrupted.", highlight=False
+        )
         self.last = time.monotonic()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
@@ -103,18 +113,22 @@ class StateSaver(pl.Callback):
         self.wait = max(SAVE_SECONDS, (self.last - begin) / SHARE)
 
     def due(self) -> bool:
-        """Whether it is time to save: one process decides, since sharded states are gathered by all."""
+        """Whether it is time to save: one process decides, since sharded states are gathered by
+        all."""
         return processes.broadcast_flag(time.monotonic() - self.last >= self.wait)
 
 
 # The state
 
 
-def training_state(trainer, module, report: Report, outcome: Outcome) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """Return what is needed to go on behind the current step: plain JSON values, and tensors on the CPU by name.
+def training_state(
+    trainer, module, report: Report, outcome: Outcome
+) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """Return what is needed to go on behind the current step: plain JSON values, and tensors on the
+    CPU by name.
 
-    The last is what other processes have otherwise: their part of parameters and optimiser under DeepSpeed, else nothing.
-    """
+    The last is what other processes have otherwise: their part of parameters and optimiser under
+    DeepSpeed, else nothing."""
     optimizer, mine, tensors = trainer.optimizers[0], {}, {}
     if is_partitioned(optimizer):
         state, flat = own_state(optimizer)
@@ -135,21 +149,28 @@ def training_state(trainer, module, report: Report, outcome: Outcome) -> tuple[d
         "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
         "scaler": trainer.strategy.precision_plugin.state_dict(),
     }
-    contiguous = [{name: value.contiguous() for name, value in part.items()} for part in (tensors, mine)]
+    contiguous = [
+        {name: value.contiguous() for name, value in part.items()} for part in (tensors, mine)
+    ]
     return record, *contiguous
 
 
 def optimiser_state(state: dict) -> tuple[dict, dict[str, Tensor]]:
-    """Return the groups and whatever is no tensor as JSON values, and the tensors by ``optimizer.<parameter>.<name>``.
+    """Return the groups and whatever is no tensor as JSON values, and the tensors by
+    ``optimizer.<parameter>.<name>``.
 
     state: a state dictionary of torch's.
     """
     plain: dict[str, dict] = {}
     tensors: dict[str, Tensor] = {}
     for number, values in state["state"].items():
-        plain[str(number)] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        plain[str(number)] = {
+            name: value for name, value in values.items() if not isinstance(value, Tensor)
+        }
         tensors |= {
-            f"optimiser.{number}.{name}": distributed.gather_full(value).detach().to("cpu", copy=True)
+            f"optimiser.{number}.{name}": distributed.gather_full(value)
+            .detach()
+            .to("cpu", copy=True)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
@@ -158,7 +179,11 @@ def optimiser_state(state: dict) -> tuple[dict, dict[str, Tensor]]:
 
 def resumed_outcome(record: dict) -> Outcome:
     """Return what the interrupted training had given so far."""
-    best = {name.removeprefix("best."): value for name, value in record["tensors"].items() if name.startswith("best.")}
+    best = {
+        name.removeprefix("best."): value
+        for name, value in record["tensors"].items()
+        if name.startswith("best.")
+    }
     return Outcome.resumed(record["outcome"], best or None)
 
 
@@ -174,30 +199,45 @@ def restore_training(record: dict, trainer, module: nn.Module, report: Report) -
     trainer.lr_scheduler_configs[0].scheduler.load_state_dict(record["schedule"])
     trainer.strategy.precision_plugin.load_state_dict(record["scaler"])
     report.seen = Record(**record["seen"])
-    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    progress = (
+        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    )
     progress.ready = progress.completed = step  # what Lightning calls the global step
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and module.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], module.device)
 
 
-def restore_optimiser(optimizer: torch.optim.Optimizer, plain: dict, tensors: dict[str, Tensor]) -> None:
-    """Put back what :func:`optimiser_state` gave; JSON has made lists of tuples and texts of numbers."""
+def restore_optimiser(
+    optimizer: torch.optim.Optimizer, plain: dict, tensors: dict[str, Tensor]
+) -> None:
+    """Put back what :func:`optimiser_state` gave; JSON has made lists of tuples and texts of
+    numbers."""
     parts = is_partitioned(optimizer)
     inner = optimizer.optimizer if parts else optimizer
-    state: dict[int, dict] = {int(number): dict(values) for number, values in plain["state"].items()}
+    state: dict[int, dict] = {
+        int(number): dict(values) for number, values in plain["state"].items()
+    }
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         if name.startswith("optimiser."):
             _, number, key = name.split(".", 2)
-            state[int(number)][key] = value if parts else distributed.shard_like(value, parameters[int(number)])
+            state[int(number)][key] = (
+                value if parts else distributed.shard_like(value, parameters[int(number)])
+            )
     groups = [
-        {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in saved.items()}
+        {
+            key: tuple(value) if isinstance(own.get(key), tuple) else value
+            for key, value in saved.items()
+        }
         for own, saved in zip(inner.param_groups, plain["groups"], strict=True)
     ]
     moments = {"state": state, "param_groups": groups}
     if parts:
-        flat = [tensors[f"flat.{number}"] for number in range(sum(name.startswith("flat.") for name in tensors))]
+        flat = [
+            tensors[f"flat.{number}"]
+            for number in range(sum(name.startswith("flat.") for name in tensors))
+        ]
         restore_own_state(optimizer, moments, flat)
     else:
         optimizer.load_state_dict(moments)

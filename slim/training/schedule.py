@@ -7,12 +7,15 @@ import math
 SCHEDULES = ("cosine", "linear", "constant")
 
 
-def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int, floor: float = 0.0) -> float:
-    """Return the factor on the learning rate for the optimiser step ``step`` (0 is the first) of ``steps``.
+def learning_rate_factor(
+    step: int, steps: int, schedule: str, warmup: int, floor: float = 0.0
+) -> float:
+    """Return the factor on the learning rate for the optimiser step ``step`` (0 is the first) of
+    ``steps``.
 
     warmup: steps over which it rises linearly to 1, reached at step ``warmup - 1``.
-    floor: factor at the end of the decay (cosine: Loshchilov and Hutter, arXiv:1608.03983, eq. 5, one period).
-    """
+    floor: factor at the end of the decay (cosine: Loshchilov and Hutter, arXiv:1608.03983, eq. 5,
+    one period)."""
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":

@@ -1,10 +1,11 @@
-"""How several processes share a training: Lightning's strategies, by the names of the trainer's settings.
+"""How several processes share a training: Lightning's strategies, by the names of the trainer's
+settings.
 
-``ddp``: every process has the whole model, gradients are averaged. ``fsdp``: parameters, gradients and the optimiser's state
-are split over the processes, block by block (Zhao et al., arXiv:2304.11277). ``deepspeed_zero2`` splits gradients and
-optimiser, ``deepspeed_zero3`` the parameters too, a teacher's included, and ``_offload`` keeps them in the host's memory
-(Rajbhandari et al., arXiv:1910.02054; Ren et al., arXiv:2101.06840).
-"""
+``ddp``: every process has the whole model, gradients are averaged. ``fsdp``: parameters, gradients
+and the optimiser's state are split over the processes, block by block (Zhao et al.,
+arXiv:2304.11277). ``deepspeed_zero2`` splits gradients and optimiser, ``deepspeed_zero3`` the
+parameters too, a teacher's included, and ``_offload`` keeps them in the host's memory (Rajbhandari
+et al., arXiv:1910.02054; Ren et al., arXiv:2101.06840)."""
 
 from __future__ import annotations
 
@@ -17,22 +18,29 @@ from slim.training.hardware import DEEPSPEED
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
 
-def trainer_settings(strategy: str, device: str, precision: str, clip: float = 0.0) -> dict[str, Any]:
+def trainer_settings(
+    strategy: str, device: str, precision: str, clip: float = 0.0
+) -> dict[str, Any]:
     """Return the arguments of ``pl.Trainer`` that say where and how to compute.
 
-    strategy: as :meth:`slim.training.hardware.Hardware.resolved_strategy` gives it. clip: largest norm of the gradient.
-    """
+    strategy: as :meth:`slim.training.hardware.Hardware.resolved_strategy` gives it. clip: largest
+    norm of the gradient."""
     on_gpu = device.startswith("cuda")
     where = {"accelerator": "gpu" if on_gpu else "cpu", **precision_settings(precision, on_gpu)}
     if strategy == "auto":
         return {**where, "devices": 1}
     machines = processes.world_size() // processes.local_world_size()
-    where |= {"devices": processes.local_world_size(), "num_nodes": machines, "strategy": build(strategy, on_gpu)}
+    where |= {
+        "devices": processes.local_world_size(),
+        "num_nodes": machines,
+        "strategy": build(strategy, on_gpu),
+    }
     return where | ({"gradient_clip_val": clip or None} if strategy in DEEPSPEED else {})
 
 
 def precision_settings(precision: str, on_gpu: bool) -> dict[str, Any]:
-    """Return the arguments that set the precision; given its name, Lightning would replace float16 on a CPU."""
+    """Return the arguments that set the precision; given its name, Lightning would replace float16
+    on a CPU."""
     if precision == "16-mixed" and not on_gpu:
         from lightning.pytorch.plugins import MixedPrecision
 
@@ -48,18 +56,28 @@ def build(strategy: str, on_gpu: bool):
         return DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo")
     if strategy == "fsdp":
         # "auto" would mean tensor parallelism, for which the model's layers are not prepared.
-        return ModelParallelStrategy(data_parallel_size=processes.world_size(), tensor_parallel_size=1)
+        return ModelParallelStrategy(
+            data_parallel_size=processes.world_size(), tensor_parallel_size=1
+        )
     return deepspeed_strategy(strategy, on_gpu)
 
 
 def deepspeed_strategy(name: str, on_gpu: bool):
-    """Return Lightning's DeepSpeed strategy for ``name``; on a CPU one that runs under gloo, for trying things out."""
+    """Return Lightning's DeepSpeed strategy for ``name``; on a CPU one that runs under gloo, for
+    trying things out."""
     prepare_deepspeed(on_gpu)
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
-    zero = {"stage": 3 if "zero3" in name else 2, "contiguous_gradients": on_gpu, "overlap_comm": on_gpu}
+    zero = {
+        "stage": 3 if "zero3" in name else 2,
+        "contiguous_gradients": on_gpu,
+        "overlap_comm": on_gpu,
+    }
     if name.endswith("_offload"):
-        zero |= {place: {"device": "cpu", "pin_memory": on_gpu} for place in ("offload_optimizer", "offload_param")}
+        zero |= {
+            place: {"device": "cpu", "pin_memory": on_gpu}
+            for place in ("offload_optimizer", "offload_param")
+        }
     config = {
         "train_micro_batch_size_per_gpu": 1,  # for its own statistics only
         "zero_allow_untested_optimizer": True,

@@ -1,4 +1,5 @@
-"""What a tuner teaches a model: the windows to train and to validate on, and what is minimised on them."""
+"""What a tuner teaches a model: the windows to train and to validate on, and what is minimised on
+them."""
 
 from __future__ import annotations
 
@@ -25,20 +26,28 @@ class Task:
     """
 
     def __init__(self, tuner: Tuner, checkpoint: Checkpoint, device: str, precision: str):
-        self.tuner, self.checkpoint, self.device, self.precision = tuner, checkpoint, device, precision
+        self.tuner, self.checkpoint, self.device, self.precision = (
+            tuner,
+            checkpoint,
+            device,
+            precision,
+        )
         self.tokenizer = load_tokenizer(checkpoint.folder)
         self.training = self.read_training()
         self.validation = self.read_validation()
         self.held_out = in_order(self.validation, tuner.rows)
 
     def read_training(self) -> Windows:
-        """Return the windows to train on: as many as the steps need, or all where epochs are counted."""
+        """Return the windows to train on: as many as the steps need, or all where epochs are
+        counted."""
         needed = None if self.tuner.steps is None else self.tuner.steps * self.tuner.batch_tokens
         return self.tuner.data.windows(TRAIN, self.tokenizer, self.tuner.window, needed)
 
     def read_validation(self) -> Windows:
         """Return the windows that decide which state is the best."""
-        return self.tuner.data.windows(VALIDATION, self.tokenizer, self.tuner.window, self.tuner.validation_tokens)
+        return self.tuner.data.windows(
+            VALIDATION, self.tokenizer, self.tuner.window, self.tuner.validation_tokens
+        )
 
     @property
     def epoch_steps(self) -> float:

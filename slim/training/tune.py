@@ -1,4 +1,5 @@
-"""Tuning: train a checkpoint further, by low-rank adapters that are then merged, or all of its weights."""
+"""Tuning: train a checkpoint further, by low-rank adapters that are then merged, or all of its
+weights."""
 
 from __future__ import annotations
 
@@ -31,15 +32,17 @@ else:
 
 @dataclass
 class Lora(Tuner):
-    """Low-rank adapters on linear layers of the blocks, merged afterwards (Hu et al., arXiv:2106.09685).
+    """Low-rank adapters on linear layers of the blocks, merged afterwards (Hu et al.,
+    arXiv:2106.09685).
 
     r: rank. alpha: the adapters' output is scaled by alpha / r. dropout: of the adapters' input.
-    targets: projections with adapters, such as ``[q_proj, v_proj]``, or patterns (``targets.py``); null for all linear
-        layers of the blocks.
-    rank_pattern: pattern of layers -> their rank; others have r. rslora: scale by alpha / sqrt(rank).
+    targets: projections with adapters, such as ``[q_proj, v_proj]``, or patterns (``targets.py``);
+        null for all linear layers of the blocks.
+    rank_pattern: pattern of layers -> their rank; others have r. rslora: scale by alpha /
+        sqrt(rank).
     dora: train the length of every row of the weights apart from its direction.
-    merge: fold the adapters into the weights; False leaves them beside the weights, which stay as they are.
-    """
+    merge: fold the adapters into the weights; False leaves them beside the weights, which stay as
+    they are."""
 
     cache_name: ClassVar[str] = "Lora"
 
@@ -62,12 +65,21 @@ class Lora(Tuner):
         for name in ("rslora", "dora", "merge"):
             require_flag(self.setting(name), getattr(self, name))
         if self.targets is not None:
-            self.targets = [str(target) for target in ([self.targets] if isinstance(self.targets, str) else self.targets)]
+            self.targets = [
+                str(target)
+                for target in ([self.targets] if isinstance(self.targets, str) else self.targets)
+            ]
             if not self.targets:
-                raise SlimError(f"{self.group}.targets=[] leaves nothing to train. Use null for all linear layers.")
-        self.rank_pattern = {str(pattern): rank for pattern, rank in (self.rank_pattern or {}).items()}
+                raise SlimError(
+                    f"{self.group}.targets=[] leaves nothing to train. Use null for all linear layers."
+                )
+        self.rank_pattern = {
+            str(pattern): rank for pattern, rank in (self.rank_pattern or {}).items()
+        }
         for pattern, rank in self.rank_pattern.items():
-            require_number(f"{self.setting('rank_pattern')}: {pattern}", rank, 1, 4096, integer=True)
+            require_number(
+                f"{self.setting('rank_pattern')}: {pattern}", rank, 1, 4096, integer=True
+            )
 
     def packages(self) -> tuple[str, ...]:
         return ("peft",)
@@ -102,12 +114,14 @@ class Lora(Tuner):
             )
 
     def ranks(self, spec: ModelSpec) -> dict[str, int]:
-        """Return full name -> rank of the layers with adapters. Raises ``SlimError`` for names that do not exist."""
+        """Return full name -> rank of the layers with adapters. Raises ``SlimError`` for names that
+        do not exist."""
         adapted = find_targets(spec, self.targets, self.setting("targets"))
         return find_ranks(spec, adapted, self.r, self.rank_pattern, self.group)
 
     def target_names(self, spec: ModelSpec) -> list[str]:
-        """Return the layers with adapters as PEFT takes them: names within a block, or whole ones where blocks differ."""
+        """Return the layers with adapters as PEFT takes them: names within a block, or whole ones
+        where blocks differ."""
         adapted, linears = self.ranks(spec), list(spec.block_linears())
         within = [name for name in linears if any(whole.endswith(f".{name}") for whole in adapted)]
         return within if len(adapted) == spec.blocks * len(within) else list(adapted)
@@ -115,7 +129,10 @@ class Lora(Tuner):
     def adapter_parameters(self, spec: ModelSpec) -> int:
         """Count the adapters' parameters: r (in + out) per linear layer, with DoRA out more."""
         shapes = layer_shapes(spec)
-        return sum(rank * sum(shapes[name]) + self.dora * shapes[name][0] for name, rank in self.ranks(spec).items())
+        return sum(
+            rank * sum(shapes[name]) + self.dora * shapes[name][0]
+            for name, rank in self.ranks(spec).items()
+        )
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
         if self.merge:
@@ -124,13 +141,21 @@ class Lora(Tuner):
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         plain = "float32" if device == "cpu" and spec.quantization is None else None
-        trained = self.bytes_per_trained * self.adapter_parameters(spec)  # merging makes one layer's product
+        # merging makes one layer's product
+        trained = self.bytes_per_trained * self.adapter_parameters(spec)
         return spec.weight_bytes(plain) + trained + self.activation_bytes(spec)
 
     def prepare(self, source: Path, device: str, spec: ModelSpec):
         model = load_model(source, device=device, trainable=True)
         return adapters.add_adapters(
-            model, self.r, self.alpha, self.dropout, self.target_names(spec), self.rslora, self.dora, self.rank_pattern
+            model,
+            self.r,
+            self.alpha,
+            self.dropout,
+            self.target_names(spec),
+            self.rslora,
+            self.dora,
+            self.rank_pattern,
         )
 
     def finish(self, model, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
@@ -142,13 +167,17 @@ class Lora(Tuner):
         return plain, facts | stored.finalize(plain, learnt.checkpoint)
 
     def merged(self, model, probe: torch.Tensor, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
-        """Return the plain model with the adapters of ``model`` folded in, and by how much its outputs differ."""
+        """Return the plain model with the adapters of ``model`` folded in, and by how much its
+        outputs differ."""
         return adapters.merge_adapters(model, probe)
 
     def inherited(self, checkpoint: Checkpoint) -> dict:
-        return super().inherited(checkpoint) if self.merge else {}  # an adapter on top fills the zeros
+        # an adapter on top fills the zeros
+        return super().inherited(checkpoint) if self.merge else {}
 
-    def save(self, model, better: bool, checkpoint: Checkpoint, base: Checkpoint, target: Path) -> None:
+    def save(
+        self, model, better: bool, checkpoint: Checkpoint, base: Checkpoint, target: Path
+    ) -> None:
         if self.merge or not better:
             super().save(model, better, checkpoint if self.merge else base, base, target)
             return

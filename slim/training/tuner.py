@@ -1,4 +1,5 @@
-"""What all kinds of tuning share: settings, checks, and the way from a checkpoint to a better one."""
+"""What all kinds of tuning share: settings, checks, and the way from a checkpoint to a better
+one."""
 
 from __future__ import annotations
 
@@ -41,11 +42,15 @@ class Tuner(Stage):
     """Settings that all kinds of tuning share.
 
     data: what to learn. trainer: on which hardware.
-    steps, epochs: how long; epochs (passes over the data) count instead of steps where they are given.
-    window: tokens per sequence, at most the model's context. batch_tokens: tokens per optimiser step.
-    accumulation: parts in which a step is computed, to save memory; the result is the same to rounding.
-    learning_rate: highest one; null takes ``width_rate / hidden size`` (Adam's best rate falls as the width grows:
-        Yang et al., arXiv:2203.03466). schedule: ``cosine``, ``linear``, ``constant`` after the warm-up.
+    steps, epochs: how long; epochs (passes over the data) count instead of steps where they are
+        given.
+    window: tokens per sequence, at most the model's context. batch_tokens: tokens per optimiser
+        step.
+    accumulation: parts in which a step is computed, to save memory; the result is the same to
+        rounding.
+    learning_rate: highest one; null takes ``width_rate / hidden size`` (Adam's best rate falls as
+        the width grows: Yang et al., arXiv:2203.03466). schedule: ``cosine``, ``linear``,
+        ``constant`` after the warm-up.
     warmup: share of the steps. floor: share of the learning rate that is left at the end.
     optimizer: one of ``slim/training/optimizers.py``. betas: decay of its moments.
     weight_decay: on matrices only. clip: largest norm of the gradient; 0 for no limit.
@@ -82,7 +87,9 @@ class Tuner(Stage):
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, TrainingData):
-            raise SlimError(f"{self.group}.data is not a choice of the data group. Use for example data=tiny or data=text.")
+            raise SlimError(
+                f"{self.group}.data is not a choice of the data group. Use for example data=tiny or data=text."
+            )
         self._check_length()
         if self.learning_rate is not None:
             require_number(self.setting("learning_rate"), self.learning_rate, 1e-9, 1)
@@ -140,7 +147,9 @@ class Tuner(Stage):
     def check(self, spec: ModelSpec) -> None:
         for package in ("lightning", *self.packages()):
             if importlib.util.find_spec(package) is None:
-                raise SlimError(f"Tuning needs the package {package}. Install it: pip install {package}")
+                raise SlimError(
+                    f"Tuning needs the package {package}. Install it: pip install {package}"
+                )
         require_optimizer(self.optimizer, self.setting("optimizer"))
         self.trainer.check(self.rows, self.setting("batch_tokens"))
         spec.family  # noqa: B018 - refuses families whose parts are unknown
@@ -172,13 +181,15 @@ class Tuner(Stage):
 
     @property
     def bytes_per_trained(self) -> int:
-        """Bytes that a trained parameter takes: weight, gradient, the optimiser's moments and the best state."""
+        """Bytes that a trained parameter takes: weight, gradient, the optimiser's moments and the
+        best state."""
         return 12 + OPTIMIZERS[self.optimizer][2]
 
     # The work
 
     def trained_on(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
-        """Return the checkpoint that is trained: the source, unless the tuner quantises it first."""
+        """Return the checkpoint that is trained: the source, unless the tuner quantises it
+        first."""
         return checkpoint
 
     def prepare(self, source: Path, device: str, spec: ModelSpec):
@@ -186,11 +197,13 @@ class Tuner(Stage):
         raise NotImplementedError
 
     def finish(self, model, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
-        """Return the model to save, from the trained one, its numbers rounded as stored, and facts about the step between."""
+        """Return the model to save, from the trained one, its numbers rounded as stored, and facts
+        about the step between."""
         return model, stored.finalize(model, learnt.checkpoint)
 
     def measure(self, model, learnt: task.Task) -> float:
-        """Return the validation loss of ``model`` in the precision of the training, nats per token."""
+        """Return the validation loss of ``model`` in the precision of the training, nats per
+        token."""
         with fit.autocast(learnt.device, learnt.precision)():
             return forward.mean_nll(model, learnt.held_out, learnt.device)
 
@@ -215,7 +228,9 @@ class Tuner(Stage):
         torch.manual_seed(self.seed)  # new adapters, dropout
         model = self.prepare(base.folder, "cpu" if self.trainer.sharded else device, base.spec)
         if self.trainer.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         learner = learnt.learner(model, self.optimisation(steps, checkpoint.spec))
         outcome = self.train(learner, learnt, context)
         if not processes.is_main_process():
@@ -235,7 +250,11 @@ class Tuner(Stage):
         after = after if better else untouched
         curves.write_curves(outcome, target)
         preview.write_examples(learnt.training, learnt.tokenizer, target / curves.REPORT)
-        facts = {"validation_loss_after": after, "learning_rate": self.rate(checkpoint.spec), **facts}
+        facts = {
+            "validation_loss_after": after,
+            "learning_rate": self.rate(checkpoint.spec),
+            **facts,
+        }
         facts |= self.inherited(checkpoint)
         return {**self.facts(outcome, steps), **learnt.facts(), **facts}
 
@@ -250,7 +269,9 @@ class Tuner(Stage):
             self.betas, self.clip, self.optimizer,
         )  # fmt: skip
 
-    def train(self, learner: module.LanguageModeling, learnt: task.Task, context: Context) -> fit.Outcome:
+    def train(
+        self, learner: module.LanguageModeling, learnt: task.Task, context: Context
+    ) -> fit.Outcome:
         """Run the training. Raises ``SlimError`` if it changed nothing."""
         from slim.core.console import progress_bar
 
@@ -267,8 +288,11 @@ class Tuner(Stage):
             )
         return outcome
 
-    def save(self, model, better: bool, checkpoint: Checkpoint, base: Checkpoint, target: Path) -> None:
-        """Write the tuned model, or, where that is not better than ``checkpoint``, the tensors of that.
+    def save(
+        self, model, better: bool, checkpoint: Checkpoint, base: Checkpoint, target: Path
+    ) -> None:
+        """Write the tuned model, or, where that is not better than ``checkpoint``, the tensors of
+        that.
 
         base: what was trained, see :meth:`trained_on`.
         """

@@ -1,15 +1,17 @@
-"""What each process saves of a training under DeepSpeed, which gives every process its own part of the optimiser.
+"""What each process saves of a training under DeepSpeed, which gives every process its own part of
+the optimiser.
 
-A part is the optimiser's flat float32 parameters and their moments. It fits as many processes as it was saved by, no others.
-Written against DeepSpeed 0.19's optimisers for ZeRO-2 and ZeRO-3, by their own state dictionaries.
-"""
+A part is the optimiser's flat float32 parameters and their moments. It fits as many processes as it
+was saved by, no others. Written against DeepSpeed 0.19's optimisers for ZeRO-2 and ZeRO-3, by their
+own state dictionaries."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-MOMENTS = ("base_optimizer_state", "optimizer_state_dict")  # as ZeRO-2 and ZeRO-3 name the state of torch's optimiser
+# as ZeRO-2 and ZeRO-3 name the state of torch's optimiser
+MOMENTS = ("base_optimizer_state", "optimizer_state_dict")
 FLAT = ("single_partition_of_fp32_groups", "fp32_flat_groups")
 
 
@@ -27,7 +29,8 @@ def own_state(optimizer: torch.optim.Optimizer) -> tuple[dict, list[Tensor]]:
 
 @torch.no_grad()
 def restore_own_state(optimizer: torch.optim.Optimizer, moments: dict, flat: list[Tensor]) -> None:
-    """Put back what :func:`own_state` gave, in the model's parameters too; all processes must call this."""
+    """Put back what :func:`own_state` gave, in the model's parameters too; all processes must call
+    this."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         state = {**optimizer.state_dict(), MOMENTS[1]: moments, FLAT[1]: flat}
         optimizer._rigid_load_state_dict(state)

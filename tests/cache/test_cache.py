@@ -24,12 +24,22 @@ from tests.support.stages import Scale
 from tests.support.tracked import client, fresh_store
 
 # name of the run -> factors of its chain; "lost" has no run, since it was made without tracking
-CHAINS = {"first": (2.0, 3.0), "second": (2.0, 5.0), "deleted": (2.0, 7.0), "broken": (2.0, 11.0), "lost": (13.0,)}
+CHAINS = {
+    "first": (2.0, 3.0),
+    "second": (2.0, 5.0),
+    "deleted": (2.0, 7.0),
+    "broken": (2.0, 11.0),
+    "lost": (13.0,),
+}
 
 
-def run_chain(root: Path, source: Path, *factors: float, name: str | None = None, evaluation=None) -> list[Path]:
+def run_chain(
+    root: Path, source: Path, *factors: float, name: str | None = None, evaluation=None
+) -> list[Path]:
     """Run a chain of small stages in a store and return the folders of its results."""
-    pipeline = Pipeline(Source(str(source)), [Scale(factor) for factor in factors], evaluation, Store(root))
+    pipeline = Pipeline(
+        Source(str(source)), [Scale(factor) for factor in factors], evaluation, Store(root)
+    )
     if name is None:
         results = pipeline.run()
     else:
@@ -56,8 +66,14 @@ def whole(small_llama, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
 def commands(root: Path):
     """Return an MLflow client of a store and run name -> id of the commands."""
     mlflow = client(root)
-    found = mlflow.search_runs([experiment.experiment_id for experiment in mlflow.search_experiments()])
-    return mlflow, {run.info.run_name: run.info.run_id for run in found if "mlflow.parentRunId" not in run.data.tags}
+    found = mlflow.search_runs(
+        [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    )
+    return mlflow, {
+        run.info.run_name: run.info.run_id
+        for run in found
+        if "mlflow.parentRunId" not in run.data.tags
+    }
 
 
 def settle(root: Path) -> None:
@@ -103,7 +119,12 @@ def test_prune_removes_what_no_run_uses_and_nothing_else(store, small_llama, cap
     unused = {names["lost"][0], names["deleted"][1]}
     before = there(root)
     code, out, _ = slim_cache(capsys, root, "prune", "--dry-run")
-    assert code == 0 and there(root) == before and all(name in out for name in unused) and "2 of 6 results" in out
+    assert (
+        code == 0
+        and there(root) == before
+        and all(name in out for name in unused)
+        and "2 of 6 results" in out
+    )
     code, _, error = slim_cache(capsys, root, "prune")
     assert code == 2 and "--yes" in error and there(root) == before, "nobody is there to be asked"
     code, _, _ = slim_cache(capsys, root, "prune", "--yes")
@@ -146,7 +167,11 @@ def test_what_a_running_run_may_be_at_work_on_stays(store, capsys):
     os.utime(root / "stages" / names["lost"][0], (now + 1, now + 1))
     os.utime(root / "stages" / names["deleted"][1], (now - 3600, now - 3600))
     _, out, _ = slim_cache(capsys, root, "prune", "--yes")
-    assert names["lost"][0] in there(root) and names["deleted"][1] not in there(root) and "'at work'" in out
+    assert (
+        names["lost"][0] in there(root)
+        and names["deleted"][1] not in there(root)
+        and "'at work'" in out
+    )
     tracker.__exit__(None, None, None)
     slim_cache(capsys, root, "prune", "--yes")
     assert names["lost"][0] not in there(root)
@@ -166,13 +191,19 @@ def test_what_another_process_holds_is_left_alone(store, capsys):
         (stages / name).mkdir()
         (stages / name / "file").write_bytes(bytes(1000))
     (root / "evaluations").mkdir()
-    fresh, old = root / "evaluations" / "new.json.partial", root / "evaluations" / "old.json.partial"
+    fresh, old = (
+        root / "evaluations" / "new.json.partial",
+        root / "evaluations" / "old.json.partial",
+    )
     fresh.write_text("{")
     old.write_text("{")
     os.utime(old, (1, 1))
     with FileLock(stages / ".prune-bb.lock"), FileLock(stages / f".{names['lost'][0]}.lock"):
         _, out, _ = slim_cache(capsys, root, "prune", "--yes")
-    assert there(root) >= {"prune-bb.partial", "prune-bb.work", names["lost"][0]} and names["lost"][0] in out
+    assert (
+        there(root) >= {"prune-bb.partial", "prune-bb.work", names["lost"][0]}
+        and names["lost"][0] in out
+    )
     assert not there(root) & {"prune-aa.partial", "quantize-cc.work", names["deleted"][1]}
     assert fresh.is_file() and not old.is_file()
 
@@ -189,7 +220,10 @@ def test_figures_go_when_asked_for(store, capsys):
 
 def test_verify_finds_every_kind_of_damage(store, small_llama, capsys):
     root, names = store
-    assert slim_cache(capsys, root, "verify")[:2] == (0, "6 results and 0 evaluations read, 0 damaged.\n")
+    assert slim_cache(capsys, root, "verify")[:2] == (
+        0,
+        "6 results and 0 evaluations read, 0 damaged.\n",
+    )
     first, second, third, fourth = (root / "stages" / name for name in sorted(there(root))[:4])
     weights = bytearray((first / "model.safetensors").read_bytes())
     weights[-5] ^= 1
@@ -197,7 +231,9 @@ def test_verify_finds_every_kind_of_damage(store, small_llama, capsys):
     (second / "tokenizer.json").unlink()
     (third / "slim.json").write_text("{")
     (fourth / "model.safetensors").unlink()
-    Store(root).write_evaluation(Store(root).evaluation_file("abc"), {"metrics": {"perplexity": 2.0}})
+    Store(root).write_evaluation(
+        Store(root).evaluation_file("abc"), {"metrics": {"perplexity": 2.0}}
+    )
     file = Store(root).evaluation_file("abc")
     file.write_text(file.read_text().replace("2.0", "1.0"))
     code, out, _ = slim_cache(capsys, root, "verify")
@@ -205,7 +241,10 @@ def test_verify_finds_every_kind_of_damage(store, small_llama, capsys):
     assert all(f"damaged: {path.name}" in out for path in (first, second, third, fourth, file))
     assert "model.safetensors differs" in out
     assert slim_cache(capsys, root, "verify", "--remove")[0] == 1
-    assert not any(path.exists() for path in (first, second, third, fourth, file)) and len(there(root)) == 2
+    assert (
+        not any(path.exists() for path in (first, second, third, fourth, file))
+        and len(there(root)) == 2
+    )
     assert slim_cache(capsys, root, "verify")[0] == 0
 
 
@@ -215,11 +254,17 @@ def test_the_sizes_add_up(store, capsys):
     (root / "stages" / "prune-aa.work" / "file").write_bytes(bytes(123_456_789))
     (root / "notes.txt").write_bytes(bytes(200_000_000))
     _, out, _ = slim_cache(capsys, root, "size")
-    rows = {cells[1].strip(): cells[-2].strip() for line in out.splitlines() if len(cells := line.split("│")) > 3}
+    rows = {
+        cells[1].strip(): cells[-2].strip()
+        for line in out.splitlines()
+        if len(cells := line.split("│")) > 3
+    }
     everything = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     assert rows["all"] == f"{everything / 1e9:.1f} GB"
     assert rows["work in progress or left behind"] == "0.1 GB" and rows["other"] == "0.2 GB"
-    weights = sum(path.stat().st_size for path in root.glob("stages/prune-*[0-9a-f]/**/*") if path.is_file())
+    weights = sum(
+        path.stat().st_size for path in root.glob("stages/prune-*[0-9a-f]/**/*") if path.is_file()
+    )
     assert rows["results of prune"] == f"{weights / 1e6:.1f} MB"
 
 
@@ -240,7 +285,9 @@ def test_what_cannot_be_done_is_said(tmp_path, capsys):
     (tmp_path / "runs" / "mlflow.db").unlink()
     (tmp_path / "runs" / "outbox" / "x").mkdir(parents=True)
     (tmp_path / "runs" / "outbox" / "x" / "state.json").write_text("{}")
-    code, _, error = slim_cache(capsys, tmp_path / "runs", "prune", "--yes", "--uri", f"sqlite:///{tmp_path / 'other.db'}")
+    code, _, error = slim_cache(
+        capsys, tmp_path / "runs", "prune", "--yes", "--uri", f"sqlite:///{tmp_path / 'other.db'}"
+    )
     assert code == 2 and "not reached their tracking server" in error
 
 
@@ -283,6 +330,8 @@ def test_what_stands_below_something_deleted_uses_nothing(tmp_path):
 def test_help_answers_at_once_without_torch():
     code = "import sys; from slim.cache.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "print([name for name in ('torch', 'transformers', 'mlflow') if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
     assert all(word in result.stdout for word in ("list", "size", "prune", "verify"))
     assert result.stdout.strip().endswith("[]"), result.stderr

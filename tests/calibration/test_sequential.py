@@ -1,4 +1,5 @@
-"""The walk: what visitors are shown, against hooks on the whole model; what is in memory; what is written."""
+"""The walk: what visitors are shown, against hooks on the whole model; what is in memory; what is
+written."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ FAMILY_CHANGES = {
     "llama": {},
     "mistral": {"sliding_window": 12},
     "qwen2": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3},
-    "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3},
+    "qwen3": {
+        "head_dim": 32,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 3,
+    },
 }
 
 
@@ -64,7 +70,8 @@ def tokens():
 
 
 def grams_by_hooks(model, tokens):
-    """Gram matrices in float64 of every linear layer's input, and the hidden states after each block."""
+    """Gram matrices in float64 of every linear layer's input, and the hidden states after each
+    block."""
     hessians = {}
 
     def collect(name):
@@ -85,8 +92,11 @@ def grams_by_hooks(model, tokens):
 
 
 @pytest.mark.parametrize("cache_bytes", [2**30, 0], ids=["inputs kept", "inputs computed twice"])
-def test_grams_and_outputs_equal_those_of_the_whole_model(checkpoint, tokens, cache_bytes, monkeypatch):
-    monkeypatch.setattr("slim.calibration.block_runner.BATCH_BYTES", 100 * 4 * 128)  # batches of 2, 2 and 1 samples
+def test_grams_and_outputs_equal_those_of_the_whole_model(
+    checkpoint, tokens, cache_bytes, monkeypatch
+):
+    # batches of 2, 2 and 1 samples
+    monkeypatch.setattr("slim.calibration.block_runner.BATCH_BYTES", 100 * 4 * 128)
     expected, last = grams_by_hooks(AutoModelForCausalLM.from_pretrained(checkpoint.folder), tokens)
     spy = Spy()
     walk = SequentialCalibration(checkpoint, spy, None, tokens, cache_bytes=cache_bytes)
@@ -95,7 +105,9 @@ def test_grams_and_outputs_equal_those_of_the_whole_model(checkpoint, tokens, ca
     assert spy.tokens == {tokens.numel()}
     for name, hessian in expected.items():
         assert torch.equal(spy.hessians[name], spy.hessians[name].T)
-        torch.testing.assert_close(spy.hessians[name].double(), hessian, rtol=1e-4, atol=1e-4 * hessian.abs().max().item())
+        torch.testing.assert_close(
+            spy.hessians[name].double(), hessian, rtol=1e-4, atol=1e-4 * hessian.abs().max().item()
+        )
     torch.testing.assert_close(torch.cat(walk.captured.hidden), last, rtol=1e-4, atol=1e-4)
 
 
@@ -115,12 +127,19 @@ def test_every_segment_sees_the_changes_before_it(checkpoint, tokens):
     walk = SequentialCalibration(checkpoint, spy, None, tokens)
     walk.run()
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
-    linear_groups = [(block, group) for block in range(4) for group in FAMILIES["llama"].linear_groups]
+    linear_groups = [
+        (block, group) for block in range(4) for group in FAMILIES["llama"].linear_groups
+    ]
     for block, group in linear_groups:
         name = f"model.layers.{block}.{group.linears[0]}"
         if block in (0, 3):
             hessian = grams_of_layer(model, name, tokens)
-            torch.testing.assert_close(spy.hessians[name].double(), hessian, rtol=1e-3, atol=1e-4 * hessian.abs().max().item())
+            torch.testing.assert_close(
+                spy.hessians[name].double(),
+                hessian,
+                rtol=1e-3,
+                atol=1e-4 * hessian.abs().max().item(),
+            )
         for linear in group.linears:
             model.get_submodule(f"model.layers.{block}.{linear}").weight.data.mul_(0.9)
     _, last = grams_by_hooks(model, tokens)
@@ -129,7 +148,9 @@ def test_every_segment_sees_the_changes_before_it(checkpoint, tokens):
 
 def grams_of_layer(model, name, tokens):
     found = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].double()))
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, inputs: found.append(inputs[0].double())
+    )
     with torch.no_grad():
         model(tokens)
     hook.remove()
@@ -144,15 +165,25 @@ def test_one_block_is_in_memory_at_a_time(checkpoint, tokens, monkeypatch):
     def load(self, name):
         module = original(self, name)
         loaded.append(name)
-        real = {key.split(".")[2] for key, value in self.model.named_parameters() if ".layers." in key and not value.is_meta}
-        others = [key for key, value in self.model.named_parameters() if ".layers." not in key and not value.is_meta]
+        real = {
+            key.split(".")[2]
+            for key, value in self.model.named_parameters()
+            if ".layers." in key and not value.is_meta
+        }
+        others = [
+            key
+            for key, value in self.model.named_parameters()
+            if ".layers." not in key and not value.is_meta
+        ]
         seen.append((real, others))
         return module
 
     monkeypatch.setattr(MetaModel, "load", load)
     walk = SequentialCalibration(checkpoint, Spy(), None, tokens)
     walk.run()
-    assert [name for name in loaded if ".layers." in name] == [f"model.layers.{block}" for block in range(4)]
+    assert [name for name in loaded if ".layers." in name] == [
+        f"model.layers.{block}" for block in range(4)
+    ]
     for name, (real, others) in zip(loaded, seen, strict=True):
         assert len(real) <= 1
         assert not (real and others), name
@@ -175,7 +206,10 @@ def test_without_grams_nothing_runs_and_everything_is_written(checkpoint, tmp_pa
     written = {name: load_file(tmp_path / file)[name] for name, file in weight_map.items()}
     source = load_file(checkpoint.folder / "model.safetensors")
     assert written.keys() == source.keys()
-    assert all(torch.equal(written[name], source[name]) and written[name].dtype == source[name].dtype for name in source)
+    assert all(
+        torch.equal(written[name], source[name]) and written[name].dtype == source[name].dtype
+        for name in source
+    )
 
 
 def test_gram_tiles(monkeypatch):
@@ -197,24 +231,38 @@ def test_damaged_weights_are_named(small_llama, tmp_path, bad):
         "model.layers.2.mlp.up_proj.weight",
         lambda t: t.index_fill(0, torch.tensor([3]), bad),
     )
-    with pytest.raises(SlimError, match=r"model\.layers\.2\.mlp\.up_proj\.weight contain NaN or infinity"):
-        SequentialCalibration(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
+    with pytest.raises(
+        SlimError, match=r"model\.layers\.2\.mlp\.up_proj\.weight contain NaN or infinity"
+    ):
+        SequentialCalibration(
+            open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))
+        ).run()
 
 
 def test_overflowing_inputs_are_named(small_llama, tmp_path):
-    damaged = copy_with(small_llama, tmp_path / "bad", "model.layers.1.mlp.up_proj.weight", lambda t: t * 1e30)
-    with pytest.raises(SlimError, match=r"inputs of model\.layers\.1\.mlp\.down_proj contain NaN or infinity"):
-        SequentialCalibration(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
+    damaged = copy_with(
+        small_llama, tmp_path / "bad", "model.layers.1.mlp.up_proj.weight", lambda t: t * 1e30
+    )
+    with pytest.raises(
+        SlimError, match=r"inputs of model\.layers\.1\.mlp\.down_proj contain NaN or infinity"
+    ):
+        SequentialCalibration(
+            open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))
+        ).run()
 
 
 def test_missing_and_misshapen_weights(small_llama, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     damaged = copy_with(small_llama, tmp_path / "a", name, lambda t: t[:-1])
     with pytest.raises(SlimError, match=r"model\.layers\.1 do not fit config\.json"):
-        SequentialCalibration(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
+        SequentialCalibration(
+            open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))
+        ).run()
     damaged = copy_with(small_llama, tmp_path / "b", name, lambda t: None)
     with pytest.raises(SlimError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):
-        SequentialCalibration(open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))).run()
+        SequentialCalibration(
+            open_checkpoint(damaged), Spy(), None, torch.randint(3, 1024, (2, 16))
+        ).run()
 
 
 def copy_with(source, target, name, change):
@@ -243,6 +291,9 @@ def test_calibration_runs_at_the_stored_precision_and_nothing_else_does():
             hessian.add(inputs)
             raise KeyError
         found[dtype] = float((hessian.matrix().double() - exact).norm() / exact.norm())
-        assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+        assert (
+            torch.backends.mkldnn.matmul.fp32_precision,
+            torch.backends.cuda.matmul.fp32_precision,
+        ) == before
     assert found["float32"] < 1e-6 and found["float16"] < 1e-6
     assert found["bfloat16"] < 2**-8  # on a processor that rounds; others stay exact

@@ -1,4 +1,5 @@
-"""Results made before a renaming are still found: the settings that name them, as they were before slim had packages."""
+"""Results made before a renaming are still found: the settings that name them, as they were before
+slim had packages."""
 
 from __future__ import annotations
 
@@ -15,10 +16,23 @@ from slim.tiny_world import GENERATOR, World
 
 RECORDED = json.loads((Path(__file__).parent / "cache_keys.json").read_text(encoding="utf-8"))
 CHAINS = {  # plan of a chain -> names of its results, source first
-    "pruner=taylor tuner=lora quant=awq": ["0e069633d0334521", "85aec2ac22ea1c42", "bb3ef9f13f13f5dc", "a6c9b7778489cfd7"],
-    "pruner=width_l1 quant=gptq quant.bits=3 quant.group_size=64": ["0e069633d0334521", "98e677bb823ef420", "f4543619e46eaf15"],
+    "pruner=taylor tuner=lora quant=awq": [
+        "0e069633d0334521",
+        "85aec2ac22ea1c42",
+        "bb3ef9f13f13f5dc",
+        "a6c9b7778489cfd7",
+    ],
+    "pruner=width_l1 quant=gptq quant.bits=3 quant.group_size=64": [
+        "0e069633d0334521",
+        "98e677bb823ef420",
+        "f4543619e46eaf15",
+    ],
     "pruner=wanda tuner=none quant=none": ["0e069633d0334521", "8e963b25729e64c5"],
-    "pruner=none teacher=base quant=int8": ["0e069633d0334521", "d479e808ca9f391f", "9a2a73172e020f31"],
+    "pruner=none teacher=base quant=int8": [
+        "0e069633d0334521",
+        "d479e808ca9f391f",
+        "9a2a73172e020f31",
+    ],
 }
 
 
@@ -39,7 +53,9 @@ def test_a_configuration_keeps_its_cache_keys(name):
     assert as_json(stages) == [recorded(key) for key in expected["stages"]]
     if "model" in expected:
         model = pipeline.model
-        assert as_json([model.kind, model.version, model.cache_key()]) == recorded(expected["model"])
+        assert as_json([model.kind, model.version, model.cache_key()]) == recorded(
+            expected["model"]
+        )
     if "quality" in expected:
         assert as_json(pipeline.evaluation.quality_cache_key()) == recorded(expected["quality"])
         assert as_json(pipeline.evaluation.speed_cache_key()) == recorded(expected["speed"])
@@ -48,7 +64,8 @@ def test_a_configuration_keeps_its_cache_keys(name):
 def test_every_choice_that_makes_a_stage_is_recorded():
     groups = ("pruner", "quantizer", "tuner", "teacher", "data", "calibration", "student_init")
     choices = {f"{group}/{path.stem}" for group in groups for path in (CONF / group).glob("*.yaml")}
-    added_later: set[str] = set()  # choices that came after the recording have no results from before it
+    # choices that came after the recording have no results from before it
+    added_later: set[str] = set()
     assert choices - added_later <= set(RECORDED["configurations"])
 
 

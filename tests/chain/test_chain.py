@@ -1,4 +1,5 @@
-"""The whole chain from the command line: prune, heal, quantise, evaluate, track; interrupted, resumed, repeated."""
+"""The whole chain from the command line: prune, heal, quantise, evaluate, track; interrupted,
+resumed, repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ MACHINE = ("tokens_per_second", "resident_bytes", "peak_bytes", "seconds")
 
 def start(store: Path, *arguments: str, script: str = "compress.py") -> subprocess.Popen:
     command = [sys.executable, str(ROOT / script), *arguments, f"store={store}"]
-    return subprocess.Popen(command, cwd=store.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=store.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run(store: Path, *arguments: str, script: str = "compress.py") -> tuple[int, str, str]:
@@ -40,14 +43,22 @@ def runs(store: Path):
 
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("slim")
-    found = client.search_runs([experiment.experiment_id], order_by=["start_time"]) if experiment else []
+    found = (
+        client.search_runs([experiment.experiment_id], order_by=["start_time"])
+        if experiment
+        else []
+    )
     return client, found
 
 
 def results(store: Path) -> list[dict]:
     """The table of the last finished run, as it was tracked."""
     client, found = runs(store)
-    parent = [run for run in found if "mlflow.parentRunId" not in run.data.tags and run.info.status == "FINISHED"][-1]
+    parent = [
+        run
+        for run in found
+        if "mlflow.parentRunId" not in run.data.tags and run.info.status == "FINISHED"
+    ][-1]
     path = client.download_artifacts(parent.info.run_id, "results.json")
     return json.loads(Path(path).read_text())
 
@@ -56,14 +67,20 @@ def quality(store: Path) -> list[tuple[str, str, dict]]:
     """Names and figures of every row, without those that belong to the machine and the moment."""
     rows = []
     for row in results(store):
-        kept = {name: value for name, value in row["metrics"].items() if not any(word in name for word in MACHINE)}
+        kept = {
+            name: value
+            for name, value in row["metrics"].items()
+            if not any(word in name for word in MACHINE)
+        }
         rows.append((row["checkpoint"], row["hash"], kept))
     return rows
 
 
 def stage_folders(store: Path) -> list[str]:
     folder = store / "stages"
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return (
+        sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +94,29 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 def test_the_chain_ends_in_one_table(finished):
     store, out = finished
-    for text in ("tiny", "prune taylor", "tune lora", "quantize awq", "perplexity", "mlflow ui --backend-store-uri"):
+    for text in (
+        "tiny",
+        "prune taylor",
+        "tune lora",
+        "quantize awq",
+        "perplexity",
+        "mlflow ui --backend-store-uri",
+    ):
         assert text in out
     rows = results(store)
-    assert [row["checkpoint"] for row in rows] == ["tiny", "prune taylor", "tune lora", "quantize awq"]
+    assert [row["checkpoint"] for row in rows] == [
+        "tiny",
+        "prune taylor",
+        "tune lora",
+        "quantize awq",
+    ]
     source, pruned, tuned, quantized = (row["metrics"] for row in rows)
-    assert pruned["parameters"] == tuned["parameters"] == quantized["parameters"] < source["parameters"]
+    assert (
+        pruned["parameters"]
+        == tuned["parameters"]
+        == quantized["parameters"]
+        < source["parameters"]
+    )
     assert quantized["bytes_on_disk"] < 0.6 * tuned["bytes_on_disk"] < source["bytes_on_disk"]
     assert quantized["weights_bytes"] < 0.6 * tuned["weights_bytes"]
     assert source["perplexity"] < tuned["perplexity"] < pruned["perplexity"]
@@ -91,7 +125,12 @@ def test_the_chain_ends_in_one_table(finished):
 def test_everything_is_tracked(finished):
     client, found = runs(finished[0])
     parent, *stages = found
-    assert [run.info.run_name for run in stages] == ["tiny", "prune taylor", "tune lora", "quantize awq"]
+    assert [run.info.run_name for run in stages] == [
+        "tiny",
+        "prune taylor",
+        "tune lora",
+        "quantize awq",
+    ]
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in stages)
     assert {path.path for path in client.list_artifacts(parent.info.run_id)} >= {
         "config.yaml", "results.md", "results.json", "samples.md",
@@ -112,9 +151,13 @@ def test_the_same_command_again_computes_nothing(finished):
     code, again, err = run(store, *SHORT)
     assert code == 0, err
     assert time.monotonic() - started < 40  # 20 s on an idle machine
-    assert {path: path.stat().st_mtime_ns for path in store.glob("stages/*/model.safetensors")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in store.glob("stages/*/model.safetensors")
+    } == before
     assert [row["cached"] for row in results(store)] == [True] * 4
-    assert again.splitlines()[:9] == out.splitlines()[:9], "the table, speed included, is the recorded one"
+    assert again.splitlines()[:9] == out.splitlines()[:9], (
+        "the table, speed included, is the recorded one"
+    )
 
 
 def test_evaluate_finds_what_compress_has_measured(finished):
@@ -136,7 +179,9 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path, finished):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert err.strip().splitlines()[-1].startswith("slim: Interrupted. Finished stages are kept"), err
+    assert err.strip().splitlines()[-1].startswith("slim: Interrupted. Finished stages are kept"), (
+        err
+    )
     assert [name.split("-")[0] for name in stage_folders(store)] == ["prune"]
     assert runs(store)[1][0].info.status == "KILLED"
 
@@ -149,7 +194,8 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None
         time.sleep(0.02)
 
 
-@pytest.mark.slow  # five runs of the short chain, about 5 minutes: pytest -m slow tests/test_chain.py
+# five runs of the short chain, about 5 minutes: pytest -m slow tests/test_chain.py
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_five_moments_it_resumes_to_the_same_table(tmp_path, finished):
     store = tmp_path / "runs"
@@ -173,7 +219,8 @@ def test_killed_at_five_moments_it_resumes_to_the_same_table(tmp_path, finished)
     assert not list(store.glob("stages/*.partial"))
 
 
-@pytest.mark.slow  # two full runs with empty caches, about 4 minutes: pytest -m slow tests/test_chain.py
+# two full runs with empty caches, about 4 minutes: pytest -m slow tests/test_chain.py
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_same_command_twice_gives_the_same_numbers(tmp_path):
     for name in ("a", "b"):
@@ -206,4 +253,8 @@ def test_a_sweep_makes_shared_stages_once(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert [name.split("-")[0] for name in stage_folders(store)] == ["prune", "quantize", "quantize"]
+    assert [name.split("-")[0] for name in stage_folders(store)] == [
+        "prune",
+        "quantize",
+        "quantize",
+    ]

@@ -36,7 +36,9 @@ def runs(log: Path) -> list[str]:
 def test_what_is_there_is_not_made_again(source, tmp_path):
     log = tmp_path / "log"
     first = chain(source, tmp_path, Scale(2.0, str(log)), Scale(3.0, str(log))).run()
-    again = chain(source, tmp_path, Scale(2.0, str(log)), Scale(3.0, str(log)), Scale(4.0, str(log))).run()
+    again = chain(
+        source, tmp_path, Scale(2.0, str(log)), Scale(3.0, str(log)), Scale(4.0, str(log))
+    ).run()
     assert runs(log) == ["2.0", "3.0", "4.0"]
     assert [result.cached for result in again] == [True, True, True, False]
     assert [result.digest for result in again[:3]] == [result.digest for result in first]
@@ -68,7 +70,11 @@ def test_the_plan_does_nothing(source, tmp_path):
 def test_lineage_and_curves_are_recorded(source, tmp_path):
     results = chain(source, tmp_path, Scale(2.0), Scale(3.0)).run()
     manifest = json.loads((results[-1].checkpoint.folder / "slim.json").read_text())
-    assert [step["label"] for step in manifest["lineage"]] == ["source", "prune scale", "prune scale"]
+    assert [step["label"] for step in manifest["lineage"]] == [
+        "source",
+        "prune scale",
+        "prune scale",
+    ]
     assert [step["hash"] for step in manifest["lineage"]] == [result.digest for result in results]
     assert manifest["settings"] == {"factor": 3.0}
     assert manifest["facts"] == {"factor": 3.0}
@@ -163,7 +169,10 @@ def _run_once(source: str, tmp_path: str, log: str) -> None:
 def test_two_processes_share_one_result(source, tmp_path):
     log = tmp_path / "log"
     context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=_run_once, args=(str(source), str(tmp_path), str(log))) for _ in range(2)]
+    both = [
+        context.Process(target=_run_once, args=(str(source), str(tmp_path), str(log)))
+        for _ in range(2)
+    ]
     for process in both:
         process.start()
     for process in both:
@@ -186,7 +195,9 @@ with store.lock(folder), store.writing(folder) as partial:
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "holding\n"
     process.kill()
     process.wait()
@@ -204,7 +215,9 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
 def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -214,7 +227,11 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
 
         store = Store(folder)
         stage = store.stage_folder("prune", "x")
-        with pytest.raises(SlimError, match="The disk is full"), store.lock(stage), store.writing(stage) as partial:
+        with (
+            pytest.raises(SlimError, match="The disk is full"),
+            store.lock(stage),
+            store.writing(stage) as partial,
+        ):
             save_tensors({"weight": torch.zeros(100_000)}, partial / "model.safetensors")
         assert [path.name for path in (folder / "stages").iterdir() if path.is_dir()] == []
         with pytest.raises(SlimError, match="The disk is full"):

@@ -32,11 +32,19 @@ def folder(small_llama, tmp_path):
         (lambda folder: [path.unlink() for path in folder.iterdir()], "is empty"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
-        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickled weights only"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "pickled weights only",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "lacks the weights"),
         (lambda folder: (folder / "config.json").write_text("{"), "Cannot read"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "truncated"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"not json"), "damaged header"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(
+                b"\x08" + b"\0" * 7 + b"not json"
+            ),
+            "damaged header",
+        ),
     ],
 )
 def test_unusable_folders_are_refused(folder, damage, message):
@@ -78,7 +86,9 @@ def test_shards_hold_what_was_added(folder, tmp_path, shard_bytes):
     assert (len(copy.weight_files) > 1) == (shard_bytes < 2**30)
     original = load_file(folder / "model.safetensors")
     assert set(copy.tensors) == set(original)
-    assert all(torch.equal(TensorReader(copy).read(name), tensor) for name, tensor in original.items())
+    assert all(
+        torch.equal(TensorReader(copy).read(name), tensor) for name, tensor in original.items()
+    )
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(load_model(target)(tokens).logits, load_model(folder)(tokens).logits)
@@ -93,7 +103,9 @@ def test_write_blocks_equals_removing_layers_by_hand(folder, tmp_path):
     expected.config.num_hidden_layers = len(kept)
     tokens = torch.arange(3, 60)[None]
     with torch.no_grad():
-        assert torch.equal(load_model(target)(tokens).logits, expected(tokens, use_cache=False).logits)
+        assert torch.equal(
+            load_model(target)(tokens).logits, expected(tokens, use_cache=False).logits
+        )
     assert load_tokenizer(target)("hello").input_ids == load_tokenizer(folder)("hello").input_ids
 
 

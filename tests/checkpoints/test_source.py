@@ -37,7 +37,9 @@ def test_a_hub_model_is_found_in_the_local_cache(small_llama, tmp_path, monkeypa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for module in ("file_download", "_snapshot_download"):
-        monkeypatch.setattr(f"huggingface_hub.{module}.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(
+            f"huggingface_hub.{module}.constants.HF_HUB_CACHE", str(tmp_path / "hub")
+        )
     source = Source("org/name")
     assert source.describe().blocks == 6
     assert source.resolve().folder == snapshot
@@ -63,19 +65,27 @@ def test_a_missing_source_is_a_clear_error():
 
 
 def test_the_fresh_model_is_what_its_settings_say(tmp_path):
-    settings = Untrained(vocab_size=600, hidden_size=64, intermediate_size=128, blocks=3, heads=4, kv_heads=2, seed=1)
+    settings = Untrained(
+        vocab_size=600, hidden_size=64, intermediate_size=128, blocks=3, heads=4, kv_heads=2, seed=1
+    )
     facts = [settings.run(None, folder, Context()) for folder in make_folders(tmp_path, "a", "b")]
     assert facts == [{}, {}]
     checkpoint = open_checkpoint(tmp_path / "a")
     assert checkpoint.spec.parameters() == settings.describe().parameters()
     model, tokenizer = load_model(tmp_path / "a"), load_tokenizer(tmp_path / "a")
-    assert sum(parameter.numel() for parameter in model.parameters()) == checkpoint.spec.parameters()
+    assert (
+        sum(parameter.numel() for parameter in model.parameters()) == checkpoint.spec.parameters()
+    )
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
     Untrained(vocab_size=600, hidden_size=64, intermediate_size=128, blocks=3, seed=2).run(
         None, make_folders(tmp_path, "c")[0], Context()
     )
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() != (tmp_path / "c" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() != (
+        tmp_path / "c" / "model.safetensors"
+    ).read_bytes()
 
 
 def make_folders(tmp_path, *names):

@@ -1,4 +1,5 @@
-"""The command line: the ``quant`` alias, short errors with exit code 2, answers within a second, help."""
+"""The command line: the ``quant`` alias, short errors with exit code 2, answers within a second,
+help."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from tests.conftest import ROOT
 
 def run(*arguments: str, script: str = "compress.py", cwd=None) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=120, env=os.environ)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=120, env=os.environ
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,10 @@ def test_the_models_of_the_studies(choice, source):
     config = compose("compress", [f"model={choice}"])
     assert config.model.source == source
     assert config.calibration.text == "Salesforce/wikitext"
-    assert compose("compress", [f"model={choice}", "calibration=tiny"]).calibration.text == "tiny:calibration"
+    assert (
+        compose("compress", [f"model={choice}", "calibration=tiny"]).calibration.text
+        == "tiny:calibration"
+    )
 
 
 WRONG = [
@@ -94,7 +100,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG]
+)
 def test_a_mistake_is_answered_in_one_or_two_lines(tmp_path, arguments, message):
     result = run(*arguments, f"store={tmp_path / 'runs'}", cwd=tmp_path)
     assert result.returncode == 2, result.stderr
@@ -114,9 +122,12 @@ def fastest(*arguments: str) -> float:
     return min(times)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quant.bits=5"], ["quant.group_size=256"], ["pruner=tailor"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["quant.bits=5"], ["quant.group_size=256"], ["pruner=tailor"]]
+)
 def test_help_and_mistakes_answer_at_once(arguments):
-    # 1.5 s on an idle machine; the bound leaves room for a busy one and still excludes importing torch and transformers
+    # 1.5 s on an idle machine; the bound leaves room for a busy one and still excludes importing
+    # torch and transformers
     assert fastest(*arguments) < 2.5
 
 
@@ -128,14 +139,26 @@ def test_a_mistake_does_not_import_torch(tmp_path):
         "except SystemExit: pass\n"
         "print([name for name in ('torch', 'transformers', 'mlflow', 'datasets', 'lm_eval') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
     assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_help_lists_the_groups():
     result = run("--help")
     assert result.returncode == 0
-    for group in ("model", "pruner", "quantizer", "tuner", "teacher", "eval", "data", "calibration", "trainer"):
+    for group in (
+        "model",
+        "pruner",
+        "quantizer",
+        "tuner",
+        "teacher",
+        "eval",
+        "data",
+        "calibration",
+        "trainer",
+    ):
         assert re.search(rf"^{group}:", result.stdout, re.MULTILINE), group
 
 
@@ -145,8 +168,14 @@ def test_the_plan_prints_what_would_run_and_does_nothing(tmp_path, script):
     assert result.returncode == 0, result.stderr
     assert "nothing has been run" in result.stdout
     assert "Disk and memory suffice." in result.stdout
-    expected = {"compress.py": ["prune taylor", "quantize awq"], "train.py": ["tune lora"], "evaluate.py": []}[script]
-    assert all(re.search(rf"{stage}.*to be made.* [\d,]+ .*[MG]B", result.stdout) for stage in expected), result.stdout
+    expected = {
+        "compress.py": ["prune taylor", "quantize awq"],
+        "train.py": ["tune lora"],
+        "evaluate.py": [],
+    }[script]
+    assert all(
+        re.search(rf"{stage}.*to be made.* [\d,]+ .*[MG]B", result.stdout) for stage in expected
+    ), result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -168,6 +197,7 @@ def test_the_plan_says_how_much_memory_is_missing(tmp_path):
     options = ["plan=true", "pruner.samples=100000", "pruner.length=512"]
     result = run(*options, f"store={tmp_path / 'runs'}", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"This would not fit: 'prune taylor' needs about [\d.]+ GB of memory.*GB are missing", result.stdout), (
-        result.stdout
-    )
+    assert re.search(
+        r"This would not fit: 'prune taylor' needs about [\d.]+ GB of memory.*GB are missing",
+        result.stdout,
+    ), result.stdout

@@ -1,4 +1,5 @@
-"""The studies as experiments: every file composes, its points are those of the study, and a misspelt name is said."""
+"""The studies as experiments: every file composes, its points are those of the study, and a
+misspelt name is said."""
 
 from __future__ import annotations
 
@@ -25,15 +26,24 @@ from slim.models.spec import ModelSpec
 from slim.pruning.magnitude import Magnitude
 from tests.cli.test_cli import run
 
-L3, M, L2, TL = "Meta-Llama-3-8B-Instruct", "Mistral-7B-Instruct-v0.2", "Llama-2-7b-chat-hf", "TinyLlama-1.1B-Chat-v1.0"
+L3, M, L2, TL = (
+    "Meta-Llama-3-8B-Instruct",
+    "Mistral-7B-Instruct-v0.2",
+    "Llama-2-7b-chat-hf",
+    "TinyLlama-1.1B-Chat-v1.0",
+)
 CHOICES = {"mistral7b": M, "llama3_8b": L3, "llama2_7b": L2, "tinyllama": TL}
 HEALED = ["Taylor", "Lora"]
 CHAINS = [["AWQ"], [*HEALED, "AWQ"], ["Lora"], ["QLora"], ["Angular"], ["Angular"]]
 CRITERIA = ("WidthTaylor", "WidthL1", "WidthL2", "WidthRandom")
-STUDIES = {  # name -> the study's models, and the stages of each point of a model, in the order of a nested loop
+# name -> the study's models, and the stages of each point of a model, in the order of a nested loop
+STUDIES = {
     "thesis/awq": ([M, L3, L2], [["AWQ"]]),
     "thesis/awq_group_size": ([M], [[*HEALED, "AWQ"]] * 3),
-    "thesis/awq_vs_gptq": ([L3], [[*before, method] for before in ([], HEALED) for method in ("GPTQ", "AWQ")]),
+    "thesis/awq_vs_gptq": (
+        [L3],
+        [[*before, method] for before in ([], HEALED) for method in ("GPTQ", "AWQ")],
+    ),
     "thesis/gptq_bits": ([M], [["GPTQ"]] * 3),
     "thesis/angular": ([L3, M], [["Angular"]] * 2),
     "thesis/shortened": ([L3, M, L2], [HEALED]),
@@ -45,7 +55,13 @@ STUDIES = {  # name -> the study's models, and the stages of each point of a mod
     "tinyllama/heal": ([TL], [["WidthTaylor", "Lora"]] * 2),
 }
 # Sizes of the models as their publishers state them; what the plan of an experiment needs to know.
-LLAMA = dict(model_type="llama", hidden_act="silu", rms_norm_eps=1e-5, tie_word_embeddings=False, dtype="bfloat16")
+LLAMA = dict(
+    model_type="llama",
+    hidden_act="silu",
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
 CONFIGS = {
     M: dict(LLAMA, model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
             num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None),
@@ -67,19 +83,31 @@ def composed(*overrides: str):
 
 
 def points(name: str, *typed: str) -> list[list[str]]:
-    """Return the overrides of every point of an experiment: all combinations of what its file sweeps and is not typed."""
+    """Return the overrides of every point of an experiment: all combinations of what its file
+    sweeps and is not typed."""
     params = composed(f"experiment={name}", *typed).hydra.sweeper.params
-    own = {key: str(values).split(",") for key, values in params.items() if not any(t.startswith(f"{key}=") for t in typed)}
-    loops = itertools.product(*([f"{key}={value}" for value in values] for key, values in own.items()))
+    own = {
+        key: str(values).split(",")
+        for key, values in params.items()
+        if not any(t.startswith(f"{key}=") for t in typed)
+    }
+    loops = itertools.product(
+        *([f"{key}={value}" for value in values] for key, values in own.items())
+    )
     return [[f"experiment={name}", *typed, *chosen] for chosen in loops]
 
 
 def names_of(pipeline) -> list[str]:
-    return [stage.kind if stage.kind == "distill" else type(stage).__name__ for stage in pipeline.stages]
+    return [
+        stage.kind if stage.kind == "distill" else type(stage).__name__ for stage in pipeline.stages
+    ]
 
 
 def test_there_is_a_file_for_every_table():
-    found = {str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").glob("*/*.yaml")}
+    found = {
+        str(path.relative_to(CONF / "experiment").with_suffix(""))
+        for path in (CONF / "experiment").glob("*/*.yaml")
+    }
     assert found == STUDIES.keys()
 
 
@@ -96,35 +124,55 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_points_are_those_of_the_study(name, hub):
-    """Every point of one model is planned on the published sizes of all: what does not fit would raise."""
+    """Every point of one model is planned on the published sizes of all: what does not fit would
+    raise."""
     models, stages = STUDIES[name]
     config = composed(f"experiment={name}")
     assert (config.hydra.mode.name, config.tracking.experiment) == ("MULTIRUN", name)
     assert config.tracking.published
     every = points(name)
     assert len(every) == len(models) * len(stages)
-    swept = [choice for choice, of in CHOICES.items() if of in models] if len(models) > 1 else [None]
-    assert {value for point in every for value in point if value.startswith("model=")} == {f"model={c}" for c in swept if c}
+    swept = (
+        [choice for choice, of in CHOICES.items() if of in models] if len(models) > 1 else [None]
+    )
+    assert {value for point in every for value in point if value.startswith("model=")} == {
+        f"model={c}" for c in swept if c
+    }
     step = 3 if len(stages) > 6 else 1  # the slow test runs all
     pipelines = [build_pipeline(composed(*overrides)) for overrides in every[: len(stages) : step]]
     assert [names_of(pipeline) for pipeline in pipelines] == stages[::step]
     for pipeline, model in itertools.product(pipelines, models):
-        pipeline.model.source, pipeline.evaluation = f"org/{model}", None  # what is measured needs the network to be checked
+        # what is measured needs the network to be checked
+        pipeline.model.source, pipeline.evaluation = f"org/{model}", None
         assert len(pipeline.plan()) == len(pipeline.stages) + 1
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_embedded_model_needs_no_network(name):
-    """No setting names anything of the hub, and the plan, which reads the model, has no objection."""
+    """No setting names anything of the hub, and the plan, which reads the model, has no
+    objection."""
     every = points(name, "model=tiny")
     assert len(every) == len(STUDIES[name][1])
-    for number, overrides in enumerate(every[:: max(1, len(every) - 1)]):  # first and last; the slow test runs all
+    # first and last; the slow test runs all
+    for number, overrides in enumerate(every[:: max(1, len(every) - 1)]):
         config = composed(*overrides)
-        for part in ("model", "calibration", "pruner", "tuner", "teacher", "quantizer", "data", "eval"):
-            values = flat(OmegaConf.to_container(config[part], resolve=True) if config[part] else {})
+        for part in (
+            "model",
+            "calibration",
+            "pruner",
+            "tuner",
+            "teacher",
+            "quantizer",
+            "data",
+            "eval",
+        ):
+            values = flat(
+                OmegaConf.to_container(config[part], resolve=True) if config[part] else {}
+            )
             assert not [value for value in values if ABOUT_HUB.fullmatch(str(value))], part
         pipeline = build_pipeline(config)
-        pipeline.evaluation = pipeline.evaluation if number == 0 else None  # the same for all points
+        # the same for all points
+        pipeline.evaluation = pipeline.evaluation if number == 0 else None
         assert len(pipeline.plan()) > 1
 
 
@@ -162,7 +210,11 @@ def test_the_settings_are_those_of_the_study(name):
 
 @pytest.mark.parametrize(
     ("overrides", "blocks"),
-    [(["thesis/angular", "pruner.blocks=0.25"], 8), (["thesis/angular", "pruner.blocks=0.375"], 12), (["thesis/shortened"], 6)],
+    [
+        (["thesis/angular", "pruner.blocks=0.25"], 8),
+        (["thesis/angular", "pruner.blocks=0.375"], 12),
+        (["thesis/shortened"], 6),
+    ],
 )
 def test_what_is_removed_is_what_the_study_removed(overrides, blocks):
     pruner = build_pipeline(composed(f"experiment={overrides[0]}", *overrides[1:])).stages[0]
@@ -175,19 +227,35 @@ def test_the_width_is_that_of_the_study():
 
 
 def test_what_is_typed_wins_over_the_experiment():
-    config = composed("experiment=thesis/combined", "model=tiny", "eval=none", "calibration=wikitext2", "data=tiny_chat")
+    config = composed(
+        "experiment=thesis/combined",
+        "model=tiny",
+        "eval=none",
+        "calibration=wikitext2",
+        "data=tiny_chat",
+    )
     assert config.eval.tasks is None
     assert config.calibration.text == "Salesforce/wikitext"
     assert "examples" not in config.data and config.data._target_.endswith("TinyChat")
     config = composed("experiment=thesis/shortened", "model=tiny", "pruner=magnitude", "tuner=full")
     assert config.pruner._target_.endswith("Magnitude") and config.tuner._target_.endswith("Full")
     embedded = composed("experiment=thesis/awq", "model=mistral7b", "texts=tiny")
-    assert embedded.calibration.text == "tiny:calibration" and embedded.eval.tasks.names[0] == "tiny_facts"
+    assert (
+        embedded.calibration.text == "tiny:calibration"
+        and embedded.eval.tasks.names[0] == "tiny_facts"
+    )
     assert composed("texts=hub").calibration.text == "Salesforce/wikitext"
 
 
 def test_a_share_of_the_blocks():
-    for share, depth, expected in ((0.25, 32, 8), (0.375, 32, 12), (0.1875, 32, 6), (0.25, 8, 2), (0.375, 6, 2), (0.01, 8, 1)):
+    for share, depth, expected in (
+        (0.25, 32, 8),
+        (0.375, 32, 12),
+        (0.1875, 32, 6),
+        (0.25, 8, 2),
+        (0.375, 6, 2),
+        (0.01, 8, 1),
+    ):
         model = ModelSpec({**CONFIGS[TL], "num_hidden_layers": depth}, name="model")
         assert model.blocks - Magnitude(blocks=share).output_spec(model).blocks == expected
     for wrong in (1.5, 0.0, -0.25, 1.0):
@@ -213,8 +281,14 @@ def test_calibration_on_the_first_documents(tmp_path):
     file.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
     assert Calibration(str(file), first_documents=2, separator=" ").joined() == "one two"
     assert Calibration(str(file)).joined() == "one\n\ntwo\n\nthree"
-    assert {"first_documents", "separator"}.isdisjoint(Calibration(str(file)).cache_key()), "old results keep their names"
-    names = [Calibration(str(file), first_documents=first, separator=by).cache_key() for first in (2, 3) for by in (" ", "\n")]
+    assert {"first_documents", "separator"}.isdisjoint(Calibration(str(file)).cache_key()), (
+        "old results keep their names"
+    )
+    names = [
+        Calibration(str(file), first_documents=first, separator=by).cache_key()
+        for first in (2, 3)
+        for by in (" ", "\n")
+    ]
     assert all(one != other for one, other in itertools.combinations(names, 2))
     with pytest.raises(SlimError, match="calibration.first_documents=0"):
         Calibration(str(file), first_documents=0)
@@ -253,9 +327,13 @@ def test_nothing_in_our_own_files_is_unknown(name):
 
 
 def test_an_experiment_that_does_not_exist_or_is_for_another_command():
-    with pytest.raises(SlimError, match=r"experiment=thesis/awk does not exist.*Did you mean thesis/awq\?"):
+    with pytest.raises(
+        SlimError, match=r"experiment=thesis/awk does not exist.*Did you mean thesis/awq\?"
+    ):
         check_experiments(["experiment=thesis/awk"], CONF)
-    with pytest.raises(SlimError, match=r"awq.yaml: evaluate.py has no group 'chain'.* Use: compress.py\."):
+    with pytest.raises(
+        SlimError, match=r"awq.yaml: evaluate.py has no group 'chain'.* Use: compress.py\."
+    ):
         check_experiments(["experiment=thesis/awq"], CONF, "evaluate")
     check_experiments(["experiment=pretrain_tiny"], CONF, "train")
     check_experiments(["experiment=null", "experiment=mine", "hydra.searchpath=[x]"], CONF)
@@ -263,10 +341,14 @@ def test_an_experiment_that_does_not_exist_or_is_for_another_command():
 
 def test_the_command_line_says_it(tmp_path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\npruner:\n  bloks: 2\n")
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\npruner:\n  bloks: 2\n"
+    )
     result = run("experiment=mine", f"--config-dir={tmp_path / 'conf'}", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.startswith("slim: conf/experiment/mine.yaml: pruner has no setting 'bloks'.")
+    assert result.stderr.startswith(
+        "slim: conf/experiment/mine.yaml: pruner has no setting 'bloks'."
+    )
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -296,18 +378,26 @@ def test_every_experiment_runs_on_the_embedded_model(name, tmp_path):
     short = [*SHORT, *FEW.get(name, []), *([] if speed else QUALITY), f"store={tmp_path / 'runs'}"]
     ends = []
     for overrides in points(name, "model=tiny"):
-        trained = "chain=" not in " ".join(overrides) or re.search("chain=(shortened|tuned)", " ".join(overrides))
+        trained = "chain=" not in " ".join(overrides) or re.search(
+            "chain=(shortened|tuned)", " ".join(overrides)
+        )
         pipeline = build_pipeline(composed(*overrides, *(short if trained else untrained(short))))
         if speed:
-            assert len(pipeline.evaluation.speed.prompts) == 5 and pipeline.evaluation.speed.max_length == 200
-            pipeline.evaluation.speed = replace(pipeline.evaluation.speed, prompts=["Who is Konrad Zuse?"], max_length=24)
+            assert (
+                len(pipeline.evaluation.speed.prompts) == 5
+                and pipeline.evaluation.speed.max_length == 200
+            )
+            pipeline.evaluation.speed = replace(
+                pipeline.evaluation.speed, prompts=["Who is Konrad Zuse?"], max_length=24
+            )
         results = pipeline.run()
         ends.append(results[-1])
         measured = results[-1].metrics
         assert measured["decode_tokens_per_second"] > 0 if speed else measured["perplexity"] > 1
         if name == "thesis/perplexity":
             assert measured["word_perplexity"] > measured["byte_perplexity"] > 1
-    # Four steps may leave a whole model untouched, so that two ways of tuning it give the same files.
+    # Four steps may leave a whole model untouched, so that two ways of tuning it give the same
+    # files.
     assert len({end.digest if speed else end.content for end in ends}) == len(ends)
     figures = [str({key: end.metrics[key] for key in ("parameters", "bytes_on_disk", "perplexity") if key in end.metrics})
                for end in ends]  # fmt: skip
@@ -325,6 +415,10 @@ def test_the_command_sweeps_by_itself_with_the_typed_model(tmp_path):
     short = [*SHORT, *QUALITY, f"store={tmp_path / 'runs'}"]
     result = run("experiment=thesis/gptq_bits", "model=tiny", *short, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    rows = [line for line in result.stdout.splitlines() if "GPTQ" in line or re.search(r"│ [432] ", line)]
+    rows = [
+        line
+        for line in result.stdout.splitlines()
+        if "GPTQ" in line or re.search(r"│ [432] ", line)
+    ]
     assert len(rows) == 3, result.stdout
     assert Path(tmp_path / "runs" / "mlflow.db").is_file()

@@ -1,4 +1,5 @@
-"""Data sets: the hub's layouts and schemas, dialogues of many turns, parts that are kept apart, streams, what people see."""
+"""Data sets: the hub's layouts and schemas, dialogues of many turns, parts that are kept apart,
+streams, what people see."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from slim.data.preview import first_examples, show_example, write_examples
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Templates in the manner of common models; the third leaves out of earlier answers what it puts before the last one.
+# Templates in the manner of common models; the third leaves out of earlier answers what it puts
+# before the last one.
 CHATML = (
     "{% for m in messages %}{{ '<|user|>' + m['role'] + '\n' + m['content'] | trim + '<|end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|user|>assistant\n' }}{% endif %}"
@@ -54,7 +56,12 @@ def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-DIALOGUE = [turn("user", "Who is Anna?"), turn("assistant", "A nurse."), turn("user", "Where?"), turn("assistant", "Here.")]
+DIALOGUE = [
+    turn("user", "Who is Anna?"),
+    turn("assistant", "A nurse."),
+    turn("user", "Where?"),
+    turn("assistant", "Here."),
+]
 
 
 def learnt_runs(tokenizer, example: Example) -> list[str]:
@@ -79,10 +86,13 @@ def learnt_runs(tokenizer, example: Example) -> list[str]:
         (CHATML, ["A nurse.<|end|>", "Here.<|end|>"]),
         (INSTRUCT, ["A nurse. <|end|>", "Here. <|end|>"]),
         (THINKING, ["A nurse.<|end|>", "<think></think>Here.<|end|>"]),
-        (BARE, ["A nurse.", "Here.<|end|>"]),  # no mark between turns: only what follows the last answer is known
+        # no mark between turns: only what follows the last answer is known
+        (BARE, ["A nurse.", "Here.<|end|>"]),
     ],
 )
-def test_every_answer_and_the_mark_behind_it_is_learnt_and_nothing_else(tokenizer, template, expected):
+def test_every_answer_and_the_mark_behind_it_is_learnt_and_nothing_else(
+    tokenizer, template, expected
+):
     tokenizer.chat_template = template or tokenizer.chat_template
     (example,) = encode_conversations(tokenizer, [DIALOGUE])
     assert [run.strip() for run in learnt_runs(tokenizer, example)] == expected
@@ -91,14 +101,21 @@ def test_every_answer_and_the_mark_behind_it_is_learnt_and_nothing_else(tokenize
 
 
 def test_answers_that_repeat_the_question_are_found_where_they_stand(tokenizer):
-    echo = [turn("user", "Yes"), turn("assistant", "Yes"), turn("user", "Yes"), turn("assistant", "Yes")]
+    echo = [
+        turn("user", "Yes"),
+        turn("assistant", "Yes"),
+        turn("user", "Yes"),
+        turn("assistant", "Yes"),
+    ]
     (example,) = encode_conversations(tokenizer, [echo])
     assert learnt_runs(tokenizer, example) == [" Yes<|end|>", " Yes<|end|>"]
 
 
 def test_templates_that_cannot_be_taken_apart_are_refused(tokenizer):
     tokenizer.chat_template = INSTRUCT
-    with pytest.raises(SlimError, match="refuses a conversation of system, user, assistant: no system role"):
+    with pytest.raises(
+        SlimError, match="refuses a conversation of system, user, assistant: no system role"
+    ):
         list(encode_conversations(tokenizer, [[turn("system", "Be kind."), *DIALOGUE[:2]]]))
     tokenizer.chat_template = BARE.replace("m['content']", "m['content'] | upper")
     with pytest.raises(SlimError, match="changes an earlier answer .'A nurse.'"):
@@ -117,7 +134,8 @@ def test_a_tokenizer_without_padding_will_do_and_one_without_an_end_will_not(tok
 
 
 def hub_folder(folder: Path, rows: dict[str, list[dict]], subset: str | None = None) -> Path:
-    """Write a data set as the hub keeps it: Parquet files, and the splits and configurations in README.md."""
+    """Write a data set as the hub keeps it: Parquet files, and the splits and configurations in
+    README.md."""
     place = folder / (subset or "data")
     place.mkdir(parents=True)
     for split, found in rows.items():
@@ -130,14 +148,22 @@ def hub_folder(folder: Path, rows: dict[str, list[dict]], subset: str | None = N
 
 def choice(name: str, **settings):
     """Make the data of ``conf/data`` with other settings, such as a local folder for ``text``."""
-    found = yaml.safe_load((ROOT / "slim" / "conf" / "data" / f"{name}.yaml").read_text()) | {"seed": 0} | settings
+    found = (
+        yaml.safe_load((ROOT / "slim" / "conf" / "data" / f"{name}.yaml").read_text())
+        | {"seed": 0}
+        | settings
+    )
     kinds = {"Pairs": Pairs, "Messages": Messages, "Passages": Passages, "TextData": TextData}
     return kinds[found.pop("_target_").rsplit(".", 1)[1]](**found)
 
 
 def marco(number: int, selected: int | None, answer: str) -> dict:
     texts = [f"Passage {number}.{n}." for n in range(3)]
-    passages = {"is_selected": [int(n == selected) for n in range(3)], "passage_text": texts, "url": ["u"] * 3}
+    passages = {
+        "is_selected": [int(n == selected) for n in range(3)],
+        "passage_text": texts,
+        "url": ["u"] * 3,
+    }
     return {
         "answers": [answer], "passages": passages, "query": f"question {number}", "query_id": number,
         "query_type": "DESCRIPTION", "wellFormedAnswers": [],
@@ -145,7 +171,12 @@ def marco(number: int, selected: int | None, answer: str) -> dict:
 
 
 def test_ms_marco(tmp_path, tokenizer):
-    rows = [marco(0, 1, "It is so."), marco(1, 0, "No Answer Present."), marco(2, None, "Unfounded."), marco(3, 2, "Yes.")]
+    rows = [
+        marco(0, 1, "It is so."),
+        marco(1, 0, "No Answer Present."),
+        marco(2, None, "Unfounded."),
+        marco(3, 2, "Yes."),
+    ]
     folder = hub_folder(tmp_path / "set", {"train": rows, "validation": rows[3:]}, "v2.1")
     data = choice("ms_marco", text=str(folder))
     assert sorted(pair for pair in data.pairs("train") if pair[1]) == [
@@ -158,13 +189,20 @@ def test_ms_marco(tmp_path, tokenizer):
 
 
 def test_ultrachat(tmp_path, tokenizer):
-    rows = [{"prompt": f"{n}?", "prompt_id": str(n), "messages": [turn("user", f"{n}?"), *DIALOGUE[1:]]} for n in range(5)]
+    rows = [
+        {"prompt": f"{n}?", "prompt_id": str(n), "messages": [turn("user", f"{n}?"), *DIALOGUE[1:]]}
+        for n in range(5)
+    ]
     rows.append({"prompt": "x", "prompt_id": "x", "messages": [turn("user", "Unanswered?")]})
-    folder = hub_folder(tmp_path / "set", {"train_sft": rows, "test_sft": rows[:2], "train_gen": rows})
+    folder = hub_folder(
+        tmp_path / "set", {"train_sft": rows, "test_sft": rows[:2], "train_gen": rows}
+    )
     data = choice("ultrachat_200k", text=str(folder))
     found = data.windows("train", tokenizer, 64)
     assert found.counts["examples"] == 5 and found.counts["unanswered"] == 1
-    assert int(found.loss_tokens.sum()) == 5 * len(tokenizer(" A nurse.<|end|> Here.<|end|>")["input_ids"])
+    assert int(found.loss_tokens.sum()) == 5 * len(
+        tokenizer(" A nurse.<|end|> Here.<|end|>")["input_ids"]
+    )
     assert len(list(data.conversations("validation"))) == 2
     assert sorted(data.questions("validation")) == ["0?", "1?"]
 
@@ -172,11 +210,19 @@ def test_ultrachat(tmp_path, tokenizer):
 def test_dolly(tmp_path):
     rows = [
         {"instruction": "Who?", "context": "", "response": "Anna.", "category": "open_qa"},
-        {"instruction": "Where?", "context": "Anna lives here.\n", "response": "Here.", "category": "closed_qa"},
+        {
+            "instruction": "Where?",
+            "context": "Anna lives here.\n",
+            "response": "Here.",
+            "category": "closed_qa",
+        },
     ]
     (tmp_path / "databricks-dolly-15k.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     data = choice("dolly", text=str(tmp_path), validation_fraction=0.001)
-    assert sorted(data.pairs("train")) == [("Where?\n\nAnna lives here.", "Here."), ("Who?", "Anna.")]
+    assert sorted(data.pairs("train")) == [
+        ("Where?\n\nAnna lives here.", "Here."),
+        ("Who?", "Anna."),
+    ]
 
 
 @pytest.mark.parametrize("name", ["c4", "bookcorpus"])
@@ -184,7 +230,9 @@ def test_streamed_text(tmp_path, tokenizer, name, monkeypatch):
     import datasets
 
     kept = [{"text": f"Sentence number {n}."} for n in range(2000)]
-    folder = hub_folder(tmp_path / "set", {"train": kept, "validation": kept[:9]}, "en" if name == "c4" else None)
+    folder = hub_folder(
+        tmp_path / "set", {"train": kept, "validation": kept[:9]}, "en" if name == "c4" else None
+    )
     read = []
     honest = datasets.load_dataset
 
@@ -197,7 +245,8 @@ def test_streamed_text(tmp_path, tokenizer, name, monkeypatch):
     data = choice(name, text=str(folder), revision=None, passage=100 if name == "bookcorpus" else 0)
     assert data.endless
     windows = data.windows("train", tokenizer, 32, 320)
-    assert len(windows) == 10 and len(read) < 1000 + 256 * 5  # a batch of the tokenizer more than needed, not all
+    # a batch of the tokenizer more than needed, not all
+    assert len(windows) == 10 and len(read) < 1000 + 256 * 5
     assert len(data.windows("validation", tokenizer, 32, 64)) >= 2
 
 
@@ -214,11 +263,25 @@ def test_every_choice_of_the_group_is_one_that_can_be_made():
 
 def test_dialogues_in_other_schemas(tmp_path, tokenizer):
     path = tmp_path / "shared.jsonl"
-    turns = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]
+    turns = [
+        {"from": "system", "value": "Be kind."},
+        {"from": "human", "value": "Hi?"},
+        {"from": "gpt", "value": "Hello."},
+    ]
     columns = {"from": ["human", "gpt", "human"], "value": ["Hi?", "Hello.", "Bye?"]}
-    rows = [{"conversations": turns}, {"conversations": json.dumps(turns)}, {"conversations": columns}]
+    rows = [
+        {"conversations": turns},
+        {"conversations": json.dumps(turns)},
+        {"conversations": columns},
+    ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    data = Messages(text=str(path), messages="conversations", role="from", content="value", validation_fraction=0.001)
+    data = Messages(
+        text=str(path),
+        messages="conversations",
+        role="from",
+        content="value",
+        validation_fraction=0.001,
+    )
     found = list(data.conversations("train"))
     answered = [turn("user", "Hi?"), turn("assistant", "Hello.")]
     assert sorted(found, key=len) == [
@@ -234,13 +297,17 @@ def test_dialogues_in_other_schemas(tmp_path, tokenizer):
         path.write_text(json.dumps({"conversations": content}))
         with pytest.raises(SlimError, match=message):
             list(data.conversations("train"))
-    with pytest.raises(SlimError, match="no column 'messages' .has: conversations.. Set data.messages"):
+    with pytest.raises(
+        SlimError, match="no column 'messages' .has: conversations.. Set data.messages"
+    ):
         Messages(text=str(path)).windows("train", tokenizer, 64)
 
 
 def test_rows_of_parquet_files_and_null_cells(tmp_path):
     path = tmp_path / "some.parquet"
-    pq.write_table(pa.table({"q": ["One?", "Two?"], "a": [["1", "i"], []], "text": ["x", None]}), path)
+    pq.write_table(
+        pa.table({"q": ["One?", "Two?"], "a": [["1", "i"], []], "text": ["x", None]}), path
+    )
     data = Pairs(text=str(path), prompt="q", answer="a", validation_fraction=0.001)
     assert sorted(data.pairs("train")) == [("One?", "1"), ("Two?", "")]
     assert list(TextData(text=str(path)).source("train").documents()) == ["x", ""]
@@ -263,18 +330,32 @@ def test_all_dialogues_unanswered_is_an_error(tmp_path, tokenizer):
 def test_three_parts_share_nothing_and_leave_nothing_out(tmp_path, streaming):
     path = tmp_path / "some.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"Document {n % 400}."}) for n in range(800)))
-    data = TextData(text=str(path), validation_fraction=0.2, test_fraction=0.1, seed=3, streaming=streaming)
+    data = TextData(
+        text=str(path), validation_fraction=0.2, test_fraction=0.1, seed=3, streaming=streaming
+    )
     parts = {part: list(data.documents(part)) for part in PARTS}
     assert sum(map(len, parts.values())) == 800 and len(set().union(*parts.values())) == 400
     sets = [set(found) for found in parts.values()]
     assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
-    assert all(share_of(text, 3) < 0.2 for text in sets[1]) and all(share_of(text, 3) >= 0.9 for text in sets[2])
-    assert [len(part) for part in sets] == [pytest.approx(400 * share, abs=30) for share in (0.7, 0.2, 0.1)]
-    assert data.cache_key() != TextData(text=str(path), validation_fraction=0.2, seed=3, streaming=streaming).cache_key()
+    assert all(share_of(text, 3) < 0.2 for text in sets[1]) and all(
+        share_of(text, 3) >= 0.9 for text in sets[2]
+    )
+    assert [len(part) for part in sets] == [
+        pytest.approx(400 * share, abs=30) for share in (0.7, 0.2, 0.1)
+    ]
+    assert (
+        data.cache_key()
+        != TextData(
+            text=str(path), validation_fraction=0.2, seed=3, streaming=streaming
+        ).cache_key()
+    )
 
 
 def test_the_tiny_worlds_parts_share_no_document():
-    parts = [set(doc for doc, _ in zip(TinyText().documents(part), range(300), strict=False)) for part in PARTS]
+    parts = [
+        set(doc for doc, _ in zip(TinyText().documents(part), range(300), strict=False))
+        for part in PARTS
+    ]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     with pytest.raises(SlimError, match="no test part"):
         TinyChat().pairs("test")
@@ -286,7 +367,10 @@ def test_a_split_to_measure_with_is_not_trained_on(tmp_path):
     for settings, message in (
         (dict(text=folder, split="test"), "data.split=test is there to test models"),
         (dict(text=folder, split="test_sft[:10%]"), "is there to test models"),
-        (dict(text=folder, split="train", validation_split="train"), "must differ, and two of them are train"),
+        (
+            dict(text=folder, split="train", validation_split="train"),
+            "must differ, and two of them are train",
+        ),
         (dict(text=folder, validation_split="test", test_split="test"), "two of them are test"),
         (dict(text=file, validation_split="validation"), "is one file and has no splits"),
         (dict(text=folder, test_fraction=0.9), "data.test_fraction=0.9"),
@@ -312,8 +396,13 @@ def test_a_stream_is_shuffled_nearby_and_the_same_each_time(tmp_path, monkeypatc
     path.write_text("".join(f"{n}\n" for n in range(300)))
     data = TextData(text=str(path), passage=1, streaming=True, validation_fraction=0.001)
     found = [int(text) for text in data.documents("train")]
-    assert sorted(found) == list(range(300)) and found != sorted(found) and found == [int(t) for t in data.documents("train")]
-    assert all(number <= place + 10 for place, number in enumerate(found))  # never read further ahead than the buffer
+    assert (
+        sorted(found) == list(range(300))
+        and found != sorted(found)
+        and found == [int(t) for t in data.documents("train")]
+    )
+    # never read further ahead than the buffer
+    assert all(number <= place + 10 for place, number in enumerate(found))
     whole = TextData(text=str(path), passage=1, validation_fraction=0.001)
     assert sorted(whole.documents("train")) == sorted(data.documents("train"))
 
@@ -332,15 +421,28 @@ def test_a_stream_has_no_epochs(tmp_path):
 
 def test_lengths_are_counted_before_anything_is_cut(tmp_path, tokenizer):
     assert length_counts(range(1, 101)) == {"median_length": 50, "p95_length": 95, "longest": 100}
-    assert length_counts([7]) == {"median_length": 7, "p95_length": 7, "longest": 7} and length_counts([]) == {}
+    assert (
+        length_counts([7]) == {"median_length": 7, "p95_length": 7, "longest": 7}
+        and length_counts([]) == {}
+    )
     path = tmp_path / "some.jsonl"
     words = [3] * 18 + [10, 200]
-    path.write_text("\n".join(json.dumps({"prompt": f"{n}?", "answer": "apple " * n}) for n in words))
-    counts = Pairs(text=str(path), long="cut", validation_fraction=0.001).windows("train", tokenizer, 64).counts
+    path.write_text(
+        "\n".join(json.dumps({"prompt": f"{n}?", "answer": "apple " * n}) for n in words)
+    )
+    counts = (
+        Pairs(text=str(path), long="cut", validation_fraction=0.001)
+        .windows("train", tokenizer, 64)
+        .counts
+    )
     sizes = sorted(len(e) for e in encode_conversations(tokenizer, [
         [turn("user", f"{n}?"), turn("assistant", "apple " * n)] for n in words
     ]))  # fmt: skip
-    assert counts["longest"] == sizes[-1] > 200 and counts["median_length"] == sizes[9] and counts["p95_length"] == sizes[18]
+    assert (
+        counts["longest"] == sizes[-1] > 200
+        and counts["median_length"] == sizes[9]
+        and counts["p95_length"] == sizes[18]
+    )
     assert counts["cut"] == 1 and counts["dropped"] == 0 and counts["examples"] == 20
 
 
@@ -350,7 +452,10 @@ def test_reading_goes_on_until_enough_fits(tmp_path, tokenizer):
     rows = [{"prompt": f"{n}?", "answer": "apple " * (100 if n % 10 else 5)} for n in range(300)]
     path.write_text("\n".join(map(json.dumps, rows)))
     windows = Pairs(text=str(path), validation_fraction=0.001).windows("train", tokenizer, 32, 200)
-    assert windows.counts["dropped"] > 50 and 200 <= windows.tokens.numel() - windows.counts["padding"] < 240
+    assert (
+        windows.counts["dropped"] > 50
+        and 200 <= windows.tokens.numel() - windows.counts["padding"] < 240
+    )
 
 
 def test_the_first_examples_are_shown_with_what_is_not_learnt_marked(tokenizer, tmp_path, capsys):
@@ -358,7 +463,10 @@ def test_the_first_examples_are_shown_with_what_is_not_learnt_marked(tokenizer, 
     example = next(iter(encode_conversations(tokenizer, [DIALOGUE])))
     windows = separate([example, Example([5, 6, 7], [IGNORE, 6, 7])], 64, tokenizer.pad_token_id)
     expected = f"«<|user|> Who is Anna?<|assistant|>» A nurse.{ends}«<|user|> Where?<|assistant|>» Here.{ends}"
-    assert first_examples(windows, tokenizer, 1) == [expected] and len(first_examples(windows, tokenizer, 5)) == 2
+    assert (
+        first_examples(windows, tokenizer, 1) == [expected]
+        and len(first_examples(windows, tokenizer, 5)) == 2
+    )
     write_examples(windows, tokenizer, tmp_path)
     assert expected in (tmp_path / "examples.txt").read_text()
     show_example(windows, tokenizer)

@@ -1,4 +1,5 @@
-"""Packing: nothing is lost, doubled or padded without need, and packed examples do not see each other."""
+"""Packing: nothing is lost, doubled or padded without need, and packed examples do not see each
+other."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def test_concatenation_reads_an_endless_source_only_as_far_as_needed():
             yield [number % 7 + 1] * 5
 
     packed = concatenate(endless(), 8, END, limit=30)
-    assert len(packed) == 4 and len(read) == 7  # 5 documents of 5 + 1 tokens, and those the loop looked at
+    # 5 documents of 5 + 1 tokens, and those the loop looked at
+    assert len(packed) == 4 and len(read) == 7
 
 
 def test_concatenation_does_not_double_an_end_that_is_there():
@@ -55,7 +57,8 @@ def test_best_fit_places_each_item_once_and_wastes_little(sizes):
     bins = best_fit(sizes, 16)
     assert sorted(item for members in bins for item in members) == list(range(len(sizes)))
     assert all(sum(sizes[item] for item in members) <= 16 for members in bins)
-    # Two bins that are half empty would have been joined; and the proven bound of best fit decreasing.
+    # Two bins that are half empty would have been joined; and the proven bound of best fit
+    # decreasing.
     assert sum(sum(sizes[item] for item in members) <= 8 for members in bins) <= 1
     assert len(bins) <= 11 / 9 * -(-sum(sizes) // 16) + 4 or 2 * sum(sizes) > 16 * (len(bins) - 1)
 
@@ -86,19 +89,24 @@ def test_best_fit_refuses_what_cannot_fit():
 @given(st.lists(st.tuples(st.integers(1, 10), st.integers(0, 6)), min_size=1, max_size=30))
 def test_separate_packing_keeps_examples_whole_with_their_own_positions(shapes):
     examples = [
-        Example([i + 1] * (prompt + answer), [IGNORE] * prompt + [i + 1] * answer) for i, (prompt, answer) in enumerate(shapes)
+        Example([i + 1] * (prompt + answer), [IGNORE] * prompt + [i + 1] * answer)
+        for i, (prompt, answer) in enumerate(shapes)
     ]
     packed = separate(examples, 16, pad=END)
     seen = {}
     columns = (packed.tokens.tolist(), packed.labels.tolist(), packed.positions.tolist())
     for row, labels, positions in zip(*columns, strict=True):
-        for token, label, position, before in zip(row, labels, positions, [None, *row[:-1]], strict=True):
+        for token, label, position, before in zip(
+            row, labels, positions, [None, *row[:-1]], strict=True
+        ):
             assert (position == 0) == (token != before)
             if token:
                 seen.setdefault(token, []).append(label)
     # each example once, in one piece; its first token never has a label
     assert seen == {i + 1: [IGNORE, *example.labels[1:]] for i, example in enumerate(examples)}
-    assert packed.utilisation == pytest.approx(sum(len(e.tokens) for e in examples) / packed.tokens.numel())
+    assert packed.utilisation == pytest.approx(
+        sum(len(e.tokens) for e in examples) / packed.tokens.numel()
+    )
 
 
 def test_long_examples_are_cut_or_dropped_and_counted():
@@ -164,11 +172,18 @@ def tokenizer(small_llama):
 
 
 def test_only_answers_and_their_end_have_labels(tokenizer):
-    pairs = [("Where does Anna live?", "She lives in a town."), ("How much is two plus two?", "Four.")]
+    pairs = [
+        ("Where does Anna live?", "She lives in a town."),
+        ("How much is two plus two?", "Four."),
+    ]
     for (prompt, answer), example in zip(pairs, encode_pairs(tokenizer, pairs), strict=True):
         learnt = [label for label in example.labels if label != IGNORE]
         assert tokenizer.decode(learnt).strip() == answer + tokenizer.eos_token
-        ignored = [token for token, label in zip(example.tokens, example.labels, strict=True) if label == IGNORE]
+        ignored = [
+            token
+            for token, label in zip(example.tokens, example.labels, strict=True)
+            if label == IGNORE
+        ]
         assert prompt in tokenizer.decode(ignored) and answer not in tokenizer.decode(ignored)
         whole = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         assert example.tokens == tokenizer.apply_chat_template(whole, return_dict=False)
@@ -198,7 +213,9 @@ def test_an_end_token_is_added_where_the_template_has_none_and_what_follows_it_i
 
 def test_documents_are_encoded_as_the_tokenizer_does(tokenizer):
     texts = [f"Anna has {n} apples." for n in range(600)]
-    assert list(encode_documents(tokenizer, texts)) == [tokenizer(text)["input_ids"] for text in texts]
+    assert list(encode_documents(tokenizer, texts)) == [
+        tokenizer(text)["input_ids"] for text in texts
+    ]
 
 
 # Data choices
@@ -211,7 +228,9 @@ def test_tiny_text_and_chat_give_windows(tokenizer):
     assert chat.utilisation > 0.95 and 0 < chat.loss_tokens.sum() < chat.tokens.numel() / 2
     again = TinyChat().windows("train", tokenizer, 128, 4000)
     assert torch.equal(chat.tokens, again.tokens) and torch.equal(chat.labels, again.labels)
-    assert not torch.equal(text.tokens, TinyText(seed=1).windows("train", tokenizer, 128, 2000).tokens)
+    assert not torch.equal(
+        text.tokens, TinyText(seed=1).windows("train", tokenizer, 128, 2000).tokens
+    )
 
 
 def test_train_and_validation_share_no_document(tmp_path):
@@ -233,7 +252,9 @@ def test_a_text_file_is_cut_into_passages(tmp_path):
     path.write_text("".join(lines))
     data = TextData(text=str(path), passage=200)
     parts = [*data.documents("train"), *data.documents("validation")]
-    assert len(parts) > 40 and sorted("".join(parts).splitlines()) == sorted("".join(lines).splitlines())
+    assert len(parts) > 40 and sorted("".join(parts).splitlines()) == sorted(
+        "".join(lines).splitlines()
+    )
     assert data.cache_key() != TextData(text=str(path), passage=100).cache_key()
     before = data.cache_key()
     path.write_text("".join(lines) + "more\n")
@@ -243,11 +264,17 @@ def test_a_text_file_is_cut_into_passages(tmp_path):
 def test_pairs_map_columns_and_refuse_bad_data(tmp_path, tokenizer):
     path = tmp_path / "pairs.jsonl"
     row = '{{"instruction": "Say {n}.", "input": "{input}", "output": "{output}"}}\n'
-    path.write_text("".join(row.format(n=n, input="x" * (n % 2), output=f"It is {n}.") for n in range(200)))
+    path.write_text(
+        "".join(row.format(n=n, input="x" * (n % 2), output=f"It is {n}.") for n in range(200))
+    )
     columns = dict(text=str(path), prompt="instruction", answer="output", context="input")
     data = Pairs(**columns)
     pairs = {*data.pairs("train"), *data.pairs("validation")}
-    assert ("Say 4.", "It is 4.") in pairs and ("Say 5.\n\nx", "It is 5.") in pairs and len(pairs) == 200
+    assert (
+        ("Say 4.", "It is 4.") in pairs
+        and ("Say 5.\n\nx", "It is 5.") in pairs
+        and len(pairs) == 200
+    )
     assert data.windows("train", tokenizer, 128).utilisation > 0.9
     with pytest.raises(SlimError, match="no column 'prompt' .has: instruction, input, output"):
         list(Pairs(text=str(path)).pairs("train"))
@@ -267,11 +294,18 @@ def test_pairs_map_columns_and_refuse_bad_data(tmp_path, tokenizer):
 def test_data_sets_have_splits_of_their_own(tmp_path):
     """A local folder in the hub's layout takes the same way as a data set of the hub."""
     for split, size in (("train", 30), ("validation", 7)):
-        rows = (json.dumps({"text": f" {split} line {n} \n", "q": f"{split} {n}?", "a": f"{n}."}) for n in range(size))
+        rows = (
+            json.dumps({"text": f" {split} line {n} \n", "q": f"{split} {n}?", "a": f"{n}."})
+            for n in range(size)
+        )
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     text = TextData(text=str(tmp_path), validation_split="validation", passage=60)
     joined = "".join(sorted(text.documents("train")))
-    assert len(list(text.documents("train"))) == 8 and "validation" not in joined and joined.count("line") == 30
+    assert (
+        len(list(text.documents("train"))) == 8
+        and "validation" not in joined
+        and joined.count("line") == 30
+    )
     assert all("train" not in passage for passage in text.documents("validation"))
     pairs = Pairs(text=str(tmp_path), prompt="q", answer="a", validation_split="validation")
     assert sorted(pairs.pairs("validation")) == [(f"validation {n}?", f"{n}.") for n in range(7)]

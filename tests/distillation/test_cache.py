@@ -1,4 +1,5 @@
-"""The teacher's cache: what is kept against whole distributions, the same training with and without it, refusals."""
+"""The teacher's cache: what is kept against whole distributions, the same training with and without
+it, refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ from slim.distillation.stage import Full, Lora
 from slim.loading.load_model import load_model
 from tests.conftest import build_small
 
-QUICK = dict(steps=4, window=64, batch_tokens=256, validate_every=4, validation_tokens=512, learning_rate=0.01)
+QUICK = dict(
+    steps=4,
+    window=64,
+    batch_tokens=256,
+    validate_every=4,
+    validation_tokens=512,
+    learning_rate=0.01,
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +99,19 @@ def test_both_sides_are_put_into_the_same_classes():
 def test_the_gradient_of_lumped_classes_is_that_of_the_definition():
     generator = torch.Generator().manual_seed(2)
     logits = (torch.randn(6, 40, generator=generator) * 2).requires_grad_()
-    indices, weights = torch.randn(6, 40, generator=generator).topk(7).indices, torch.randn(6, 8, generator=generator)
+    indices, weights = (
+        torch.randn(6, 40, generator=generator).topk(7).indices,
+        torch.randn(6, 8, generator=generator),
+    )
     p = (logits / 1.5).softmax(-1)
     kept = p.gather(-1, indices)
     lumped = torch.cat([kept, p.scatter(-1, indices, 0.0).sum(-1, keepdim=True)], -1).log()
     found = cache.student_classes(logits, indices.int(), 1.5)
     torch.testing.assert_close(found, lumped)
     expected = torch.autograd.grad((weights * lumped).sum(), logits)[0]
-    torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), logits)[0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad((weights * found).sum(), logits)[0], expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_very_sure_student_has_finite_gradients():
@@ -116,7 +129,8 @@ def test_a_very_sure_student_has_finite_gradients():
 
 @pytest.mark.parametrize("data", [TinyText(), TinyChat()])
 def test_every_window_gets_its_own_tokens_back(teacher, tmp_path, data, monkeypatch):
-    """Against a teacher asked directly, window by window, with files so small that windows lie across two of them."""
+    """Against a teacher asked directly, window by window, with files so small that windows lie
+    across two of them."""
     from slim.distillation.tasks import DistillationTask
 
     monkeypatch.setattr(cache, "PART_TOKENS", 300)
@@ -132,7 +146,11 @@ def test_every_window_gets_its_own_tokens_back(teacher, tmp_path, data, monkeypa
             positions = task.training.positions
             place = None if positions is None else positions[window].long()[None]
             with torch.no_grad():
-                logits = model(input_ids=task.training.tokens[window].long()[None], position_ids=place, use_cache=False).logits
+                logits = model(
+                    input_ids=task.training.tokens[window].long()[None],
+                    position_ids=place,
+                    use_cache=False,
+                ).logits
             expected.append(logits[0, :-1][task.training.labels[window, 1:] != IGNORE])
         log_p = softened(torch.cat(expected), 2.0)
         values, indices = log_p.topk(5, -1)
@@ -141,8 +159,11 @@ def test_every_window_gets_its_own_tokens_back(teacher, tmp_path, data, monkeypa
 
 
 @pytest.mark.parametrize("kind", [Lora, Full])
-def test_the_same_training_with_the_cache_and_without(teacher, student, tmp_path, kind, monkeypatch):
-    """All tokens but one are kept, so nothing but rounding differs; the second student does not load the teacher."""
+def test_the_same_training_with_the_cache_and_without(
+    teacher, student, tmp_path, kind, monkeypatch
+):
+    """All tokens but one are kept, so nothing but rounding differs; the second student does not
+    load the teacher."""
     from slim.distillation.teacher import Teacher
 
     settings = by(teacher, tmp_path / "cache", data=TinyChat(), top_k=10**6, temperature=2.0)
@@ -151,10 +172,16 @@ def test_the_same_training_with_the_cache_and_without(teacher, student, tmp_path
     monkeypatch.setattr(Teacher, "load", lambda *_: pytest.fail("the teacher was loaded again"))
     second = run(kind(**settings), student, tmp_path / "second")
     for facts in (first, second):
-        assert facts["validation_loss_trained"] == pytest.approx(live["validation_loss_trained"], rel=1e-4)
-        assert facts["teacher_validation_loss"] == pytest.approx(live["teacher_validation_loss"], rel=1e-6)
+        assert facts["validation_loss_trained"] == pytest.approx(
+            live["validation_loss_trained"], rel=1e-4
+        )
+        assert facts["teacher_validation_loss"] == pytest.approx(
+            live["teacher_validation_loss"], rel=1e-6
+        )
     start, one, two = (
-        torch.cat([value.flatten() for value in load_model(folder, "float32").state_dict().values()])
+        torch.cat(
+            [value.flatten() for value in load_model(folder, "float32").state_dict().values()]
+        )
         for folder in (student, tmp_path / "live", tmp_path / "second")
     )
     assert (two - one).norm() < 0.02 * (one - start).norm()
@@ -163,18 +190,33 @@ def test_the_same_training_with_the_cache_and_without(teacher, student, tmp_path
 def test_few_tokens_are_nearly_enough(teacher, student, tmp_path):
     losses = {}
     for name, settings in {"live": dict(cache=False), "few": dict(top_k=64)}.items():
-        losses[name] = run(Full(**by(teacher, tmp_path / "cache", **settings)), student, tmp_path / name)
-    assert losses["few"]["validation_loss_trained"] == pytest.approx(losses["live"]["validation_loss_trained"], rel=0.01)
+        losses[name] = run(
+            Full(**by(teacher, tmp_path / "cache", **settings)), student, tmp_path / name
+        )
+    assert losses["few"]["validation_loss_trained"] == pytest.approx(
+        losses["live"]["validation_loss_trained"], rel=0.01
+    )
 
 
 def test_epochs_read_the_same_cache_again(teacher, student, tmp_path):
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": f"Anna has {n} red apples in the house."}) + "\n" for n in range(120)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"Anna has {n} red apples in the house."}) + "\n"
+            for n in range(120)
+        )
+    )
     data = TextData(text=str(path), validation_fraction=0.2)
-    facts = run(Full(**{**by(teacher, tmp_path / "cache", data=data), "epochs": 3}), student, tmp_path / "out")
+    facts = run(
+        Full(**{**by(teacher, tmp_path / "cache", data=data), "epochs": 3}),
+        student,
+        tmp_path / "out",
+    )
     record = json.loads(next((tmp_path / "cache").glob("*/cache.json")).read_text())
     found = data.windows("train", load_tokenizer(student), 64)
-    assert sum(record["lengths"]) == int(found.loss_tokens.sum()) and facts["steps"] > len(found) // 4
+    assert (
+        sum(record["lengths"]) == int(found.loss_tokens.sum()) and facts["steps"] > len(found) // 4
+    )
 
 
 # Refusals
@@ -185,10 +227,13 @@ def test_a_cache_of_something_else_is_refused(teacher, student, tmp_path):
     settings = by(teacher, tmp_path, cache=str(own))
     run(Lora(**settings), student, tmp_path / "one")
     before = {path.name: path.read_bytes() for path in own.iterdir()}
-    run(Lora(**{**settings, "seed": 1}), student, tmp_path / "two")  # another student, the same data: fits
+    # another student, the same data: fits
+    run(Lora(**{**settings, "seed": 1}), student, tmp_path / "two")
     texts = tmp_path / "student2"
     shutil.copytree(student, texts)
-    (texts / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (texts / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     wrong = {
         "teacher": (dict(base=Source(str(student))), student),
         "data and another windows": (dict(data=TinyText(seed=3)), student),
@@ -202,7 +247,12 @@ def test_a_cache_of_something_else_is_refused(teacher, student, tmp_path):
             run(Lora(**{**settings, **changes}), source, tmp_path / f"no{number}")
     content = json.loads((texts / "tokenizer.json").read_text(encoding="utf-8"))
     content["truncation"] = None
-    content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    content["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     (texts / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(SlimError, match="another tokenizer"):
         run(Lora(**settings), texts, tmp_path / "tokenizer")

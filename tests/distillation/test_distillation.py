@@ -1,4 +1,5 @@
-"""Distillation as a stage: against a loop written out, the teacher's role in names and checks, layers, matching, answers."""
+"""Distillation as a stage: against a loop written out, the teacher's role in names and checks,
+layers, matching, answers."""
 
 from __future__ import annotations
 
@@ -31,19 +32,30 @@ from tests.support.stages import run
 
 
 def test_training_equals_a_plain_loop(teacher, student, tmp_path):
-    """Three steps of AdamW on the formula over whole logits; the teacher is softened, its share weighted by T squared."""
+    """Three steps of AdamW on the formula over whole logits; the teacher is softened, its share
+    weighted by T squared."""
     from slim.training.batches import window_order
 
-    settings = dict(steps=3, validate_every=3, data=TinyChat(), learning_rate=0.003, warmup=0.0, seed=5, clip=0)
-    run(Full(**by(teacher, temperature=2.0, hard_weight=0.3, **settings)), student, tmp_path / "ours")
+    settings = dict(
+        steps=3, validate_every=3, data=TinyChat(), learning_rate=0.003, warmup=0.0, seed=5, clip=0
+    )
+    run(
+        Full(**by(teacher, temperature=2.0, hard_weight=0.3, **settings)),
+        student,
+        tmp_path / "ours",
+    )
 
     model, guide = load_model(student, "float32").train(), load_model(teacher, "float32")
     found = TinyChat().windows("train", load_tokenizer(student), 64, 3 * 256)
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    moments = {
+        name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()
+    }
     for step, chosen in enumerate(window_order(len(found), 12, seed=5).view(3, 4)):
         total, count = torch.zeros(()), 0
         for row in chosen.tolist():
-            tokens, labels, positions = (x[row].long() for x in (found.tokens, found.labels, found.positions))
+            tokens, labels, positions = (
+                x[row].long() for x in (found.tokens, found.labels, found.positions)
+            )
             inputs = dict(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
             with torch.no_grad():
                 wise = guide(**inputs).logits[0, :-1]
@@ -61,7 +73,11 @@ def test_training_equals_a_plain_loop(teacher, student, tmp_path):
                 first, second = moments[name]
                 first.mul_(0.9).add_(p.grad, alpha=0.1)
                 second.mul_(0.999).add_(p.grad**2, alpha=0.001)
-                p -= rate * (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                p -= (
+                    rate
+                    * (first / (1 - 0.9 ** (step + 1)))
+                    / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                )
     ours = weights(tmp_path / "ours")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter, rtol=1e-3, atol=2e-5)
@@ -72,19 +88,28 @@ def test_parts_of_a_step_and_mixed_precision_give_the_same(teacher, student, tmp
     from slim.training.hardware import Hardware
 
     settings = by(teacher, data=TinyChat(), steps=2)
-    changes = {"one": {}, "four": {"accumulation": 4}, "half": {"trainer": Hardware(precision="bf16-mixed")}}
+    changes = {
+        "one": {},
+        "four": {"accumulation": 4},
+        "half": {"trainer": Hardware(precision="bf16-mixed")},
+    }
     losses = {}
     for name, change in changes.items():
-        losses[name] = run(kind(**settings, **change), student, tmp_path / name)["validation_loss_trained"]
+        losses[name] = run(kind(**settings, **change), student, tmp_path / name)[
+            "validation_loss_trained"
+        ]
     assert losses["one"] == pytest.approx(losses["four"], rel=1e-5)
-    assert losses["one"] != losses["half"] and losses["one"] == pytest.approx(losses["half"], rel=0.01)
+    assert losses["one"] != losses["half"] and losses["one"] == pytest.approx(
+        losses["half"], rel=0.01
+    )
     one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
     for name in one:
         torch.testing.assert_close(one[name], four[name], rtol=1e-3, atol=2e-4)
 
 
 def test_a_teacher_alone_pulls_the_student_to_itself(teacher, student, tmp_path):
-    """Without hard labels, the distance from the teacher falls by much; the teacher's own weights stay as they are."""
+    """Without hard labels, the distance from the teacher falls by much; the teacher's own weights
+    stay as they are."""
     from slim.distillation.losses import forward_kl, softened
 
     before = checksums(teacher)
@@ -111,7 +136,9 @@ def test_a_teacher_alone_pulls_the_student_to_itself(teacher, student, tmp_path)
     assert checksums(teacher) == before
 
 
-def test_the_teacher_is_measured_first_and_a_poor_one_is_said_loudly(teacher, student, tmp_path, capfd):
+def test_the_teacher_is_measured_first_and_a_poor_one_is_said_loudly(
+    teacher, student, tmp_path, capfd
+):
     facts = run(Lora(**by(teacher)), student, tmp_path / "poor")
     said = " ".join(capfd.readouterr().err.split())
     held_out = TinyText().windows("validation", load_tokenizer(student), 64, 512).tokens.long()
@@ -122,11 +149,14 @@ def test_the_teacher_is_measured_first_and_a_poor_one_is_said_loudly(teacher, st
     assert f"teacher {loss:.4f}, student {facts['validation_loss_before']:.4f}" in said
     poor = facts["teacher_validation_loss"] >= facts["validation_loss_before"]
     assert ("no better than the student" in said) == poor
-    run(Lora(**by(student)), teacher, tmp_path / "other")  # the other way round it must be the opposite
+    # the other way round it must be the opposite
+    run(Lora(**by(student)), teacher, tmp_path / "other")
     assert ("no better than the student" in " ".join(capfd.readouterr().err.split())) != poor
 
 
-def test_the_teacher_has_no_dropout_and_the_student_is_in_training_mode(teacher, student, tmp_path, monkeypatch):
+def test_the_teacher_has_no_dropout_and_the_student_is_in_training_mode(
+    teacher, student, tmp_path, monkeypatch
+):
     from slim.distillation.objective import TokenDistillation
 
     seen = []
@@ -148,13 +178,22 @@ def test_the_same_call_twice_gives_identical_weights(teacher, student, tmp_path)
     assert checksums(tmp_path / "one") == checksums(tmp_path / "two")
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_state(teacher, student, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
+    teacher, student, tmp_path, monkeypatch
+):
     from slim.distillation.objective import TokenDistillation
 
     honest, calls = TokenDistillation.forward, iter(range(100))
-    monkeypatch.setattr(TokenDistillation, "forward", lambda *a: honest(*a) * (float("nan") if next(calls) == 3 else 1))
+    monkeypatch.setattr(
+        TokenDistillation,
+        "forward",
+        lambda *a: honest(*a) * (float("nan") if next(calls) == 3 else 1),
+    )
     facts = run(Full(**by(teacher, steps=6)), student, tmp_path / "out")
-    assert facts["stopped"].startswith("The loss is nan at step 4, in windows ") and facts["best_step"] == 2
+    assert (
+        facts["stopped"].startswith("The loss is nan at step 4, in windows ")
+        and facts["best_step"] == 2
+    )
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
 
 
@@ -167,10 +206,26 @@ def test_the_teacher_is_part_of_the_name_by_its_content(teacher, student, tmp_pa
     stage = Lora(**by(teacher))
     copy = tmp_path / "elsewhere"
     shutil.copytree(teacher, copy)
-    assert Lora(**by(copy)).cache_key() == stage.cache_key() == Lora(**by(student, model=str(teacher))).cache_key()
-    for other in (by(student), by(teacher, temperature=3.0), by(teacher, loss="reverse"), by(teacher, cache=True)):
+    assert (
+        Lora(**by(copy)).cache_key()
+        == stage.cache_key()
+        == Lora(**by(student, model=str(teacher))).cache_key()
+    )
+    for other in (
+        by(student),
+        by(teacher, temperature=3.0),
+        by(teacher, loss="reverse"),
+        by(teacher, cache=True),
+    ):
         assert Lora(**other).cache_key() != stage.cache_key()
-    unused = by(teacher, skew=0.5, beta=0.1, top_k=5, generation=Generation(questions=3), match=Matching(layers=[1]))
+    unused = by(
+        teacher,
+        skew=0.5,
+        beta=0.1,
+        top_k=5,
+        generation=Generation(questions=3),
+        match=Matching(layers=[1]),
+    )
     assert Lora(**unused).cache_key() == stage.cache_key()
     assert stage.cache_key() == json.loads(json.dumps(stage.cache_key()))
 
@@ -190,17 +245,23 @@ def other_words(source: Path, folder: Path) -> Path:
 
 def test_another_vocabulary_of_the_same_size_is_refused(teacher, student, tmp_path):
     stage = Lora(**by(student, model=str(other_words(teacher, tmp_path / "words"))))
-    with pytest.raises(SlimError, match="words has another vocabulary .*teacher.loss=forward.*use teacher=dskd"):
+    with pytest.raises(
+        SlimError, match="words has another vocabulary .*teacher.loss=forward.*use teacher=dskd"
+    ):
         stage.check(open_checkpoint(student).spec)
     stage.base = None  # not to be found before the work: found when it begins
     (tmp_path / "out").mkdir()
     with pytest.raises(SlimError, match="another vocabulary"):
         stage.run(student, tmp_path / "out", Context())
-    Lora(**by(student, model=str(tmp_path / "words"), method="dskd")).check(open_checkpoint(student).spec)
+    Lora(**by(student, model=str(tmp_path / "words"), method="dskd")).check(
+        open_checkpoint(student).spec
+    )
 
 
 def test_a_vocabulary_padded_to_another_size_will_do(teacher, tmp_path):
-    padded = build_small("llama", tmp_path / "padded", num_hidden_layers=1, **{**NARROW, "vocab_size": 1600})
+    padded = build_small(
+        "llama", tmp_path / "padded", num_hidden_layers=1, **{**NARROW, "vocab_size": 1600}
+    )
     facts = run(Lora(**by(teacher)), padded, tmp_path / "out")
     assert facts["validation_loss_after"] < facts["validation_loss_before"]
 
@@ -222,7 +283,10 @@ def test_a_vocabulary_padded_to_another_size_will_do(teacher, tmp_path):
         (dict(answers="pupil"), "teacher.answers=pupil"),
         (dict(answers="student"), "set teacher.hard_weight=0"),
         (dict(answers="teacher", cache=True), "set teacher.cache=false"),
-        (dict(answers="teacher", accumulation=3, batch_tokens=768), "questions=32 is no multiple .* Use for example .*=33"),
+        (
+            dict(answers="teacher", accumulation=3, batch_tokens=768),
+            "questions=32 is no multiple .* Use for example .*=33",
+        ),
         (dict(answers="teacher", window=64, batch_tokens=64), "new_tokens=64 leaves no room"),
     ],
 )
@@ -252,7 +316,9 @@ def test_a_teacher_that_cannot_teach_is_refused(teacher, student):
 def test_the_plan_counts_the_teachers_memory(teacher, student):
     spec = open_checkpoint(student).spec
     large, small = (Lora(**by(folder)).peak_bytes(spec, "cpu") for folder in (teacher, student))
-    assert large - small == open_checkpoint(teacher).spec.weight_bytes("float32") - spec.weight_bytes("float32")
+    assert large - small == open_checkpoint(teacher).spec.weight_bytes(
+        "float32"
+    ) - spec.weight_bytes("float32")
     assert large > Lora(**by(teacher, accumulation=4)).peak_bytes(spec, "cpu")
 
 
@@ -282,14 +348,32 @@ def test_a_chain_distils_after_tuning_and_uses_the_cached_result(tmp_path):
     from slim.chain.build import build_pipeline
     from slim.chain.compose import compose
 
-    options = ["model=tiny", "pruner=magnitude", "tuner=lora", "teacher=base", "quant=none", "eval=none"]
+    options = [
+        "model=tiny",
+        "pruner=magnitude",
+        "tuner=lora",
+        "teacher=base",
+        "quant=none",
+        "eval=none",
+    ]
     options += [f"store={tmp_path / 'runs'}"]
     for group in ("tuner", "teacher"):
-        options += [f"{group}.{name}={value}" for name, value in dict(QUICK, learning_rate=1e-3).items()]
+        options += [
+            f"{group}.{name}={value}" for name, value in dict(QUICK, learning_rate=1e-3).items()
+        ]
     first = build_pipeline(compose("compress", options)).run()
-    assert [result.label for result in first] == ["tiny", "prune magnitude", "tune lora", "distill lora"]
+    assert [result.label for result in first] == [
+        "tiny",
+        "prune magnitude",
+        "tune lora",
+        "distill lora",
+    ]
     last = first[-1].facts
-    assert last["teacher_validation_loss"] < last["validation_loss_after"] < last["validation_loss_before"]
+    assert (
+        last["teacher_validation_loss"]
+        < last["validation_loss_after"]
+        < last["validation_loss_before"]
+    )
     assert all(result.cached for result in build_pipeline(compose("compress", options)).run())
     instead = build_pipeline(compose("compress", [*options, "teacher.stage=tune", "tuner=full"]))
     assert [type(stage).__name__ for stage in instead.stages] == ["Magnitude", "Full"]
@@ -309,7 +393,10 @@ def test_a_quantised_teacher_teaches(student, tmp_path):
     stages["before"] = Lora(**by(tmp_path / "nf4"))
     assert len({stage.cache_key()["teacher"] + str(stage.quant) for stage in stages.values()}) == 3
     assert stages["packed"].teacher.bytes("cpu") < 0.9 * stages["plain"].teacher.bytes("cpu")
-    losses = {name: run(stage, student, tmp_path / name)["teacher_validation_loss"] for name, stage in stages.items()}
+    losses = {
+        name: run(stage, student, tmp_path / name)["teacher_validation_loss"]
+        for name, stage in stages.items()
+    }
     assert losses["packed"] == losses["before"] != losses["plain"]
     assert losses["packed"] == pytest.approx(losses["plain"], rel=0.02)
     with pytest.raises(SlimError, match="is quantised already"):

@@ -1,4 +1,5 @@
-"""Divergences against their definitions in plain Python, gradients against differences; sums in chunks against the whole."""
+"""Divergences against their definitions in plain Python, gradients against differences; sums in
+chunks against the whole."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def blend(a: list[float], b: list[float], share_of_a: float) -> list[float]:
     return [share_of_a * x + (1 - share_of_a) * y for x, y in zip(a, b, strict=True)]
 
 
-def adaptive_by_hand(p: list[float], q: list[float], head: float, share: float | None = None) -> tuple[float, float]:
+def adaptive_by_hand(
+    p: list[float], q: list[float], head: float, share: float | None = None
+) -> tuple[float, float]:
     """The weights are constants to the gradient, so ``share`` can be given."""
     if share is None:
         inside, reached = set(), 0.0
@@ -40,14 +43,23 @@ DEFINITIONS = {
     "reverse_kl": (losses.reverse_kl, lambda p, q: relative_entropy(q, p)),
     "symmetric": (
         lambda p, q: losses.symmetric(p, q, 0.3),
-        lambda p, q: 0.3 * relative_entropy(p, blend(p, q, 0.3)) + 0.7 * relative_entropy(q, blend(p, q, 0.3)),
+        lambda p, q: (
+            0.3 * relative_entropy(p, blend(p, q, 0.3))
+            + 0.7 * relative_entropy(q, blend(p, q, 0.3))
+        ),
     ),
-    "skewed": (lambda p, q: losses.skewed(p, q, 0.1), lambda p, q: relative_entropy(p, blend(p, q, 0.1))),
+    "skewed": (
+        lambda p, q: losses.skewed(p, q, 0.1),
+        lambda p, q: relative_entropy(p, blend(p, q, 0.1)),
+    ),
     "skewed_reverse": (
         lambda p, q: losses.skewed_reverse(p, q, 0.2),
         lambda p, q: relative_entropy(q, blend(q, p, 0.2)),
     ),
-    "adaptive": (lambda p, q: losses.adaptive(p, q, 0.6), lambda p, q: adaptive_by_hand(p, q, 0.6)[0]),
+    "adaptive": (
+        lambda p, q: losses.adaptive(p, q, 0.6),
+        lambda p, q: adaptive_by_hand(p, q, 0.6)[0],
+    ),
 }
 
 
@@ -58,7 +70,9 @@ def softmax(logits: list[float], temperature: float) -> list[float]:
 
 def two_rows(tokens: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(tokens, CLASSES, generator=generator) * 2, torch.randn(tokens, CLASSES, generator=generator) * 2
+    return torch.randn(tokens, CLASSES, generator=generator) * 2, torch.randn(
+        tokens, CLASSES, generator=generator
+    ) * 2
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
@@ -77,18 +91,30 @@ def test_value_and_gradient_are_those_of_the_definition(name, temperature):
         for index in range(CLASSES):
             values = []
             for step in (1e-5, -1e-5):
-                moved = softmax([value + step * (place == index) for place, value in enumerate(logits)], temperature)
-                values.append(adaptive_by_hand(p, moved, 0.6, share)[0] if share is not None else by_hand(p, moved))
+                moved = softmax(
+                    [value + step * (place == index) for place, value in enumerate(logits)],
+                    temperature,
+                )
+                values.append(
+                    adaptive_by_hand(p, moved, 0.6, share)[0]
+                    if share is not None
+                    else by_hand(p, moved)
+                )
             difference = (values[0] - values[1]) / 2e-5
-            assert student.grad[token, index].item() == pytest.approx(difference, rel=1e-3, abs=1e-4)
+            assert student.grad[token, index].item() == pytest.approx(
+                difference, rel=1e-3, abs=1e-4
+            )
 
 
 def test_values_worked_out_by_hand():
     p, q = (torch.tensor([values]).log() for values in ([0.75, 0.25], [0.25, 0.75]))
     assert losses.forward_kl(p, q).item() == pytest.approx(0.5 * math.log(3))
-    assert losses.symmetric(p, q).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert losses.symmetric(p, q).item() == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    )
     assert losses.skewed(p, q, 0.5).item() == pytest.approx(losses.symmetric(p, q).item())
-    assert losses.adaptive(p, q).item() == pytest.approx(0.5 * math.log(3))  # both KLs are equal here
+    # both KLs are equal here
+    assert losses.adaptive(p, q).item() == pytest.approx(0.5 * math.log(3))
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
@@ -104,7 +130,10 @@ def test_a_divergence_is_zero_for_equals_and_finite_far_apart(name):
 
 def test_the_skewed_divergence_is_bounded():
     """KL(p || s p + (1 - s) q) is at most -log s, whatever q."""
-    log_p, log_q = losses.softened(torch.tensor([[50.0, 0.0]]), 1), losses.softened(torch.tensor([[0.0, 50.0]]), 1)
+    log_p, log_q = (
+        losses.softened(torch.tensor([[50.0, 0.0]]), 1),
+        losses.softened(torch.tensor([[0.0, 50.0]]), 1),
+    )
     assert losses.skewed(log_p, log_q, 0.1).item() == pytest.approx(-math.log(0.1), rel=1e-4)
     assert losses.forward_kl(log_p, log_q).item() > 40
 
@@ -132,7 +161,9 @@ def test_a_sum_in_chunks_has_the_value_and_gradients_of_the_whole(chunk):
     for found, wanted in zip(torch.autograd.grad(3 * parts, [hidden, head]), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(chunked_sum(loss, (hidden, taught, target), [head], chunk), whole)
+        torch.testing.assert_close(
+            chunked_sum(loss, (hidden, taught, target), [head], chunk), whole
+        )
     assert not taught.requires_grad and taught.grad is None
 
 

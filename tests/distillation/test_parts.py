@@ -31,7 +31,11 @@ from tests.support.stages import run
 
 def test_evenly_spaced_blocks_are_those_of_the_studies():
     assert evenly_spaced(32, 11) == [0, 3, 6, 9, 12, 16, 19, 22, 25, 28, 31]
-    assert evenly_spaced(8, 1) == [0] and evenly_spaced(5, 5) == [0, 1, 2, 3, 4] and evenly_spaced(8, 2) == [0, 7]
+    assert (
+        evenly_spaced(8, 1) == [0]
+        and evenly_spaced(5, 5) == [0, 1, 2, 3, 4]
+        and evenly_spaced(8, 2) == [0, 7]
+    )
     assert Layers(every=2).kept(7) == [0, 2, 4, 6] and Layers().kept(8) == [0, 2, 5, 7]
 
 
@@ -42,7 +46,11 @@ def test_a_student_of_chosen_layers_computes_what_these_layers_do(tmp_path):
     )  # fmt: skip
     facts = run(Layers(keep=[0, 3, 4]), source, tmp_path / "out")
     assert facts == {"kept_blocks": [0, 3, 4], "removed_blocks": [1, 2, 5]}
-    assert open_checkpoint(tmp_path / "out").config["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
+    assert open_checkpoint(tmp_path / "out").config["layer_types"] == [
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+    ]
     model, whole = load_model(tmp_path / "out"), load_model(source)
     whole.model.layers = torch.nn.ModuleList(whole.model.layers[block] for block in (0, 3, 4))
     for number, block in enumerate(whole.model.layers):
@@ -86,7 +94,8 @@ def test_the_nearest_blocks_are_the_best_of_all_ascending_choices():
 
 @pytest.mark.parametrize("heads", [4, 2])
 def test_matching_equals_the_formulas(teacher, student, heads, tmp_path):
-    """Hidden states and attention maps, token by token, for a student as wide as the teacher and a narrower one."""
+    """Hidden states and attention maps, token by token, for a student as wide as the teacher and a
+    narrower one."""
     from slim.distillation.matching import LayerMatching, projector
     from slim.training.forward import body_outputs
 
@@ -101,20 +110,28 @@ def test_matching_equals_the_formulas(teacher, student, heads, tmp_path):
     between = projector(*models)
     assert (between is None) == (heads == 4)
     matching = LayerMatching(Matching(hidden=0.5, attention=2.0), [0, 2], 4, between)
-    ours, theirs = (body_outputs(model, batch["tokens"], batch["positions"], **matching.outputs) for model in models)
+    ours, theirs = (
+        body_outputs(model, batch["tokens"], batch["positions"], **matching.outputs)
+        for model in models
+    )
     value = matching(ours, theirs, batch["labels"])
 
     expected = 0.0
     for row, place in (batch["labels"][:, 1:] != IGNORE).nonzero().tolist():
         for block, same, target in ((0, 0, 1), (1, 2, 3)):
-            h_s, h_t = ours.hidden_states[block + 1][row, place], theirs.hidden_states[target + 1][row, place]
+            h_s, h_t = (
+                ours.hidden_states[block + 1][row, place],
+                theirs.hidden_states[target + 1][row, place],
+            )
             h_s = h_s if between is None else between.weight @ h_s
             expected += 0.5 / 2 * (((h_s - h_t) ** 2).sum() / (h_t**2).sum()).item()
             a_s, a_t = ours.attentions[block][row, :, place], theirs.attentions[same][row, :, place]
             if heads == 2:
                 a_s, a_t = a_s.mean(0)[None], a_t.mean(0)[None]
             for q, p in zip(a_s.tolist(), a_t.tolist(), strict=True):
-                divergence = sum(y * torch.tensor(y / x).log().item() for x, y in zip(q, p, strict=True) if y > 0)
+                divergence = sum(
+                    y * torch.tensor(y / x).log().item() for x, y in zip(q, p, strict=True) if y > 0
+                )
                 expected += 2.0 / 2 * divergence / len(a_s)
     assert value.item() == pytest.approx(expected, rel=1e-4)
     value.backward()
@@ -124,7 +141,11 @@ def test_matching_equals_the_formulas(teacher, student, heads, tmp_path):
 def test_a_projector_begins_at_the_embeddings_best_map(teacher, tmp_path):
     from slim.distillation.matching import projector
 
-    narrow = load_model(build_small("llama", tmp_path / "narrow", num_hidden_layers=1, **{**NARROW, "hidden_size": 16}))
+    narrow = load_model(
+        build_small(
+            "llama", tmp_path / "narrow", num_hidden_layers=1, **{**NARROW, "hidden_size": 16}
+        )
+    )
     wide = load_model(teacher)
     with torch.no_grad():  # embeddings that a matrix maps onto each other exactly
         matrix = torch.randn(16, 32)
@@ -135,18 +156,25 @@ def test_a_projector_begins_at_the_embeddings_best_map(teacher, tmp_path):
 def test_the_blocks_a_student_was_made_from_are_found(teacher, student, tmp_path):
     facts = run(Lora(**by(teacher, match=Matching(hidden=1.0))), student, tmp_path / "one")
     assert facts["matched_blocks"] == [0, 2]
-    again = run(Full(**by(teacher, match=Matching(attention=1.0))), tmp_path / "one", tmp_path / "two")
+    again = run(
+        Full(**by(teacher, match=Matching(attention=1.0))), tmp_path / "one", tmp_path / "two"
+    )
     assert again["matched_blocks"] == [0, 2]  # after training, too
 
 
 def test_blocks_that_cannot_be_compared_are_evenly_spaced(teacher, tmp_path):
     from slim.distillation.matching import found_map
 
-    wide = build_small("llama", tmp_path / "wide", num_hidden_layers=2, vocab_size=1536)  # no parameter of one shape
+    # no parameter of one shape
+    wide = build_small("llama", tmp_path / "wide", num_hidden_layers=2, vocab_size=1536)
     assert found_map(load_model(wide).model.layers, load_model(teacher).model.layers) == [0, 3]
-    narrow = {**NARROW, "intermediate_size": 32, "num_hidden_layers": 3}  # norms only, and all of them are ones
+    # norms only, and all of them are ones
+    narrow = {**NARROW, "intermediate_size": 32, "num_hidden_layers": 3}
     narrow = {**narrow, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model, whole = load_model(build_small("llama", tmp_path / "narrow", **narrow)), load_model(teacher)
+    model, whole = (
+        load_model(build_small("llama", tmp_path / "narrow", **narrow)),
+        load_model(teacher),
+    )
     assert found_map(model.model.layers, whole.model.layers) == [0, 2, 3]
     with torch.no_grad():
         for number, block in enumerate(whole.model.layers):
@@ -164,8 +192,14 @@ def test_matching_draws_hidden_states_to_the_teachers(teacher, student, tmp_path
     monkeypatch.setattr(tasks, "LayerMatching", lambda *a: made.append(honest(*a)) or made[-1])
     values = []
     keep = honest.forward
-    monkeypatch.setattr(honest, "forward", lambda self, *a: values.append(keep(self, *a)) or values[-1])
-    run(Full(**by(teacher, steps=20, match=Matching(hidden=1.0), hard_weight=0.0)), student, tmp_path / "out")
+    monkeypatch.setattr(
+        honest, "forward", lambda self, *a: values.append(keep(self, *a)) or values[-1]
+    )
+    run(
+        Full(**by(teacher, steps=20, match=Matching(hidden=1.0), hard_weight=0.0)),
+        student,
+        tmp_path / "out",
+    )
     assert values[-1] < 0.6 * values[0]
 
 
@@ -188,7 +222,9 @@ def test_generated_answers_are_those_of_a_plain_loop(teacher):
                 break
         assert answer == tokens[len(prompt) :]
     ends = {answer[2] for answer in found}
-    assert all(len(set(answer[:-1]) & ends) == 0 for answer in generate(model, prompts, 6, ends, 0.0))
+    assert all(
+        len(set(answer[:-1]) & ends) == 0 for answer in generate(model, prompts, 6, ends, 0.0)
+    )
 
 
 def test_answers_are_drawn_by_the_softened_distribution(teacher):
@@ -230,7 +266,12 @@ def test_questions_without_answers_are_enough(teacher, student, tmp_path, answer
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({"ask": f"Where is thing {n}?"}) + "\n" for n in range(80)))
     data = Pairs(text=str(path), prompt="ask", answer=None, validation_fraction=0.2)
-    settings = dict(answers=answers, hard_weight=0.0, data=data, generation=Generation(questions=8, new_tokens=12))
+    settings = dict(
+        answers=answers,
+        hard_weight=0.0,
+        data=data,
+        generation=Generation(questions=8, new_tokens=12),
+    )
     facts = run(Full(**by(teacher, **settings)), student, tmp_path / "out")
     assert facts["generated"]["answers"] == 4 * 8 and facts["questions"] < 80
     assert facts["generated"]["tokens"] > 4 * 8 * 5 and "teacher_validation_loss" in facts
@@ -246,18 +287,24 @@ def test_who_answers_is_who_the_settings_say(teacher, student, tmp_path, monkeyp
     honest, asked = on_policy.generate, []
 
     def watch(model, *rest):
-        asked.append((sum(p.numel() for p in model.parameters() if not p.requires_grad) > 0, rest[-1]))
+        asked.append(
+            (sum(p.numel() for p in model.parameters() if not p.requires_grad) > 0, rest[-1])
+        )
         return honest(model, *rest)
 
     monkeypatch.setattr(on_policy, "generate", watch)
-    settings = dict(data=TinyChat(), hard_weight=0.0, steps=12, validate_every=12, validation_tokens=128)
+    settings = dict(
+        data=TinyChat(), hard_weight=0.0, steps=12, validate_every=12, validation_tokens=128
+    )
     settings["generation"] = Generation(questions=2, new_tokens=6, temperature=0.7)
     shares = {}
     for answers in ("student", "teacher", "both"):
         asked.clear()
         run(Full(**by(teacher, answers=answers, **settings)), student, tmp_path / answers)
         teachers = [frozen for frozen, temperature in asked if temperature == 0.7]
-        assert len(teachers) == 12 and all(frozen for frozen, temperature in asked if temperature == 0)
+        assert len(teachers) == 12 and all(
+            frozen for frozen, temperature in asked if temperature == 0
+        )
         shares[answers] = sum(teachers)
     assert shares["student"] == 0 and shares["teacher"] == 12 and 0 < shares["both"] < 12
 
@@ -280,7 +327,9 @@ def test_distilling_heals_further_than_tuning_at_equal_steps(tiny_pruned, tmp_pa
     from slim.training import tune
 
     def perplexity(folder: Path) -> float:
-        found = Perplexity(text="tiny:heldout", window=256).measure(load_model(folder), load_tokenizer(folder), 512)
+        found = Perplexity(text="tiny:heldout", window=256).measure(
+            load_model(folder), load_tokenizer(folder), 512
+        )
         return found["metrics"]["perplexity"]
 
     run(tune.Lora(data=TinyText()), tiny_pruned, tmp_path / "tuned")
@@ -309,10 +358,17 @@ def test_facts_are_learnt_from_questions_alone(tmp_path, answers):
             return (question for question, _ in super().pairs(part))
 
     settings = dict(answers=answers, hard_weight=0.0, loss="symmetric", steps=150)
-    stage = Lora(data=Questions(), base=Source("tiny"), generation=Generation(questions=32, new_tokens=24), **settings)
+    stage = Lora(
+        data=Questions(),
+        base=Source("tiny"),
+        generation=Generation(questions=32, new_tokens=24),
+        **settings,
+    )
     run(stage, start, tmp_path / "out")
     before, after = (
-        Tasks(names=["tiny_facts"], batch_size=64).measure(load_model(folder), load_tokenizer(folder), 512)["metrics"]
+        Tasks(names=["tiny_facts"], batch_size=64).measure(
+            load_model(folder), load_tokenizer(folder), 512
+        )["metrics"]
         for folder in (start, tmp_path / "out")
     )
     assert after["tiny_facts/acc"] > before["tiny_facts/acc"] + 0.05

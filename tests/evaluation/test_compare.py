@@ -1,4 +1,5 @@
-"""Several checkpoints in one table: paired differences, protocols that never share a column, and evaluate.py itself."""
+"""Several checkpoints in one table: paired differences, protocols that never share a column, and
+evaluate.py itself."""
 
 from __future__ import annotations
 
@@ -23,10 +24,16 @@ from slim.report.table import columns, markdown_table
 from slim.tracking.tracker import record_files
 
 
-def result(label: str, metrics: dict, protocol: dict | None = None, speed: dict | None = None, **records) -> SimpleNamespace:
+def result(
+    label: str, metrics: dict, protocol: dict | None = None, speed: dict | None = None, **records
+) -> SimpleNamespace:
     """A result as tables see it. speed: protocol and metrics of the speed part."""
     speed = {"metrics": speed["metrics"], "protocol": {"speed": speed["protocol"]}} if speed else {}
-    quality = {"metrics": metrics, "protocol": {"dtype": "float32", **(protocol or {})}, "records": records}
+    quality = {
+        "metrics": metrics,
+        "protocol": {"dtype": "float32", **(protocol or {})},
+        "records": records,
+    }
     everything = {**metrics, **speed.get("metrics", {})}
     return SimpleNamespace(label=label, metrics=everything, quality=quality, speed=speed)
 
@@ -48,13 +55,25 @@ def test_rows_of_different_protocols_never_share_a_column():
 def test_speed_in_another_type_stands_in_another_column_and_counts_do_not():
     figures = {"decode_tokens_per_second": 100.0}
     rows = [
-        result("a", {}, speed={"metrics": figures, "protocol": {"dtype": "float32", "machine": {"host": "x"}}}),
-        result("b", {}, speed={"metrics": figures, "protocol": {"dtype": "bfloat16", "machine": {"host": "x"}}}),
+        result(
+            "a",
+            {},
+            speed={"metrics": figures, "protocol": {"dtype": "float32", "machine": {"host": "x"}}},
+        ),
+        result(
+            "b",
+            {},
+            speed={"metrics": figures, "protocol": {"dtype": "bfloat16", "machine": {"host": "x"}}},
+        ),
     ]
     for row in rows:
         row.metrics["parameters"] = 2e6
     headings = [column.heading for column in columns(rows)]
-    assert headings == ["parameters (M)", "decode (tok/s), dtype float32", "decode (tok/s), dtype bfloat16"]
+    assert headings == [
+        "parameters (M)",
+        "decode (tok/s), dtype float32",
+        "decode (tok/s), dtype bfloat16",
+    ]
 
 
 def test_the_mean_over_tasks_depends_on_all_of_them():
@@ -68,7 +87,9 @@ def test_the_mean_over_tasks_depends_on_all_of_them():
 def test_the_best_of_a_column_is_bold_and_nan_never_is():
     values = [9.0, 7.0, math.nan, 7.0001]
     rows = [
-        result(str(i), {"perplexity": v, "t/acc": 0.5}, {**WINDOWS, "tasks": {"t": {}, "lm_eval": "1"}})
+        result(
+            str(i), {"perplexity": v, "t/acc": 0.5}, {**WINDOWS, "tasks": {"t": {}, "lm_eval": "1"}}
+        )
         for i, v in enumerate(values)
     ]
     lines = markdown_table(rows, compared=True).splitlines()[2:]
@@ -81,13 +102,16 @@ def test_the_best_of_a_column_is_bold_and_nan_never_is():
 def test_paired_errors_are_those_of_the_differences():
     one, two = [1.0, 0, 1, 1, 0, 1], [1.0, 1, 1, 0, 0, 1]
     gaps = [b - a for a, b in zip(one, two, strict=True)]
-    assert paired(gaps) == pytest.approx((statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(6)))
+    assert paired(gaps) == pytest.approx(
+        (statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(6))
+    )
     value, error = paired([0.5])
     assert value == 0.5 and math.isnan(error)
 
 
 def test_the_error_of_a_weighted_mean_is_that_of_drawing_documents_anew():
-    """Against the bootstrap: documents of very different lengths, differences that grow with them."""
+    """Against the bootstrap: documents of very different lengths, differences that grow with
+    them."""
     dice = random.Random(0)
     weights = [float(dice.randint(50, 3000)) for _ in range(80)]
     gaps = [w * dice.gauss(0.1, 0.3) / math.sqrt(w) for w in weights]
@@ -101,7 +125,14 @@ def test_the_error_of_a_weighted_mean_is_that_of_drawing_documents_anew():
 
 
 def question(number: int, acc: float) -> dict:
-    return {"doc_id": number, "doc_hash": str(number), "scores": [0.0], "target": 0, "acc": acc, "acc_norm": acc}
+    return {
+        "doc_id": number,
+        "doc_hash": str(number),
+        "scores": [0.0],
+        "target": 0,
+        "acc": acc,
+        "acc_norm": acc,
+    }
 
 
 def pair(first: list[float], second: list[float]) -> tuple:
@@ -124,8 +155,13 @@ def test_differences_of_accuracies_and_perplexities():
     shift = statistics.mean([0.1, 0.1, 0.2])
     error = statistics.stdev([0.1, 0.1, 0.2]) / math.sqrt(3)
     change = found["perplexity"]
-    assert (change.value, change.stderr) == pytest.approx((math.exp(shift) - 1, math.exp(shift) * error))
-    assert change.relative and change.text() == f"{100 * change.value:+.1f} ± {100 * change.stderr:.1f} %"
+    assert (change.value, change.stderr) == pytest.approx(
+        (math.exp(shift) - 1, math.exp(shift) * error)
+    )
+    assert (
+        change.relative
+        and change.text() == f"{100 * change.value:+.1f} ± {100 * change.stderr:.1f} %"
+    )
     assert Difference("m", math.nan, math.nan, 3).text() == "NaN"
 
 
@@ -139,7 +175,10 @@ def test_other_questions_and_other_protocols_have_no_difference():
 
 
 def test_similarity_is_counted_per_question():
-    a, b = ({"answers": [{"similarity": value} for value in values]} for values in ([0.5, 0.5, 0.5], [0.9, 0.505, 0.1]))
+    a, b = (
+        {"answers": [{"similarity": value} for value in values]}
+        for values in ([0.5, 0.5, 0.5], [0.9, 0.505, 0.1])
+    )
     first, second = (result("x", {}, **records) for records in (a, b))
     assert similarity_wins(first, second) == {"wins": 1, "ties": 1, "losses": 1}
     assert similarity_wins(first, result("y", {})) == {}
@@ -148,8 +187,12 @@ def test_similarity_is_counted_per_question():
 def test_texts_for_people(tmp_path):
     a, b = pair([1, 0, 1, 1], [1, 1, 0, 0])
     for row, said in ((a, "A hen."), (b, "A goat.")):
-        row.quality["records"]["answers"] = [{"question": "Who?", "reference": "A hen.", "answer": said, "similarity": 0.5}]
-    b.quality["health"] = {"non_finite": {"module": "model.layers.2.mlp", "value": "nan", "cause": "weights"}}
+        row.quality["records"]["answers"] = [
+            {"question": "Who?", "reference": "A hen.", "answer": said, "similarity": 0.5}
+        ]
+    b.quality["health"] = {
+        "non_finite": {"module": "model.layers.2.mlp", "value": "nan", "cause": "weights"}
+    }
     b.quality["metrics"]["repeated_4grams"] = 0.9
     found = compare([a, b], None, Store(tmp_path), "cpu")
     found.judged["b"] = [
@@ -171,13 +214,21 @@ def test_texts_for_people(tmp_path):
 
 
 def test_records_become_lines():
-    files = record_files({"perplexity": {"nll": [1.0, 2.0]}, "tasks": {"t/x": [{"doc_id": 0}]}, "answers": []})
-    assert files == {"perplexity": '{"nll": 1.0}\n{"nll": 2.0}\n', "t_x": '{"doc_id": 0}\n', "answers": ""}
+    files = record_files(
+        {"perplexity": {"nll": [1.0, 2.0]}, "tasks": {"t/x": [{"doc_id": 0}]}, "answers": []}
+    )
+    assert files == {
+        "perplexity": '{"nll": 1.0}\n{"nll": 2.0}\n',
+        "t_x": '{"doc_id": 0}\n',
+        "answers": "",
+    }
 
 
 def test_equal_folder_names_are_told_apart(tmp_path):
     def at(path: str):
-        return SimpleNamespace(label=path.split("/")[-1], checkpoint=SimpleNamespace(folder=tmp_path / path))
+        return SimpleNamespace(
+            label=path.split("/")[-1], checkpoint=SimpleNamespace(folder=tmp_path / path)
+        )
 
     rows = [at("one/model"), at("two/model"), at("two/other")]
     name_apart(rows)
@@ -194,11 +245,19 @@ def test_evaluate_measures_several_checkpoints_in_one_table(small_llama, tmp_pat
     first, second = execute(config)
     shown = capsys.readouterr().out
     assert (first.label, second.label) == ("tiny", "llama")
-    assert "the best is bold" in shown and "Differences to tiny" in shown and "final checkpoint" not in shown
+    assert (
+        "the best is bold" in shown
+        and "Differences to tiny" in shown
+        and "final checkpoint" not in shown
+    )
     found = compare([first, second], None, Store(tmp_path), "cpu").differences["llama"]
-    acc = [[row["acc"] for row in r.quality["records"]["tasks"]["tiny_facts"]] for r in (first, second)]
+    acc = [
+        [row["acc"] for row in r.quality["records"]["tasks"]["tiny_facts"]] for r in (first, second)
+    ]
     assert len(acc[0]) == 20
-    assert found["tiny_facts/acc"].value == pytest.approx(second.metrics["tiny_facts/acc"] - first.metrics["tiny_facts/acc"])
+    assert found["tiny_facts/acc"].value == pytest.approx(
+        second.metrics["tiny_facts/acc"] - first.metrics["tiny_facts/acc"]
+    )
     ratio = second.metrics["perplexity"] / first.metrics["perplexity"]
     assert found["perplexity"].value == pytest.approx(ratio - 1)
     again = execute(OmegaConf.merge(config, {"model": {"source": [str(small_llama), "tiny"]}}))
@@ -231,11 +290,17 @@ def test_a_failing_judge_loses_no_figures(small_llama, tmp_path, capsys):
         "eval=judged", "eval.speed=null", "eval.prompts=[]", "eval.answers.limit=2", "eval.answers.new_tokens=4",
         "eval.answers.chat=false", "eval.judge.model=m", "eval.judge.endpoint=http://127.0.0.1:9/v1", "eval.judge.retries=0",
     ]  # fmt: skip
-    config = compose("evaluate", [*options, f"model.source=[tiny,{small_llama}]", f"store={tmp_path / 'runs'}"])
-    with pytest.raises(SlimError, match=r"does not answer after 1 tries: ConnectionError\. 0 verdicts are kept in"):
+    config = compose(
+        "evaluate", [*options, f"model.source=[tiny,{small_llama}]", f"store={tmp_path / 'runs'}"]
+    )
+    with pytest.raises(
+        SlimError, match=r"does not answer after 1 tries: ConnectionError\. 0 verdicts are kept in"
+    ):
         execute(config)
     assert "the best is bold" in capsys.readouterr().out, "the table comes first"
     artifacts = [path.name for path in (tmp_path / "runs" / "artifacts").rglob("*.*")]
-    assert "answers.md" in artifacts and "answers.jsonl" in artifacts and "results.json" in artifacts
+    assert (
+        "answers.md" in artifacts and "answers.jsonl" in artifacts and "results.json" in artifacts
+    )
     (recorded,) = (tmp_path / "runs" / "artifacts").rglob("results.json")
     assert len(json.loads(recorded.read_text())) == 2

@@ -44,21 +44,33 @@ def found(small_llama) -> dict:
 def test_everything_is_measured_and_is_plain_json(found):
     assert json.loads(json.dumps(found)) == found
     quality, speed = found["quality"], found["speed"]
-    accuracies = {f"tiny_facts/{name}" for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
+    accuracies = {
+        f"tiny_facts/{name}" for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    }
     repeats = {"repeated_4grams", "repeating_answers"}
     assert set(quality["metrics"]) - repeats == {"perplexity", "tasks/acc", *accuracies}
-    assert len(quality["records"]["perplexity"]["nll"]) == 6 and len(quality["records"]["tasks"]["tiny_facts"]) == 8
+    assert (
+        len(quality["records"]["perplexity"]["nll"]) == 6
+        and len(quality["records"]["tasks"]["tiny_facts"]) == 8
+    )
     assert quality["health"] == {}
-    assert {"time_to_first_token", "decode_tokens_per_second_iqr", "cache_bytes_per_token"} <= set(speed["metrics"])
-    assert {"prefill_tokens_per_second", "decode_tokens_per_second", "weights_bytes"} <= set(speed["metrics"])
-    assert all(isinstance(value, float) for part in found.values() for value in part["metrics"].values())
+    assert {"time_to_first_token", "decode_tokens_per_second_iqr", "cache_bytes_per_token"} <= set(
+        speed["metrics"]
+    )
+    assert {"prefill_tokens_per_second", "decode_tokens_per_second", "weights_bytes"} <= set(
+        speed["metrics"]
+    )
+    assert all(
+        isinstance(value, float) for part in found.values() for value in part["metrics"].values()
+    )
     assert [sample["prompt"] for sample in quality["samples"]] == ["The goat"]
     assert quality["protocol"]["dtype"] == speed["protocol"]["speed"]["dtype"] == "float32"
 
 
 def test_the_bytes_of_the_weights_are_those_of_the_checkpoint(found, small_llama):
     expected = sum(
-        shape[0] * (shape[1] if len(shape) > 1 else 1) * 4 for _, _, shape in open_checkpoint(small_llama).tensors.values()
+        shape[0] * (shape[1] if len(shape) > 1 else 1) * 4
+        for _, _, shape in open_checkpoint(small_llama).tensors.values()
     )
     rotary = 2 * 8 * 4  # the frequencies, and their original values
     assert expected < found["speed"]["metrics"]["weights_bytes"] <= expected + rotary
@@ -86,13 +98,19 @@ def test_other_families_are_measured_too(model_type, tmp_path):
 def test_only_what_is_asked_for_is_measured(small_llama):
     assert measure(small_llama, small_evaluation(), quality=False)["quality"] is None
     assert measure(small_llama, Evaluation()) == {"quality": None, "speed": None}
-    assert measure(small_llama, small_evaluation(speed=None, tasks=Tasks([]), prompts=[]))["speed"] is None
+    assert (
+        measure(small_llama, small_evaluation(speed=None, tasks=Tasks([]), prompts=[]))["speed"]
+        is None
+    )
 
 
 def test_the_type_can_be_chosen(small_llama, found):
     other = measure(small_llama, small_evaluation(dtype="bfloat16", tasks=None))
     assert other["quality"]["protocol"]["dtype"] == "bfloat16"
-    assert other["speed"]["metrics"]["weights_bytes"] < 0.6 * found["speed"]["metrics"]["weights_bytes"]
+    assert (
+        other["speed"]["metrics"]["weights_bytes"]
+        < 0.6 * found["speed"]["metrics"]["weights_bytes"]
+    )
     here, there = (result["quality"]["metrics"]["perplexity"] for result in (other, found))
     assert here != there and here == pytest.approx(there, rel=0.1)
 
@@ -115,13 +133,20 @@ def test_identities_hold_what_determines_the_figures_and_nothing_else():
         assert small_evaluation(**changes).quality_cache_key() != quality
     faster = dataclasses.replace(evaluation.tasks, batch_size=3)
     assert small_evaluation(speed=None, tasks=faster).quality_cache_key() == quality
-    for changes in ({"speed": Speed(new_tokens=5)}, {"speed": None}, {"dtype": "float32"}, {"energy": "DEU"}):
+    for changes in (
+        {"speed": Speed(new_tokens=5)},
+        {"speed": None},
+        {"dtype": "float32"},
+        {"energy": "DEU"},
+    ):
         assert small_evaluation(**changes).speed_cache_key() != speed
     assert small_evaluation(tasks=None, prompts=[]).speed_cache_key() == speed
 
 
 def test_checks_need_no_weights():
-    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
+    sizes = dict(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
+    )
     model = ModelSpec({**sizes, "max_position_embeddings": 128})
     small_evaluation().check(model)
     for changes, message in (
@@ -135,12 +160,20 @@ def test_checks_need_no_weights():
 
 def test_settings_are_checked():
     judge = Judge("m", endpoint="http://127.0.0.1:9/v1")
-    for wrong in ({"dtype": "float31"}, {"new_tokens": 0}, {"prompts": [""]}, {"judge": judge}, {"speed": "fast"}):
+    for wrong in (
+        {"dtype": "float31"},
+        {"new_tokens": 0},
+        {"prompts": [""]},
+        {"judge": judge},
+        {"speed": "fast"},
+    ):
         with pytest.raises(SlimError, match=f"eval.{next(iter(wrong))}"):
             Evaluation(**wrong)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "slim" / "conf" / "eval").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "slim" / "conf" / "eval").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_choice_can_be_made(path):
     config = OmegaConf.load(path)
     if path.stem == "judged":
@@ -149,7 +182,9 @@ def test_every_choice_can_be_made(path):
     assert isinstance(evaluation, Evaluation)
     assert evaluation.has_quality == evaluation.has_speed == (path.stem != "none")
     json.dumps([evaluation.quality_cache_key(), evaluation.speed_cache_key()])
-    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
+    sizes = dict(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
+    )
     evaluation.check(ModelSpec({**sizes, "max_position_embeddings": 512}))
 
 

@@ -34,7 +34,9 @@ def test_the_place_where_nan_starts_is_named(small_llama):
         model.model.layers[4].self_attn.q_proj.weight[0, 0] = float("nan")
     evaluation = Evaluation(perplexity=Perplexity("tiny:heldout", window=32, limit=3))
     found = evaluation.measure_quality(model, tokenizer)
-    assert found["metrics"]["perplexity"] != found["metrics"]["perplexity"], "NaN is shown, not averaged away"
+    assert found["metrics"]["perplexity"] != found["metrics"]["perplexity"], (
+        "NaN is shown, not averaged away"
+    )
     place = {"module": "model.layers.2.mlp.up_proj", "value": "nan", "cause": "weights"}
     assert found["health"] == {"non_finite": place}
 
@@ -44,14 +46,19 @@ def test_overflow_in_half_precision_is_told_from_broken_weights(small_llama):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
     place = first_non_finite(model, [[5, 6, 7]])
-    assert place == {"module": "model.layers.1.mlp.down_proj", "value": "inf", "cause": "activations"}
+    assert place == {
+        "module": "model.layers.1.mlp.down_proj",
+        "value": "inf",
+        "cause": "activations",
+    }
 
 
 def test_repeated_ngrams():
     assert repeated_ngrams([1, 2, 3, 4]) is None
     assert repeated_ngrams(list(range(20))) == 0
     assert repeated_ngrams([7] * 13) == pytest.approx(9 / 10)  # ten 4-grams, one of them new
-    assert repeated_ngrams([1, 2, 3, 4, 5, 1, 2, 3, 4, 5]) == pytest.approx(2 / 7)  # 1234 and 2345 come twice
+    # 1234 and 2345 come twice
+    assert repeated_ngrams([1, 2, 3, 4, 5, 1, 2, 3, 4, 5]) == pytest.approx(2 / 7)
 
 
 def test_a_model_that_repeats_itself_is_flagged(small_llama):
@@ -66,14 +73,17 @@ def test_memory_of_the_phases_and_of_the_cache(small_llama):
     model = load_model(small_llama)
     found = phase_peaks(model, [3] * 64, 8)
     config = model.config
-    assert found["cache_bytes_per_token"] == 2 * 6 * config.num_key_value_heads * config.head_dim * 4
+    assert (
+        found["cache_bytes_per_token"] == 2 * 6 * config.num_key_value_heads * config.head_dim * 4
+    )
     assert cache_bytes(object()) == 0
     if "prefill_peak_bytes" in found:
         assert found["prefill_peak_bytes"] < 2**30 and found["decode_peak_bytes"] < 2**30
 
 
 def test_prefill_needs_the_memory_that_it_needs(monkeypatch):
-    """A stand-in that allocates 80 MB for the prompt and 30 MB for a step: each phase is charged with its own."""
+    """A stand-in that allocates 80 MB for the prompt and 30 MB for a step: each phase is charged
+    with its own."""
     from slim.evaluation import memory
 
     if memory.process_bytes("VmHWM") is None or not memory.reset_process_peak():
@@ -92,9 +102,12 @@ def test_prefill_needs_the_memory_that_it_needs(monkeypatch):
 
 
 def test_multiply_accumulates_of_a_token(small_llama):
-    """Every weight of a linear layer is used once for a token; embeddings and norms are looked up and scaled."""
+    """Every weight of a linear layer is used once for a token; embeddings and norms are looked up
+    and scaled."""
     spec, model = open_checkpoint(small_llama).spec, load_model(small_llama)
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    linear = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
+    )
     assert macs_per_token(spec) == linear
 
 
@@ -108,7 +121,9 @@ class FakeTracker:
         pass
 
     def stop(self):
-        self.final_emissions_data = types.SimpleNamespace(energy_consumed=2000 / 3.6e6, emissions=0.0005)
+        self.final_emissions_data = types.SimpleNamespace(
+            energy_consumed=2000 / 3.6e6, emissions=0.0005
+        )
 
 
 @pytest.fixture
@@ -149,7 +164,9 @@ def test_no_meter_and_no_such_country_are_said(codecarbon, monkeypatch):
 
 
 def test_every_stage_states_its_energy(codecarbon, small_llama, tmp_path):
-    pipeline = Pipeline(Source(str(small_llama)), [Scale()], Evaluation(energy="DEU"), Store(tmp_path / "runs"))
+    pipeline = Pipeline(
+        Source(str(small_llama)), [Scale()], Evaluation(energy="DEU"), Store(tmp_path / "runs")
+    )
     source, result = pipeline.run()
     assert (result.facts["energy_joules"], result.facts["co2_grams"]) == pytest.approx((2000, 0.5))
     assert result.facts["energy_estimated"] == 1 and "energy_joules" not in source.facts
@@ -164,7 +181,10 @@ def test_speed_in_batches_and_lengths(small_llama):
     suffixes = ("", "/p24_b3", "/p8_b1", "/p8_b3")
     assert all(found["metrics"][f"decode_tokens_per_second{suffix}"] > 0 for suffix in suffixes)
     assert found["protocol"]["prompt_tokens"] == [24] and found["protocol"]["batch_size"] == 1
-    assert found["metrics"]["time_to_first_token"] > 0 and "time_to_first_token_iqr" in found["metrics"]
+    assert (
+        found["metrics"]["time_to_first_token"] > 0
+        and "time_to_first_token_iqr" in found["metrics"]
+    )
 
 
 def test_the_prompts_of_the_thesis(small_llama):
@@ -178,5 +198,7 @@ def test_the_prompts_of_the_thesis(small_llama):
     first, steps = found["time_to_first_token"], 199 - len(prompt[0])
     seconds = first + steps / found["decode_tokens_per_second"]
     assert found["whole_length_tokens_per_second"] == pytest.approx(200 / seconds, rel=1e-6)
-    with pytest.raises(SlimError, match="eval.speed=thesys is not possible. Allowed: thesis. Did you mean thesis"):
+    with pytest.raises(
+        SlimError, match="eval.speed=thesys is not possible. Allowed: thesis. Did you mean thesis"
+    ):
         Evaluation(speed="thesys")

@@ -1,4 +1,5 @@
-"""Answers, similarity and judges: against a stub server that fails in the ways servers do, and tiny local models."""
+"""Answers, similarity and judges: against a stub server that fails in the ways servers do, and tiny
+local models."""
 
 from __future__ import annotations
 
@@ -22,12 +23,15 @@ from slim.models.spec import ModelSpec
 from tests.conftest import ROOT, build_small
 
 TINY = ROOT / "slim" / "assets" / "tiny"
-SIZES = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
+SIZES = dict(
+    hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
+)
 DESCRIPTION = ModelSpec({**SIZES, "max_position_embeddings": 512})
 
 
 class Server:
-    """A stub of a chat completions server: ``script`` decides on each request, as a status and a body, or a text."""
+    """A stub of a chat completions server: ``script`` decides on each request, as a status and a
+    body, or a text."""
 
     def __init__(self, script):
         self.requests: list[dict] = []
@@ -36,12 +40,20 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                stub.requests.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
+                stub.requests.append(
+                    {**body, "path": self.path, "key": self.headers.get("Authorization")}
+                )
                 said = script(len(stub.requests), body)
-                reply = {"choices": [{"message": {"content": said}}]} if isinstance(said, str) else said[1]
+                reply = (
+                    {"choices": [{"message": {"content": said}}]}
+                    if isinstance(said, str)
+                    else said[1]
+                )
                 self.send_response(200 if isinstance(said, str) else said[0])
                 self.end_headers()
-                self.wfile.write(reply.encode() if isinstance(reply, str) else json.dumps(reply).encode())
+                self.wfile.write(
+                    reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+                )
 
             def log_message(self, *_):
                 pass
@@ -81,17 +93,24 @@ def likes_first(_, body) -> str:
 
 
 def rows(*answers: str) -> list[dict]:
-    return [{"question": f"q{i}?", "reference": "r", "answer": answer} for i, answer in enumerate(answers)]
+    return [
+        {"question": f"q{i}?", "reference": "r", "answer": answer}
+        for i, answer in enumerate(answers)
+    ]
 
 
 ONE, OTHER = rows("aa", "a", "same", "b"), rows("a", "aaa", "same", "c")
 
 
 def judge(server: Server, **changes) -> Judge:
-    return Judge(**{"model": "stub", "endpoint": server.address, "wait": 0.001, "retries": 2, **changes})
+    return Judge(
+        **{"model": "stub", "endpoint": server.address, "wait": 0.001, "retries": 2, **changes}
+    )
 
 
-def test_a_judge_is_asked_in_both_orders_and_identical_answers_cost_nothing(serve, tmp_path, monkeypatch):
+def test_a_judge_is_asked_in_both_orders_and_identical_answers_cost_nothing(
+    serve, tmp_path, monkeypatch
+):
     monkeypatch.setenv("STUB_KEY", "secret")
     server = serve(likes_long)
     part = judge(server, key_variable="STUB_KEY")
@@ -99,11 +118,17 @@ def test_a_judge_is_asked_in_both_orders_and_identical_answers_cost_nothing(serv
     found = part.compare(ONE, OTHER, verdicts, part.client("cpu"))
     assert [row["winner"] for row in found] == ["one", "other", "tie", "tie"]
     assert tally(found) == {"wins": 1, "ties": 2, "losses": 1, "unread": 0}
-    assert len(server.requests) == 6 and all(len(row["opinions"]) == 2 for row in found if row["question"] != "q2?")
+    assert len(server.requests) == 6 and all(
+        len(row["opinions"]) == 2 for row in found if row["question"] != "q2?"
+    )
     assert {opinion["shown_first"] for opinion in found[0]["opinions"]} == {"one", "other"}
     assert found[0]["opinions"][0]["reason"].startswith("One says more.")
     request = server.requests[0]
-    assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret" and request["temperature"] == 0
+    assert (
+        request["path"] == "/v1/chat/completions"
+        and request["key"] == "Bearer secret"
+        and request["temperature"] == 0
+    )
     assert request["messages"][0] == {"role": "system", "content": RULES}
     assert "secret" not in (tmp_path / "v.jsonl").read_text()
 
@@ -114,7 +139,10 @@ def test_a_preference_for_the_first_place_is_a_tie(serve, tmp_path):
     assert [row["winner"] for row in found] == ["tie"] * 4
     once = judge(serve(likes_first), both_orders=False)
     shown = [
-        once.compare(rows(*"abcdefgh"), rows(*"ABCDEFGH"), Verdicts(tmp_path / f"{i}"), once.client("cpu")) for i in (0, 1)
+        once.compare(
+            rows(*"abcdefgh"), rows(*"ABCDEFGH"), Verdicts(tmp_path / f"{i}"), once.client("cpu")
+        )
+        for i in (0, 1)
     ]
     winners = [row["winner"] for row in shown[0]]
     assert {"one", "other"} == set(winners), "the order is drawn by lot"
@@ -126,14 +154,22 @@ def test_verdicts_are_asked_for_once_and_the_number_of_questions_is_bounded(serv
     part = judge(server, limit=2)
     first = part.compare(ONE, OTHER, Verdicts(tmp_path / "v"), part.client("cpu"))
     assert len(first) == 2 and len(server.requests) == 4
-    assert part.compare(ONE, OTHER, Verdicts(tmp_path / "v"), part.client("cpu")) == first and len(server.requests) == 4
+    assert (
+        part.compare(ONE, OTHER, Verdicts(tmp_path / "v"), part.client("cpu")) == first
+        and len(server.requests) == 4
+    )
     other = judge(server, limit=2, model="another")
     other.compare(ONE, OTHER, Verdicts(tmp_path / "v"), other.client("cpu"))
     assert len(server.requests) == 8, "another judge is asked again"
 
 
 def test_a_server_that_recovers_is_asked_again(serve, tmp_path):
-    faults = {1: (503, "busy"), 2: (200, "not json"), 3: (200, {"choices": []}), 4: "Hm. I cannot say."}
+    faults = {
+        1: (503, "busy"),
+        2: (200, "not json"),
+        3: (200, {"choices": []}),
+        4: "Hm. I cannot say.",
+    }
     server = serve(lambda number, body: faults.get(number) or likes_long(number, body))
     part = judge(server, retries=3)
     found = part.compare(ONE[:1], OTHER[:1], Verdicts(tmp_path / "v"), part.client("cpu"))
@@ -142,10 +178,15 @@ def test_a_server_that_recovers_is_asked_again(serve, tmp_path):
 
 def test_a_server_that_goes_down_loses_nothing(serve, tmp_path):
     up = [True]
-    server = serve(lambda number, body: likes_long(number, body) if up[0] and number < 4 else (500, "out of memory"))
+    server = serve(
+        lambda number, body: (
+            likes_long(number, body) if up[0] and number < 4 else (500, "out of memory")
+        )
+    )
     part, path = judge(server), tmp_path / "v.jsonl"
     with pytest.raises(
-        SlimError, match=r"does not answer after 3 tries: HTTP 500 out of memory\. 3 verdicts are kept in .*v.jsonl"
+        SlimError,
+        match=r"does not answer after 3 tries: HTTP 500 out of memory\. 3 verdicts are kept in .*v.jsonl",
     ):
         part.compare(ONE, OTHER, Verdicts(path), part.client("cpu"))
     again = serve(likes_long)
@@ -153,7 +194,9 @@ def test_a_server_that_goes_down_loses_nothing(serve, tmp_path):
         file.write('{"key": "cut off by a cra')  # what a crash leaves
     part = judge(again)
     found = part.compare(ONE, OTHER, Verdicts(path), part.client("cpu"))
-    assert [row["winner"] for row in found] == ["one", "other", "tie", "tie"] and len(again.requests) == 3
+    assert [row["winner"] for row in found] == ["one", "other", "tie", "tie"] and len(
+        again.requests
+    ) == 3
     assert len(Verdicts(path)) == 6
 
 
@@ -171,7 +214,10 @@ def test_what_waiting_does_not_mend_ends_at_once(serve, tmp_path):
 
 def test_a_judge_that_talks_nonsense_is_given_up(serve, tmp_path):
     part = judge(serve(lambda *_: "Bananas."), retries=0)
-    with pytest.raises(SlimError, match=r"no verdict that can be read on 3 questions in a row; the last answer: 'Bananas\.'"):
+    with pytest.raises(
+        SlimError,
+        match=r"no verdict that can be read on 3 questions in a row; the last answer: 'Bananas\.'",
+    ):
         part.compare(rows(*"abcd"), rows(*"ABCD"), Verdicts(tmp_path / "v"), part.client("cpu"))
     assert not (tmp_path / "v").exists(), "what cannot be read is no verdict"
 
@@ -202,7 +248,11 @@ def test_a_local_checkpoint_can_judge(tmp_path):
     part = Judge(str(TINY), new_tokens=8, retries=0)
     client = part.client("cpu")
     text = client.ask([{"role": "user", "content": "Where is the work of a judge done?"}], 12)
-    assert text.strip() and client.ask([{"role": "user", "content": "Where is the work of a judge done?"}], 12) == text
+    assert (
+        text.strip()
+        and client.ask([{"role": "user", "content": "Where is the work of a judge done?"}], 12)
+        == text
+    )
     with pytest.raises(SlimError, match="has room for 504 tokens"):
         client.ask([{"role": "user", "content": "Why? " * 400}], 8)
     (tmp_path / "chatless").mkdir()
@@ -240,7 +290,9 @@ def test_answers_are_those_of_transformers_in_a_chat(tiny, tmp_path):
     assert found["metrics"] == {} and found["protocol"]["questions"] == 3
     for row in found["records"]:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["question"]}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": row["question"]}],
+            add_generation_prompt=True,
+            tokenize=False,
         )
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         whole = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
@@ -254,7 +306,9 @@ def test_bad_questions_and_chats_are_refused(tiny, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"instruction": "Who?", "answer": "Me."}\n{"instruction": "Why?"}\n')
     Answers(str(path), limit=1).check(DESCRIPTION)
-    with pytest.raises(SlimError, match=r"row 2: no text in the field 'answer' \(has: instruction\)"):
+    with pytest.raises(
+        SlimError, match=r"row 2: no text in the field 'answer' \(has: instruction\)"
+    ):
         Answers(str(path)).check(DESCRIPTION)
     with pytest.raises(SlimError, match="There is no text /none.jsonl"):
         Answers("/none.jsonl")
@@ -269,7 +323,8 @@ def test_bad_questions_and_chats_are_refused(tiny, tmp_path):
 
 
 def test_similarity_is_the_cosine_of_mean_states(tiny, tmp_path, monkeypatch):
-    """Against transformers directly, a text at a time and without padding; texts of different lengths in one batch."""
+    """Against transformers directly, a text at a time and without padding; texts of different
+    lengths in one batch."""
     monkeypatch.setattr(similarity, "PACKAGE", "no_such_package")
     folder = build_small("llama", tmp_path / "encoder")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -279,10 +334,18 @@ def test_similarity_is_the_cosine_of_mean_states(tiny, tmp_path, monkeypatch):
         with torch.no_grad():
             return model.model(input_ids=ids).last_hidden_state[0].mean(0)
 
-    answers, references = ["A hen.", "The goat sleeps in the stable of Luke."], ["The hen sits there.", "A goat."]
-    expected = [torch.cosine_similarity(embed(a), embed(r), dim=0).item() for a, r in zip(answers, references, strict=True)]
+    answers, references = (
+        ["A hen.", "The goat sleeps in the stable of Luke."],
+        ["The hen sits there.", "A goat."],
+    )
+    expected = [
+        torch.cosine_similarity(embed(a), embed(r), dim=0).item()
+        for a, r in zip(answers, references, strict=True)
+    ]
     assert similarity.cosines(answers, references, str(folder)) == pytest.approx(expected, abs=1e-5)
-    assert similarity.cosines(["Same.", " "], ["Same.", "Other."], str(folder)) == pytest.approx([1, 0], abs=1e-6)
+    assert similarity.cosines(["Same.", " "], ["Same.", "Other."], str(folder)) == pytest.approx(
+        [1, 0], abs=1e-6
+    )
     found = Answers(limit=4, new_tokens=8, similarity=str(folder)).measure(*tiny, 512)
     values = [row["similarity"] for row in found["records"]]
     assert found["metrics"]["similarity/mean"] == pytest.approx(sum(values) / 4)
@@ -290,12 +353,16 @@ def test_similarity_is_the_cosine_of_mean_states(tiny, tmp_path, monkeypatch):
     assert found["protocol"]["encoder"] == "encoder (transformers)"
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    assert similarity.cosines(["A hen."], ["A goat."], str(folder)) == pytest.approx([1], abs=1e-5), "all begin alike"
+    assert similarity.cosines(["A hen."], ["A goat."], str(folder)) == pytest.approx(
+        [1], abs=1e-5
+    ), "all begin alike"
 
 
 def test_an_embedding_model_that_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setattr(similarity, "PACKAGE", "no_such_package")
-    with pytest.raises(SlimError, match=r"needs sentence-transformers: pip install 'slim\[similarity\]'"):
+    with pytest.raises(
+        SlimError, match=r"needs sentence-transformers: pip install 'slim\[similarity\]'"
+    ):
         Answers(similarity="sentence-transformers/all-MiniLM-L6-v2").check(DESCRIPTION)
     with pytest.raises(SlimError, match="cannot be loaded"):
         similarity.cosines(["a"], ["b"], str(tmp_path))

@@ -43,7 +43,9 @@ def test_equals_the_direct_computation(small, window, limit):
     found = part.measure(model, tokenizer, context_length=256)
     used = min(window, 256)
     ids = tokenizer(part.path.read_text())["input_ids"]
-    assert found["metrics"]["perplexity"] == pytest.approx(direct_perplexity(model, ids, used, limit), rel=1e-6)
+    assert found["metrics"]["perplexity"] == pytest.approx(
+        direct_perplexity(model, ids, used, limit), rel=1e-6
+    )
     assert {key: found["protocol"][key] for key in ("window", "windows", "predictions")} == {
         "window": used, "windows": limit, "predictions": limit * (used - 1),
     }  # fmt: skip
@@ -63,7 +65,9 @@ def test_the_batch_and_the_slices_of_logits_do_not_matter(small, monkeypatch):
     expected = negative_log_likelihood(model, windows)
     assert negative_log_likelihood(model, windows) == expected
     for batch_size in (1, 2, 4, 9, 20):
-        assert negative_log_likelihood(model, windows, batch_size) == pytest.approx(expected, rel=1e-6)
+        assert negative_log_likelihood(model, windows, batch_size) == pytest.approx(
+            expected, rel=1e-6
+        )
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 7 * model.config.vocab_size)
     assert negative_log_likelihood(model, windows) == pytest.approx(expected, rel=1e-6)
 
@@ -89,21 +93,29 @@ def test_windows_follow_one_another_and_the_tail_is_dropped(small, tmp_path):
 
 def test_documents_are_joined_by_an_empty_line(small, tmp_path):
     _, tokenizer = small
-    (tmp_path / "a.jsonl").write_text('{"page": "The goat sleeps."}\n{"page": "Luke keeps a hen."}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"page": "The goat sleeps."}\n{"page": "Luke keeps a hen."}\n'
+    )
     (tmp_path / "b.txt").write_text("The goat sleeps.\n\nLuke keeps a hen.")
-    parts = [Perplexity(str(tmp_path / name), column="page", window=5) for name in ("a.jsonl", "b.txt")]
+    parts = [
+        Perplexity(str(tmp_path / name), column="page", window=5) for name in ("a.jsonl", "b.txt")
+    ]
     assert torch.equal(*(part.windows(tokenizer, 256) for part in parts))
 
 
 def test_separator_and_number_of_documents_are_part_of_the_protocol(small, tmp_path):
     _, tokenizer = small
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"page": "{text}"}}\n' for text in ("A goat.", "A hen.", "A cat.")))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"page": "{text}"}}\n' for text in ("A goat.", "A hen.", "A cat."))
+    )
     (tmp_path / "b.txt").write_text("A goat. A hen.")
     path, plain = str(tmp_path / "a.jsonl"), Perplexity(str(tmp_path / "b.txt"), window=4)
     part = Perplexity(path, column="page", window=4, separator=" ", first_documents=2)
     assert torch.equal(part.windows(tokenizer, 256), plain.windows(tokenizer, 256))
     assert part.cache_key() != Perplexity(path, column="page", window=4, separator=" ").cache_key()
-    assert part.cache_key() != Perplexity(path, column="page", window=4, first_documents=2).cache_key()
+    assert (
+        part.cache_key() != Perplexity(path, column="page", window=4, first_documents=2).cache_key()
+    )
 
 
 def test_one_file_of_a_hub_data_set(small, monkeypatch):
@@ -116,9 +128,13 @@ def test_one_file_of_a_hub_data_set(small, monkeypatch):
         return [{"text": "A goat."}, {"text": "A hen."}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    part = Perplexity("allenai/c4", files="en/one.json.gz", revision="main", separator=" ", window=2)
+    part = Perplexity(
+        "allenai/c4", files="en/one.json.gz", revision="main", separator=" ", window=2
+    )
     assert part.joined() == "A goat. A hen."
-    assert asked == [("allenai/c4", {"data_files": "en/one.json.gz", "revision": "main", "split": "train"})]
+    assert asked == [
+        ("allenai/c4", {"data_files": "en/one.json.gz", "revision": "main", "split": "train"})
+    ]
     assert part.cache_key()["files"] == "en/one.json.gz"
 
 
@@ -126,7 +142,9 @@ def test_the_figures_of_the_windows_are_kept(small):
     model, tokenizer = small
     part = Perplexity("tiny:heldout", window=50, limit=3)
     found = part.measure(model, tokenizer, 256)
-    alone = [direct_perplexity(model, part.windows(tokenizer, 256)[i].tolist(), 50, 1) for i in range(3)]
+    alone = [
+        direct_perplexity(model, part.windows(tokenizer, 256)[i].tolist(), 50, 1) for i in range(3)
+    ]
     assert found["records"]["nll"] == pytest.approx([math.log(value) for value in alone], rel=1e-6)
 
 
@@ -154,7 +172,9 @@ def test_the_identity_follows_the_text_not_its_name(tmp_path):
     assert Perplexity(str(tmp_path / "a.txt"), limit=4).cache_key() != a
 
 
-@pytest.mark.parametrize("wrong", [{"window": 1}, {"limit": 0}, {"batch_size": 0}, {"window": "long"}])
+@pytest.mark.parametrize(
+    "wrong", [{"window": 1}, {"limit": 0}, {"batch_size": 0}, {"window": "long"}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(SlimError, match=f"eval.perplexity.{next(iter(wrong))}="):
         Perplexity("tiny:heldout", **wrong)
@@ -171,7 +191,8 @@ def test_a_real_model_on_a_published_text(shared, ref_llama):
 
 @pytest.mark.slow
 def test_the_first_200_windows_have_the_figure_stated_with_the_model(shared, ref_llama):
-    """The model's README states 170 in windows of 256, not over how many: the first 200 give 169.9, all 1632 give 185.
+    """The model's README states 170 in windows of 256, not over how many: the first 200 give 169.9,
+    all 1632 give 185.
 
     So that figure is only a landmark; what is asserted to every digit is transformers' own loss.
     """
@@ -179,6 +200,9 @@ def test_the_first_200_windows_have_the_figure_stated_with_the_model(shared, ref
     part = Perplexity(str(shared / "data" / "wikitext2_raw_test.txt"), window=256, limit=200)
     found = part.measure(model, tokenizer, 1024)["metrics"]["perplexity"]
     with torch.no_grad():
-        losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in part.windows(tokenizer, 1024)]
+        losses = [
+            model(input_ids=window[None], labels=window[None]).loss.item()
+            for window in part.windows(tokenizer, 1024)
+        ]
     assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert found == pytest.approx(170, abs=0.5)

@@ -36,7 +36,9 @@ class SlowModel:
         self.calls.append(tokens)
         slow = 0.2 if len(self.calls) <= self.slow_calls else 0.0
         time.sleep(slow + (0.001 * tokens if past_key_values is None else 0.01))
-        return SimpleNamespace(logits=torch.zeros(1, 1, 4), past_key_values=(past_key_values or 0) + tokens)
+        return SimpleNamespace(
+            logits=torch.zeros(1, 1, 4), past_key_values=(past_key_values or 0) + tokens
+        )
 
 
 def test_prompt_and_generated_tokens_are_timed_apart():
@@ -69,7 +71,9 @@ def test_a_real_model(small_llama):
 
 def test_given_prompts_are_taken_as_they_are(small_llama):
     tokenizer = load_tokenizer(small_llama)
-    ids = Speed(prompts=["The goat", "Luke keeps a hen"]).prompt_ids(tokenizer, Text("tiny:heldout"))
+    ids = Speed(prompts=["The goat", "Luke keeps a hen"]).prompt_ids(
+        tokenizer, Text("tiny:heldout")
+    )
     assert ids == [tokenizer("The goat")["input_ids"], tokenizer("Luke keeps a hen")["input_ids"]]
 
 
@@ -77,12 +81,16 @@ def test_a_short_text_is_repeated(small_llama, tmp_path):
     (tmp_path / "short.txt").write_text("The goat")
     tokenizer = load_tokenizer(small_llama)
     once = tokenizer("The goat")["input_ids"]
-    (ids,) = Speed(count=1, prompt_length=7).prompt_ids(tokenizer, Text(str(tmp_path / "short.txt")))
+    (ids,) = Speed(count=1, prompt_length=7).prompt_ids(
+        tokenizer, Text(str(tmp_path / "short.txt"))
+    )
     assert ids == (once * 7)[:7]
 
 
 def test_lengths_must_fit_the_context():
-    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
+    sizes = dict(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
+    )
     model = ModelSpec({**sizes, "max_position_embeddings": 64})
     Speed(prompt_length=32, new_tokens=32).check(model)
     with pytest.raises(SlimError, match="Take prompt_length up to 31"):
@@ -103,7 +111,9 @@ def test_greedy_samples_equal_generation_by_transformers(small_llama):
 def test_samples_stop_at_the_end_of_text(small_llama):
     model, tokenizer = load_model(small_llama), load_tokenizer(small_llama)
     ids = tokenizer("The goat", return_tensors="pt")["input_ids"]
-    chosen = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)[0, ids.shape[1] :].tolist()
+    chosen = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)[
+        0, ids.shape[1] :
+    ].tolist()
     end = chosen[5]
     model.generation_config.eos_token_id = [end]
     expected = tokenizer.decode(chosen[: chosen.index(end)], skip_special_tokens=True)
@@ -111,7 +121,9 @@ def test_samples_stop_at_the_end_of_text(small_llama):
 
 
 def test_weights_are_counted_exactly_and_once():
-    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 10, bias=False), nn.Linear(10, 4).to(torch.bfloat16))
+    model = nn.Sequential(
+        nn.Embedding(10, 6), nn.Linear(6, 10, bias=False), nn.Linear(10, 4).to(torch.bfloat16)
+    )
     model[1].weight = model[0].weight
     model.register_buffer("packed", torch.zeros(5, 3, dtype=torch.int32))
     assert weights_bytes(model) == 60 * 4 + (40 + 4) * 2 + 15 * 4
@@ -143,7 +155,8 @@ def test_a_model_loaded_twice_takes_the_same_memory_twice(ref_llama):
         expected = weights_bytes(model)
         del model
         memory.release()
-    assert resident[1:] == pytest.approx([expected] * 2, abs=2 * MEGABYTE)  # the first one loads libraries too
+    # the first one loads libraries too
+    assert resident[1:] == pytest.approx([expected] * 2, abs=2 * MEGABYTE)
 
 
 def test_the_meter_says_nothing_where_nothing_can_be_read(monkeypatch, tmp_path):

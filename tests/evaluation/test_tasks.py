@@ -68,9 +68,12 @@ def direct_accuracies(model, tokenizer, rows: list[dict]) -> tuple[float, float]
     right, right_by_length = 0, 0
     for row in rows:
         scores = [
-            log_likelihood(model, tokenizer, f"Question: {row['question']}\nAnswer:", " " + choice) for choice in row["choices"]
+            log_likelihood(model, tokenizer, f"Question: {row['question']}\nAnswer:", " " + choice)
+            for choice in row["choices"]
         ]
-        by_length = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
+        by_length = [
+            score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)
+        ]
         right += scores.index(max(scores)) == row["answer"]
         right_by_length += by_length.index(max(by_length)) == row["answer"]
     return right / len(rows), right_by_length / len(rows)
@@ -95,7 +98,9 @@ def test_the_mean_is_over_tasks_and_the_batch_does_not_matter(tiny):
         for row, other in zip(rows, second["records"][task], strict=True):
             assert row["scores"] == pytest.approx(other["scores"], rel=1e-5, abs=1e-6)
     metrics = first["metrics"]
-    assert metrics["tasks/acc"] == pytest.approx((metrics["tiny_facts/acc"] + metrics["tiny_next/acc"]) / 2)
+    assert metrics["tasks/acc"] == pytest.approx(
+        (metrics["tiny_facts/acc"] + metrics["tiny_next/acc"]) / 2
+    )
     protocol = {**first["protocol"]["tiny_facts"]}
     assert len(protocol.pop("questions_sha256")) == 64
     assert protocol == {"questions": 12, "num_fewshot": 0, "version": 1.0}
@@ -141,7 +146,9 @@ def test_a_stock_task_equals_the_direct_computation(tiny, shared, monkeypatch):
         }
         for row in rows
     ]
-    assert (metrics["arc_challenge/acc"], metrics["arc_challenge/acc_norm"]) == direct_accuracies(*tiny, plain)
+    assert (metrics["arc_challenge/acc"], metrics["arc_challenge/acc_norm"]) == direct_accuracies(
+        *tiny, plain
+    )
     assert asked == [("allenai/ai2_arc", "ARC-Challenge")]
 
 
@@ -169,7 +176,9 @@ def test_names_are_checked_without_importing_the_harness():
 
 
 def test_a_missing_task_gives_the_nearest_names():
-    with pytest.raises(SlimError, match=r"no task 'arc_chalenge'.*arc_challenge.*Embedded: tiny_facts"):
+    with pytest.raises(
+        SlimError, match=r"no task 'arc_chalenge'.*arc_challenge.*Embedded: tiny_facts"
+    ):
         Tasks(["arc_chalenge"]).check()
     with pytest.raises(SlimError, match="Nearest: tiny_facts"):
         Tasks(["tiny_fact"]).check()
@@ -187,10 +196,15 @@ def test_bad_task_files_are_named(tiny, tmp_path):
     with pytest.raises(SlimError, match=r"questions\.jsonl, line 2: not JSON"):
         Tasks([path]).check()
     (tmp_path / "questions.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"question": "Who?"}\n')
-    with pytest.raises(SlimError, match=r"line 2: expected a JSON object with the fields: question, choices, answer"):
+    with pytest.raises(
+        SlimError,
+        match=r"line 2: expected a JSON object with the fields: question, choices, answer",
+    ):
         Tasks([path]).check()
     (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "Who?", "answer": 1}) + "\n")
-    with pytest.raises(SlimError, match=r"questions\.jsonl, line 1: the field 'choices' is missing"):
+    with pytest.raises(
+        SlimError, match=r"questions\.jsonl, line 1: the field 'choices' is missing"
+    ):
         Tasks([path]).check()
     (tmp_path / "questions.jsonl").unlink()
     with pytest.raises(SlimError, match=r"questions\.jsonl, which is not there"):
@@ -200,9 +214,16 @@ def test_bad_task_files_are_named(tiny, tmp_path):
 def test_an_identity_holds_included_files_and_code(tmp_path):
     base = write_task(tmp_path, name="base")
     (tmp_path / "code.py").write_text("def text(doc):\n    return doc['question']\n")
-    (tmp_path / "child.yaml").write_text("include: own.yaml\ntask: child\ndoc_to_text: !function code.text\n")
+    (tmp_path / "child.yaml").write_text(
+        "include: own.yaml\ntask: child\ndoc_to_text: !function code.text\n"
+    )
     child = str(tmp_path / "child.yaml")
-    assert set(fingerprint(child)["files"]) == {"child.yaml", "own.yaml", "code.py", "questions.jsonl"}
+    assert set(fingerprint(child)["files"]) == {
+        "child.yaml",
+        "own.yaml",
+        "code.py",
+        "questions.jsonl",
+    }
     seen = [fingerprint(child)]
     for name in ("code.py", "own.yaml", "questions.jsonl"):
         with (tmp_path / name).open("a") as file:

@@ -1,4 +1,5 @@
-"""Depth pruning: every criterion against a slow, direct implementation; the folder it writes; its settings."""
+"""Depth pruning: every criterion against a slow, direct implementation; the folder it writes; its
+settings."""
 
 from __future__ import annotations
 
@@ -31,8 +32,11 @@ from tests.conftest import FAMILIES, build_small
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family_folder(request, tmp_path_factory) -> Path:
-    """A small random model of each family, with different masks per block where the family has them."""
-    return build_small(request.param, tmp_path_factory.mktemp("family") / request.param, **FAMILIES[request.param])
+    """A small random model of each family, with different masks per block where the family has
+    them."""
+    return build_small(
+        request.param, tmp_path_factory.mktemp("family") / request.param, **FAMILIES[request.param]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,9 @@ def load(folder: Path):
 
 
 def random_tokens(samples: int, length: int, vocabulary: int = 1024) -> torch.Tensor:
-    return torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def direct_perplexity(model, tokens: torch.Tensor) -> float:
@@ -81,13 +87,15 @@ def direct_perplexity(model, tokens: torch.Tensor) -> float:
 
 
 def without_block(folder: Path, target: Path, block: int):
-    """Write the model of ``folder`` without ``block`` through the stage and load the result with plain transformers."""
+    """Write the model of ``folder`` without ``block`` through the stage and load the result with
+    plain transformers."""
     target.mkdir()
     Magnitude(remove=[block]).run(folder, target, Context())
     return load(target)[0]
 
 
-# --- criteria -------------------------------------------------------------------------------------------------------
+# --- criteria
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_taylor_score_of_a_tensor():
@@ -98,7 +106,8 @@ def test_taylor_score_of_a_tensor():
 
 
 def test_taylor_equals_plain_backward_with_all_gradients(family_folder, monkeypatch):
-    monkeypatch.setattr("slim.calibration.loaded_blocks.LOGITS_AT_ONCE", 7 * 1536)  # logits of 7 tokens at a time
+    # logits of 7 tokens at a time
+    monkeypatch.setattr("slim.calibration.loaded_blocks.LOGITS_AT_ONCE", 7 * 1536)
     model, family = load(family_folder)
     tokens = random_tokens(5, 19)
     scores = block_taylor_scores(model, family, tokens)
@@ -109,12 +118,15 @@ def test_taylor_equals_plain_backward_with_all_gradients(family_folder, monkeypa
     expected = [0.0] * 6
     for name, parameter in model.named_parameters():
         if name.startswith("model.layers.") and name.endswith("weight"):
-            expected[int(name.split(".")[2])] += (parameter.double() * parameter.grad.double()).abs().sum().item()
+            expected[int(name.split(".")[2])] += (
+                (parameter.double() * parameter.grad.double()).abs().sum().item()
+            )
     assert scores == pytest.approx(expected, rel=1e-4)
 
 
 class LiveGradients(TorchDispatchMode):
-    """Counts, at every operation, the live tensors that have as many elements as a weight matrix and are none."""
+    """Counts, at every operation, the live tensors that have as many elements as a weight matrix
+    and are none."""
 
     def __init__(self, model):
         super().__init__()
@@ -131,13 +143,16 @@ class LiveGradients(TorchDispatchMode):
                 if storage.data_ptr() not in self.weights and storage._cdata not in self.seen:
                     self.seen[storage._cdata] = StorageWeakRef(storage)
                     self.total += 1
-        self.seen = {key: reference for key, reference in self.seen.items() if not reference.expired()}
+        self.seen = {
+            key: reference for key, reference in self.seen.items() if not reference.expired()
+        }
         self.most = max(self.most, len(self.seen))
         return result
 
 
 def test_taylor_keeps_one_gradient_at_a_time(family_folder, monkeypatch):
-    monkeypatch.setattr(taylor, "taylor_score", lambda *arguments: 0.0)  # its products have a gradient's size, too
+    # its products have a gradient's size, too
+    monkeypatch.setattr(taylor, "taylor_score", lambda *arguments: 0.0)
     model, family = load(family_folder)
     with LiveGradients(model) as live:
         block_taylor_scores(model, family, random_tokens(3, 19))
@@ -151,10 +166,13 @@ def test_taylor_keeps_one_gradient_at_a_time(family_folder, monkeypatch):
     assert live.most >= 6 * 7  # the measurement does see what a plain backward keeps
 
 
-def test_perplexity_equals_that_of_the_model_with_the_block_removed(family_folder, tmp_path, monkeypatch):
+def test_perplexity_equals_that_of_the_model_with_the_block_removed(
+    family_folder, tmp_path, monkeypatch
+):
     model, family = load(family_folder)
     tokens = random_tokens(5, 19)
-    monkeypatch.setattr("slim.calibration.loaded_blocks.TOKENS_PER_BATCH", 2 * 19)  # batches of 2, 2 and 1 samples
+    # batches of 2, 2 and 1 samples
+    monkeypatch.setattr("slim.calibration.loaded_blocks.TOKENS_PER_BATCH", 2 * 19)
     scores, whole = perplexities_without(model, family, tokens)
     assert whole == pytest.approx(direct_perplexity(model, tokens), rel=1e-4)
     for block in range(6):
@@ -184,7 +202,9 @@ def test_angular_distances_equal_those_of_the_models_own_hidden_states(family_fo
     expected = torch.zeros(7, 7, dtype=torch.float64)
     for sample in tokens:
         before_norm = []
-        hook = model.model.norm.register_forward_pre_hook(lambda _, args, kept=before_norm: kept.append(args[0]))
+        hook = model.model.norm.register_forward_pre_hook(
+            lambda _, args, kept=before_norm: kept.append(args[0])
+        )
         with torch.no_grad():
             states = list(model(sample[None], output_hidden_states=True).hidden_states)
         hook.remove()
@@ -192,7 +212,9 @@ def test_angular_distances_equal_those_of_the_models_own_hidden_states(family_fo
         last = [state[0, -1].tolist() for state in states]
         for i in range(7):
             for j in range(7):
-                cosine = dot(last[i], last[j]) / math.sqrt(dot(last[i], last[i]) * dot(last[j], last[j]))
+                cosine = dot(last[i], last[j]) / math.sqrt(
+                    dot(last[i], last[i]) * dot(last[j], last[j])
+                )
                 expected[i, j] += math.acos(max(-1, min(1, cosine))) / math.pi / 5
     assert torch.allclose(distances, expected, atol=1e-5)
     assert distances[0, 6] > 0.01
@@ -204,11 +226,14 @@ def test_magnitude_equals_the_sum_over_the_file(small_llama, calibration):
     with safe_open(small_llama / "model.safetensors", "np") as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             if name.startswith("model.layers."):
-                expected[int(name.split(".")[2])] += abs(file.get_tensor(name).astype("float64")).sum()
+                expected[int(name.split(".")[2])] += abs(
+                    file.get_tensor(name).astype("float64")
+                ).sum()
     assert Magnitude().scores(checkpoint, Context()) == pytest.approx(expected, rel=1e-6)
 
 
-# --- the stage ------------------------------------------------------------------------------------------------------
+# --- the stage
+# ------------------------------------------------------------------------------------------------------
 
 
 def stages(calibration: Calibration) -> list:
@@ -229,7 +254,9 @@ def test_result_is_the_source_without_the_removed_blocks(small_llama, calibratio
     assert json.loads(json.dumps(facts)) == facts
 
     source, _ = load(small_llama)
-    source.model.layers = torch.nn.ModuleList(source.model.layers[block] for block in facts["kept_blocks"])
+    source.model.layers = torch.nn.ModuleList(
+        source.model.layers[block] for block in facts["kept_blocks"]
+    )
     source.config.num_hidden_layers = 4
     tokens = random_tokens(2, 20)
     with torch.no_grad():
@@ -240,7 +267,9 @@ def test_result_is_the_source_without_the_removed_blocks(small_llama, calibratio
     spec = stage.output_spec(open_checkpoint(small_llama).spec)
     assert spec.parameters() == open_checkpoint(tmp_path).spec.parameters()
     report = json.loads((tmp_path / "report" / "block_scores.json").read_text())
-    assert report["scores"] == facts["scores"] and report["removed_blocks"] == facts["removed_blocks"]
+    assert (
+        report["scores"] == facts["scores"] and report["removed_blocks"] == facts["removed_blocks"]
+    )
     assert (tmp_path / "report" / "block_scores.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -256,13 +285,17 @@ def test_same_run_twice_gives_the_same(small_llama, calibration, tmp_path, index
 
 
 def test_choice_follows_the_scores(small_llama, calibration, tmp_path):
-    facts = Perplexity(calibration=calibration, blocks=3, protect=[2]).run(small_llama, tmp_path, Context())
+    facts = Perplexity(calibration=calibration, blocks=3, protect=[2]).run(
+        small_llama, tmp_path, Context()
+    )
     by_score = sorted((score, block) for block, score in enumerate(facts["scores"]) if block != 2)
     assert facts["removed_blocks"] == sorted(block for _, block in by_score[:3])
 
 
 def test_angular_removes_one_allowed_run(small_llama, calibration, tmp_path):
-    facts = Angular(calibration=calibration, blocks=2, protect=[0, 3]).run(small_llama, tmp_path, Context())
+    facts = Angular(calibration=calibration, blocks=2, protect=[0, 3]).run(
+        small_llama, tmp_path, Context()
+    )
     assert facts["removed_blocks"] in ([1, 2], [4, 5])
     report = json.loads((tmp_path / "report" / "block_scores.json").read_text())
     assert [len(row) for row in report["distances"]] == [6, 5, 4, 3, 2, 1]
@@ -272,13 +305,20 @@ def test_angular_removes_one_allowed_run(small_llama, calibration, tmp_path):
 
 def test_explicit_list_needs_no_scores(small_llama, calibration, tmp_path):
     facts = Taylor(calibration=calibration, remove=[4, 1]).run(small_llama, tmp_path, Context())
-    assert (facts["removed_blocks"], facts["kept_blocks"], facts["scores"]) == ([1, 4], [0, 2, 3, 5], [])
+    assert (facts["removed_blocks"], facts["kept_blocks"], facts["scores"]) == (
+        [1, 4],
+        [0, 2, 3, 5],
+        [],
+    )
     assert not (tmp_path / "report").exists()
 
 
 def test_pruner_takes_its_own_number_of_samples(small_llama, calibration):
     tokenizer = load_tokenizer(small_llama)
-    for stage, shape in ((Taylor(calibration=calibration), (10, 128)), (Angular(calibration=calibration), (6, 24))):
+    for stage, shape in (
+        (Taylor(calibration=calibration), (10, 128)),
+        (Angular(calibration=calibration), (6, 24)),
+    ):
         assert tuple(stage.windows.tokens(tokenizer, 256).shape) == shape
 
 
@@ -286,12 +326,19 @@ def test_identity_holds_what_counts_and_nothing_else(calibration):
     more = Calibration(calibration.text, samples=99, length=24)
     assert Taylor(calibration=calibration).cache_key() == Taylor(calibration=more).cache_key()
     assert Angular(calibration=calibration).cache_key() != Angular(calibration=more).cache_key()
-    assert Taylor(calibration=calibration).cache_key() != Taylor(calibration=calibration, samples=11).cache_key()
-    assert Taylor(calibration=calibration, remove=[2, 1]).cache_key() == Taylor(calibration=more, remove=[1, 2]).cache_key()
+    assert (
+        Taylor(calibration=calibration).cache_key()
+        != Taylor(calibration=calibration, samples=11).cache_key()
+    )
+    assert (
+        Taylor(calibration=calibration, remove=[2, 1]).cache_key()
+        == Taylor(calibration=more, remove=[1, 2]).cache_key()
+    )
     assert Magnitude(blocks=2).cache_key() != Magnitude(blocks=3).cache_key()
 
 
-# --- wrong settings -------------------------------------------------------------------------------------------------
+# --- wrong settings
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,7 +361,10 @@ def test_wrong_settings_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"blocks": 5}, r"pruner.blocks=5 is too many: .* 6 blocks, protected \[0, 5\], so 4 can be removed"),
+        (
+            {"blocks": 5},
+            r"pruner.blocks=5 is too many: .* 6 blocks, protected \[0, 5\], so 4 can be removed",
+        ),
         ({"blocks": 6, "protect_first": 0, "protect_last": 0}, "so 5 can be removed"),
         ({"protect_first": 4, "protect_last": 4}, "so 0 can be removed.\nProtect fewer"),
         ({"remove": [6]}, "pruner.remove names block 6: .* has blocks 0 to 5"),
@@ -337,7 +387,9 @@ def test_angular_counts_what_fits_in_one_run(small_llama, calibration):
 def test_quantised_and_unknown_models_are_refused(small_llama):
     spec = open_checkpoint(small_llama).spec
     with pytest.raises(SlimError, match="already quantised"):
-        Magnitude().check(spec.with_config(quantization_config={"quant_method": "compressed-tensors"}))
+        Magnitude().check(
+            spec.with_config(quantization_config={"quant_method": "compressed-tensors"})
+        )
     with pytest.raises(SlimError, match="does not know the model family 'mamba'"):
         Magnitude().check(spec.with_config(model_type="mamba"))
 
@@ -364,7 +416,10 @@ def test_settings_answer_without_torch():
         "slim.pruning.magnitude.Magnitude(blocks=2)\n"
         "print([name for name in ('torch', 'transformers', 'matplotlib', 'rich', 'hydra') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 def test_memory_estimates_are_ordered_as_the_methods_are(calibration):
@@ -379,5 +434,8 @@ def test_memory_estimates_are_ordered_as_the_methods_are(calibration):
     magnitude, ppl, taylor_peak = (stage.peak_bytes(model, "cpu") for stage in stages)
     assert magnitude < model.weight_bytes() / 8  # streamed
     assert weights < ppl < taylor_peak < 1.1 * weights  # no second copy
-    assert Taylor(calibration=calibration, remove=[9]).peak_bytes(model, "cpu") < model.weight_bytes() / 8
+    assert (
+        Taylor(calibration=calibration, remove=[9]).peak_bytes(model, "cpu")
+        < model.weight_bytes() / 8
+    )
     assert stages[2].peak_bytes(model, "cuda") < 0.6 * taylor_peak  # bfloat16 there

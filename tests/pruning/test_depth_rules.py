@@ -34,7 +34,9 @@ def angular(shared) -> dict:
 
 
 def test_no_published_model_is_left_out(block_scores):
-    assert {(model, criterion) for model, criteria in block_scores.items() for criterion in criteria} == set(PUBLISHED)
+    assert {
+        (model, criterion) for model, criteria in block_scores.items() for criterion in criteria
+    } == set(PUBLISHED)
 
 
 @pytest.mark.parametrize(("model", "criterion"), PUBLISHED)
@@ -42,7 +44,10 @@ def test_order_and_removed_blocks_are_the_published_ones(block_scores, model, cr
     published = block_scores[model][criterion]
     stage = Magnitude()  # the rule is the same for all three criteria
     assert removal_order(published["scores"]) == published["published_order"]
-    assert removal_order(published["scores"], stage.protected(32)) == published["order_after_plus_heuristic"]
+    assert (
+        removal_order(published["scores"], stage.protected(32))
+        == published["order_after_plus_heuristic"]
+    )
     assert stage.choose_by(published["scores"], 32).removed == published["removed_6_plus"]
 
 

@@ -36,14 +36,20 @@ def run(stage, source: Path, target: Path) -> dict:
     return stage.run(source, target, Context())
 
 
-# --- reconstruction -------------------------------------------------------------------------------------------------
+# --- reconstruction
+# -------------------------------------------------------------------------------------------------
 
 
-def capture(model, tokens: torch.Tensor, blocks: list[int], upto: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the given blocks; return their last output and the input of the last one's down projection, float64 rows."""
+def capture(
+    model, tokens: torch.Tensor, blocks: list[int], upto: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the given blocks; return their last output and the input of the last one's down
+    projection, float64 rows."""
     layers, inputs = model.model.layers, []
     model.model.layers = torch.nn.ModuleList(layers[index] for index in blocks)
-    hook = layers[blocks[-1]].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    hook = layers[blocks[-1]].mlp.down_proj.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0])
+    )
     outputs = []
     last = model.model.norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     with torch.no_grad():
@@ -56,7 +62,8 @@ def capture(model, tokens: torch.Tensor, blocks: list[int], upto: int) -> tuple[
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_the_map_is_the_least_squares_fit_gap_by_gap(tmp_path, calibration, model_type):
-    """Two gaps, 1-2 and 4: each fitted by a solver on the states themselves, the second behind the closed first."""
+    """Two gaps, 1-2 and 4: each fitted by a solver on the states themselves, the second behind the
+    closed first."""
     source = build_small(model_type, tmp_path / "model")
     stage = Magnitude(remove=[1, 2, 4], reconstruct=True, damping=1e-8, calibration=calibration)
     facts = run(stage, source, tmp_path / "out")
@@ -72,13 +79,22 @@ def test_the_map_is_the_least_squares_fit_gap_by_gap(tmp_path, calibration, mode
         stored = found[f"model.layers.{new}.mlp.down_proj.weight"].double()
         assert (stored - layer.weight).norm() < 2e-3 * change.norm()
         gap = facts["gaps"][new]
-        assert gap["error_cut"] == pytest.approx(((here - dense[end]).norm() / dense[end].norm()).item(), rel=1e-3)
+        assert gap["error_cut"] == pytest.approx(
+            ((here - dense[end]).norm() / dense[end].norm()).item(), rel=1e-3
+        )
         left = (here + z @ change.T - dense[end]).norm() / dense[end].norm()
-        assert gap["error_bridged"] == pytest.approx(left.item(), rel=1e-2) and left < gap["error_cut"]
+        assert (
+            gap["error_bridged"] == pytest.approx(left.item(), rel=1e-2) and left < gap["error_cut"]
+        )
     untouched = load_file(source / "model.safetensors")
     for name in ("self_attn.q_proj", "mlp.up_proj"):
-        assert torch.equal(found[f"model.layers.1.{name}.weight"], untouched[f"model.layers.3.{name}.weight"])
-    assert torch.equal(found["model.layers.2.mlp.down_proj.weight"], untouched["model.layers.5.mlp.down_proj.weight"])
+        assert torch.equal(
+            found[f"model.layers.1.{name}.weight"], untouched[f"model.layers.3.{name}.weight"]
+        )
+    assert torch.equal(
+        found["model.layers.2.mlp.down_proj.weight"],
+        untouched["model.layers.5.mlp.down_proj.weight"],
+    )
     assert (facts["kept_blocks"], facts["unbridged_blocks"]) == ([0, 3, 5], [])
 
 
@@ -110,16 +126,22 @@ def test_reconstruction_lowers_the_loss_on_other_text(calibration, tmp_path):
 def test_reconstruct_needs_a_text_and_is_part_of_the_identity(calibration):
     with pytest.raises(SlimError, match="pruner.reconstruct=true needs a text"):
         Magnitude(reconstruct=True)
-    plain, fitted = (Magnitude(calibration=calibration, reconstruct=fit).cache_key() for fit in (False, True))
+    plain, fitted = (
+        Magnitude(calibration=calibration, reconstruct=fit).cache_key() for fit in (False, True)
+    )
     assert plain != fitted and plain == Magnitude().cache_key()
     other = Calibration("tiny:calibration", samples=41, length=32)
     assert fitted != Magnitude(calibration=other, reconstruct=True).cache_key()
-    listed = [stage(calibration=calibration, remove=[1]).cache_key() for stage in (Magnitude, Taylor, Perplexity)]
+    listed = [
+        stage(calibration=calibration, remove=[1]).cache_key()
+        for stage in (Magnitude, Taylor, Perplexity)
+    ]
     assert listed[0] == listed[1] == listed[2]
     assert listed[0] != Taylor(calibration=calibration, remove=[1], reconstruct=True).cache_key()
 
 
-# --- greedy removal -------------------------------------------------------------------------------------------------
+# --- greedy removal
+# -------------------------------------------------------------------------------------------------
 
 
 def direct_perplexity(folder: Path, kept: list[int], tokens: torch.Tensor) -> float:
@@ -131,11 +153,18 @@ def direct_perplexity(folder: Path, kept: list[int], tokens: torch.Tensor) -> fl
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_every_step_removes_the_block_without_which_the_shorter_model_is_best(tmp_path, monkeypatch, model_type):
-    monkeypatch.setattr("slim.calibration.loaded_blocks.TOKENS_PER_BATCH", 2 * 24)  # batches of 2, 2 and 1 samples
-    source = build_small(model_type, tmp_path / "m", **({"sliding_window": 7} if model_type == "mistral" else {}))
+def test_every_step_removes_the_block_without_which_the_shorter_model_is_best(
+    tmp_path, monkeypatch, model_type
+):
+    # batches of 2, 2 and 1 samples
+    monkeypatch.setattr("slim.calibration.loaded_blocks.TOKENS_PER_BATCH", 2 * 24)
+    source = build_small(
+        model_type, tmp_path / "m", **({"sliding_window": 7} if model_type == "mistral" else {})
+    )
     text = Calibration("tiny:calibration", samples=5, length=24)
-    stage = Perplexity(calibration=text, blocks=3, iterative=True, protect=[4], samples=5, length=24)
+    stage = Perplexity(
+        calibration=text, blocks=3, iterative=True, protect=[4], samples=5, length=24
+    )
     facts = run(stage, source, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report" / "block_scores.json").read_text())
     tokens, kept = text.tokens(load_tokenizer(source), 256), list(range(6))
@@ -147,7 +176,9 @@ def test_every_step_removes_the_block_without_which_the_shorter_model_is_best(tm
         best = min((b for b in kept if b != 4), key=expected.get)
         assert step["removed"] == best and step["perplexity"] == found[best]
         kept.remove(best)
-    assert facts["kept_blocks"] == kept and report["order"] == [step["removed"] for step in report["steps"]]
+    assert facts["kept_blocks"] == kept and report["order"] == [
+        step["removed"] for step in report["steps"]
+    ]
 
 
 def test_a_step_computes_only_what_lies_behind_the_removed_block(small_llama, monkeypatch):
@@ -156,7 +187,9 @@ def test_a_step_computes_only_what_lies_behind_the_removed_block(small_llama, mo
     model, family = load_model(small_llama), open_checkpoint(small_llama).spec.family
     calls: list[int] = []
     step = ppl.BlockChain.step
-    monkeypatch.setattr(ppl.BlockChain, "step", lambda chain, i, h: (calls.append(i), step(chain, i, h))[1])
+    monkeypatch.setattr(
+        ppl.BlockChain, "step", lambda chain, i, h: (calls.append(i), step(chain, i, h))[1]
+    )
     greedy = Greedy(model, family, torch.zeros(2, 16, dtype=torch.long))
     calls.clear()
     greedy.scores(range(6))

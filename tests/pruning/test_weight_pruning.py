@@ -1,4 +1,5 @@
-"""Weight pruning: masks and updates against slow, direct implementations; the folder it writes; its settings."""
+"""Weight pruning: masks and updates against slow, direct implementations; the folder it writes; its
+settings."""
 
 from __future__ import annotations
 
@@ -39,11 +40,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------
+# --- masks
+# ----------------------------------------------------------------------------------------------------------
 
 
 def slow_row_mask(row: list[float], count: int) -> list[bool]:
-    order = sorted(range(len(row)), key=lambda index: row[index])  # stable: of equal ones the first go
+    # stable: of equal ones the first go
+    order = sorted(range(len(row)), key=lambda index: row[index])
     return [index not in order[:count] for index in range(len(row))]
 
 
@@ -65,17 +68,21 @@ def test_n_of_every_m_stay(n, m, ties):
     assert (kept.unflatten(1, (-1, m)).sum(-1) == n).all()
     for row, mask in zip(scores.tolist(), kept.tolist(), strict=True):
         for start in range(0, 80, m):
-            order = sorted(range(start, start + m), key=lambda index, row=row: -row[index])  # of equal the first stay
+            # of equal the first stay
+            order = sorted(range(start, start + m), key=lambda index, row=row: -row[index])
             assert [index for index in range(start, start + m) if mask[index]] == sorted(order[:n])
 
 
-# --- methods --------------------------------------------------------------------------------------------------------
+# --- methods
+# --------------------------------------------------------------------------------------------------------
 
 
 def inputs_of(model, layer: str, tokens: torch.Tensor) -> torch.Tensor:
     """The inputs of one layer for all tokens, sample by sample, float64 [tokens, in]."""
     seen = []
-    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double()))
+    hook = model.get_submodule(layer).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][0].double())
+    )
     for sample in tokens:
         model(sample[None])
     hook.remove()
@@ -84,7 +91,9 @@ def inputs_of(model, layer: str, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("n_of_m", [None, (2, 4)])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_wanda_equals_the_whole_model_pruned_layer_by_layer(tmp_path, calibration, model_type, n_of_m):
+def test_wanda_equals_the_whole_model_pruned_layer_by_layer(
+    tmp_path, calibration, model_type, n_of_m
+):
     source = build_small(model_type, tmp_path / "model", num_hidden_layers=3)
     pattern = {} if n_of_m is None else {"n": n_of_m[0], "m": n_of_m[1]}
     facts = run(Wanda(calibration=calibration, **pattern), source, tmp_path / "out")
@@ -93,7 +102,10 @@ def test_wanda_equals_the_whole_model_pruned_layer_by_layer(tmp_path, calibratio
     with torch.no_grad():
         for block in range(3):
             for group in SEGMENTS:  # each sees everything before it pruned
-                layers = [f"model.layers.{block}.{'self_attn' if len(p) == 6 else 'mlp'}.{p}" for p in group]
+                layers = [
+                    f"model.layers.{block}.{'self_attn' if len(p) == 6 else 'mlp'}.{p}"
+                    for p in group
+                ]
                 norm = inputs_of(model, layers[0], tokens).square().sum(0).sqrt()
                 for layer in layers:
                     weight = model.get_submodule(layer).weight
@@ -113,7 +125,10 @@ def test_wanda_equals_the_whole_model_pruned_layer_by_layer(tmp_path, calibratio
 
 def test_magnitude_takes_the_smallest_of_every_layer(small_llama, tmp_path):
     run(MagnitudeWeights(sparsity=0.35), small_llama, tmp_path / "out")
-    before, after = load_file(small_llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(small_llama / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     for name, weight in before.items():
         if not name.endswith("_proj.weight"):
             assert torch.equal(after[name], weight)
@@ -123,15 +138,19 @@ def test_magnitude_takes_the_smallest_of_every_layer(small_llama, tmp_path):
         assert torch.equal(after[name], torch.where(weight.abs() >= threshold, weight, 0))
 
 
-def slow_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, damping: float, n_of_m, sparsity, width) -> torch.Tensor:
-    """The same by inverting the Hessian of the columns that are left at every single column (OBS), in float64."""
+def slow_sparsegpt(
+    weight: torch.Tensor, hessian: torch.Tensor, damping: float, n_of_m, sparsity, width
+) -> torch.Tensor:
+    """The same by inverting the Hessian of the columns that are left at every single column (OBS),
+    in float64."""
     weight, size = weight.double().clone(), weight.shape[1]
     hessian = hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(size)
     inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(size)]
     gone = torch.zeros_like(weight, dtype=torch.bool)
     for column in range(size):
         span = width if n_of_m is None else n_of_m[1]
-        if column % span == 0:  # the mask of the columns to come is chosen on the weights as updated so far
+        # the mask of the columns to come is chosen on the weights as updated so far
+        if column % span == 0:
             columns = range(column, min(column + span, size))
             score = torch.stack([weight[:, j] ** 2 / inverses[j][0, 0] for j in columns], 1)
             if n_of_m is None:
@@ -139,7 +158,11 @@ def slow_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, damping: float, 
                 chosen = order[: int(score.numel() * sparsity)]
             else:
                 count = n_of_m[1] - n_of_m[0]
-                chosen = [row * span + j for row in range(len(score)) for j in score[row].argsort()[:count].tolist()]
+                chosen = [
+                    row * span + j
+                    for row in range(len(score))
+                    for j in score[row].argsort()[:count].tolist()
+                ]
             for index in chosen:
                 gone[index // score.shape[1], column + index % score.shape[1]] = True
         inverse = inverses[column]
@@ -149,7 +172,9 @@ def slow_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, damping: float, 
     return weight
 
 
-@pytest.mark.parametrize(("n_of_m", "sparsity"), [(None, 0.5), (None, 0.3), ((2, 4), 0.5), ((1, 4), 0.75)])
+@pytest.mark.parametrize(
+    ("n_of_m", "sparsity"), [(None, 0.5), (None, 0.3), ((2, 4), 0.5), ((1, 4), 0.75)]
+)
 def test_sparsegpt_equals_optimal_brain_surgery(monkeypatch, n_of_m, sparsity):
     monkeypatch.setattr("slim.pruning.sparsegpt.BLOCK", 16)
     x = random(300, 40) @ random(40, 40, seed=1) / 6
@@ -162,10 +187,13 @@ def test_sparsegpt_equals_optimal_brain_surgery(monkeypatch, n_of_m, sparsity):
     def loss(pruned):
         return (x @ (pruned - weight).T).square().sum()
 
-    assert loss(found) < 0.8 * loss(torch.where(found == 0, 0, weight))  # than the same zeros without the update
+    # than the same zeros without the update
+    assert loss(found) < 0.8 * loss(torch.where(found == 0, 0, weight))
 
 
-LONG = [pytest.param(item, marks=pytest.mark.slow) for item in ({"n": 4, "m": 8}, {"sparsity": 0.7})]
+LONG = [
+    pytest.param(item, marks=pytest.mark.slow) for item in ({"n": 4, "m": 8}, {"sparsity": 0.7})
+]
 PATTERNS = [{}, {"n": 2, "m": 4}, *LONG]
 
 
@@ -184,7 +212,8 @@ def test_methods_come_in_the_published_order(ref_llama, shared, tmp_path, patter
     assert errors[0] < 0.9 * errors[1] and errors[1] < 0.9 * errors[2]
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
+# --- the folder
+# -----------------------------------------------------------------------------------------------------
 
 
 def all_stages(calibration: Calibration, **settings) -> list:
@@ -203,7 +232,10 @@ def test_result_has_the_pattern_and_loads_anywhere(calibration, tmp_path, capsys
     assert json.loads(json.dumps(facts)) == facts
     assert facts["mask"] == {"kind": "n:m", "n": 2, "m": 4} and facts["sparsity"] == 0.5
     said = " ".join(capsys.readouterr().err.split())
-    assert "neither memory nor time without an engine" in said and "neither memory nor time" in facts["note"]
+    assert (
+        "neither memory nor time without an engine" in said
+        and "neither memory nor time" in facts["note"]
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in tensors.items():
@@ -212,7 +244,9 @@ def test_result_has_the_pattern_and_loads_anywhere(calibration, tmp_path, capsys
             assert ((tensor != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
     assert sum(p.numel() for p in model.parameters()) == open_checkpoint(TINY).spec.parameters()
     table = json.loads((tmp_path / "out" / "report" / "layer_sparsity.json").read_text())
-    assert len(table) == 8 * 7 and all(row["sparsity"] == 0.5 and 0 < row["error"] < 1 for row in table)
+    assert len(table) == 8 * 7 and all(
+        row["sparsity"] == 0.5 and 0 < row["error"] < 1 for row in table
+    )
     assert (tmp_path / "out" / "report" / "layer_sparsity.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -220,14 +254,18 @@ def test_result_has_the_pattern_and_loads_anywhere(calibration, tmp_path, capsys
 def test_same_run_twice_gives_the_same(small_llama, calibration, tmp_path, index):
     facts = [run(all_stages(calibration)[index], small_llama, tmp_path / part) for part in "ab"]
     assert facts[0] == facts[1]
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_zeros_come_back_after_training(small_llama, tmp_path):
     facts = run(MagnitudeWeights(sparsity=0.5), small_llama, tmp_path / "out")
     (tmp_path / "out" / "slim.json").write_text(json.dumps({"facts": facts}))
     source = Checkpoint(tmp_path / "out")
-    assert mask_of(source)["kind"] == "unstructured" and mask_of(open_checkpoint(small_llama)) is None
+    assert (
+        mask_of(source)["kind"] == "unstructured" and mask_of(open_checkpoint(small_llama)) is None
+    )
     model = load_model(tmp_path / "out")
     assert restore_zeros(model, source) == 0
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -238,17 +276,23 @@ def test_zeros_come_back_after_training(small_llama, tmp_path):
     linears = [name for name in before if name.endswith("_proj.weight")]
     assert restored == sum(int((before[name] == 0).sum()) for name in linears) > 0
     for name, parameter in model.named_parameters():
-        kept = before[name] != 0 if name in linears else torch.ones_like(parameter, dtype=torch.bool)
+        kept = (
+            before[name] != 0 if name in linears else torch.ones_like(parameter, dtype=torch.bool)
+        )
         assert torch.equal(parameter, torch.where(kept, before[name] + 0.01, 0))
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
+# --- settings
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        *(({"sparsity": value}, f"pruner.sparsity={value} is not possible") for value in (0, 1, -0.5, "x", True)),
+        *(
+            ({"sparsity": value}, f"pruner.sparsity={value} is not possible")
+            for value in (0, 1, -0.5, "x", True)
+        ),
         ({"n": 2}, "belong together"),
         ({"m": 4}, "belong together"),
         ({"n": 5, "m": 4}, "n must be smaller than m, from 1 to 3"),
@@ -265,7 +309,9 @@ def test_wrong_settings_are_refused(settings, message):
 
 def test_settings_that_do_not_fit_the_model_are_refused(small_llama):
     spec = open_checkpoint(small_llama).spec
-    with pytest.raises(SlimError, match="pruner.m=5 does not divide the 64 inputs of self_attn.q_proj"):
+    with pytest.raises(
+        SlimError, match="pruner.m=5 does not divide the 64 inputs of self_attn.q_proj"
+    ):
         MagnitudeWeights(n=2, m=5).check(spec)
     with pytest.raises(SlimError, match="already quantised"):
         MagnitudeWeights().check(spec.with_config(quantization_config={"quant_method": "x"}))
@@ -274,8 +320,15 @@ def test_settings_that_do_not_fit_the_model_are_refused(small_llama):
 
 
 def test_a_pattern_is_its_sparsity(calibration):
-    both = Wanda(calibration=calibration, n=2, m=4, sparsity=0.5), Wanda(calibration=calibration, n=2, m=4)
-    assert both[0].cache_key() == both[1].cache_key() != Wanda(calibration=calibration, sparsity=0.5).cache_key()
+    both = (
+        Wanda(calibration=calibration, n=2, m=4, sparsity=0.5),
+        Wanda(calibration=calibration, n=2, m=4),
+    )
+    assert (
+        both[0].cache_key()
+        == both[1].cache_key()
+        != Wanda(calibration=calibration, sparsity=0.5).cache_key()
+    )
 
 
 def test_settings_answer_without_torch():
@@ -286,4 +339,7 @@ def test_settings_answer_without_torch():
         "import sys; from slim.pruning.weights import MagnitudeWeights; MagnitudeWeights(n=2, m=4)\n"
         "print([name for name in ('torch', 'transformers', 'matplotlib', 'rich', 'hydra') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )

@@ -1,4 +1,5 @@
-"""Width pruning: every criterion against a slow, direct implementation; the folder it writes; its settings."""
+"""Width pruning: every criterion against a slow, direct implementation; the folder it writes; its
+settings."""
 
 from __future__ import annotations
 
@@ -25,11 +26,14 @@ from slim.pruning.width_magnitude import WidthL1, WidthL2, WidthRandom
 from slim.pruning.width_taylor import ORDERS, WidthTaylor
 from tests.conftest import FAMILIES, ROOT, build_small
 
-HEADS = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8)  # two query heads per key/value head
+# two query heads per key/value head
+HEADS = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=8)
 
 
 def build(model_type: str, tmp_path_factory) -> Path:
-    return build_small(model_type, tmp_path_factory.mktemp("width") / model_type, **FAMILIES[model_type], **HEADS)
+    return build_small(
+        model_type, tmp_path_factory.mktemp("width") / model_type, **FAMILIES[model_type], **HEADS
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -37,7 +41,8 @@ def family_folder(request, tmp_path_factory) -> Path:
     return build(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])  # without and with biases and masks that differ by block
+# without and with biases and masks that differ by block
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
 def two_families(request, tmp_path_factory) -> Path:
     return build(request.param, tmp_path_factory)
 
@@ -49,7 +54,21 @@ def grouped_llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory) -> Calibration:
-    words = ["the", "river", "carried", "a", "small", "boat", "past", "nine", "quiet", "towns", "two", "old", "mills"]
+    words = [
+        "the",
+        "river",
+        "carried",
+        "a",
+        "small",
+        "boat",
+        "past",
+        "nine",
+        "quiet",
+        "towns",
+        "two",
+        "old",
+        "mills",
+    ]
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(random.Random(0).choices(words, k=3000)))
     return Calibration(str(path), samples=5, length=24)
@@ -80,11 +99,13 @@ def report(folder: Path) -> dict:
     return json.loads((folder / "report" / "width_scores.json").read_text())
 
 
-# --- scores against slow implementations ----------------------------------------------------------------------------
+# --- scores against slow implementations
+# ----------------------------------------------------------------------------
 
 
 def slow_channel_scores(name: str, model, tokens: torch.Tensor) -> dict[str, list[float]]:
-    """Score per output (q, k, v, gate, up) or input (o, down) channel of every layer, from plain whole-model passes."""
+    """Score per output (q, k, v, gate, up) or input (o, down) channel of every layer, from plain
+    whole-model passes."""
     model.requires_grad_(True)
     weights = {n: p for n, p in model.named_parameters() if n.endswith("_proj.weight")}
     per_sample = []
@@ -110,7 +131,9 @@ def slow_channel_scores(name: str, model, tokens: torch.Tensor) -> dict[str, lis
 def slow_activations(model, tokens: torch.Tensor) -> dict[str, list[float]]:
     seen: dict[str, list[torch.Tensor]] = {}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, n=n: seen.setdefault(f"{n}.weight", []).append(args[0][0]))
+        module.register_forward_pre_hook(
+            lambda _, args, n=n: seen.setdefault(f"{n}.weight", []).append(args[0][0])
+        )
         for n, module in model.named_modules()
         if n.endswith(("o_proj", "down_proj"))
     ]
@@ -122,17 +145,29 @@ def slow_activations(model, tokens: torch.Tensor) -> dict[str, list[float]]:
     return {n: torch.cat(rows).double().abs().mean(0).tolist() for n, rows in seen.items()}
 
 
-def slow_units(channels: dict[str, list[float]], block: int, owner) -> tuple[list[float], list[float]]:
-    """Scores of 4 groups and 128 channels, one number at a time; ``owner(query head)`` is its key/value head."""
-    tensors = {name.split(".")[-2]: values for name, values in channels.items() if f"layers.{block}." in name}
-    groups, count = [0.0] * 4, sum(name in tensors for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+def slow_units(
+    channels: dict[str, list[float]], block: int, owner
+) -> tuple[list[float], list[float]]:
+    """Scores of 4 groups and 128 channels, one number at a time; ``owner(query head)`` is its
+    key/value head."""
+    tensors = {
+        name.split(".")[-2]: values
+        for name, values in channels.items()
+        if f"layers.{block}." in name
+    }
+    groups, count = (
+        [0.0] * 4,
+        sum(name in tensors for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    )
     for name in ("k_proj", "v_proj"):
         for channel, value in enumerate(tensors.get(name, [])):
             groups[channel // 8] += value / count
     for name in ("q_proj", "o_proj"):
         for channel, value in enumerate(tensors.get(name, [])):
             groups[owner(channel // 8)] += value / count
-    mlp = [values for name in ("gate_proj", "up_proj", "down_proj") if (values := tensors.get(name))]
+    mlp = [
+        values for name in ("gate_proj", "up_proj", "down_proj") if (values := tensors.get(name))
+    ]
     return groups, [sum(values) / len(mlp) for values in zip(*mlp, strict=True)]
 
 
@@ -144,13 +179,19 @@ def test_scores_equal_a_slow_implementation(two_families, calibration, tmp_path,
     run(stage, two_families, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(two_families, dtype=torch.float32).eval()
     tokens = getattr(stage, "windows", calibration).tokens(tokenizer(two_families), 256)
-    channels = slow_activations(model, tokens) if name == "activation" else slow_channel_scores(name, model, tokens)
+    channels = (
+        slow_activations(model, tokens)
+        if name == "activation"
+        else slow_channel_scores(name, model, tokens)
+    )
     found = report(tmp_path / "out")["blocks"]
     assert list(found) == ["1", "2", "3", "4"]
     for block in range(1, 5):
         groups, mlp = slow_units(channels, block, lambda head: head // 2)
         assert found[str(block)]["group_scores"] == pytest.approx(groups, rel=2e-3)
-        assert found[str(block)]["channel_scores"] == pytest.approx(mlp, rel=2e-3, abs=1e-3 * max(mlp))
+        assert found[str(block)]["channel_scores"] == pytest.approx(
+            mlp, rel=2e-3, abs=1e-3 * max(mlp)
+        )
         by_score = sorted(range(4), key=lambda group, groups=groups: groups[group])
         assert found[str(block)]["groups_kept"] == sorted(by_score[1:])
         assert len(found[str(block)]["channels_kept"]) == 96
@@ -163,17 +204,24 @@ def tokenizer(folder: Path):
 
 
 def test_both_foldings_on_grouped_queries(grouped_llama, calibration, tmp_path):
-    """The published folding credits query head h to h mod 4; the right one to the head it reads, h // 2."""
+    """The published folding credits query head h to h mod 4; the right one to the head it reads, h
+    // 2."""
     model = AutoModelForCausalLM.from_pretrained(grouped_llama, dtype=torch.float32)
     channels = slow_channel_scores("l1", model, torch.zeros(1, 9).long())
     found = {}
     for folding, owner in (("own", lambda head: head // 2), ("llm_pruner", lambda head: head % 4)):
-        run(WidthL1(calibration=calibration, rounding=8, folding=folding), grouped_llama, tmp_path / folding)
+        run(
+            WidthL1(calibration=calibration, rounding=8, folding=folding),
+            grouped_llama,
+            tmp_path / folding,
+        )
         found[folding] = report(tmp_path / folding)["blocks"]
         for block in range(1, 5):
             expected = slow_units(channels, block, owner)[0]
             assert found[folding][str(block)]["group_scores"] == pytest.approx(expected, rel=1e-4)
-    assert found["own"]["2"]["group_scores"] != pytest.approx(found["llm_pruner"]["2"]["group_scores"], rel=1e-3)
+    assert found["own"]["2"]["group_scores"] != pytest.approx(
+        found["llm_pruner"]["2"]["group_scores"], rel=1e-3
+    )
     assert found["own"]["2"]["channel_scores"] == found["llm_pruner"]["2"]["channel_scores"]
 
 
@@ -190,17 +238,25 @@ def test_the_group_whose_query_heads_do_nothing_goes(grouped_llama, calibration,
     copy_companions(grouped_llama, source)
     kept = {}
     for folding in ("own", "llm_pruner"):
-        run(WidthL1(calibration=calibration, rounding=8, folding=folding), source, tmp_path / folding)
-        kept[folding] = [entry["groups_kept"] for entry in report(tmp_path / folding)["blocks"].values()]
+        run(
+            WidthL1(calibration=calibration, rounding=8, folding=folding),
+            source,
+            tmp_path / folding,
+        )
+        kept[folding] = [
+            entry["groups_kept"] for entry in report(tmp_path / folding)["blocks"].values()
+        ]
     assert kept["own"] == [[0, 1, 3]] * 4
     assert any(2 in groups for groups in kept["llm_pruner"])
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
+# --- the folder
+# -----------------------------------------------------------------------------------------------------
 
 
 def silenced(source: Path, found: dict):
-    """The source model with zeros where the removed units are read: what the pruned model has to compute."""
+    """The source model with zeros where the removed units are read: what the pruned model has to
+    compute."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     for block, entry in found["blocks"].items():
         layer = model.model.layers[int(block)]
@@ -212,8 +268,12 @@ def silenced(source: Path, found: dict):
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_result_computes_what_the_model_does_without_the_removed_units(family_folder, calibration, tmp_path, uniform):
-    stage = WidthActivation(calibration=calibration, rounding="llm_pruner", ratio=0.3, uniform=uniform)
+def test_result_computes_what_the_model_does_without_the_removed_units(
+    family_folder, calibration, tmp_path, uniform
+):
+    stage = WidthActivation(
+        calibration=calibration, rounding="llm_pruner", ratio=0.3, uniform=uniform
+    )
     facts = run(stage, family_folder, tmp_path / "out")
     assert json.loads(json.dumps(facts)) == facts
     assert facts["pruned_blocks"] == list(range(6) if uniform else range(1, 5))
@@ -238,9 +298,13 @@ def test_result_computes_what_the_model_does_without_the_removed_units(family_fo
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_run_twice_gives_the_same(grouped_llama, calibration, tmp_path, name):
-    facts = [run(stages(calibration)[NAMES.index(name)], grouped_llama, tmp_path / part) for part in "ab"]
+    facts = [
+        run(stages(calibration)[NAMES.index(name)], grouped_llama, tmp_path / part) for part in "ab"
+    ]
     assert facts[0] == facts[1]
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
 
 
 LOGITS = """
@@ -254,21 +318,37 @@ with torch.no_grad():
 
 
 def in_another_process(code: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 @pytest.mark.slow
-def test_a_uniform_result_needs_no_slim_and_the_other_says_how(grouped_llama, calibration, tmp_path):
-    run(WidthL1(calibration=calibration, rounding=8, uniform=True), grouped_llama, tmp_path / "uniform")
+def test_a_uniform_result_needs_no_slim_and_the_other_says_how(
+    grouped_llama, calibration, tmp_path
+):
+    run(
+        WidthL1(calibration=calibration, rounding=8, uniform=True),
+        grouped_llama,
+        tmp_path / "uniform",
+    )
     run(WidthL1(calibration=calibration, rounding=8), grouped_llama, tmp_path / "differing")
     lines = []
     with torch.no_grad():
         for name in ("uniform", "differing"):
-            lines.append(str(load_model(tmp_path / name)(torch.arange(3, 40)[None]).logits.double().sum().item()))
+            lines.append(
+                str(
+                    load_model(tmp_path / name)(torch.arange(3, 40)[None])
+                    .logits.double()
+                    .sum()
+                    .item()
+                )
+            )
     code = LOGITS + "\nassert 'slim' not in sys.modules"
     assert in_another_process(code, tmp_path / "uniform").stdout.splitlines()[0] == lines[0]
     without = in_another_process(code, tmp_path / "differing")
-    assert without.returncode != 0 and "per_layer_config" in without.stderr  # an error, never other weights
+    # an error, never other weights
+    assert without.returncode != 0 and "per_layer_config" in without.stderr
     for first in ("import slim", "import slim.checkpoints.checkpoint, slim"):
         found = in_another_process(first + LOGITS, tmp_path / "differing")
         assert found.stdout.splitlines()[0] == lines[1], found.stderr
@@ -280,7 +360,10 @@ def test_a_uniform_result_needs_no_slim_and_the_other_says_how(grouped_llama, ca
 
 def test_importing_slim_imports_nothing_heavy():
     code = "import slim, sys; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 def test_models_whose_blocks_are_alike_are_built_as_before(small_llama):
@@ -289,7 +372,9 @@ def test_models_whose_blocks_are_alike_are_built_as_before(small_llama):
     assert model.model.layers[0].self_attn.config is model.config
 
 
-def test_a_saved_copy_and_fewer_blocks_of_a_model_whose_blocks_differ(grouped_llama, calibration, tmp_path):
+def test_a_saved_copy_and_fewer_blocks_of_a_model_whose_blocks_differ(
+    grouped_llama, calibration, tmp_path
+):
     from slim.checkpoints.writer import write_blocks
     from slim.loading.save_model import save_model
 
@@ -314,14 +399,20 @@ def run_blocks(model, tokens):
     positions = torch.arange(tokens.shape[1])[None]
     angles = inner.rotary_emb(hidden, position_ids=positions)
     for layer in inner.layers:
-        hidden = layer(hidden, position_embeddings=angles, position_ids=positions, attention_mask=None)
+        hidden = layer(
+            hidden, position_embeddings=angles, position_ids=positions, attention_mask=None
+        )
     return inner.norm(hidden)
 
 
 def test_pruned_again(grouped_llama, calibration, tmp_path):
     """A model whose blocks differ is a source like any other."""
     run(WidthL1(calibration=calibration, rounding=8), grouped_llama, tmp_path / "once")
-    run(WidthTaylor(calibration=calibration, rounding=8, length=24), tmp_path / "once", tmp_path / "twice")
+    run(
+        WidthTaylor(calibration=calibration, rounding=8, length=24),
+        tmp_path / "once",
+        tmp_path / "twice",
+    )
     sizes = json.loads((tmp_path / "twice" / "config.json").read_text())["per_layer_config"]
     expected = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 72}
     assert sizes == {str(block): expected for block in range(1, 5)}
@@ -339,22 +430,39 @@ def test_sizes_are_checked_at_load(grouped_llama, calibration, tmp_path, damage)
         from safetensors.torch import save_file
 
         tensors = load_file(tmp_path / "out" / "model.safetensors")
-        tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.2.mlp.up_proj.weight"][1:].contiguous()
+        tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.2.mlp.up_proj.weight"][
+            1:
+        ].contiguous()
         save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SlimError, match=r"model.layers.2.mlp.\w+_proj.weight in .* but config.json asks for"):
+    with pytest.raises(
+        SlimError, match=r"model.layers.2.mlp.\w+_proj.weight in .* but config.json asks for"
+    ):
         load_model(tmp_path / "out")
 
 
-# --- reconstruction -------------------------------------------------------------------------------------------------
+# --- reconstruction
+# -------------------------------------------------------------------------------------------------
 
 
-def test_reconstruction_is_the_least_squares_fit_on_what_the_layer_sees(grouped_llama, calibration, tmp_path):
-    """In the first pruned block, whose inputs are the whole model's: against a solver on the inputs themselves."""
-    stage = WidthL1(calibration=calibration, rounding=8, reconstruct=True, damping=1e-7, first_block=2, last_block=2)
+def test_reconstruction_is_the_least_squares_fit_on_what_the_layer_sees(
+    grouped_llama, calibration, tmp_path
+):
+    """In the first pruned block, whose inputs are the whole model's: against a solver on the inputs
+    themselves."""
+    stage = WidthL1(
+        calibration=calibration,
+        rounding=8,
+        reconstruct=True,
+        damping=1e-7,
+        first_block=2,
+        last_block=2,
+    )
     facts = run(stage, grouped_llama, tmp_path / "out")
     assert 0 < facts["layer_error_refitted"] < facts["layer_error_cut"]
     model, seen = load_model(grouped_llama), []
-    hook = model.model.layers[2].self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = model.model.layers[2].self_attn.o_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
     with torch.no_grad():
         model(calibration.tokens(tokenizer(grouped_llama), 256))
     hook.remove()
@@ -363,7 +471,9 @@ def test_reconstruction_is_the_least_squares_fit_on_what_the_layer_sees(grouped_
     columns = [group * 16 + channel for group in groups for channel in range(16)]
     dense = model.model.layers[2].self_attn.o_proj.weight.double()
     expected = torch.linalg.lstsq(x[:, columns], x @ dense.T).solution.T
-    found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.2.self_attn.o_proj.weight"].double()
+    found = load_file(tmp_path / "out" / "model.safetensors")[
+        "model.layers.2.self_attn.o_proj.weight"
+    ].double()
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert (dense[:, columns] - expected).norm() > 0.1 * expected.norm()
 
@@ -373,7 +483,9 @@ def test_reconstruction_brings_the_output_closer(tmp_path, criterion):
     """On the embedded trained model, on text that was not calibrated on."""
     source = ROOT / "slim" / "assets" / "tiny"
     text = Calibration("tiny:calibration", samples=32, length=64)
-    tokens = Calibration("tiny:calibration", samples=8, length=64, seed=7).tokens(tokenizer(source), 512)
+    tokens = Calibration("tiny:calibration", samples=8, length=64, seed=7).tokens(
+        tokenizer(source), 512
+    )
     losses = {}
     for fit in (False, True):
         run(criterion(calibration=text, reconstruct=fit, ratio=0.5), source, tmp_path / str(fit))
@@ -382,7 +494,8 @@ def test_reconstruction_brings_the_output_closer(tmp_path, criterion):
     assert losses[True] < losses[False] - 0.01
 
 
-# --- counts and settings --------------------------------------------------------------------------------------------
+# --- counts and settings
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rounding", [1, 8, 32, 64])
@@ -391,12 +504,18 @@ def test_rounding_keeps_sizes_divisible(grouped_llama, calibration, rounding, ra
     spec = open_checkpoint(grouped_llama).spec
     stage = WidthL1(calibration=calibration, rounding=rounding, ratio=ratio)
     for width in stage.widths(spec).values():
-        assert width.channels % rounding == 0 and abs(width.channels - 128 * (1 - ratio)) <= max(rounding / 2, 1)
+        assert width.channels % rounding == 0 and abs(width.channels - 128 * (1 - ratio)) <= max(
+            rounding / 2, 1
+        )
         assert width.heads * 8 % rounding == 0 and width.heads == 2 * width.kv_heads
 
 
-def test_a_ratio_that_drops_no_head_prunes_the_mlp_alone_and_says_so(grouped_llama, calibration, tmp_path, capsys):
-    facts = run(WidthL1(calibration=calibration, ratio=0.2, rounding=8), grouped_llama, tmp_path / "out")
+def test_a_ratio_that_drops_no_head_prunes_the_mlp_alone_and_says_so(
+    grouped_llama, calibration, tmp_path, capsys
+):
+    facts = run(
+        WidthL1(calibration=calibration, ratio=0.2, rounding=8), grouped_llama, tmp_path / "out"
+    )
     assert not facts["heads_pruned"]
     assert facts["sizes"]["2"] == {"kv_heads": 4, "heads": 8, "channels": 104}
     said = " ".join(capsys.readouterr().err.split())
@@ -413,26 +532,48 @@ def test_the_plan_of_a_later_stage_sees_the_sizes_of_every_block(grouped_llama, 
     assert stage.output_spec(spec).block_linears(2)["mlp.down_proj"] == (64, 40)
     assert stage.output_spec(spec).block_linears()["mlp.down_proj"] == (64, 128)
     RTN(4, 32).check(spec)
-    with pytest.raises(SlimError, match="does not divide the 40 inputs of model.layers.2.mlp.down_proj"):
+    with pytest.raises(
+        SlimError, match="does not divide the 40 inputs of model.layers.2.mlp.down_proj"
+    ):
         RTN(4, 32).check(stage.output_spec(spec))
 
 
 def test_identity_holds_what_counts_and_nothing_else(calibration):
     more = Calibration(calibration.text, samples=99, length=24)
     assert WidthL1(calibration=calibration).cache_key() == WidthL1(calibration=more).cache_key()
-    assert WidthL1(calibration=calibration).cache_key() == WidthL1(calibration=calibration, damping=0.1).cache_key()
-    fitted = [WidthL1(calibration=text, reconstruct=True).cache_key() for text in (calibration, more)]
+    assert (
+        WidthL1(calibration=calibration).cache_key()
+        == WidthL1(calibration=calibration, damping=0.1).cache_key()
+    )
+    fitted = [
+        WidthL1(calibration=text, reconstruct=True).cache_key() for text in (calibration, more)
+    ]
     assert fitted[0] != fitted[1]
-    assert WidthTaylor(calibration=calibration).cache_key() == WidthTaylor(calibration=more).cache_key()
-    assert WidthTaylor(calibration=calibration).cache_key() != WidthTaylor(calibration=more, samples=11).cache_key()
-    assert WidthActivation(calibration=calibration).cache_key() != WidthActivation(calibration=more).cache_key()
-    assert WidthRandom(calibration=calibration).cache_key() != WidthRandom(calibration=calibration, seed=1).cache_key()
+    assert (
+        WidthTaylor(calibration=calibration).cache_key()
+        == WidthTaylor(calibration=more).cache_key()
+    )
+    assert (
+        WidthTaylor(calibration=calibration).cache_key()
+        != WidthTaylor(calibration=more, samples=11).cache_key()
+    )
+    assert (
+        WidthActivation(calibration=calibration).cache_key()
+        != WidthActivation(calibration=more).cache_key()
+    )
+    assert (
+        WidthRandom(calibration=calibration).cache_key()
+        != WidthRandom(calibration=calibration, seed=1).cache_key()
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        *(({"ratio": ratio}, f"pruner.ratio={ratio} is not possible") for ratio in (0, 1, -0.1, 1.5, "half", True)),
+        *(
+            ({"ratio": ratio}, f"pruner.ratio={ratio} is not possible")
+            for ratio in (0, 1, -0.1, 1.5, "half", True)
+        ),
         ({"first_block": -1}, "pruner.first_block=-1"),
         ({"first_block": 4, "last_block": 2}, "lies behind pruner.last_block=2"),
         ({"uniform": True, "first_block": 2}, "pruner.uniform=true prunes all blocks"),
@@ -459,7 +600,9 @@ def test_wrong_settings_are_refused(calibration, settings, message):
         ({"ratio": 0.05, "rounding": 64}, "removes nothing"),
     ],
 )
-def test_settings_that_do_not_fit_the_model_are_refused(grouped_llama, calibration, settings, message):
+def test_settings_that_do_not_fit_the_model_are_refused(
+    grouped_llama, calibration, settings, message
+):
     with pytest.raises(SlimError, match=message):
         WidthL1(calibration=calibration, **settings).check(open_checkpoint(grouped_llama).spec)
 
@@ -467,10 +610,14 @@ def test_settings_that_do_not_fit_the_model_are_refused(grouped_llama, calibrati
 def test_models_that_cannot_be_pruned_are_refused(small_llama, calibration):
     spec = open_checkpoint(small_llama).spec
     with pytest.raises(SlimError, match="already quantised"):
-        WidthL1(calibration=calibration, rounding=8).check(spec.with_config(quantization_config={"quant_method": "x"}))
+        WidthL1(calibration=calibration, rounding=8).check(
+            spec.with_config(quantization_config={"quant_method": "x"})
+        )
     with pytest.raises(SlimError, match="does not know the model family 'mamba'"):
         WidthL1(calibration=calibration, rounding=8).check(spec.with_config(model_type="mamba"))
-    biased = spec.with_config(attention_bias=True, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    biased = spec.with_config(
+        attention_bias=True, num_attention_heads=8, num_key_value_heads=4, head_dim=8
+    )
     with pytest.raises(SlimError, match="has attention_bias"):
         WidthL1(calibration=calibration, rounding=8).check(biased)
     dividing = WidthL1(calibration=calibration, rounding=8, ratio=0.5, uniform=True)
@@ -478,7 +625,8 @@ def test_models_that_cannot_be_pruned_are_refused(small_llama, calibration):
 
 
 def test_missing_config_entries_keep_llamas_meaning():
-    """config.json may leave out what is Llama's default; as Mistral the same entries would mean something else."""
+    """config.json may leave out what is Llama's default; as Mistral the same entries would mean
+    something else."""
     config = dict(
         model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         vocab_size=99,
@@ -486,7 +634,11 @@ def test_missing_config_entries_keep_llamas_meaning():
     from slim.pruning.width_sizes import Width, with_widths
 
     result = with_widths(ModelSpec(config), dict.fromkeys(range(4), Width(3, 3, 64))).config
-    assert (result["model_type"], result["max_position_embeddings"], result["head_dim"]) == ("mistral", 2048, 16)
+    assert (result["model_type"], result["max_position_embeddings"], result["head_dim"]) == (
+        "mistral",
+        2048,
+        16,
+    )
     assert result["num_key_value_heads"] == 3 and result["sliding_window"] is None
 
 
@@ -516,7 +668,9 @@ def test_settings_answer_without_torch(calibration):
 
 
 def test_the_plan_says_when_memory_is_short(tiny_plan):
-    with pytest.raises(SlimError, match=r"'prune widthtaylor' needs about .* of memory, and 1.0 MB are free"):
+    with pytest.raises(
+        SlimError, match=r"'prune widthtaylor' needs about .* of memory, and 1.0 MB are free"
+    ):
         tiny_plan()
 
 

@@ -1,4 +1,5 @@
-"""int8 and nf4: files equal to transformers' own, decoded here from their bytes, loaded, trained, measured, refused."""
+"""int8 and nf4: files equal to transformers' own, decoded here from their bytes, loaded, trained,
+measured, refused."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ NF4_VALUES = [
 
 
 def sixteen_bit(folder, model_type="llama", dtype="bfloat16", **changes):
-    """Write a small random model in a 16-bit type, with biases that are not 0, a row of zeros and one of equal weights."""
+    """Write a small random model in a 16-bit type, with biases that are not 0, a row of zeros and
+    one of equal weights."""
     build_small(model_type, folder, **{"num_hidden_layers": 2, "intermediate_size": 192, **changes})
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
@@ -71,7 +73,8 @@ def packed(source, tmp_path_factory):
 
 
 def decoded(folder) -> dict[str, torch.Tensor]:
-    """Float32 weights that the files of ``folder`` stand for, from their bytes by the layouts' definition."""
+    """Float32 weights that the files of ``folder`` stand for, from their bytes by the layouts'
+    definition."""
     stored, plain = load_file(folder / "model.safetensors"), {}
     for name, tensor in stored.items():
         layer = name.removesuffix(".weight")
@@ -83,8 +86,13 @@ def decoded(folder) -> dict[str, torch.Tensor]:
             scales = stored[f"{name}.absmax"]
             if f"{name}.nested_absmax" in stored:
                 outer = stored[f"{name}.nested_absmax"].repeat_interleave(256)[: len(scales)]
-                scales = stored[f"{name}.nested_quant_map"][scales.long()] * outer + state["nested_offset"]
-            values = torch.tensor(NF4_VALUES)[torch.tensor(codes)].view(-1, 64) * scales.unsqueeze(1)
+                scales = (
+                    stored[f"{name}.nested_quant_map"][scales.long()] * outer
+                    + state["nested_offset"]
+                )
+            values = torch.tensor(NF4_VALUES)[torch.tensor(codes)].view(-1, 64) * scales.unsqueeze(
+                1
+            )
             plain[name] = values.view(state["shape"])
         elif name.split(".")[-1] in ("weight", "bias"):
             plain[name] = tensor.float()
@@ -145,21 +153,33 @@ def test_files_equal_those_of_transformers(stage, model_type, changes, tmp_path)
     assert mine.keys() == other.keys()
     for name, tensor in mine.items():
         assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs")]
-    configs[1]["quantization_config"]["llm_int8_skip_modules"] = ["lm_head"]  # left to their default there
+    configs = [
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs")
+    ]
+    # left to their default there
+    configs[1]["quantization_config"]["llm_int8_skip_modules"] = ["lm_head"]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")  # the way any other program does
+    # the way any other program does
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert torch.equal(logits(loaded), logits(theirs))
 
 
 def test_int8_is_the_nearest_step_of_each_row(source, packed):
-    weights, stored = load_file(source / "model.safetensors"), load_file(packed["int8"] / "model.safetensors")
-    for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"):
+    weights, stored = (
+        load_file(source / "model.safetensors"),
+        load_file(packed["int8"] / "model.safetensors"),
+    )
+    for layer in (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+    ):
         weight = weights[f"{layer}.weight"].double()
         largest = weight.abs().amax(1)
         assert torch.equal(stored[f"{layer}.SCB"].double(), largest)
         steps = torch.where(largest > 0, 127 / largest, 0).unsqueeze(1) * weight
-        # 127 / largest is rounded to float32 and the product to float16 there, so a weight near the middle may go either way
+        # 127 / largest is rounded to float32 and the product to float16 there, so a weight near the
+        # middle may go either way
         assert ((stored[f"{layer}.weight"] - steps).abs() < 0.5 + 127 * 2**-10).all()
         assert ((stored[f"{layer}.weight"] - steps.round()) == 0).double().mean() > 0.97
     assert not stored["model.layers.1.mlp.up_proj.weight"][3].any()
@@ -174,34 +194,51 @@ def test_nf4_is_the_nearest_of_the_papers_numbers(name, source, packed):
         blocks = weight.view(-1, 64)
         scale = blocks.abs().amax(1, keepdim=True)
         ratio = torch.where(scale > 0, blocks / scale, 0)
-        nearest = (values[(ratio.unsqueeze(-1) - values).abs().argmin(-1)] * scale).view(weight.shape)
+        nearest = (values[(ratio.unsqueeze(-1) - values).abs().argmin(-1)] * scale).view(
+            weight.shape
+        )
         # One scale is off by what double quantisation rounds; a single one is exact.
         allowed = 0.03 if name == "nf4" else 1e-6
         assert relative(plain[layer].double(), nearest) < allowed
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4 single"])
-@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-6), ("float16", 4e-3), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [("float32", 1e-6), ("float16", 4e-3), ("bfloat16", 3e-2)]
+)
 def test_a_loaded_nf4_model_computes_with_the_stored_weights(name, dtype, allowed, source, packed):
     model = load_model(packed[name], dtype)
-    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype), torch.uint8}
+    assert {parameter.dtype for parameter in model.parameters()} == {
+        getattr(torch, dtype),
+        torch.uint8,
+    }
     assert model.dtype == model.config.dtype == getattr(torch, dtype)
     assert relative(logits(model), logits(dense_model(source, packed[name]))) < allowed
     stored = load_file(packed[name] / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight.data, stored), "the layout must stay that of the file"
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight.data, stored), (
+        "the layout must stay that of the file"
+    )
 
 
 @pytest.mark.parametrize("threshold", [6.0, 2.0, 0.0])
 def test_a_loaded_int8_layer_multiplies_as_the_paper_says(threshold, source, tmp_path):
-    """Rows of inputs and of weights are rounded to 127 steps; columns with outliers keep their inputs as they are."""
+    """Rows of inputs and of weights are rounded to 127 steps; columns with outliers keep their
+    inputs as they are."""
     run(Int8(threshold=threshold), source, tmp_path / "q")
     layer = load_model(tmp_path / "q", "float32").model.layers[0].mlp.down_proj
     inputs = torch.randn(16, 192, generator=torch.Generator().manual_seed(3)).half().float()
     inputs[2, 5], inputs[9, 70] = 40.0, -7.0
-    columns = (inputs.abs() >= threshold).any(0) if threshold else torch.zeros(192, dtype=torch.bool)
-    assert int(columns.sum()) == {6.0: 2, 2.0: int(columns.sum()), 0.0: 0}[threshold] and not columns.all()
+    columns = (
+        (inputs.abs() >= threshold).any(0) if threshold else torch.zeros(192, dtype=torch.bool)
+    )
+    assert (
+        int(columns.sum()) == {6.0: 2, 2.0: int(columns.sum()), 0.0: 0}[threshold]
+        and not columns.all()
+    )
     weight = decoded(tmp_path / "q")["model.layers.0.mlp.down_proj.weight"]
-    outliers = inputs.abs() >= threshold if threshold else torch.zeros_like(inputs, dtype=torch.bool)
+    outliers = (
+        inputs.abs() >= threshold if threshold else torch.zeros_like(inputs, dtype=torch.bool)
+    )
     largest = inputs.masked_fill(outliers, 0).abs().amax(1, keepdim=True)
     rounded = (inputs / largest * 127).round() * largest / 127
     expected = torch.where(columns, inputs, rounded) @ weight.T
@@ -209,7 +246,11 @@ def test_a_loaded_int8_layer_multiplies_as_the_paper_says(threshold, source, tmp
         got = layer(inputs)
     assert relative(got, expected) < 2e-3
     if threshold == 6.0:
-        whole = (inputs / inputs.abs().amax(1, keepdim=True) * 127).round() * inputs.abs().amax(1, keepdim=True) / 127
+        whole = (
+            (inputs / inputs.abs().amax(1, keepdim=True) * 127).round()
+            * inputs.abs().amax(1, keepdim=True)
+            / 127
+        )
         assert relative(whole @ weight.T, expected) > 1e-2, "this test must tell the two apart"
 
 
@@ -221,11 +262,15 @@ def test_facts_sizes_and_errors(name, source, packed, tmp_path):
     assert len(table) == 2 * 7 and (tmp_path / "again" / "report" / "layer_errors.png").is_file()
     for row in table:
         weight = f"model.layers.{row['block']}.{row['layer']}.weight"
-        assert row["error"] == pytest.approx(relative(plain[weight], dense[weight].float()), rel=1e-3)
+        assert row["error"] == pytest.approx(
+            relative(plain[weight], dense[weight].float()), rel=1e-3
+        )
     assert facts["layer_error_max"] == max(row["error"] for row in table)
     stored = load_file(packed[name] / "model.safetensors")
     spec = open_checkpoint(packed[name]).spec
-    assert spec.weight_bytes() == pytest.approx(sum(tensor.nbytes for tensor in stored.values()), rel=1e-3)
+    assert spec.weight_bytes() == pytest.approx(
+        sum(tensor.nbytes for tensor in stored.values()), rel=1e-3
+    )
     assert spec.parameters() == open_checkpoint(source).spec.parameters()
     layers = {key: tensor for key, tensor in stored.items() if "_proj" in key}
     weights = sum(tensor.numel() for key, tensor in dense.items() if "_proj" in key)
@@ -262,14 +307,17 @@ def test_the_cpu_kernel_is_taken_only_in_bfloat16(source, packed):
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_on_it_get_the_gradients_of_the_dense_model(name, dtype, source, packed):
-    """Also after a forward without gradients, where the library's CPU kernel would silently cut them off."""
+    """Also after a forward without gradients, where the library's CPU kernel would silently cut
+    them off."""
     from peft import LoraConfig, get_peft_model
 
     gradients = []
     for model in (load_model(packed[name], dtype), dense_model(source, packed[name])):
         torch.manual_seed(0)
         layers = ["q_proj", "v_proj", "down_proj"]
-        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=layers, init_lora_weights=False))
+        adapted = get_peft_model(
+            model, LoraConfig(r=4, target_modules=layers, init_lora_weights=False)
+        )
         logits(adapted)
         adapted.train()
         adapted(tokens(), labels=tokens()).loss.backward()
@@ -302,10 +350,22 @@ def spec(**changes):
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        (NF4(), {"intermediate_size": 160}, "inputs are divisible by 64.*down_proj in some model has 160"),
-        (NF4(), {"intermediate_size": 336}, "outputs are divisible by 32.*gate_proj in some model has 128 and 336"),
+        (
+            NF4(),
+            {"intermediate_size": 160},
+            "inputs are divisible by 64.*down_proj in some model has 160",
+        ),
+        (
+            NF4(),
+            {"intermediate_size": 336},
+            "outputs are divisible by 32.*gate_proj in some model has 128 and 336",
+        ),
         (NF4(), {"quantization_config": {"quant_method": "gptq"}}, r"already quantised \(gptq\)"),
-        (Int8(), {"quantization_config": {"quant_method": "bitsandbytes"}}, r"already quantised \(bitsandbytes\)"),
+        (
+            Int8(),
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            r"already quantised \(bitsandbytes\)",
+        ),
         (Int8(), {"model_type": "gpt2"}, "does not know the model family 'gpt2'"),
     ],
 )
@@ -318,7 +378,10 @@ def test_models_that_cannot_be_taken(stage, changes, message):
 def test_int8_takes_any_size(tmp_path):
     folder = sixteen_bit(tmp_path / "source", intermediate_size=90)
     run(Int8(), folder, tmp_path / "q")
-    assert relative(logits(load_model(tmp_path / "q")), logits(dense_model(folder, tmp_path / "q"))) < 5e-2
+    assert (
+        relative(logits(load_model(tmp_path / "q")), logits(dense_model(folder, tmp_path / "q")))
+        < 5e-2
+    )
 
 
 def test_weights_beyond_float16_are_refused(tmp_path):
@@ -332,7 +395,11 @@ def test_weights_beyond_float16_are_refused(tmp_path):
 
 def test_a_missing_library_is_reported_before_work(monkeypatch, packed):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest),
+    )
     for stage in STAGES.values():
         with pytest.raises(SlimError, match="pip install bitsandbytes"):
             stage.check(spec())
@@ -365,11 +432,27 @@ def test_the_choices_have_the_defaults_of_the_classes():
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("int8", lambda t: t.pop("model.layers.0.mlp.up_proj.SCB"), "no tensor 'model.layers.0.mlp.up_proj.SCB'"),
-        ("nf4", lambda t: t.pop("model.layers.1.mlp.up_proj.weight.absmax"), "no tensor .*up_proj.weight.absmax'"),
+        (
+            "int8",
+            lambda t: t.pop("model.layers.0.mlp.up_proj.SCB"),
+            "no tensor 'model.layers.0.mlp.up_proj.SCB'",
+        ),
+        (
+            "nf4",
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight.absmax"),
+            "no tensor .*up_proj.weight.absmax'",
+        ),
         ("nf4", lambda t: t.pop("model.norm.weight"), "lacks 1 weights .*'model.norm.weight'"),
-        ("nf4", lambda t: halve(t, "model.layers.1.mlp.up_proj.weight"), "up_proj.weight .*not a layer of 192 x 64 at 4 bits"),
-        ("int8", lambda t: halve(t, "model.layers.1.mlp.up_proj.weight"), "not a layer of 192 x 64 at 8 bits"),
+        (
+            "nf4",
+            lambda t: halve(t, "model.layers.1.mlp.up_proj.weight"),
+            "up_proj.weight .*not a layer of 192 x 64 at 4 bits",
+        ),
+        (
+            "int8",
+            lambda t: halve(t, "model.layers.1.mlp.up_proj.weight"),
+            "not a layer of 192 x 64 at 8 bits",
+        ),
     ],
 )
 def test_damaged_files_are_refused(name, damage, message, packed, tmp_path):
@@ -391,7 +474,9 @@ def test_files_of_others_are_read(source, tmp_path):
         load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_quant_storage="bfloat16",
         llm_int8_skip_modules=["lm_head", "model.layers.0", "up_proj"],
     )  # fmt: skip
-    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, quantization_config=config
+    )
     shutil.copytree(source, tmp_path / "theirs")
     theirs.save_pretrained(tmp_path / "theirs")
     model, found = load_model(tmp_path / "theirs", "float32"), open_checkpoint(tmp_path / "theirs")
@@ -402,20 +487,31 @@ def test_files_of_others_are_read(source, tmp_path):
 
 
 def test_speed_is_measured_by_the_kernel_and_quality_is_not(packed):
-    """Quality is a fact about the stored weights, so it must not depend on whether speed was measured before."""
+    """Quality is a fact about the stored weights, so it must not depend on whether speed was
+    measured before."""
     from slim.evaluation.evaluation import Evaluation
     from slim.evaluation.perplexity import Perplexity
     from slim.evaluation.run import measure
     from slim.evaluation.speed import Speed
 
-    evaluation = Evaluation(Perplexity("tiny:heldout", window=64, limit=4), speed=Speed(count=1, repeats=1), dtype="bfloat16")
-    both, alone = measure(packed["nf4"], evaluation), measure(packed["nf4"], evaluation, speed=False)
+    evaluation = Evaluation(
+        Perplexity("tiny:heldout", window=64, limit=4),
+        speed=Speed(count=1, repeats=1),
+        dtype="bfloat16",
+    )
+    both, alone = (
+        measure(packed["nf4"], evaluation),
+        measure(packed["nf4"], evaluation, speed=False),
+    )
     assert both["quality"]["metrics"] == alone["quality"]["metrics"]
     assert (
-        both["speed"]["metrics"]["decode_tokens_per_second"] > 0 and both["speed"]["protocol"]["speed"]["dtype"] == "bfloat16"
+        both["speed"]["metrics"]["decode_tokens_per_second"] > 0
+        and both["speed"]["protocol"]["speed"]["dtype"] == "bfloat16"
     )
     kinds = {name: open_checkpoint(folder).spec for name, folder in packed.items()}
-    found = {name: Evaluation(speed=Speed()).speed_dtype(model, "cpu") for name, model in kinds.items()}
+    found = {
+        name: Evaluation(speed=Speed()).speed_dtype(model, "cpu") for name, model in kinds.items()
+    }
     assert found == {"int8": "float32", "nf4": "bfloat16", "nf4 single": "bfloat16"}
 
 
@@ -425,12 +521,20 @@ def test_the_whole_chain_on_the_embedded_model(choice, tmp_path, capsys):
     """Perplexity, tasks and speed are measured; the second run finds everything."""
     from slim.cli.execute import execute
 
-    short = ["eval.speed.count=1", "eval.speed.repeats=1", "eval.tasks.limit=40", "eval.perplexity.limit=40"]
+    short = [
+        "eval.speed.count=1",
+        "eval.speed.repeats=1",
+        "eval.tasks.limit=40",
+        "eval.perplexity.limit=40",
+    ]
     arguments = ["model=tiny", "pruner=none", f"quant={choice}", f"store={tmp_path}", *short]
     first, second = execute(compose("compress", arguments)), execute(compose("compress", arguments))
     assert [result.cached for result in second] == [True, True] and not first[1].cached
     assert first[1].metrics == second[1].metrics
     plain, small = first[0].metrics, first[1].metrics
     assert math.isclose(small["perplexity"], plain["perplexity"], rel_tol=0.01)
-    assert small["parameters"] == plain["parameters"] and small["bytes_on_disk"] < 0.7 * plain["bytes_on_disk"]
+    assert (
+        small["parameters"] == plain["parameters"]
+        and small["bytes_on_disk"] < 0.7 * plain["bytes_on_disk"]
+    )
     assert small["tasks/acc"] > 0.95 * plain["tasks/acc"] and small["decode_tokens_per_second"] > 0

@@ -1,4 +1,5 @@
-"""Checkpoint formats: layouts bit by bit, files of slim and of others read back, and everything that is refused."""
+"""Checkpoint formats: layouts bit by bit, files of slim and of others read back, and everything
+that is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ from slim.loading.load_model import load_model
 from slim.models.spec import ModelSpec
 from slim.quantization.formats import FORMATS, get_format, read_config
 from slim.quantization.formats.base import Packed
-from slim.quantization.kernels.linear import INT8_ROWS, QuantEmbedding, QuantLinear, cpu_layout_known
+from slim.quantization.kernels.linear import (
+    INT8_ROWS,
+    QuantEmbedding,
+    QuantLinear,
+    cpu_layout_known,
+)
 from slim.quantization.kernels.packing import pack
 from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.grid import Quantized, minmax
@@ -28,7 +34,8 @@ from tests.conftest import build_small
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
-# Reference: one bit after the other ------------------------------------------------------------------------------------
+# Reference: one bit after the other
+# ------------------------------------------------------------------------------------
 
 
 def bit_stream(codes: list[int], bits: int) -> list[int]:
@@ -43,7 +50,9 @@ def bit_stream(codes: list[int], bits: int) -> list[int]:
 
 def awq_words(codes: list[int]) -> list[int]:
     """Words of eight codes each: 4-bit field i of word c is code 8 c + AWQ_ORDER[i]."""
-    words = [sum(codes[8 * c + AWQ_ORDER[i]] << 4 * i for i in range(8)) for c in range(len(codes) // 8)]
+    words = [
+        sum(codes[8 * c + AWQ_ORDER[i]] << 4 * i for i in range(8)) for c in range(len(codes) // 8)
+    ]
     return [word - 2**32 if word >= 2**31 else word for word in words]
 
 
@@ -78,7 +87,9 @@ def slow_compressed(codes, zero, scale, bits, symmetric) -> dict[str, torch.Tens
         "weight_shape": torch.tensor(codes.shape),
     }
     if not symmetric:
-        tensors["weight_zero_point"] = int32([bit_stream(column, bits) for column in zero.T.tolist()]).T.contiguous()
+        tensors["weight_zero_point"] = int32(
+            [bit_stream(column, bits) for column in zero.T.tolist()]
+        ).T.contiguous()
     return tensors
 
 
@@ -152,7 +163,9 @@ def test_gptq_is_a_stream_down_the_columns(case):
     assert config["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
     returns(form, tensors, config, scheme, codes, zero, scale, index)
     version_1 = slow_gptq(codes, zero, scale, index, bits, version=1)
-    returns(form, version_1, {**config, "checkpoint_format": "gptq"}, scheme, codes, zero, scale, index)
+    returns(
+        form, version_1, {**config, "checkpoint_format": "gptq"}, scheme, codes, zero, scale, index
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -163,7 +176,16 @@ def test_awq_interleaves_eight_outputs(case):
     scheme, form = scheme_of(bits, columns, group, symmetric), get_format("awq")
     tensors = form.tensors(Quantized(codes, scale, zero, scheme))
     equal(tensors, slow_awq(codes, zero, scale))
-    returns(form, tensors, form.config({"layer": scheme}, []), scheme, codes, zero, scale, torch.arange(columns) // group)
+    returns(
+        form,
+        tensors,
+        form.config({"layer": scheme}, []),
+        scheme,
+        codes,
+        zero,
+        scale,
+        torch.arange(columns) // group,
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -190,30 +212,38 @@ def test_groups_in_activation_order_come_back(name):
     returns(form, tensors, config, scheme, codes, zero, scale, index)
 
 
-# Whole checkpoints -----------------------------------------------------------------------------------------------------
+# Whole checkpoints
+# -----------------------------------------------------------------------------------------------------
 
 
 class Source:
-    """A small plain checkpoint, its tensors, and the logits of the same model with other weights."""
+    """A small plain checkpoint, its tensors, and the logits of the same model with other
+    weights."""
 
     def __init__(self, folder, **changes):
-        sizes = dict(vocab_size=192, num_hidden_layers=2, tie_word_embeddings=False, dtype="float16")
+        sizes = dict(
+            vocab_size=192, num_hidden_layers=2, tie_word_embeddings=False, dtype="float16"
+        )
         self.folder = build_small(changes.pop("family", "llama"), folder, **{**sizes, **changes})
         self.tensors = load_file(self.folder / "model.safetensors")
         self.config = json.loads((self.folder / "config.json").read_text())
-        self.linears = [name.removesuffix(".weight") for name in self.tensors if "_proj.weight" in name]
+        self.linears = [
+            name.removesuffix(".weight") for name in self.tensors if "_proj.weight" in name
+        ]
         self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self.tokens = torch.randint(3, 192, (2, 24), generator=torch.Generator().manual_seed(5))
 
     def logits(self, dense, dtype=torch.float32):
         """Logits with the weights ``dense``, all in ``dtype``."""
         weights = {name: tensor.to(dtype) for name, tensor in dense.items()}
-        self.model.load_state_dict(weights, strict=False, assign=True)  # buffers stay as exact as they are
+        # buffers stay as exact as they are
+        self.model.load_state_dict(weights, strict=False, assign=True)
         self.model.tie_weights()
         return logits(self.model, self.tokens)
 
     def quantize(self, folder, name, schemes, ordered=False, **changes):
-        """Write ``folder`` in a format by round to nearest; return the dense weights that it stands for."""
+        """Write ``folder`` in a format by round to nearest; return the dense weights that it stands
+        for."""
         form = get_format(name)
         dtype = getattr(torch, form.scale_dtype(self.config["dtype"]))
         stored, dense = {}, {}
@@ -224,7 +254,9 @@ class Source:
                 quantized = rounded(tensor.float(), schemes[layer], dtype, ordered)
                 dense[key] = quantized.dequantize()
                 del stored[key]
-                stored.update({f"{layer}.{end}": value for end, value in form.tensors(quantized).items()})
+                stored.update(
+                    {f"{layer}.{end}": value for end, value in form.tensors(quantized).items()}
+                )
         config = form.config(schemes, [*self.linears, "lm_head"], ordered)
         self.write(folder, stored, config, **changes)
         return dense
@@ -247,7 +279,9 @@ def rounded(weight, scheme, dtype, ordered=False) -> Quantized:
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
     inside = minmax(weight[:, order], scheme, dtype)
     place = order.argsort()
-    return Quantized(inside.codes[:, place], inside.scale, inside.zero, scheme, place // scheme.group(columns))
+    return Quantized(
+        inside.codes[:, place], inside.scale, inside.zero, scheme, place // scheme.group(columns)
+    )
 
 
 def logits(model, tokens):
@@ -266,7 +300,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory):
-    return Source(tmp_path_factory.mktemp("plain") / "tied", tie_word_embeddings=True, num_hidden_layers=1)
+    return Source(
+        tmp_path_factory.mktemp("plain") / "tied", tie_word_embeddings=True, num_hidden_layers=1
+    )
 
 
 CASES = [
@@ -280,7 +316,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "bits", "symmetric", "ordered"), CASES)
-def test_reloaded_logits_equal_those_of_the_rounded_weights(name, bits, symmetric, ordered, source, tmp_path):
+def test_reloaded_logits_equal_those_of_the_rounded_weights(
+    name, bits, symmetric, ordered, source, tmp_path
+):
     schemes = dict.fromkeys(source.linears, Scheme(bits, 32, symmetric))
     get_format(name).check(schemes, ordered)
     dense = source.quantize(tmp_path / "q", name, schemes, ordered)
@@ -338,7 +376,8 @@ def test_awq_leaves_layers_plain(source, tmp_path):
     require_expected_bytes(open_checkpoint(tmp_path / "q"))
 
 
-# Embedding and head ----------------------------------------------------------------------------------------------------
+# Embedding and head
+# ----------------------------------------------------------------------------------------------------
 
 ENDS = {"lm_head": Scheme(8, -1, True), "model.embed_tokens": Scheme(8, -1, True)}
 
@@ -351,21 +390,32 @@ def test_quantised_embedding_and_head(dtype, source, tmp_path):
     assert isinstance(model.get_input_embeddings(), QuantEmbedding)
     assert isinstance(model.get_output_embeddings(), QuantLinear)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
-    assert relative(logits(model, source.tokens), source.logits(dense, getattr(torch, dtype))) < tolerance
+    assert (
+        relative(logits(model, source.tokens), source.logits(dense, getattr(torch, dtype)))
+        < tolerance
+    )
     require_expected_bytes(open_checkpoint(tmp_path / "q"))
 
 
-@pytest.mark.parametrize("scheme", [Scheme(8, -1, True), Scheme(4, 32, False), Scheme(3, 64, False)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(8, -1, True), Scheme(4, 32, False), Scheme(3, 64, False)], ids=str
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tied_model_holds_its_packed_embedding_once(scheme, dtype, tied, tmp_path):
-    schemes = {**dict.fromkeys(tied.linears, Scheme(4, 32, False)), "model.embed_tokens": scheme, "lm_head": scheme}
+    schemes = {
+        **dict.fromkeys(tied.linears, Scheme(4, 32, False)),
+        "model.embed_tokens": scheme,
+        "lm_head": scheme,
+    }
     dense = tied.quantize(tmp_path / "q", "compressed-tensors", schemes)
     assert not any(name.startswith("lm_head") for name in open_checkpoint(tmp_path / "q").tensors)
     require_expected_bytes(open_checkpoint(tmp_path / "q"))
     model = load_model(tmp_path / "q", dtype)
     assert model.get_output_embeddings() is model.get_input_embeddings().table
     tolerance = 1e-5 if dtype == "float32" else 2e-2
-    assert relative(logits(model, tied.tokens), tied.logits(dense, getattr(torch, dtype))) < tolerance
+    assert (
+        relative(logits(model, tied.tokens), tied.logits(dense, getattr(torch, dtype))) < tolerance
+    )
     generated = model.generate(tied.tokens[:1], max_new_tokens=4, do_sample=False, pad_token_id=1)
     assert generated.shape[1] > tied.tokens.shape[1]
 
@@ -380,7 +430,9 @@ def test_a_tied_model_with_only_its_head_quantised_is_untied(name, tied, tmp_pat
         del tied.tensors["lm_head.weight"]
     model = load_model(tmp_path / "q", "float32")
     assert isinstance(model.get_output_embeddings(), QuantLinear)
-    assert torch.equal(model.get_input_embeddings().weight, dense["model.embed_tokens.weight"].float())
+    assert torch.equal(
+        model.get_input_embeddings().weight, dense["model.embed_tokens.weight"].float()
+    )
     untied = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
     untied.load_state_dict(dense)
     assert relative(logits(model, tied.tokens), logits(untied, tied.tokens)) < 1e-5
@@ -388,13 +440,19 @@ def test_a_tied_model_with_only_its_head_quantised_is_untied(name, tied, tmp_pat
 
 
 def test_an_embedding_keeps_the_factor_of_its_family(tmp_path):
-    gemma = Source(tmp_path / "plain", family="gemma3_text", num_hidden_layers=1, tie_word_embeddings=True)
+    gemma = Source(
+        tmp_path / "plain", family="gemma3_text", num_hidden_layers=1, tie_word_embeddings=True
+    )
     schemes = dict.fromkeys([*gemma.linears, "model.embed_tokens", "lm_head"], Scheme(4, 32, False))
     dense = gemma.quantize(tmp_path / "q", "compressed-tensors", schemes)
-    assert relative(logits(load_model(tmp_path / "q", "float32"), gemma.tokens), gemma.logits(dense)) < 1e-5
+    assert (
+        relative(logits(load_model(tmp_path / "q", "float32"), gemma.tokens), gemma.logits(dense))
+        < 1e-5
+    )
 
 
-# Plain transformers ----------------------------------------------------------------------------------------------------
+# Plain transformers
+# ----------------------------------------------------------------------------------------------------
 
 
 def theirs(folder, **options):
@@ -412,21 +470,34 @@ def test_transformers_reads_compressed_tensors(bits, symmetric, source, tmp_path
     schemes = dict.fromkeys(source.linears, Scheme(bits, 32, symmetric))
     dense = source.quantize(tmp_path / "q", "compressed-tensors", schemes)
     options = {} if symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    assert relative(logits(theirs(tmp_path / "q", **options), source.tokens), source.logits(dense)) < 1e-3
+    assert (
+        relative(logits(theirs(tmp_path / "q", **options), source.tokens), source.logits(dense))
+        < 1e-3
+    )
 
 
 def test_transformers_reads_layers_that_differ_where_they_are_symmetric(source, tmp_path):
     pytest.importorskip("compressed_tensors")
-    schemes = {layer: Scheme(3 if "mlp" in layer else 4, 32, True) for layer in source.linears if "v_proj" not in layer}
-    dense = source.quantize(tmp_path / "q", "compressed-tensors", {**schemes, "lm_head": Scheme(8, -1, True)})
+    schemes = {
+        layer: Scheme(3 if "mlp" in layer else 4, 32, True)
+        for layer in source.linears
+        if "v_proj" not in layer
+    }
+    dense = source.quantize(
+        tmp_path / "q", "compressed-tensors", {**schemes, "lm_head": Scheme(8, -1, True)}
+    )
     assert relative(logits(theirs(tmp_path / "q"), source.tokens), source.logits(dense)) < 1e-3
 
 
-# Files of others -------------------------------------------------------------------------------------------------------
+# Files of others
+# -------------------------------------------------------------------------------------------------------
 
 
-def foreign(source, folder, quantization, make, group=32, bits=4, symmetric=False, plain=(), index=None):
-    """Write a file with random packed layers made by ``make(layer's codes, zero, scale, index)``; return its weights."""
+def foreign(
+    source, folder, quantization, make, group=32, bits=4, symmetric=False, plain=(), index=None
+):
+    """Write a file with random packed layers made by ``make(layer's codes, zero, scale, index)``;
+    return its weights."""
     stored, dense = {}, {}
     for number, (key, tensor) in enumerate(source.tensors.items()):
         layer = key.removesuffix(".weight")
@@ -437,7 +508,9 @@ def foreign(source, folder, quantization, make, group=32, bits=4, symmetric=Fals
             order = torch.arange(columns) // group if index is None else index(columns)
             dense[key] = meaning(codes, zero, scale, order)
             del stored[key]
-            stored.update({f"{layer}.{end}": value for end, value in make(codes, zero, scale, order).items()})
+            stored.update(
+                {f"{layer}.{end}": value for end, value in make(codes, zero, scale, order).items()}
+            )
     source.write(folder, stored, quantization)
     return dense
 
@@ -460,11 +533,34 @@ def uneven_groups(columns):
 @pytest.mark.parametrize(
     ("change", "version", "index"),
     [
-        ({"sym": False}, 1, None),  # zero points stored minus one, no version named, as AutoGPTQ's older files
+        # zero points stored minus one, no version named, as AutoGPTQ's older files
+        ({"sym": False}, 1, None),
         ({"sym": False, "desc_act": True, "checkpoint_format": "gptq"}, 1, shuffled_groups),
-        ({"sym": True, "desc_act": True, "checkpoint_format": "gptq_v2", "is_marlin_format": False}, 2, uneven_groups),
-        ({"sym": False, "checkpoint_format": "gptq", "dynamic": {"-:.*down_proj": {}}, "meta": {}}, 1, "missing"),
-        ({"sym": False, "modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]}, 1, None),
+        (
+            {
+                "sym": True,
+                "desc_act": True,
+                "checkpoint_format": "gptq_v2",
+                "is_marlin_format": False,
+            },
+            2,
+            uneven_groups,
+        ),
+        (
+            {
+                "sym": False,
+                "checkpoint_format": "gptq",
+                "dynamic": {"-:.*down_proj": {}},
+                "meta": {},
+            },
+            1,
+            "missing",
+        ),
+        (
+            {"sym": False, "modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]},
+            1,
+            None,
+        ),
     ],
     ids=["v1", "desc_act", "uneven", "no g_idx, a plain layer", "listed layers"],
 )
@@ -472,9 +568,13 @@ def uneven_groups(columns):
 def test_gptq_files_of_others(change, version, index, bits, one_block, tmp_path):
     def make(codes, zero, scale, order):
         tensors = slow_gptq(codes, zero, scale, order, bits, version)
-        return {key: value for key, value in tensors.items() if index != "missing" or key != "g_idx"}
+        return {
+            key: value for key, value in tensors.items() if index != "missing" or key != "g_idx"
+        }
 
-    plain = [layer for layer in one_block.linears if "dynamic" in change and layer.endswith("down_proj")]
+    plain = [
+        layer for layer in one_block.linears if "dynamic" in change and layer.endswith("down_proj")
+    ]
     if "modules_in_block_to_quantize" in change:
         plain = [layer for layer in one_block.linears if not layer.endswith(("q_proj", "up_proj"))]
     config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "damp_percent": 0.1, **change}
@@ -489,15 +589,25 @@ def test_gptq_files_of_others(change, version, index, bits, one_block, tmp_path)
 @pytest.mark.parametrize("names", ["transformers", "autoawq"])
 def test_awq_files_of_others(zero_point, names, one_block, tmp_path):
     plain = [layer for layer in one_block.linears if "k_proj" in layer]
-    sizes = {"bits": 4, "group_size": 16} if names == "transformers" else {"w_bit": 4, "q_group_size": 16}
+    sizes = (
+        {"bits": 4, "group_size": 16}
+        if names == "transformers"
+        else {"w_bit": 4, "q_group_size": 16}
+    )
     config = {"quant_method": "awq", "version": "GEMM", "zero_point": zero_point, **sizes}
     config["modules_to_not_convert"] = ["k_proj"]
 
     def make(codes, zero, scale, order):
         tensors = slow_awq(codes, zero, scale)
-        return tensors if zero_point else {key: value for key, value in tensors.items() if key != "qzeros"}
+        return (
+            tensors
+            if zero_point
+            else {key: value for key, value in tensors.items() if key != "qzeros"}
+        )
 
-    dense = foreign(one_block, tmp_path / "q", config, make, group=16, symmetric=not zero_point, plain=plain)
+    dense = foreign(
+        one_block, tmp_path / "q", config, make, group=16, symmetric=not zero_point, plain=plain
+    )
     model = load_model(tmp_path / "q", "float32")
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 6
     assert relative(logits(model, one_block.tokens), one_block.logits(dense)) < 1e-5
@@ -507,7 +617,14 @@ def test_compressed_tensors_files_of_others(one_block, tmp_path):
     """Several groups by pattern, class and name, 8 and 4 bits, and patterns on the ignore list."""
 
     def group(bits, targets, **more):
-        weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32, **more}
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": False,
+            "strategy": "group",
+            "group_size": 32,
+            **more,
+        }
         return {"targets": targets, "weights": weights, "format": "pack-quantized"}
 
     config = {
@@ -528,7 +645,9 @@ def test_compressed_tensors_files_of_others(one_block, tmp_path):
         rows, columns = stored.pop(f"{layer}.weight").shape
         codes, zero, scale = random_layer(bits, rows, columns, 32, False, number)
         dense[f"{layer}.weight"] = meaning(codes, zero, scale, torch.arange(columns) // 32)
-        stored.update({f"{layer}.{k}": v for k, v in slow_compressed(codes, zero, scale, bits, False).items()})
+        stored.update(
+            {f"{layer}.{k}": v for k, v in slow_compressed(codes, zero, scale, bits, False).items()}
+        )
     one_block.write(tmp_path / "q", stored, config)
     model = load_model(tmp_path / "q", "float32")
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 6
@@ -536,22 +655,38 @@ def test_compressed_tensors_files_of_others(one_block, tmp_path):
 
 
 def test_targets_hold_as_in_the_library():
-    """Names, patterns and classes in several groups, against compressed-tensors' own choice of a group."""
+    """Names, patterns and classes in several groups, against compressed-tensors' own choice of a
+    group."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    groups = [["re:.*[.]1[.].*", "Linear"], ["layers.0.up", "Embedding"], ["re:.*up$", "layers.1.down"], ["layers.0.up"]]
+    groups = [
+        ["re:.*[.]1[.].*", "Linear"],
+        ["layers.0.up", "Embedding"],
+        ["re:.*up$", "layers.1.down"],
+        ["layers.0.up"],
+    ]
     config = {**compressed(), "ignore": ["layers.2.up", "re:.*0.down"]}
     weights = config["config_groups"]["group_0"]["weights"]
     config["config_groups"] = {
         f"group_{number}": {"targets": targets, "weights": {**weights, "num_bits": number + 1}}
         for number, targets in enumerate(groups)
     }
-    blocks = [torch.nn.ModuleDict({"up": torch.nn.Linear(32, 32), "down": torch.nn.Linear(32, 32)}) for _ in range(4)]
+    blocks = [
+        torch.nn.ModuleDict({"up": torch.nn.Linear(32, 32), "down": torch.nn.Linear(32, 32)})
+        for _ in range(4)
+    ]
     model = torch.nn.ModuleDict(
-        {"layers": torch.nn.ModuleList(blocks), "model": torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(8, 32)})}
+        {
+            "layers": torch.nn.ModuleList(blocks),
+            "model": torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(8, 32)}),
+        }
     )
-    apply_quantization_config(model, QuantizationConfig(**{**config, "quantization_status": "frozen"}), show_progress=False)
+    apply_quantization_config(
+        model,
+        QuantizationConfig(**{**config, "quantization_status": "frozen"}),
+        show_progress=False,
+    )
     stored = read_config(config)
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
@@ -559,7 +694,8 @@ def test_targets_hold_as_in_the_library():
             assert (own and own.bits) == (library and library.weights.num_bits), name
 
 
-# What is refused -------------------------------------------------------------------------------------------------------
+# What is refused
+# -------------------------------------------------------------------------------------------------------
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
@@ -568,12 +704,32 @@ LAYER = "model.layers.0.self_attn.q_proj"
     ("name", "schemes", "ordered", "message"),
     [
         ("awq", {LAYER: Scheme(3, 32, False)}, False, "awq holds 4 bits only, not 3.*quant.bits=4"),
-        ("awq", {LAYER: Scheme(4, 32, False), "x": Scheme(4, 64, False)}, False, "one scheme for all layers"),
+        (
+            "awq",
+            {LAYER: Scheme(4, 32, False), "x": Scheme(4, 64, False)},
+            False,
+            "one scheme for all layers",
+        ),
         ("awq", {LAYER: Scheme(4, 32, False)}, True, "activation order"),
         ("awq", {"lm_head": Scheme(4, 32, False)}, False, "leaves the head plain"),
-        ("awq", {"model.embed_tokens": Scheme(4, 32, False)}, False, "linear layers only.*compressed-tensors"),
-        ("gptq", {"model.embed_tokens": Scheme(4, 32, False)}, False, "linear layers only.*compressed-tensors"),
-        ("gptq", {LAYER: Scheme(4, 32, False), "x": Scheme(4, 32, True)}, False, "symmetric or asymmetric together"),
+        (
+            "awq",
+            {"model.embed_tokens": Scheme(4, 32, False)},
+            False,
+            "linear layers only.*compressed-tensors",
+        ),
+        (
+            "gptq",
+            {"model.embed_tokens": Scheme(4, 32, False)},
+            False,
+            "linear layers only.*compressed-tensors",
+        ),
+        (
+            "gptq",
+            {LAYER: Scheme(4, 32, False), "x": Scheme(4, 32, True)},
+            False,
+            "symmetric or asymmetric together",
+        ),
     ],
 )
 def test_what_a_format_cannot_hold(name, schemes, ordered, message):
@@ -587,26 +743,52 @@ def test_awq_wants_outputs_in_eights():
 
 
 def test_unknown_format():
-    with pytest.raises(SlimError, match=r"quant\.format=gpt is not possible\. Allowed: compressed-tensors, gptq, awq\..*gptq"):
+    with pytest.raises(
+        SlimError,
+        match=r"quant\.format=gpt is not possible\. Allowed: compressed-tensors, gptq, awq\..*gptq",
+    ):
         get_format("gpt")
 
 
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
-AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+AWQ_CONFIG = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 32,
+    "zero_point": True,
+    "version": "gemm",
+}
 
 
 def compressed(**weights):
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **weights}
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        **weights,
+    }
     group = {"targets": ["Linear"], "weights": weights}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+    }
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quant_method=bitsandbytes. slim reads compressed-tensors, gptq, awq"),
+        (
+            {"quant_method": "bitsandbytes"},
+            "quant_method=bitsandbytes. slim reads compressed-tensors, gptq, awq",
+        ),
         ({}, "quant_method=None"),
-        ({**GPTQ_CONFIG, "checkpoint_format": "marlin"}, "format marlin. slim reads gptq and gptq_v2"),
+        (
+            {**GPTQ_CONFIG, "checkpoint_format": "marlin"},
+            "format marlin. slim reads gptq and gptq_v2",
+        ),
         ({**GPTQ_CONFIG, "is_marlin_format": True}, "slim reads gptq and gptq_v2"),
         ({**GPTQ_CONFIG, "pack_dtype": "int64"}, "into int64"),
         ({**GPTQ_CONFIG, "bits": "four"}, "has bits=four"),
@@ -619,12 +801,18 @@ def compressed(**weights):
         ({**AWQ_CONFIG, "group_size": None}, "group_size=None"),
         ({**compressed(), "format": "float-quantized"}, "float-quantized.*pack-quantized"),
         ({**compressed(), "config_groups": {}}, "no config_groups"),
-        ({**compressed(), "config_groups": {"group_0": {"targets": ["Linear"]}}}, "group_0: slim reads integer weights"),
+        (
+            {**compressed(), "config_groups": {"group_0": {"targets": ["Linear"]}}},
+            "group_0: slim reads integer weights",
+        ),
         (compressed(type="float"), "integer weights of 1 to 8 bits"),
         (compressed(num_bits=16), "integer weights of 1 to 8 bits"),
         (compressed(strategy="tensor"), "not per tensor"),
         (compressed(group_size=None), "group_size=None"),
-        ({**compressed(), "transform_config": {"config_groups": {"R1": {}}}}, "rotates activations"),
+        (
+            {**compressed(), "transform_config": {"config_groups": {"R1": {}}}},
+            "rotates activations",
+        ),
         (compressed(dynamic=True), "plain activations only"),
     ],
 )
@@ -641,7 +829,8 @@ def gptq_file(source, tmp_path_factory):
 
 
 def damaged(folder, target, tensor=None, value=None, **config):
-    """Copy a checkpoint with one tensor replaced (None: left out) and entries of its quantization_config changed."""
+    """Copy a checkpoint with one tensor replaced (None: left out) and entries of its
+    quantization_config changed."""
     shutil.copytree(folder, target)
     if tensor:
         tensors = load_file(folder / "model.safetensors")
@@ -660,17 +849,47 @@ def damaged(folder, target, tensor=None, value=None, **config):
     [
         ("qweight", None, {}, "has no tensor '{}.qweight'.*gptq"),
         ("qzeros", None, {}, "has no tensor '{}.qzeros'"),
-        ("scales", torch.full((2, 64), float("nan"), dtype=torch.float16), {}, "{}.scales .* contains NaN or infinity"),
-        ("scales", torch.ones(4, 64).half(), {}, "{}.scales .* is 4 x 64, but the config asks for 2 x 64"),
-        ("qweight", torch.zeros(9, 64, dtype=torch.int32), {}, "{}.qweight .* is 9 x 64, but the config asks for 8 x 64"),
-        ("qweight", torch.zeros(8, 64), {}, "{}.qweight .* is torch.float32; packed codes are torch.int32"),
-        ("g_idx", torch.full((64,), 2, dtype=torch.int32), {}, "{}.g_idx .* groups 2 to 2; the layer has groups 0 to 1"),
+        (
+            "scales",
+            torch.full((2, 64), float("nan"), dtype=torch.float16),
+            {},
+            "{}.scales .* contains NaN or infinity",
+        ),
+        (
+            "scales",
+            torch.ones(4, 64).half(),
+            {},
+            "{}.scales .* is 4 x 64, but the config asks for 2 x 64",
+        ),
+        (
+            "qweight",
+            torch.zeros(9, 64, dtype=torch.int32),
+            {},
+            "{}.qweight .* is 9 x 64, but the config asks for 8 x 64",
+        ),
+        (
+            "qweight",
+            torch.zeros(8, 64),
+            {},
+            "{}.qweight .* is torch.float32; packed codes are torch.int32",
+        ),
+        (
+            "g_idx",
+            torch.full((64,), 2, dtype=torch.int32),
+            {},
+            "{}.g_idx .* groups 2 to 2; the layer has groups 0 to 1",
+        ),
         ("g_idx", None, {"desc_act": True}, "has no tensor '{}.g_idx'"),
         (None, None, {"bits": 8}, "{}.qweight .* is 8 x 64, but the config asks for 16 x 64"),
         (None, None, {"group_size": 64}, "{}.scales .* is 2 x 64, but the config asks for 1 x 64"),
         (None, None, AWQ_CONFIG, "{}.qweight .* is 8 x 64, but the config asks for 64 x 8"),
         (None, None, compressed(), "has no tensor '{}.weight_packed'.*compressed-tensors"),
-        (None, None, {"dynamic": {"-:.*q_proj": {}}}, "holds '{}.qweight', but its quantization_config says .* plain"),
+        (
+            None,
+            None,
+            {"dynamic": {"-:.*q_proj": {}}},
+            "holds '{}.qweight', but its quantization_config says .* plain",
+        ),
     ],
 )
 def test_damaged_files_and_wrong_configs(tensor, value, config, message, gptq_file, tmp_path):
@@ -688,17 +907,29 @@ def test_scales_that_are_not_finite(name, value):
     tensors = form.tensors(Quantized(codes, scale, zero, scheme))
     stored = read_config(form.config({"layer": scheme}, []))
     with pytest.raises(SlimError, match="contains NaN or infinity"):
-        form.read(Tensors({f"layer.{key}": tensor for key, tensor in tensors.items()}), "layer", 32, 8, scheme, stored)
+        form.read(
+            Tensors({f"layer.{key}": tensor for key, tensor in tensors.items()}),
+            "layer",
+            32,
+            8,
+            scheme,
+            stored,
+        )
 
 
 def test_a_wrong_note_of_the_shape_is_found(source, tmp_path):
-    source.quantize(tmp_path / "q", "compressed-tensors", dict.fromkeys(source.linears, Scheme(4, 32, True)))
-    folder = damaged(tmp_path / "q", tmp_path / "bad", f"{LAYER}.weight_shape", torch.tensor([64, 128]))
+    source.quantize(
+        tmp_path / "q", "compressed-tensors", dict.fromkeys(source.linears, Scheme(4, 32, True))
+    )
+    folder = damaged(
+        tmp_path / "q", tmp_path / "bad", f"{LAYER}.weight_shape", torch.tensor([64, 128])
+    )
     with pytest.raises(SlimError, match="says 64 x 128 where config.json asks for 64 x 64"):
         load_model(folder, "float32")
 
 
-# Description and layers ------------------------------------------------------------------------------------------------
+# Description and layers
+# ------------------------------------------------------------------------------------------------
 
 
 def test_stored_bits_per_weight():
@@ -710,12 +941,16 @@ def test_stored_bits_per_weight():
     linears = [name for name in model._matrices() if "_proj" in name]
 
     def bits(name, scheme, ordered=False):
-        quantization = get_format(name).config(dict.fromkeys(linears, scheme), [*linears, "lm_head"], ordered)
+        quantization = get_format(name).config(
+            dict.fromkeys(linears, scheme), [*linears, "lm_head"], ordered
+        )
         return model.with_config(quantization_config=quantization).packed_bits()
 
     assert bits("compressed-tensors", Scheme(4, 128, False)) == pytest.approx(4 + 20 / 128)
     assert bits("compressed-tensors", Scheme(4, 128, True)) == pytest.approx(4 + 16 / 128)
-    assert bits("compressed-tensors", Scheme(3, 64, True), ordered=True) == pytest.approx(3 + 16 / 64 + 32 / 512)
+    assert bits("compressed-tensors", Scheme(3, 64, True), ordered=True) == pytest.approx(
+        3 + 16 / 64 + 32 / 512
+    )
     assert bits("gptq", Scheme(3, 64, True)) == pytest.approx(3 + 19 / 64 + 32 / 512)
     assert bits("awq", Scheme(4, 128, False)) == pytest.approx(4 + 20 / 128)
 
@@ -724,7 +959,9 @@ def packed_layer(rows, columns, scheme, dtype, index=None):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(8))
     quantized = minmax(weight, scheme, dtype)
     stored = Packed(pack(quantized.codes, scheme.bits), quantized.scale, quantized.zero, index)
-    return QuantLinear(columns, rows, scheme, dtype).take(stored).choose_kernel(), quantized.dequantize()
+    return QuantLinear(columns, rows, scheme, dtype).take(
+        stored
+    ).choose_kernel(), quantized.dequantize()
 
 
 LAYERS = [
@@ -737,7 +974,8 @@ LAYERS = [
 
 @pytest.mark.parametrize(("scheme", "dtype", "kernel"), LAYERS, ids=str)
 def test_every_way_of_computing_gives_the_same(scheme, dtype, kernel):
-    """Few rows, many rows, with a gradient, single rows of the matrix: all against the dense product in float64."""
+    """Few rows, many rows, with a gradient, single rows of the matrix: all against the dense
+    product in float64."""
     if kernel == "cpu" and not cpu_layout_known():
         pytest.skip("torch's int4 kernel on this CPU has another layout")
     layer, dense = packed_layer(192, 96, scheme, dtype)
@@ -779,4 +1017,6 @@ def test_the_operators_keep_torchs_rules():
     parts = layer.packed_weight.parts()
     x = torch.randn(4, 96, requires_grad=True)
     torch.library.opcheck(torch.ops.slim.multiply_packed.default, (x, *parts))
-    torch.library.opcheck(torch.ops.slim.packed_rows.default, (torch.tensor([1, 2]), *parts, torch.float32))
+    torch.library.opcheck(
+        torch.ops.slim.packed_rows.default, (torch.tensor([1, 2]), *parts, torch.float32)
+    )

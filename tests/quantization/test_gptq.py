@@ -1,4 +1,5 @@
-"""GPTQ, coordinate descent and refitted scales against slow versions from the papers; damping, order, fallbacks."""
+"""GPTQ, coordinate descent and refitted scales against slow versions from the papers; damping,
+order, fallbacks."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from slim.data.calibration import Calibration
 from slim.quantization.methods.gptq import GPTQ, ErrorFeedback
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
-from slim.quantization.solvers.error_feedback import by_rows, feedback, gptq, permuted, refit_scales, reverse
+from slim.quantization.solvers.error_feedback import (
+    by_rows,
+    feedback,
+    gptq,
+    permuted,
+    refit_scales,
+    reverse,
+)
 from slim.quantization.solvers.grid import Quantized, layer_loss, minmax, search, shrink_factors
 from slim.quantization.solvers.refine import refine
 from tests.conftest import build_small
@@ -33,7 +41,11 @@ def problem():
 
 
 def grid_of(layer: Quantized, j: int):
-    g = int(layer.group_index[j]) if layer.group_index is not None else j // layer.scheme.group(INPUTS)
+    g = (
+        int(layer.group_index[j])
+        if layer.group_index is not None
+        else j // layer.scheme.group(INPUTS)
+    )
     return layer.scale[:, g].double(), layer.zero[:, g].double()
 
 
@@ -43,8 +55,11 @@ def on_grid(values, layer, j):
 
 
 def paper_gptq(weight, hessian, damping, order, layer):
-    """Algorithm 1 of arXiv:2210.17323 in float64, with the inverse and without blocks; ``layer`` gives the grids."""
-    hessian = hessian.double() + damping * hessian.diagonal().double().mean() * torch.eye(INPUTS, dtype=torch.float64)
+    """Algorithm 1 of arXiv:2210.17323 in float64, with the inverse and without blocks; ``layer``
+    gives the grids."""
+    hessian = hessian.double() + damping * hessian.diagonal().double().mean() * torch.eye(
+        INPUTS, dtype=torch.float64
+    )
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian[order][:, order]), upper=True)
     rest, result = weight.double()[:, order].clone(), torch.zeros(weight.shape, dtype=torch.float64)
     for place, j in enumerate(order.tolist()):
@@ -73,16 +88,19 @@ def test_codes_are_those_of_the_paper(problem, bits, symmetric, group, order):
     found = gptq(weight, feedback(hessian, 0.01, order), scheme, torch.float32, [1.0], fixed)
     expected = paper_gptq(weight, hessian, 0.01, order, fixed)
     same = (found.dequantize().double() - expected).abs() < 1e-5
-    assert same.double().mean() > 0.995  # a tie in float32 may fall the other way, and changes what follows in its row
+    # a tie in float32 may fall the other way, and changes what follows in its row
+    assert same.double().mean() > 0.995
     assert torch.equal(found.scale, fixed.scale)
     assert (
-        layer_loss(found.dequantize() - weight, hessian).sum() < 0.75 * layer_loss(fixed.dequantize() - weight, hessian).sum()
+        layer_loss(found.dequantize() - weight, hessian).sum()
+        < 0.75 * layer_loss(fixed.dequantize() - weight, hessian).sum()
     )
 
 
 @pytest.mark.parametrize("order", ["given", "activation"])
 def test_grids_chosen_on_the_way_are_those_the_codes_use(problem, order):
-    """Groups are formed in the order of the columns: the same grids, given beforehand, lead to the same codes."""
+    """Groups are formed in the order of the columns: the same grids, given beforehand, lead to the
+    same codes."""
     weight, hessian = problem
     scheme, order = Scheme(3, 32, False), orders(hessian)[order]
     found = gptq(weight, feedback(hessian, 0.01, order), scheme, torch.float32, shrink_factors(5))
@@ -92,9 +110,12 @@ def test_grids_chosen_on_the_way_are_those_the_codes_use(problem, order):
         assert torch.equal(order, torch.arange(INPUTS))
     else:
         assert torch.equal(found.group_index, place // 32)
-    same = (found.dequantize().double() - paper_gptq(weight, hessian, 0.01, order, found)).abs() < 1e-5
+    same = (
+        found.dequantize().double() - paper_gptq(weight, hessian, 0.01, order, found)
+    ).abs() < 1e-5
     assert same.double().mean() > 0.995
-    # The first group is met with the weights as they were: its grid can be found without going through the columns.
+    # The first group is met with the weights as they were: its grid can be found without going
+    # through the columns.
     first = order[:32]
     direct = search(weight[:, first], Scheme(3, -1, False), torch.float32, None, [1.0])
     spans = gptq(weight, feedback(hessian, 0.01, order), scheme, torch.float32, [1.0])
@@ -108,27 +129,41 @@ def test_rows_do_not_depend_on_one_another(problem, monkeypatch):
     monkeypatch.setattr("slim.quantization.solvers.error_feedback.ROW_WEIGHTS", 3 * INPUTS)
     parts = by_rows(weight, lambda rows: gptq(rows, feed, scheme, torch.float32, [1.0, 0.8]))
     assert torch.equal(parts.codes, whole.codes)
-    assert torch.allclose(parts.scale, whole.scale, rtol=1e-6, atol=0)  # products of other shapes may round otherwise
+    # products of other shapes may round otherwise
+    assert torch.allclose(parts.scale, whole.scale, rtol=1e-6, atol=0)
 
 
 def descend(weight, layer, hessian, rounds=1, **settings):
     """Refine with G in the order of the groups, as the function wants it."""
     order = None if layer.group_index is None else hessian.diagonal().argsort(descending=True)
-    return refine(weight, layer, hessian if order is None else permuted(hessian, order), rounds, order, **settings)
+    return refine(
+        weight,
+        layer,
+        hessian if order is None else permuted(hessian, order),
+        rounds,
+        order,
+        **settings,
+    )
 
 
 @pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("order", ["given", "activation"])
 @pytest.mark.parametrize("group", [32, -1])
-def test_coordinate_descent_ends_where_no_single_number_can_be_improved(problem, group, order, scales):
+def test_coordinate_descent_ends_where_no_single_number_can_be_improved(
+    problem, group, order, scales
+):
     weight, hessian = problem
     scheme = Scheme(2, group, False)
-    layer = gptq(weight, feedback(hessian, 0.01, orders(hessian)[order]), scheme, torch.float32, [1.0])
+    layer = gptq(
+        weight, feedback(hessian, 0.01, orders(hessian)[order]), scheme, torch.float32, [1.0]
+    )
     losses = [float(layer_loss(layer.dequantize() - weight, hessian).sum())]
     for _ in range(30):
         layer = descend(weight, layer, hessian, scales=scales)
         losses.append(float(layer_loss(layer.dequantize() - weight, hessian).sum()))
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False))
+    assert all(
+        after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False)
+    )
     assert losses[-1] < 0.95 * losses[0]
     values, best = layer.dequantize(), layer_loss(layer.dequantize() - weight, hessian)
     for j in range(0, INPUTS, 7):
@@ -139,9 +174,13 @@ def test_coordinate_descent_ends_where_no_single_number_can_be_improved(problem,
             assert bool((layer_loss(trial - weight, hessian) >= best * (1 - 1e-4)).all())
     for factor in (0.999, 1.001) if scales else ():
         for g in range(layer.scale.shape[1]):
-            trial = Quantized(layer.codes, layer.scale.clone(), layer.zero, scheme, layer.group_index)
+            trial = Quantized(
+                layer.codes, layer.scale.clone(), layer.zero, scheme, layer.group_index
+            )
             trial.scale[:, g] *= factor
-            assert bool((layer_loss(trial.dequantize() - weight, hessian) >= best * (1 - 1e-4)).all())
+            assert bool(
+                (layer_loss(trial.dequantize() - weight, hessian) >= best * (1 - 1e-4)).all()
+            )
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -170,7 +209,9 @@ def test_rounds_of_descent_equal_solving_number_by_number(problem, group, scales
                 steps = (codes - zero[:, g, None])[:, own]
                 rest = target.clone() - values()
                 rest[:, own] += steps * scale[:, g, None]
-                scale[:, g] = ((rest @ hessian)[:, own] * steps).sum(1) / ((steps @ hessian[own, own]) * steps).sum(1)
+                scale[:, g] = ((rest @ hessian)[:, own] * steps).sum(1) / (
+                    (steps @ hessian[own, own]) * steps
+                ).sum(1)
     assert ((found.dequantize().double() - values()).abs() < 1e-4).double().mean() > 0.98
 
 
@@ -187,9 +228,16 @@ def test_scales_move_only_where_the_stored_type_still_gains(problem):
 @pytest.mark.parametrize("order", ["given", "activation"])
 def test_refitted_scales_are_the_least_squares_solution(problem, order):
     weight, hessian = problem
-    layer = gptq(weight, feedback(hessian, 0.01, orders(hessian)[order]), Scheme(2, 32, False), torch.float32, [1.0])
+    layer = gptq(
+        weight,
+        feedback(hessian, 0.01, orders(hessian)[order]),
+        Scheme(2, 32, False),
+        torch.float32,
+        [1.0],
+    )
     found = refit_scales(weight, layer, hessian)
-    root = torch.linalg.cholesky(hessian.double() + 1e-6 * torch.eye(INPUTS)).T  # |root d| is the loss of d
+    # |root d| is the loss of d
+    root = torch.linalg.cholesky(hessian.double() + 1e-6 * torch.eye(INPUTS)).T
     group_of = layer.group_index if layer.group_index is not None else torch.arange(INPUTS) // 32
     checked = 0
     for row in range(ROWS):
@@ -211,7 +259,8 @@ def test_reverse_turns_a_matrix_round():
 
 
 def test_damping_grows_until_the_factorisation_succeeds():
-    inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))  # five samples: rank 5 of 64
+    # five samples: rank 5 of 64
+    inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     hessian = inputs.T @ inputs
     hessian[0, 0] -= 1e-2 * hessian.diagonal().mean()  # rounding can leave it slightly indefinite
     found = feedback(hessian, 0.0, torch.arange(64))
@@ -231,25 +280,47 @@ def test_columns_without_input_are_rounded_by_themselves(problem):
     hessian[5] = hessian[:, 5] = 0
     scheme = Scheme(4, 32, False)
     fixed = minmax(weight, scheme, torch.float32)
-    found = gptq(weight, feedback(hessian, 0.01, torch.arange(INPUTS)), scheme, torch.float32, [1.0], fixed)
+    found = gptq(
+        weight, feedback(hessian, 0.01, torch.arange(INPUTS)), scheme, torch.float32, [1.0], fixed
+    )
     assert torch.equal(found.codes[:, 5], fixed.codes[:, 5])
     assert torch.equal(descend(weight, found, hessian).codes[:, 5], fixed.codes[:, 5])
 
 
-# The stage ------------------------------------------------------------------------------------------------------------
+# The stage
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = ["the", "a", "cat", "dog", "house", "tree", "runs", "sees", "under", "over", "red", "why", "not", "and", "old"]
-    draws = torch.randint(0, len(words), (3000,), generator=torch.Generator().manual_seed(7)).tolist()
+    words = [
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "house",
+        "tree",
+        "runs",
+        "sees",
+        "under",
+        "over",
+        "red",
+        "why",
+        "not",
+        "and",
+        "old",
+    ]
+    draws = torch.randint(
+        0, len(words), (3000,), generator=torch.Generator().manual_seed(7)
+    ).tolist()
     path.write_text(" ".join(words[draw] for draw in draws), encoding="utf-8")
     return Calibration(text=str(path), samples=8, length=32)
 
 
 class Recording(ErrorFeedback):
-    """GPTQ that remembers the losses of its layers and of round to nearest, and the Gram matrices it was given."""
+    """GPTQ that remembers the losses of its layers and of round to nearest, and the Gram matrices
+    it was given."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -261,7 +332,12 @@ class Recording(ErrorFeedback):
         result = super().quantize(view)
         for name, weight in before.items():
             rounded = minmax(weight, self.scheme(view, name), self.scale_dtype).dequantize()
-            self.losses.append([float(layer_loss(item - weight, view.hessian).sum()) for item in (result[name], rounded)])
+            self.losses.append(
+                [
+                    float(layer_loss(item - weight, view.hessian).sum())
+                    for item in (result[name], rounded)
+                ]
+            )
         return result
 
 
@@ -308,7 +384,8 @@ def test_without_true_sequential_a_block_is_seen_as_it_was(small_llama, calibrat
     for group in range(4):  # of the first block: nothing before it has changed
         torch.testing.assert_close(at_once[group], seen[group], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(in_turn[1], seen[1], rtol=1e-2)
-    assert not torch.allclose(at_once[4], seen[4], rtol=1e-2)  # the second block sees the first one quantised
+    # the second block sees the first one quantised
+    assert not torch.allclose(at_once[4], seen[4], rtol=1e-2)
 
 
 def test_layers_that_calibration_never_reaches_are_rounded_and_named(calibration, tmp_path):
@@ -331,7 +408,9 @@ def test_layers_that_calibration_never_reaches_are_rounded_and_named(calibration
     assert torch.equal(ours[name], theirs[name])
 
 
-def test_failed_factorisations_fall_back_to_rounding_and_say_so(small_llama, calibration, tmp_path, monkeypatch):
+def test_failed_factorisations_fall_back_to_rounding_and_say_so(
+    small_llama, calibration, tmp_path, monkeypatch
+):
     original = feedback
 
     def fails_for_wide(hessian, damping, order):
@@ -341,7 +420,9 @@ def test_failed_factorisations_fall_back_to_rounding_and_say_so(small_llama, cal
     (tmp_path / "q").mkdir()
     facts = GPTQ(4, 32, calibration=calibration).run(small_llama, tmp_path / "q", Context())
     assert len(facts["notes"]) == 6
-    assert all("down_proj: the Gram matrix could not be factored" in note for note in facts["notes"])
+    assert all(
+        "down_proj: the Gram matrix could not be factored" in note for note in facts["notes"]
+    )
 
 
 def test_same_call_twice_gives_the_same_file(small_llama, calibration, tmp_path):
@@ -349,8 +430,12 @@ def test_same_call_twice_gives_the_same_file(small_llama, calibration, tmp_path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         stage.run(small_llama, tmp_path / name, Context())
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-    weights = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
+    weights = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ]["group_0"]
     assert weights["weights"]["actorder"] == "group"
 
 

@@ -2,8 +2,8 @@
 
     SLIM_GPTQMODEL_PYTHON=/path/to/python pytest tests/test_gptqmodel.py
 
-Skipped unless the variable names an interpreter with ``gptqmodel`` installed. It loads each file on the CPU with its
-plain torch kernels, which compute in 16 bits, and returns its weights and logits.
+Skipped unless the variable names an interpreter with ``gptqmodel`` installed. It loads each file on
+the CPU with its plain torch kernels, which compute in 16 bits, and returns its weights and logits.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from tests.conftest import build_small
 
 PYTHON = os.environ.get("SLIM_GPTQMODEL_PYTHON", "")
 pytestmark = [
-    pytest.mark.skipif(not PYTHON, reason="SLIM_GPTQMODEL_PYTHON names no interpreter with gptqmodel"),
+    pytest.mark.skipif(
+        not PYTHON, reason="SLIM_GPTQMODEL_PYTHON names no interpreter with gptqmodel"
+    ),
     pytest.mark.slow,
     pytest.mark.timeout(3000),
 ]
 
-# One process for all files: importing the library takes most of the time. A file it refuses gives a text.
+# One process for all files: importing the library takes most of the time. A file it refuses gives a
+# text.
 READ = """
 import json, sys
 import torch
@@ -97,8 +100,13 @@ def test_reads_the_same_weights_and_logits(read, case):
     folder, answer = read[case]
     assert answer == "read"
     found, model = load_file(folder / "found.safetensors"), load_model(folder, "float32")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    assert found.keys() == {*layers, "logits"} and len(layers) == (5 if case == "gptq-mixed" else 6) * 7
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)
+    }
+    assert (
+        found.keys() == {*layers, "logits"}
+        and len(layers) == (5 if case == "gptq-mixed" else 6) * 7
+    )
     for name, layer in layers.items():
         expected = layer.dense_weight()  # theirs is rounded to float16 once
         torch.testing.assert_close(found[name], expected, rtol=2**-11, atol=1e-7, msg=name)

@@ -22,17 +22,26 @@ from slim.quantization.solvers.grid import (
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
-SCHEMES = [Scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (16, -1) for symmetric in (True, False)]
+SCHEMES = [
+    Scheme(bits, group, symmetric)
+    for bits in (2, 3, 4, 8)
+    for group in (16, -1)
+    for symmetric in (True, False)
+]
 
 
 @pytest.fixture
 def weight():
-    return torch.randn(6, 48, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.1, 2, 48)
+    return torch.randn(6, 48, generator=torch.Generator().manual_seed(3)) * torch.linspace(
+        0.1, 2, 48
+    )
 
 
 @pytest.fixture
 def hessian():
-    x = torch.randn(200, 48, generator=torch.Generator().manual_seed(4)) @ torch.randn(48, 48, generator=GENERATOR)
+    x = torch.randn(200, 48, generator=torch.Generator().manual_seed(4)) @ torch.randn(
+        48, 48, generator=GENERATOR
+    )
     return x.T @ x
 
 
@@ -60,7 +69,9 @@ def test_every_code_is_the_nearest_point_of_its_stored_grid(weight, scheme, dtyp
 def test_minmax_error_is_at_most_a_step(weight, scheme):
     layer = minmax(weight, scheme, torch.float32)
     steps = layer.scale.repeat_interleave(scheme.group(48), dim=1)
-    assert ((layer.dequantize() - weight).abs() <= steps * (0.5 if scheme.symmetric else 1.0) * 1.001).all()
+    assert (
+        (layer.dequantize() - weight).abs() <= steps * (0.5 if scheme.symmetric else 1.0) * 1.001
+    ).all()
     if scheme.symmetric:
         assert (layer.zero == scheme.middle).all()
 
@@ -76,9 +87,11 @@ def test_zero_and_constant_groups():
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("weighting", ["plain", "diagonal", "blocks"])
 def test_search_is_never_worse_than_minmax_in_any_group(weight, hessian, scheme, weighting):
-    importance = {"plain": None, "diagonal": hessian.diagonal(), "blocks": diagonal_blocks(hessian, scheme.group(48))}[
-        weighting
-    ]
+    importance = {
+        "plain": None,
+        "diagonal": hessian.diagonal(),
+        "blocks": diagonal_blocks(hessian, scheme.group(48)),
+    }[weighting]
     groups = scheme.groups(48)
     plain = minmax(weight, scheme, torch.bfloat16)
     found = search(weight, scheme, torch.bfloat16, importance, shrink_factors(10))
@@ -113,7 +126,8 @@ def test_layer_loss_is_the_output_error():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_refit_solves_least_squares_row_by_row(weight, hessian, bits):
-    """Against lstsq on the inputs themselves, codes fixed: wherever a row was refitted it has the optimum's loss."""
+    """Against lstsq on the inputs themselves, codes fixed: wherever a row was refitted it has the
+    optimum's loss."""
     scheme = Scheme(bits, 16, False)
     layer = minmax(weight, scheme, torch.float32)
     refitted = refit_scales(weight, layer, hessian)
@@ -123,10 +137,16 @@ def test_refit_solves_least_squares_row_by_row(weight, hessian, bits):
     assert torch.equal(refitted.codes, layer.codes)
     root = torch.linalg.cholesky(hessian.double() + 1e-9 * torch.eye(48)).T  # |root e|^2 = e G e
     for row in range(6):
-        steps = (layer.codes[row].view(3, 16).double() - layer.zero[row].double().unsqueeze(1)).flatten()
-        columns = torch.stack([root[:, 16 * g : 16 * g + 16] @ steps[16 * g : 16 * g + 16] for g in range(3)], dim=1)
+        steps = (
+            layer.codes[row].view(3, 16).double() - layer.zero[row].double().unsqueeze(1)
+        ).flatten()
+        columns = torch.stack(
+            [root[:, 16 * g : 16 * g + 16] @ steps[16 * g : 16 * g + 16] for g in range(3)], dim=1
+        )
         best = torch.linalg.lstsq(columns, (root @ weight[row].double()).unsqueeze(1)).solution
-        optimum = (columns @ best - (root @ weight[row].double()).unsqueeze(1)).square().sum().item()
+        optimum = (
+            (columns @ best - (root @ weight[row].double()).unsqueeze(1)).square().sum().item()
+        )
         ratio = best.squeeze(1) / layer.scale[row].double()
         if (ratio > 0.5).all() and (ratio < 2).all():
             assert after[row].item() == pytest.approx(optimum, rel=1e-2)
@@ -138,14 +158,18 @@ def test_channel_scales_are_shared_and_centred(hessian):
     assert scales.shape == (24,)
     assert (scales.max() * scales.min()).item() == pytest.approx(1, rel=1e-4)
     magnitude = (hessian.diagonal().view(24, 2).mean(1) / 200).sqrt()
-    torch.testing.assert_close(scales / scales[0], (magnitude / magnitude[0]).sqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        scales / scales[0], (magnitude / magnitude[0]).sqrt(), rtol=1e-4, atol=0
+    )
     torch.testing.assert_close(channel_scales(hessian, 200, channel_map, 0.0), torch.ones(24))
 
 
 def test_scaling_rows_of_a_packed_layer_is_exact_in_powers_of_two(weight):
     layer = minmax(weight, Scheme(4, 16, False), torch.bfloat16)
     factors = 2.0 ** torch.arange(-3, 3)
-    scaled = Quantized(layer.codes, (layer.scale.float() / factors[:, None]).bfloat16(), layer.zero, layer.scheme)
+    scaled = Quantized(
+        layer.codes, (layer.scale.float() / factors[:, None]).bfloat16(), layer.zero, layer.scheme
+    )
     assert torch.equal(scaled.dequantize(), layer.dequantize() / factors[:, None])
 
 

@@ -1,4 +1,5 @@
-"""HQQ against slow, independent implementations in plain Python floats, and against round to nearest."""
+"""HQQ against slow, independent implementations in plain Python floats, and against round to
+nearest."""
 
 from __future__ import annotations
 
@@ -21,8 +22,11 @@ SYMMETRIES = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric
 
 
 def heavy_tailed(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Weights from Student's t distribution with 3 degrees of freedom, about as large as those of a model."""
-    return torch.from_numpy(np.random.default_rng(seed).standard_t(3, (rows, columns))).float() * 0.02
+    """Weights from Student's t distribution with 3 degrees of freedom, about as large as those of a
+    model."""
+    return (
+        torch.from_numpy(np.random.default_rng(seed).standard_t(3, (rows, columns))).float() * 0.02
+    )
 
 
 def lp(difference: torch.Tensor, groups: int, p: float) -> torch.Tensor:
@@ -33,7 +37,8 @@ def lp(difference: torch.Tensor, groups: int, p: float) -> torch.Tensor:
 @pytest.mark.parametrize("p", [0.3, 0.7, 0.95])
 @pytest.mark.parametrize("beta", [0.5, 10.0])
 def test_shrink_minimises_its_penalty(p, beta):
-    """The penalty is integrated from its derivative x^(p-1) at e = x - x^(p-1) / beta, the minimum found by trying all e."""
+    """The penalty is integrated from its derivative x^(p-1) at e = x - x^(p-1) / beta, the minimum
+    found by trying all e."""
     x = np.linspace(beta ** (-1 / (2 - p)), 5, 400_001)
     e = x - x ** (p - 1) / beta
     slope = x ** (p - 1)
@@ -41,8 +46,11 @@ def test_shrink_minimises_its_penalty(p, beta):
     for value in (0.01, 0.3, 0.9, 1.7, 3.3):
         best = e[np.argmin(penalty + beta / 2 * (e - value) ** 2)]
         for sign in (1, -1):
-            assert shrink(torch.tensor(sign * value), beta, p).item() == pytest.approx(sign * best, abs=1e-4)
-    assert slope[-1] == pytest.approx(e[-1] ** (p - 1), rel=0.3 / beta)  # near the derivative of |e|^p / p for large e
+            assert shrink(torch.tensor(sign * value), beta, p).item() == pytest.approx(
+                sign * best, abs=1e-4
+            )
+    # near the derivative of |e|^p / p for large e
+    assert slope[-1] == pytest.approx(e[-1] ** (p - 1), rel=0.3 / beta)
 
 
 def test_shrink_is_the_soft_threshold_for_p_one():
@@ -53,7 +61,8 @@ def test_shrink_is_the_soft_threshold_for_p_one():
 
 
 def slow_steps(group: list[float], scale: float, zero: float, scheme: Scheme, splitting: Splitting):
-    """One group, weight by weight, as the blog writes it (but E in steps of the grid, and the scale fitted)."""
+    """One group, weight by weight, as the blog writes it (but E in steps of the grid, and the scale
+    fitted)."""
     beta = splitting.beta
     for _ in range(splitting.steps):
         codes = [min(max(round(w / scale + zero), 0), scheme.levels - 1) for w in group]
@@ -63,7 +72,9 @@ def slow_steps(group: list[float], scale: float, zero: float, scheme: Scheme, sp
             size = abs(x) - abs(x) ** (splitting.p - 1) / beta if x else 0.0
             errors.append(math.copysign(max(0.0, size), x) * scale)
         if not scheme.symmetric:
-            zero = sum(q - (w - e) / scale for w, e, q in zip(group, errors, codes, strict=True)) / len(group)
+            zero = sum(
+                q - (w - e) / scale for w, e, q in zip(group, errors, codes, strict=True)
+            ) / len(group)
         above = sum((w - e) * (q - zero) for w, e, q in zip(group, errors, codes, strict=True))
         below = sum((q - zero) ** 2 for q in codes)
         if below > 0 and above > 0:
@@ -96,7 +107,8 @@ def test_steps_equal_the_slow_ones(bits, symmetric):
 @SYMMETRIES
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_group_keeps_the_best_grid_as_stored(bits, symmetric):
-    """The slow steps give candidates; the best of them and the plain grid, rounded as stored, is what must come out."""
+    """The slow steps give candidates; the best of them and the plain grid, rounded as stored, is
+    what must come out."""
     scheme, splitting, dtype = Scheme(bits, 32, symmetric), Splitting(steps=6), torch.bfloat16
     weight = heavy_tailed(4, 64, seed=3)
     plain, found = minmax(weight, scheme, dtype), quantize(weight, scheme, dtype, splitting)
@@ -106,9 +118,15 @@ def test_every_group_keeps_the_best_grid_as_stored(bits, symmetric):
             weights = weight[row, 32 * group : 32 * (group + 1)].tolist()
             start = plain.scale[row, group].item()
             zero = scheme.middle if symmetric else -min(0.0, *weights) / start
-            candidates = [(start, plain.zero[row, group].item()), *slow_steps(weights, start, zero, scheme, splitting)]
-            best = min(slow_error(weights, *candidate, scheme, splitting.p) for candidate in candidates)
-            assert got[row, group].item() == pytest.approx(best, rel=1e-3)  # steps in float32 may round a weight otherwise
+            candidates = [
+                (start, plain.zero[row, group].item()),
+                *slow_steps(weights, start, zero, scheme, splitting),
+            ]
+            best = min(
+                slow_error(weights, *candidate, scheme, splitting.p) for candidate in candidates
+            )
+            # steps in float32 may round a weight otherwise
+            assert got[row, group].item() == pytest.approx(best, rel=1e-3)
 
 
 def slow_error(group: list[float], scale: float, zero: float, scheme: Scheme, p: float) -> float:
@@ -138,8 +156,11 @@ def awkward() -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_no_group_is_worse_than_round_to_nearest(bits, symmetric, dtype):
     scheme, weight = Scheme(bits, 64, symmetric), awkward()
-    found = quantize(weight, scheme, dtype, Splitting(kappa=10.0, steps=60))  # beta leaves the range of float32
-    assert found.scale.dtype == dtype and torch.isfinite(found.scale).all() and (found.scale > 0).all()
+    # beta leaves the range of float32
+    found = quantize(weight, scheme, dtype, Splitting(kappa=10.0, steps=60))
+    assert (
+        found.scale.dtype == dtype and torch.isfinite(found.scale).all() and (found.scale > 0).all()
+    )
     assert int(found.codes.max()) < scheme.levels and int(found.zero.max()) < scheme.levels
     plain = lp(minmax(weight, scheme, dtype).dequantize() - weight, 2, 0.7)
     assert (lp(found.dequantize() - weight, 2, 0.7) <= plain * (1 + 1e-5)).all()
@@ -148,13 +169,17 @@ def test_no_group_is_worse_than_round_to_nearest(bits, symmetric, dtype):
 
 @SYMMETRIES
 def test_heavy_tails_gain_clearly(symmetric):
-    """On 3 bits at least a tenth of the l_p error goes, and the squared error falls too; more at 2 bits."""
+    """On 3 bits at least a tenth of the l_p error goes, and the squared error falls too; more at 2
+    bits."""
     weight = heavy_tailed(128, 512)
     for bits, share in ((3, 0.9), (2, 0.85)):
         scheme = Scheme(bits, 128, symmetric)
         plain, found = (
             layer.dequantize() - weight
-            for layer in (minmax(weight, scheme, torch.bfloat16), quantize(weight, scheme, torch.bfloat16, Splitting()))
+            for layer in (
+                minmax(weight, scheme, torch.bfloat16),
+                quantize(weight, scheme, torch.bfloat16, Splitting()),
+            )
         )
         assert lp(found, 4, 0.7).sum() < share * lp(plain, 4, 0.7).sum()
         assert found.norm() < plain.norm()
@@ -165,7 +190,9 @@ def test_the_result_does_not_depend_on_how_rows_are_cut(monkeypatch):
     whole = quantize(weight, scheme, torch.bfloat16, Splitting())
     monkeypatch.setattr(hqq, "CHUNK", 3 * 128)
     parts = quantize(weight, scheme, torch.bfloat16, Splitting())
-    assert all(torch.equal(getattr(whole, key), getattr(parts, key)) for key in ("codes", "scale", "zero"))
+    assert all(
+        torch.equal(getattr(whole, key), getattr(parts, key)) for key in ("codes", "scale", "zero")
+    )
 
 
 @SYMMETRIES
@@ -175,7 +202,9 @@ def test_the_stage_writes_what_it_measured(symmetric, small_llama, tmp_path):
     dense, packed = load_model(small_llama), load_model(tmp_path / "q")
     name = "layers.0.mlp.down_proj"
     weight = dense.model.get_submodule(name).weight
-    expected = quantize(weight.detach(), Scheme(3, 32, symmetric), torch.float32, Splitting()).dequantize()
+    expected = quantize(
+        weight.detach(), Scheme(3, 32, symmetric), torch.float32, Splitting()
+    ).dequantize()
     inputs = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(packed.model.get_submodule(name)(inputs), inputs @ expected.T, atol=1e-4)
     first = ((expected - weight).norm() / weight.norm()).item()

@@ -1,4 +1,5 @@
-"""Layers with schemes of their own, bits chosen under a budget, and walks that go on where they were interrupted."""
+"""Layers with schemes of their own, bits chosen under a budget, and walks that go on where they
+were interrupted."""
 
 from __future__ import annotations
 
@@ -32,8 +33,26 @@ HEAD = Scheme(8, -1, True)
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = ["the", "a", "cat", "dog", "house", "tree", "runs", "sees", "under", "over", "red", "why", "not", "and", "old"]
-    draws = torch.randint(0, len(words), (3000,), generator=torch.Generator().manual_seed(7)).tolist()
+    words = [
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "house",
+        "tree",
+        "runs",
+        "sees",
+        "under",
+        "over",
+        "red",
+        "why",
+        "not",
+        "and",
+        "old",
+    ]
+    draws = torch.randint(
+        0, len(words), (3000,), generator=torch.Generator().manual_seed(7)
+    ).tolist()
     path.write_text(" ".join(words[draw] for draw in draws), encoding="utf-8")
     return Calibration(text=str(path), samples=8, length=32)
 
@@ -44,18 +63,28 @@ def run(stage, source, target, **context):
 
 
 def names(folder, end):
-    return {name.removesuffix(end) for name in load_file(folder / "model.safetensors") if name.endswith(end)}
+    return {
+        name.removesuffix(end)
+        for name in load_file(folder / "model.safetensors")
+        if name.endswith(end)
+    }
 
 
-# Choosing bits --------------------------------------------------------------------------------------------------------
+# Choosing bits
+# --------------------------------------------------------------------------------------------------------
 
 
 def best_by_trying_all(errors, sizes, average):
     """The smallest sum of n_l e_l(b_l) that fits."""
     budget, best = average * sum(sizes.values()), float("inf")
     for bits in itertools.product((2, 3, 4, 8), repeat=len(sizes)):
-        if sum(size * width for size, width in zip(sizes.values(), bits, strict=True)) <= budget + 1e-9:
-            loss = sum(sizes[name] * errors[name][width] for name, width in zip(sizes, bits, strict=True))
+        if (
+            sum(size * width for size, width in zip(sizes.values(), bits, strict=True))
+            <= budget + 1e-9
+        ):
+            loss = sum(
+                sizes[name] * errors[name][width] for name, width in zip(sizes, bits, strict=True)
+            )
             best = min(best, loss)
     return best
 
@@ -64,15 +93,22 @@ def best_by_trying_all(errors, sizes, average):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_chosen_bits_are_near_the_best_that_fits(seed, average):
     generator = torch.Generator().manual_seed(seed)
-    sizes = {f"layer {index}": int(torch.randint(1, 5, (), generator=generator)) * 64 for index in range(6)}
+    sizes = {
+        f"layer {index}": int(torch.randint(1, 5, (), generator=generator)) * 64
+        for index in range(6)
+    }
     errors = {}
     for name in sizes:  # error falls about fourfold per bit, from a level that differs by layer
         level = float(torch.rand((), generator=generator)) * 4 + 0.01
         errors[name] = {
-            bits: level * 4.0**-bits * (1 + 0.2 * float(torch.rand((), generator=generator))) for bits in (2, 3, 4, 8)
+            bits: level * 4.0**-bits * (1 + 0.2 * float(torch.rand((), generator=generator)))
+            for bits in (2, 3, 4, 8)
         }
     chosen = allocate(errors, sizes, average)
-    assert sum(sizes[name] * bits for name, bits in chosen.items()) <= average * sum(sizes.values()) + 1e-6
+    assert (
+        sum(sizes[name] * bits for name, bits in chosen.items())
+        <= average * sum(sizes.values()) + 1e-6
+    )
     loss = sum(sizes[name] * errors[name][bits] for name, bits in chosen.items())
     best = best_by_trying_all(errors, sizes, average)
     even = max(bits for bits in (2, 3, 4, 8) if bits <= average)
@@ -82,7 +118,10 @@ def test_chosen_bits_are_near_the_best_that_fits(seed, average):
 
 
 def test_bits_that_bring_nothing_are_not_spent():
-    errors = {"useless": {2: 0.1, 3: 0.1, 4: 0.1, 8: 0.1}, "useful": {2: 0.1, 3: 0.05, 4: 0.02, 8: 0.0}}
+    errors = {
+        "useless": {2: 0.1, 3: 0.1, 4: 0.1, 8: 0.1},
+        "useful": {2: 0.1, 3: 0.05, 4: 0.02, 8: 0.0},
+    }
     assert allocate(errors, {"useless": 10, "useful": 10}, 8.0) == {"useless": 2, "useful": 8}
 
 
@@ -106,14 +145,20 @@ def test_automatic_bits_keep_the_budget_and_beat_equal_bits(method, calibration,
     assert len({row["bits"] for row in table}) > 1
     assert facts["layer_error_mean"] < equal["layer_error_mean"] * 1.1
     scheme = open_checkpoint(tmp_path / "auto").spec.quantization["config_groups"]
-    assert {group["weights"]["num_bits"] for group in scheme.values()} == {row["bits"] for row in table}
+    assert {group["weights"]["num_bits"] for group in scheme.values()} == {
+        row["bits"] for row in table
+    }
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
         expected = load_model(source)(tokens).logits
         found, even = (load_model(tmp_path / name)(tokens).logits for name in ("auto", "equal"))
-    if method is RTN:  # GPTQ's errors are not independent of one another, and the whole of a random model says little
+    # GPTQ's errors are not independent of one another, and the whole of a random model says little
+    if method is RTN:
         assert (found - expected).norm() < (even - expected).norm()
-    chosen, even = (sum(row["predicted_errors"][str(bits or row["bits"])] for row in table) for bits in (None, 3))
+    chosen, even = (
+        sum(row["predicted_errors"][str(bits or row["bits"])] for row in table)
+        for bits in (None, 3)
+    )
     assert chosen < even
 
 
@@ -122,14 +167,17 @@ def test_a_budget_in_bytes_is_kept(small_llama, tmp_path):
     limits = [RTN(bits, 32).output_spec(plain).weight_bytes() for bits in (2, 8)]
     budget = (0.6 * limits[0] + 0.4 * limits[1]) / 1e9
     facts = run(RTN("auto", 32, budget_gb=budget), small_llama, tmp_path / "q")
-    written = sum(tensor.nbytes for tensor in load_file(tmp_path / "q" / "model.safetensors").values())
+    written = sum(
+        tensor.nbytes for tensor in load_file(tmp_path / "q" / "model.safetensors").values()
+    )
     assert 0.93 * budget * 1e9 < written <= budget * 1e9 + 16 * 42  # the shapes beside each layer
     assert 2 < facts["bits"] < 8
     with pytest.raises(SlimError, match=r"quant\.budget_gb=0\.0001 is too little.* at 2 bits"):
         RTN("auto", 32, budget_gb=1e-4).check(plain)
 
 
-# Settings by name -----------------------------------------------------------------------------------------------------
+# Settings by name
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_overrides_hold_for_the_layers_they_name(small_llama, tmp_path):
@@ -153,14 +201,20 @@ def test_overrides_hold_for_the_layers_they_name(small_llama, tmp_path):
     assert torch.equal(packed[name], original[name])
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
-        plain, ours = load_model(small_llama)(tokens).logits, load_model(tmp_path / "q")(tokens).logits
+        plain, ours = (
+            load_model(small_llama)(tokens).logits,
+            load_model(tmp_path / "q")(tokens).logits,
+        )
     assert 1e-4 < (ours - plain).norm() / plain.norm() < 0.5
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"overrides": {"*.down": {"bits": 8}}}, r"'\*\.down' is not the name .*model\.layers\.0\.self_attn\.q_proj"),
+        (
+            {"overrides": {"*.down": {"bits": 8}}},
+            r"'\*\.down' is not the name .*model\.layers\.0\.self_attn\.q_proj",
+        ),
         ({"overrides": {"*": {"bit": 8}}}, r"bit is not possible|=bit is not possible"),
         ({"overrides": {"*": {"bits": 5}}}, r"Allowed: 2, 3, 4, 8, 16"),
         ({"overrides": {"*": 8}}, r"braces"),
@@ -183,24 +237,37 @@ def test_refusals(settings, message, small_llama):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("which", ["lm_head", "embeddings", "both"])
 def test_head_and_embedding(which, tied, tmp_path):
-    source = build_small("llama", tmp_path / "source", num_hidden_layers=2, tie_word_embeddings=tied)
+    source = build_small(
+        "llama", tmp_path / "source", num_hidden_layers=2, tie_word_embeddings=tied
+    )
     chosen = {"lm_head": which != "embeddings", "embeddings": which != "lm_head"}
     stage = RTN(8, 32, **chosen)
     run(stage, source, tmp_path / "q")
     plain = open_checkpoint(source).spec
     tensors = load_file(tmp_path / "q" / "model.safetensors")
     assert ("model.embed_tokens.weight_packed" in tensors) == chosen["embeddings"]
-    assert ("lm_head.weight_packed" in tensors) == (chosen["lm_head"] and not (tied and chosen["embeddings"]))
-    untied = tied and which == "lm_head"  # the embedding stays as it is, the head gets its own weights
-    assert sum(value.nbytes for value in tensors.values()) < plain.weight_bytes() * (0.9 if untied else 0.6)
+    assert ("lm_head.weight_packed" in tensors) == (
+        chosen["lm_head"] and not (tied and chosen["embeddings"])
+    )
+    # the embedding stays as it is, the head gets its own weights
+    untied = tied and which == "lm_head"
+    assert sum(value.nbytes for value in tensors.values()) < plain.weight_bytes() * (
+        0.9 if untied else 0.6
+    )
     tokens = torch.arange(3, 60)[None]
     with torch.no_grad():
-        expected, found = load_model(source)(tokens).logits, load_model(tmp_path / "q")(tokens).logits
+        expected, found = (
+            load_model(source)(tokens).logits,
+            load_model(tmp_path / "q")(tokens).logits,
+        )
     assert 1e-5 < (found - expected).norm() / expected.norm() < 0.03
-    assert stage.output_spec(plain).weight_bytes() == pytest.approx(sum(value.nbytes for value in tensors.values()), rel=0.02)
+    assert stage.output_spec(plain).weight_bytes() == pytest.approx(
+        sum(value.nbytes for value in tensors.values()), rel=0.02
+    )
 
 
-# Going on after an interruption ---------------------------------------------------------------------------------------
+# Going on after an interruption
+# ---------------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -231,22 +298,31 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_files(
 
     stage, method = {
         "awq": (AWQ(3, 32, calibration=calibration, grid=4), ActivationAware),
-        "gptq auto": (GPTQ("auto", 32, calibration=calibration, average_bits=3.3, refine=0), ErrorFeedback),
+        "gptq auto": (
+            GPTQ("auto", 32, calibration=calibration, average_bits=3.3, refine=0),
+            ErrorFeedback,
+        ),
         "magnitude": (MagnitudeWeights(sparsity=0.5), MagnitudeMethod),
     }[method]
     monkeypatch.setattr("slim.calibration.resume.SAVE_SECONDS", 0.0)
     if small_shards:
-        monkeypatch.setattr("slim.checkpoints.shards.ShardWriter.__init__.__defaults__", (50_000, None))
+        monkeypatch.setattr(
+            "slim.checkpoints.shards.ShardWriter.__init__.__defaults__", (50_000, None)
+        )
     whole = Store(tmp_path / "whole")
     expected = Pipeline(Source(str(small_llama)), [stage], None, whole).run()[-1].checkpoint
     store, seen = Store(tmp_path / "store"), []
     interrupted_at(monkeypatch, method, 4)
     with pytest.raises(Interrupted):
         Pipeline(Source(str(small_llama)), [stage], None, store).run()
-    left = [path.name for path in (store.root / "stages").iterdir() if not path.name.startswith(".")]
+    left = [
+        path.name for path in (store.root / "stages").iterdir() if not path.name.startswith(".")
+    ]
     assert len(left) == 1 and left[0].endswith(".work")
     original = method.process
-    monkeypatch.setattr(method, "process", lambda self, view: seen.append(view.block) or original(self, view))
+    monkeypatch.setattr(
+        method, "process", lambda self, view: seen.append(view.block) or original(self, view)
+    )
     result = Pipeline(Source(str(small_llama)), [stage], None, store).run()[-1].checkpoint
     assert sorted(set(seen)) == [4, 5]
     assert result.folder.name == expected.folder.name
@@ -273,7 +349,13 @@ def test_progress_made_elsewhere_is_not_taken_up(small_llama, tmp_path, monkeypa
     def walk(target):
         target.mkdir()
         method = Counting(stage.schemes(source.spec), "float32")
-        transform_checkpoint(source, target, method, stage.output_spec(source.spec).config, Context(work=tmp_path / "work"))
+        transform_checkpoint(
+            source,
+            target,
+            method,
+            stage.output_spec(source.spec).config,
+            Context(work=tmp_path / "work"),
+        )
 
     walk(tmp_path / "a")
     seen.clear()
@@ -282,4 +364,7 @@ def test_progress_made_elsewhere_is_not_taken_up(small_llama, tmp_path, monkeypa
     (tmp_path / "work" / "walk.json").write_text(json.dumps(record))
     walk(tmp_path / "b")
     assert sorted(set(seen)) == list(range(6))
-    assert load_file(tmp_path / "b" / "model.safetensors").keys() == load_file(tmp_path / "a" / "model.safetensors").keys()
+    assert (
+        load_file(tmp_path / "b" / "model.safetensors").keys()
+        == load_file(tmp_path / "a" / "model.safetensors").keys()
+    )

@@ -77,15 +77,20 @@ def test_codes_change_places_within_their_rows(case):
     order = torch.randperm(codes.shape[1], generator=torch.Generator().manual_seed(codes.shape[1]))
     moved = permute_columns(pack(codes, bits), bits, order)
     for row, packed in zip(codes.tolist(), moved.tolist(), strict=True):
-        assert [word % 2**32 for word in packed] == pack_bit_by_bit([row[place] for place in order.tolist()], bits)
+        assert [word % 2**32 for word in packed] == pack_bit_by_bit(
+            [row[place] for place in order.tolist()], bits
+        )
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_work_in_parts_changes_nothing(bits, monkeypatch):
-    codes = torch.randint(0, 2**bits, (7, 45), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    codes = torch.randint(
+        0, 2**bits, (7, 45), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     order = torch.arange(45).flip(0)
     whole, moved = pack(codes, bits), permute_columns(pack(codes, bits), bits, order)
-    monkeypatch.setattr("slim.quantization.kernels.packing.CHUNK", 100)  # two rows at once, the last one alone
+    # two rows at once, the last one alone
+    monkeypatch.setattr("slim.quantization.kernels.packing.CHUNK", 100)
     assert torch.equal(pack(codes, bits), whole)
     assert torch.equal(permute_columns(whole, bits, order), moved)
 

@@ -1,4 +1,5 @@
-"""Quantisation stages end to end: losses, folding, files, loading, perplexity; and everything that is refused."""
+"""Quantisation stages end to end: losses, folding, files, loading, perplexity; and everything that
+is refused."""
 
 from __future__ import annotations
 
@@ -32,11 +33,14 @@ FAMILIES = {"llama": {}, "mistral": {"sliding_window": 12}, "qwen2": {}, "qwen3"
 
 
 def tokens_of(vocabulary: int, samples: int = 4, length: int = 40) -> torch.Tensor:
-    return torch.randint(3, vocabulary, (samples, length), generator=torch.Generator().manual_seed(5))
+    return torch.randint(
+        3, vocabulary, (samples, length), generator=torch.Generator().manual_seed(5)
+    )
 
 
 def small(model_type, folder, **changes):
-    """A random model whose sizes divide into groups of 32, with biases and norms that are not all 0 and 1."""
+    """A random model whose sizes divide into groups of 32, with biases and norms that are not all 0
+    and 1."""
     build_small(model_type, folder, **{"num_hidden_layers": 2, **FAMILIES[model_type], **changes})
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
@@ -44,7 +48,9 @@ def small(model_type, folder, **changes):
         if name.endswith(".bias"):
             tensors[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         elif "norm" in name:
-            tensors[name] = torch.exp(torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+            tensors[name] = torch.exp(torch.randn(tensor.shape, generator=generator)).to(
+                tensor.dtype
+            )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -70,7 +76,9 @@ def calibration(tmp_path_factory):
         "and",
         "old",
     ]
-    draws = torch.randint(0, len(words), (4000,), generator=torch.Generator().manual_seed(7)).tolist()
+    draws = torch.randint(
+        0, len(words), (4000,), generator=torch.Generator().manual_seed(7)
+    ).tolist()
     path.write_text(" ".join(words[draw] for draw in draws), encoding="utf-8")
     return Calibration(text=str(path), samples=8, length=32)
 
@@ -81,10 +89,13 @@ def run(stage, source, target):
 
 
 def unpacked_copy(quantized, source, target):
-    """Write plain float32 weights for a packed checkpoint, decoded here by the layout's definition."""
+    """Write plain float32 weights for a packed checkpoint, decoded here by the layout's
+    definition."""
     shutil.copytree(source, target)
     packed = load_file(quantized / "model.safetensors")
-    weights = json.loads((quantized / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights = json.loads((quantized / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ]["group_0"]["weights"]
     bits, plain = weights["num_bits"], {}
     for name, tensor in packed.items():
         layer, _, kind = name.rpartition(".")
@@ -113,7 +124,9 @@ def relative(got, expected):
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_loaded_logits_equal_those_of_the_unpacked_model(model_type, bits, symmetric, calibration, tmp_path):
+def test_loaded_logits_equal_those_of_the_unpacked_model(
+    model_type, bits, symmetric, calibration, tmp_path
+):
     source = small(model_type, tmp_path / "source", dtype="float32")
     method = AWQ if model_type in ("llama", "qwen2") else RTN
     settings = {"calibration": calibration, "grid": 4, "clip": 4} if method is AWQ else {}
@@ -131,7 +144,9 @@ def test_loaded_logits_equal_those_of_the_unpacked_model(model_type, bits, symme
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (3, 32), (4, 32), (8, 64), (4, -1), (3, -1)])
+@pytest.mark.parametrize(
+    ("bits", "group_size"), [(2, 64), (3, 32), (4, 32), (8, 64), (4, -1), (3, -1)]
+)
 def test_plain_transformers_reads_the_files(bits, group_size, symmetric, small_llama, tmp_path):
     pytest.importorskip("compressed_tensors")
     from transformers import CompressedTensorsConfig
@@ -145,18 +160,27 @@ def test_plain_transformers_reads_the_files(bits, group_size, symmetric, small_l
             theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
         else:
             config = CompressedTensorsConfig(dequantize=True)
-            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32, quantization_config=config)
+            theirs = AutoModelForCausalLM.from_pretrained(
+                tmp_path / "q", dtype=torch.float32, quantization_config=config
+            )
     assert relative(logits(theirs, tokens), expected) < 1e-4
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_files_of_others_are_read(symmetric, small_llama, tmp_path):
-    """Codes made and packed by compressed-tensors itself, with its config and a pattern on the ignore list."""
+    """Codes made and packed by compressed-tensors itself, with its config and a pattern on the
+    ignore list."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationScheme,
+        QuantizationStrategy,
+    )
 
-    args = QuantizationArgs(num_bits=4, symmetric=symmetric, strategy=QuantizationStrategy.GROUP, group_size=32)
+    args = QuantizationArgs(
+        num_bits=4, symmetric=symmetric, strategy=QuantizationStrategy.GROUP, group_size=32
+    )
     theirs = QuantizationScheme(targets=["Linear"], weights=args)
     folder, plain = tmp_path / "theirs", tmp_path / "plain"
     shutil.copytree(small_llama, folder)
@@ -174,7 +198,9 @@ def test_files_of_others_are_read(symmetric, small_llama, tmp_path):
             }
             del packed[name]
             compressed = PackedQuantizationCompressor.compress(state, theirs)
-            packed.update({f"{layer}.{key}": value.contiguous() for key, value in compressed.items()})
+            packed.update(
+                {f"{layer}.{key}": value.contiguous() for key, value in compressed.items()}
+            )
             dense[name] = PackedQuantizationCompressor.decompress(compressed, theirs)["weight"]
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
@@ -197,7 +223,10 @@ def test_generation_heads_and_embeddings(tied, tmp_path):
     source = small("llama", tmp_path / "source", tie_word_embeddings=tied)
     run(RTN(8, 32), source, tmp_path / "q")
     model, plain = load_model(tmp_path / "q"), load_model(source)
-    shared = model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    shared = (
+        model.get_output_embeddings().weight.data_ptr()
+        == model.get_input_embeddings().weight.data_ptr()
+    )
     assert shared == tied
     prompt = tokens_of(1024, 1, 8)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
@@ -209,22 +238,29 @@ def test_generation_heads_and_embeddings(tied, tmp_path):
 
 
 def test_no_dense_copy_is_held(tmp_path):
-    source = small("llama", tmp_path / "source", hidden_size=256, intermediate_size=512, dtype="bfloat16")
+    source = small(
+        "llama", tmp_path / "source", hidden_size=256, intermediate_size=512, dtype="bfloat16"
+    )
     run(RTN(4, 64), source, tmp_path / "q")
     for dtype in ("bfloat16", "float32"):
         model = load_model(tmp_path / "q", dtype)
         logits(model, tokens_of(1024))
         for layer in (module for module in model.modules() if isinstance(module, QuantLinear)):
-            finished_weight = sum(tensor.numel() * tensor.element_size() for tensor in [*layer.buffers(), *layer.parameters()])
+            finished_weight = sum(
+                tensor.numel() * tensor.element_size()
+                for tensor in [*layer.buffers(), *layer.parameters()]
+            )
             weights = layer.in_features * layer.out_features
             assert finished_weight < 0.5 * weights * (1 + 0.6), layer
 
 
-# AWQ ------------------------------------------------------------------------------------------------------------------
+# AWQ
+# ------------------------------------------------------------------------------------------------------------------
 
 
 class Recording(ActivationAware):
-    """AWQ that remembers, per layer, its loss and that of round to nearest under the same Gram matrix."""
+    """AWQ that remembers, per layer, its loss and that of round to nearest under the same Gram
+    matrix."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -235,7 +271,10 @@ class Recording(ActivationAware):
         result = super().quantize(view)
         for name, weight in before.items():
             rounded = minmax(weight, self.scheme(view, name), self.scale_dtype).dequantize()
-            pair = [layer_loss(item - weight, view.hessian).sum().item() for item in (result[name], rounded)]
+            pair = [
+                layer_loss(item - weight, view.hessian).sum().item()
+                for item in (result[name], rounded)
+            ]
             self.losses[f"{view.prefix}.{name}"] = pair
         return result
 
@@ -258,7 +297,8 @@ def test_loss_of_no_layer_is_above_that_of_rtn(model_type, bits, tmp_path):
 
 
 class FoldOnly(ActivationAware):
-    """Scales and folds with a fixed alpha but rounds to 8 bits, so that what is left is (nearly) the same function."""
+    """Scales and folds with a fixed alpha but rounds to 8 bits, so that what is left is (nearly)
+    the same function."""
 
     def __init__(self, model):
         super().__init__(RTN(8, 32).schemes(model), model.dtype, clip=1, refit=False)
@@ -277,7 +317,8 @@ class FoldOnly(ActivationAware):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_folding_leaves_the_function_unchanged(model_type, tmp_path):
-    """All four folds (two norms, values under grouped-query attention, up projection), biases included."""
+    """All four folds (two norms, values under grouped-query attention, up projection), biases
+    included."""
     from slim.checkpoints.shards import ShardWriter
     from slim.checkpoints.writer import copy_companions, write_config
 
@@ -292,7 +333,10 @@ def test_folding_leaves_the_function_unchanged(model_type, tmp_path):
     run(RTN(8, 32), source.folder, tmp_path / "unscaled")
     assert len(method.folds) == 8
     assert min(method.folds) > 1.1
-    before, after = load_file(source.folder / "model.safetensors"), load_file(target / "model.safetensors")
+    before, after = (
+        load_file(source.folder / "model.safetensors"),
+        load_file(target / "model.safetensors"),
+    )
     norm = "model.layers.0.input_layernorm.weight"
     assert relative(after[norm], before[norm]) > 0.05
     tokens = tokens_of(1024)
@@ -303,7 +347,8 @@ def test_folding_leaves_the_function_unchanged(model_type, tmp_path):
 
 
 def test_norms_are_rounded_before_weights_are_quantised(tmp_path):
-    """With norms stored in bfloat16 the fold still costs nothing: weights compensate for the rounding."""
+    """With norms stored in bfloat16 the fold still costs nothing: weights compensate for the
+    rounding."""
     source = open_checkpoint(small("llama", tmp_path / "source"))
     method = FoldOnly(source.spec.with_config(dtype="bfloat16"))
     original, checked = method._fold, []
@@ -325,10 +370,13 @@ def test_same_call_twice_gives_the_same_file(small_llama, calibration, tmp_path)
     stage = AWQ(3, 32, calibration=calibration)
     run(stage, small_llama, tmp_path / "a")
     run(stage, small_llama, tmp_path / "b")
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
 
 
-# A trained model ------------------------------------------------------------------------------------------------------
+# A trained model
+# ------------------------------------------------------------------------------------------------------
 
 
 def perplexity(folder, tokens):
@@ -356,14 +404,17 @@ def test_perplexity_of_a_trained_model(ref_llama, shared, tmp_path):
     assert found["awq2"] < found["rtn2"] * 0.93
 
 
-# Files and facts ------------------------------------------------------------------------------------------------------
+# Files and facts
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_facts_report_and_expected_size(small_llama, calibration, tmp_path):
     curve = []
     (tmp_path / "q").mkdir()
     stage = AWQ(4, 32, calibration=calibration)
-    facts = stage.run(small_llama, tmp_path / "q", Context(metric=lambda *entry: curve.append(entry)))
+    facts = stage.run(
+        small_llama, tmp_path / "q", Context(metric=lambda *entry: curve.append(entry))
+    )
     source = open_checkpoint(small_llama).spec
     result = open_checkpoint(tmp_path / "q")
     table = json.loads((tmp_path / "q" / "report" / "layer_errors.json").read_text())
@@ -372,7 +423,8 @@ def test_facts_report_and_expected_size(small_llama, calibration, tmp_path):
     assert 0 < facts["layer_error_mean"] < 0.2
     assert (tmp_path / "q" / "report" / "layer_errors.png").stat().st_size > 5000
     assert [entry[2] for entry in curve] == list(range(6))
-    assert facts["bits_per_weight"] == pytest.approx(4 + 32 / 32 + 4 / 32)  # float32 scales, 4-bit zero points
+    # float32 scales, 4-bit zero points
+    assert facts["bits_per_weight"] == pytest.approx(4 + 32 / 32 + 4 / 32)
     sizes = {name: shape for name, (_, _, shape) in result.tensors.items()}
     assert sizes["model.layers.0.mlp.down_proj.weight_packed"] == (64, 16)
     assert sizes["model.layers.0.mlp.down_proj.weight_zero_point"] == (8, 4)
@@ -383,8 +435,12 @@ def test_facts_report_and_expected_size(small_llama, calibration, tmp_path):
 
 
 def test_group_sizes_count_in_bits_per_weight():
-    sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=8)
-    config = dict(model_type="llama", num_hidden_layers=2, vocab_size=100, dtype="bfloat16", **sizes)
+    sizes = dict(
+        hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=8
+    )
+    config = dict(
+        model_type="llama", num_hidden_layers=2, vocab_size=100, dtype="bfloat16", **sizes
+    )
     model = ModelSpec(config)
     assert RTN(4, 128).output_spec(model).packed_bits() == pytest.approx(4 + 20 / 128)
     assert RTN(3, 64, True).output_spec(model).packed_bits() == pytest.approx(3 + 16 / 64)
@@ -400,7 +456,8 @@ def test_refusals(small_llama, tmp_path):
     with pytest.raises(SlimError, match=r"symmetric"):
         RTN(4, 128, "yes")
     with pytest.raises(
-        SlimError, match=r"group_size=128 does not divide the 64 inputs of model\.layers\.0\.self_attn\.q_proj.*: 32, 64, -1"
+        SlimError,
+        match=r"group_size=128 does not divide the 64 inputs of model\.layers\.0\.self_attn\.q_proj.*: 32, 64, -1",
     ):
         RTN(4, 128).check(spec)
     with pytest.raises(SlimError, match="already quantised"):
@@ -417,7 +474,18 @@ def test_refusals(small_llama, tmp_path):
         {"quant_method": "gptq"},
         {"format": "int-quantized"},
         {"config_groups": {}},
-        {"config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}}}},
+        {
+            "config_groups": {
+                "group_0": {
+                    "weights": {
+                        "num_bits": 4,
+                        "type": "float",
+                        "strategy": "group",
+                        "group_size": 32,
+                    }
+                }
+            }
+        },
     ],
 )
 def test_unknown_formats_are_refused(change, small_llama, tmp_path):
@@ -439,7 +507,8 @@ def test_lost_tensors_are_named(lost, small_llama, tmp_path):
         load_quantized(Checkpoint(tmp_path / "q"), "float32")
 
 
-# QuantLinear ----------------------------------------------------------------------------------------------------------
+# QuantLinear
+# ----------------------------------------------------------------------------------------------------------
 
 
 def layer_of(rows, columns, scheme, dtype, bias=False):
@@ -448,7 +517,11 @@ def layer_of(rows, columns, scheme, dtype, bias=False):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(8))
     quantized = minmax(weight, scheme, dtype)
     layer = QuantLinear(columns, rows, scheme, dtype, bias)
-    layer.packed, layer.scale, layer.zero = pack(quantized.codes, scheme.bits), quantized.scale, quantized.zero
+    layer.packed, layer.scale, layer.zero = (
+        pack(quantized.codes, scheme.bits),
+        quantized.scale,
+        quantized.zero,
+    )
     if bias:
         layer.bias = torch.randn(rows, generator=torch.Generator().manual_seed(9)).to(dtype)
     return layer.choose_kernel(), quantized.dequantize()
@@ -459,7 +532,8 @@ def layer_of(rows, columns, scheme, dtype, bias=False):
 @pytest.mark.parametrize("count", [1, 5, 100])
 @pytest.mark.parametrize("bias", [True, False])
 def test_float32_is_exact(bits, group_size, count, bias, monkeypatch):
-    monkeypatch.setattr("slim.quantization.kernels.multiply.CHUNK", 96 * 64)  # several steps, the last one short
+    # several steps, the last one short
+    monkeypatch.setattr("slim.quantization.kernels.multiply.CHUNK", 96 * 64)
     layer, dense = layer_of(208, 96, Scheme(bits, group_size, False), torch.float32, bias)
     x = torch.randn(2, count, 96)
     expected = x.double() @ dense.double().T + (layer.bias.double() if bias else 0)

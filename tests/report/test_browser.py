@@ -19,7 +19,9 @@ FLAGS = (
     "--disable-component-update", "--disable-sync", "--window-size=1280,900",
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,18 @@ def browser(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     samples = [{"prompt": "Say something", "answer": "a long answer " * 30}]
     tuned = record(
-        "tune lora", "b" * 16, "tune", {"r": 8}, perplexity=5.2, curves=[["train_loss", 1.5, 1], ["train_loss", 1.2, 2]]
+        "tune lora",
+        "b" * 16,
+        "tune",
+        {"r": 8},
+        perplexity=5.2,
+        curves=[["train_loss", 1.5, 1], ["train_loss", 1.2, 2]],
     )
     chains = [*grid(), chain(source() | {"samples": samples}, tuned, run_id="t")]
     failures = [Failure("f", "quantizer.group_size=96", "FAILED", "96 does not divide 128")]
-    report = sections(Collection("A sweep of bits and groups", chains, failures, published=["4.2", "4.13"]))
+    report = sections(
+        Collection("A sweep of bits and groups", chains, failures, published=["4.2", "4.13"])
+    )
     (folder / "report.html").write_text(page(report), encoding="utf-8")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -69,16 +78,30 @@ def test_it_loads_without_errors_or_requests(browser):
     wait(browser, "return document.querySelectorAll('.js-plotly-plot').length === 6")
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    asked = [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
     assert asked and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
     assert sum(url.startswith("file:") for url in asked) == 1
 
 
 def test_every_picture_has_marks(browser):
-    marks = {"pareto-size": ".points path", "pareto-speed": ".points path", "heat": ".hm image", "tasks": ".bars path"}
+    marks = {
+        "pareto-size": ".points path",
+        "pareto-speed": ".points path",
+        "heat": ".hm image",
+        "tasks": ".bars path",
+    }
     for name, mark in {**marks, "steps": ".points path", "losses": ".lines path"}.items():
-        assert wait(browser, f"return document.querySelectorAll(`[data-plot='{name}'] {mark}`).length"), name
-    assert browser.execute_script("return document.querySelectorAll(`[data-plot='pareto-size'] .points path`).length") == 8
+        assert wait(
+            browser, f"return document.querySelectorAll(`[data-plot='{name}'] {mark}`).length"
+        ), name
+    assert (
+        browser.execute_script(
+            "return document.querySelectorAll(`[data-plot='pareto-size'] .points path`).length"
+        )
+        == 8
+    )
 
 
 def test_a_drop_down_changes_picture_and_sentence(browser):
@@ -90,7 +113,9 @@ def test_a_drop_down_changes_picture_and_sentence(browser):
         "choice.dispatchEvent(new Event('change'))"
     )
     wait(browser, f"{axis}.startsWith('two')")
-    assert "not drawn" in browser.execute_script("return document.querySelector(`[data-sentence='pareto-size']`).textContent")
+    assert "not drawn" in browser.execute_script(
+        "return document.querySelector(`[data-sentence='pareto-size']`).textContent"
+    )
 
 
 def test_text_shows_over_a_point(browser):
@@ -100,14 +125,15 @@ def test_text_shows_over_a_point(browser):
     place = browser.find_element(By.CSS_SELECTOR, "[data-plot='pareto-speed'] .points path")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", place)
     ActionChains(browser).move_to_element(place).perform()
-    text = wait(browser, "return document.querySelector(`[data-plot='pareto-speed'] .hoverlayer text`)?.textContent")
+    text = wait(
+        browser,
+        "return document.querySelector(`[data-plot='pareto-speed'] .hoverlayer text`)?.textContent",
+    )
     assert "base" in text and "perplexity" in text and "decode" in text
 
 
 def test_a_click_on_a_heading_sorts(browser):
-    click = (
-        "[...document.querySelectorAll('#models-table th button')].find((b) => b.textContent.startsWith('perplexity')).click()"
-    )
+    click = "[...document.querySelectorAll('#models-table th button')].find((b) => b.textContent.startsWith('perplexity')).click()"
     column = (
         "const headings = [...document.querySelectorAll('#models-table th')];"
         "const at = headings.findIndex((heading) => heading.textContent.startsWith('perplexity'));"
@@ -121,11 +147,17 @@ def test_a_click_on_a_heading_sorts(browser):
 
 def test_on_paper_it_is_light_and_pictures_fit(browser):
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")
-    wait(browser, "return document.querySelector(`[data-plot='heat'] .main-svg`).getAttribute('width') === '680'")
+    wait(
+        browser,
+        "return document.querySelector(`[data-plot='heat'] .main-svg`).getAttribute('width') === '680'",
+    )
     ink = "return getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()"
     assert browser.execute_script(ink) == "#000"
     browser.execute_script("dispatchEvent(new Event('afterprint'))")
-    wait(browser, "return document.querySelector(`[data-plot='heat'] .main-svg`).getAttribute('width') > 900")
+    wait(
+        browser,
+        "return document.querySelector(`[data-plot='heat'] .main-svg`).getAttribute('width') > 900",
+    )
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -136,7 +168,5 @@ def test_the_page_fits_the_window_and_wide_tables_scroll(browser, width):
         assert browser.execute_script(
             "const box = document.querySelector('#models .scroll'); box.scrollLeft = 200; return box.scrollLeft"
         )
-        plots = (
-            "return [...document.querySelectorAll('.plot')].every((plot) => plot.getBoundingClientRect().right <= innerWidth)"
-        )
+        plots = "return [...document.querySelectorAll('.plot')].every((plot) => plot.getBoundingClientRect().right <= innerWidth)"
         wait(browser, plots)

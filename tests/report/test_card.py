@@ -1,4 +1,5 @@
-"""The model card: what it says of a chain, how it says to load every format, and that it changes no checkpoint."""
+"""The model card: what it says of a chain, how it says to load every format, and that it changes no
+checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +25,13 @@ from slim.report.chain_plot import chain_points
 from slim.report.loading import loading
 
 ROOT = Path(__file__).parent.parent.parent
-TYPED = ["model=tiny", "pruner=magnitude", "store=/somewhere", "tracking.uri=http://user:secret@host", "output=x y"]
+TYPED = [
+    "model=tiny",
+    "pruner=magnitude",
+    "store=/somewhere",
+    "tracking.uri=http://user:secret@host",
+    "output=x y",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +42,17 @@ def results(tmp_path_factory) -> list:
     found = Pipeline(Source("tiny"), stages, None, store).run()
     for number, result in enumerate(found):
         samples = [{"prompt": "word " * 500, "answer": f"answer {number} | <b>"}]
-        quality = {"metrics": {"perplexity": 2.0 + number, "one/acc": 0.5, "one/acc_stderr": 0.01}, "samples": samples}
+        quality = {
+            "metrics": {"perplexity": 2.0 + number, "one/acc": 0.5, "one/acc_stderr": 0.01},
+            "samples": samples,
+        }
         result.quality = {
             **quality,
-            "protocol": {"dtype": "float32", "perplexity": {"window": 256}, "tasks": {"one": {"questions": 9}}},
+            "protocol": {
+                "dtype": "float32",
+                "perplexity": {"window": 256},
+                "tasks": {"one": {"questions": 9}},
+            },
         }
     return found
 
@@ -49,13 +63,17 @@ def text_of(results: list) -> str:
 
 def test_the_card_says_what_was_done_and_what_came_of_it(results):
     text = text_of(results)
-    assert [f"{2 + number}.000" in text for number in range(3)] == [True] * 3 and "50.0 ± 1.0" in text
+    assert [f"{2 + number}.000" in text for number in range(3)] == [
+        True
+    ] * 3 and "50.0 ± 1.0" in text
     for result in results:
         assert result.digest in text
     assert "bits 4, group_size 64, symmetric True" in text and "blocks 1" in text
-    assert "python compress.py model=tiny pruner=magnitude\n" in text  # nothing of where things lie, no secret
+    # nothing of where things lie, no secret
+    assert "python compress.py model=tiny pruner=magnitude\n" in text
     assert "perplexity.window 256" in text and "tasks.one.questions 9" in text
-    assert "answer 0 \\| &lt;b>" in text and "word " * 60 not in text  # answers escaped, prompts cut
+    # answers escaped, prompts cut
+    assert "answer 0 \\| &lt;b>" in text and "word " * 60 not in text
 
 
 def test_the_front_matter_is_what_the_hub_reads(results):
@@ -101,18 +119,27 @@ def test_licence_and_base_model_come_from_the_source(results, tmp_path):
     shutil.copytree(Source("tiny").local_folder(), folder)
     checkpoint = open_checkpoint(folder)
     assert source_facts(checkpoint) == {"license": "unknown"}
-    (folder / "README.md").write_text("---\nlicense: llama3\nbase_model: org/first\nother: 1\n---\ntext\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: llama3\nbase_model: org/first\nother: 1\n---\ntext\n"
+    )
     assert source_facts(checkpoint) == {"license": "llama3", "base_model": "org/first"}
     points = chain_points(results)
-    assert "Its licence: unknown: see the base model" in card(points, {}, {"license": "unknown"}, "x")
+    assert "Its licence: unknown: see the base model" in card(
+        points, {}, {"license": "unknown"}, "x"
+    )
     (folder / "README.md").write_text("---\n[broken: yaml\n---\n")
     assert source_facts(checkpoint) == {"license": "unknown"}
-    head = yaml.safe_load(card(points, {}, {"license": "llama3", "base_model": "org/first"}, "x").split("---")[1])
+    head = yaml.safe_load(
+        card(points, {}, {"license": "llama3", "base_model": "org/first"}, "x").split("---")[1]
+    )
     assert head["base_model"] == "org/first" and head["license"] == "llama3"
 
 
 def test_the_command_keeps_what_a_shell_would_split():
-    assert command(["a=[x, y]", "+store=z", "hydra.verbose=true"], "train.py") == "python train.py 'a=[x, y]'"
+    assert (
+        command(["a=[x, y]", "+store=z", "hydra.verbose=true"], "train.py")
+        == "python train.py 'a=[x, y]'"
+    )
 
 
 def test_the_code_of_the_card_loads_the_checkpoint(results):
@@ -134,7 +161,10 @@ def test_the_code_of_the_card_loads_the_checkpoint(results):
 
 
 def packed(*schemes: dict, embedding: bool = False) -> dict:
-    groups = {f"g{number}": {"targets": ["Linear"], "weights": scheme} for number, scheme in enumerate(schemes)}
+    groups = {
+        f"g{number}": {"targets": ["Linear"], "weights": scheme}
+        for number, scheme in enumerate(schemes)
+    }
     if embedding:
         groups["g0"]["targets"] = ["Linear", "model.embed_tokens"]
     return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
@@ -181,7 +211,9 @@ def test_the_command_writes_the_card_and_evaluate_does_not(tmp_path):
     run("compress.py", "pruner=magnitude", "quant=rtn", f"output={out}")
     text = (out / "README.md").read_text()
     assert "python compress.py eval=none pruner=magnitude quantizer=rtn" in text
-    assert (out / "slim.json").is_file() and json.loads((out / "slim.json").read_text())["checksums"] == checksums(out)
+    assert (out / "slim.json").is_file() and json.loads((out / "slim.json").read_text())[
+        "checksums"
+    ] == checksums(out)
     (out / "README.md").write_text("changed")
     run("evaluate.py", f"model.source={out}")
     assert (out / "README.md").read_text() == "changed"

@@ -1,4 +1,5 @@
-"""The report's way to its runs: sweeps, experiments and failed points in a real MLflow store, and the command line."""
+"""The report's way to its runs: sweeps, experiments and failed points in a real MLflow store, and
+the command line."""
 
 from __future__ import annotations
 
@@ -25,11 +26,24 @@ class Store:
 
         self.root = root
         self.client = connect(f"sqlite:///{root / 'mlflow.db'}")
-        self.experiment = self.client.create_experiment("study", artifact_location=(root / "artifacts").as_uri())
+        self.experiment = self.client.create_experiment(
+            "study", artifact_location=(root / "artifacts").as_uri()
+        )
 
-    def run(self, name: str, status: str, records: list | None = None, parent: str | None = None, **tags: str) -> str:
+    def run(
+        self,
+        name: str,
+        status: str,
+        records: list | None = None,
+        parent: str | None = None,
+        **tags: str,
+    ) -> str:
         below = {"mlflow.parentRunId": parent} if parent else {}
-        tags = {"slim.kind": "run", **{key.replace("__", "."): value for key, value in tags.items()}, **below}
+        tags = {
+            "slim.kind": "run",
+            **{key.replace("__", "."): value for key, value in tags.items()},
+            **below,
+        }
         run_id = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
         if records is not None:
             self.client.log_text(run_id, json.dumps(records), "results.json")
@@ -46,14 +60,39 @@ def point(bits: int) -> list[dict]:
 def store(tmp_path_factory) -> Store:
     found = Store(tmp_path_factory.mktemp("report") / "runs")
     sweep = found.run(
-        "the sweep", "FINISHED", slim__kind="sweep", slim__sweep="s1", overrides="quant.bits=2,3,4", slim__published='["4.2"]'
+        "the sweep",
+        "FINISHED",
+        slim__kind="sweep",
+        slim__sweep="s1",
+        overrides="quant.bits=2,3,4",
+        slim__published='["4.2"]',
     )
     for bits in (2, 3):
-        found.run(f"p{bits}", "FINISHED", point(bits), sweep, slim__point=f"bits={bits}", overrides=f"bits={bits}")
-    found.run("p4", "FAILED", None, sweep, slim__point="bits=4", overrides="bits=4", error="too many bits")
+        found.run(
+            f"p{bits}",
+            "FINISHED",
+            point(bits),
+            sweep,
+            slim__point=f"bits={bits}",
+            overrides=f"bits={bits}",
+        )
+    found.run(
+        "p4", "FAILED", None, sweep, slim__point="bits=4", overrides="bits=4", error="too many bits"
+    )
     found.run("p4 again", "FINISHED", point(4), sweep, slim__point="bits=4", overrides="bits=4")
-    found.run("p5", "FAILED", None, sweep, slim__point="bits=5", overrides="bits=5", error="no such width")
-    found.run("p8", "FAILED", None, sweep, slim__point="bits=8", overrides="bits=8", error="plan: 8 MB", slim__skipped="true")
+    found.run(
+        "p5", "FAILED", None, sweep, slim__point="bits=5", overrides="bits=5", error="no such width"
+    )
+    found.run(
+        "p8",
+        "FAILED",
+        None,
+        sweep,
+        slim__point="bits=8",
+        overrides="bits=8",
+        error="plan: 8 MB",
+        slim__skipped="true",
+    )
     found.run("p9", "RUNNING", None, sweep, slim__point="bits=9", overrides="bits=9")
     points = [
         {
@@ -68,9 +107,14 @@ def store(tmp_path_factory) -> Store:
     found.client.log_dict(sweep, {"overrides": [], "swept": {}, "points": points}, "sweep.json")
     found.run("alone", "FINISHED", point(3), overrides="bits=3 alone")  # the same chain once more
     found.run(
-        "broken", "FAILED", overrides="tracking.uri=http://me:secret@host/x", error="no answer from http://me:secret@host"
+        "broken",
+        "FAILED",
+        overrides="tracking.uri=http://me:secret@host/x",
+        error="no answer from http://me:secret@host",
     )
-    found.run("compared", "FINISHED", [source(), {**source(), "checkpoint": "second", "hash": "f" * 16}])
+    found.run(
+        "compared", "FINISHED", [source(), {**source(), "checkpoint": "second", "hash": "f" * 16}]
+    )
     old = [{name: value for name, value in source().items() if name != "measured"}]
     found.run("old", "FINISHED", old)
     found.sweep = sweep
@@ -78,7 +122,10 @@ def store(tmp_path_factory) -> Store:
 
 
 def finals(collection) -> list[str]:
-    return [f"{one.final.label} {one.final.settings.get('bits', '')}".strip() for one in collection.chains]
+    return [
+        f"{one.final.label} {one.final.settings.get('bits', '')}".strip()
+        for one in collection.chains
+    ]
 
 
 def test_a_sweep_stands_for_its_points_each_once(store):
@@ -94,9 +141,13 @@ def test_a_sweep_stands_for_its_points_each_once(store):
 def test_an_experiment_counts_a_repeated_chain_once_and_says_so(store):
     run_ids, title = find(store.client, "study")
     found = collect(store.client, run_ids, title)
-    assert finals(found).count("quantize gptq 3") == 1 and any("1 run repeated" in note for note in found.notes)
+    assert finals(found).count("quantize gptq 3") == 1 and any(
+        "1 run repeated" in note for note in found.notes
+    )
     assert {"base", "second"} <= set(finals(found))  # compared checkpoints are chains of one
-    assert "secret" not in str(found) and any("http://host/x" in failure.typed for failure in found.failures)
+    assert "secret" not in str(found) and any(
+        "http://host/x" in failure.typed for failure in found.failures
+    )
     assert any("old" in note and "cannot read" in note for note in found.notes)
 
 
@@ -107,13 +158,17 @@ def test_a_sweep_is_found_by_its_names(store, what):
 
 def test_the_command_writes_both_files(store, tmp_path, capsys):
     assert main([store.sweep, "--store", str(store.root), "--output", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in ("report.html", "report.md")]
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "out" / name) for name in ("report.html", "report.md")
+    ]
     assert "quant.bits=2,3,4" in (tmp_path / "out" / "report.md").read_text()
     assert (tmp_path / "out" / "report.html").read_text().count("<!DOCTYPE html>") == 1
 
 
 def test_a_multirun_folder_names_store_and_sweep(store, tmp_path, capsys):
-    (tmp_path / "sweep.json").write_text(json.dumps({"run_id": store.sweep, "store": str(store.root), "uri": None}))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"run_id": store.sweep, "store": str(store.root), "uri": None})
+    )
     assert main([str(tmp_path), "--output", str(tmp_path)]) == 0
     assert "bits=5" in (tmp_path / "report.md").read_text()
 
@@ -121,7 +176,8 @@ def test_a_multirun_folder_names_store_and_sweep(store, tmp_path, capsys):
 def test_mistakes_are_one_line(store, tmp_path, capsys, monkeypatch):
     (tmp_path / "study").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert find(store.client, "study")[1] == "Experiment study"  # a folder of that name is in nobody's way
+    # a folder of that name is in nobody's way
+    assert find(store.client, "study")[1] == "Experiment study"
     here = ["--store", str(store.root)]
     (tmp_path / "file").write_text("")
     for arguments, said in (
@@ -137,7 +193,9 @@ def test_mistakes_are_one_line(store, tmp_path, capsys, monkeypatch):
 
 def test_help_imports_nothing_heavy():
     code = "import sys, slim.report.__main__ as m; m.parser(); print(*{n.split('.')[0] for n in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"torch", "mlflow", "transformers", "plotly", "jinja2"} & set(loaded)
 
 
@@ -147,7 +205,10 @@ def test_help_imports_nothing_heavy():
 def result(record: dict) -> SimpleNamespace:
     """A result of the pipeline that ``results.json`` would show as ``record``."""
     quality = {"metrics": {name: record["metrics"][name] for name in record["measured"]["quality"]}}
-    made = {"hash": record["hash"], **{name: record[name] for name in ("kind", "method", "settings", "curves")}}
+    made = {
+        "hash": record["hash"],
+        **{name: record[name] for name in ("kind", "method", "settings", "curves")},
+    }
     return SimpleNamespace(
         label=record["checkpoint"], digest=record["hash"], cached=False, seconds=0.0, facts={}, metrics=record["metrics"],
         quality={**quality, "protocol": record["protocol"]["quality"]}, speed={},
@@ -159,7 +220,10 @@ def test_the_picture_of_a_chain_is_written_where_there_is_something_to_draw(tmp_
     path = tmp_path / "chain.png"
     assert plot_chain(path, [result(one) for one in point(3)])
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert not plot_chain(tmp_path / "none.png", [result(source())]) and not (tmp_path / "none.png").exists()
+    assert (
+        not plot_chain(tmp_path / "none.png", [result(source())])
+        and not (tmp_path / "none.png").exists()
+    )
 
 
 def test_the_picture_of_a_chain_draws_the_figures_and_leaves_gaps():
@@ -167,7 +231,11 @@ def test_the_picture_of_a_chain_draws_the_figures_and_leaves_gaps():
     from slim.report.chain_plot import chain_points
     from slim.report.pareto import quality_columns
 
-    records = [source(), quantized(1, {"bits": 2}, perplexity=float("nan")), quantized(2, {"bits": 3}, perplexity=7.5)]
+    records = [
+        source(),
+        quantized(1, {"bits": 2}, perplexity=float("nan")),
+        quantized(2, {"bits": 3}, perplexity=7.5),
+    ]
     points = chain_points([result(one) for one in records])
     axes = new_figure(4, 3).subplots()
     _draw(axes, points, quality_columns(points)[:1])

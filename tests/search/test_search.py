@@ -1,4 +1,5 @@
-"""Search: budgets against real files and caches, fronts against brute force, trials that are distinct and come again."""
+"""Search: budgets against real files and caches, fronts against brute force, trials that are
+distinct and come again."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ from tests.conftest import FAMILIES, build_small
 from tests.support.tracked import fresh_store
 from tests.sweeps.test_sweeps import kinds
 
-pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra slim[search] is not installed")
+pytest.importorskip(
+    "hydra_plugins.hydra_optuna_sweeper", reason="the extra slim[search] is not installed"
+)
 
 RTN = ["pruner=none", "quant=rtn", "hydra.sweeper.n_trials=20"]
 SHORT = [
@@ -43,13 +46,19 @@ SHORT = [
 
 @pytest.fixture
 def search(small_llama, tmp_path, monkeypatch, capsys):
-    """Run ``compress.py`` in this process; returns the exit code, output, errors and what ``search.json`` says."""
+    """Run ``compress.py`` in this process; returns the exit code, output, errors and what
+    ``search.json`` says."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, mistaken: bool = False) -> tuple[int, str, str, dict | None]:
         if not mistaken and not (tmp_path / "runs").exists():
             fresh_store(tmp_path / "runs")
-        typed = ["model=hf", f"model.source={small_llama}", f"store={tmp_path / 'runs'}", *arguments]
+        typed = [
+            "model=hf",
+            f"model.source={small_llama}",
+            f"store={tmp_path / 'runs'}",
+            *arguments,
+        ]
         monkeypatch.setattr(sys, "argv", ["compress.py", *typed])
         with pytest.raises(SystemExit) as ended:
             launch("compress", main)
@@ -81,7 +90,8 @@ def test_the_cache_is_as_large_as_transformers_makes_it(family, tmp_path):
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     counted = cache_bytes(open_checkpoint(folder).spec, 40)
     sliding = [layer for layer in cache.layers if layer.keys.shape[2] < 40]
-    spare = sum(2 * layer.keys.nbytes // layer.keys.shape[2] for layer in sliding)  # it drops the token that leaves next
+    # it drops the token that leaves next
+    spare = sum(2 * layer.keys.nbytes // layer.keys.shape[2] for layer in sliding)
     assert bool(sliding) == (family in ("mistral", "qwen2"))
     assert counted == held + spare
 
@@ -98,7 +108,8 @@ def test_a_plan_over_the_budget_is_refused_with_what_it_needs(small_llama):
     from slim.checkpoints.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(small_llama)
-    needed = checkpoint.spec.weight_bytes() + 100 * 6 * 2 * 2 * 16 * 4  # blocks, keys and values, heads, size, float32
+    # blocks, keys and values, heads, size, float32
+    needed = checkpoint.spec.weight_bytes() + 100 * 6 * 2 * 2 * 16 * 4
     assert needed == pytest.approx(checkpoint.bytes_on_disk + 100 * 6 * 2 * 2 * 16 * 4, rel=0.01)
     Budget(memory_gb=needed / 1e9, context=100).check_plan(checkpoint.spec)
     with pytest.raises(OverBudget, match="over budget.memory_gb=.* by its plan") as refused:
@@ -109,8 +120,16 @@ def test_a_plan_over_the_budget_is_refused_with_what_it_needs(small_llama):
 def test_what_is_promised_is_measured(small_llama):
     from slim.evaluation.run import measure
 
-    short = ["eval.tasks.names=[tiny_facts]", "eval.tasks.limit=2", "eval.perplexity.limit=1", "eval.perplexity.window=32"]
-    speed = [f"eval.speed.{name}={value}" for name, value in dict(count=1, repeats=1, new_tokens=2, prompt_length=8).items()]
+    short = [
+        "eval.tasks.names=[tiny_facts]",
+        "eval.tasks.limit=2",
+        "eval.perplexity.limit=1",
+        "eval.perplexity.window=32",
+    ]
+    speed = [
+        f"eval.speed.{name}={value}"
+        for name, value in dict(count=1, repeats=1, new_tokens=2, prompt_length=8).items()
+    ]
     protocol = evaluation(*short, *speed, "eval.new_tokens=8")
     found = measure(small_llama, protocol)
     measured = {**found["quality"]["metrics"], **found["speed"]["metrics"]}
@@ -149,7 +168,13 @@ def test_which_way_is_better(metric, high):
 
 
 def trial(number: int, problem: str | None = None, **objectives: float) -> Trial:
-    result = {"objectives": objectives, "problem": problem, "tokens_per_second": None, "memory_bytes": 1e6, "folder": "x"}
+    result = {
+        "objectives": objectives,
+        "problem": problem,
+        "tokens_per_second": None,
+        "memory_bytes": 1e6,
+        "folder": "x",
+    }
     return Trial(number, {"quantizer.bits": number}, result=result)
 
 
@@ -157,12 +182,26 @@ def test_the_front_is_that_of_brute_force():
     generator = random.Random(0)
     for _ in range(30):
         points = [(generator.randint(0, 6), generator.randint(0, 6)) for _ in range(20)]
-        trials = [trial(n, perplexity=float(x), **{"tasks/acc": float(y)}) for n, (x, y) in enumerate(points)]
-        trials += [trial(99, "takes 9 GB", perplexity=-1.0, **{"tasks/acc": 99.0}), Trial(100, {}, error="failed")]
-        front = {(x, y) for x, y in points if not any((a < x and b >= y) or (a <= x and b > y) for a, b in points)}
+        trials = [
+            trial(n, perplexity=float(x), **{"tasks/acc": float(y)})
+            for n, (x, y) in enumerate(points)
+        ]
+        trials += [
+            trial(99, "takes 9 GB", perplexity=-1.0, **{"tasks/acc": 99.0}),
+            Trial(100, {}, error="failed"),
+        ]
+        front = {
+            (x, y)
+            for x, y in points
+            if not any((a < x and b >= y) or (a <= x and b > y) for a, b in points)
+        }
         found = best(trials, ["perplexity", "tasks/acc"])
-        assert [points[t.number] for t in found] == sorted(front, key=lambda point: -point[1]), "each once, the best task first"
-        assert all(t.number == points.index(points[t.number]) for t in found), "of equal points the first"
+        assert [points[t.number] for t in found] == sorted(front, key=lambda point: -point[1]), (
+            "each once, the best task first"
+        )
+        assert all(t.number == points.index(points[t.number]) for t in found), (
+            "of equal points the first"
+        )
 
 
 def test_a_point_that_is_slower_than_asked_is_out_of_the_contest(small_llama, tmp_path):
@@ -170,21 +209,38 @@ def test_a_point_that_is_slower_than_asked_is_out_of_the_contest(small_llama, tm
 
     wanted = Search(objectives=["perplexity"], budget=Budget(tokens_per_second=50))
     spec = open_checkpoint(small_llama).spec
-    figures = {"perplexity": 3.0, "bytes_on_disk": 10, "parameters": 5, "decode_tokens_per_second": 50.0}
+    figures = {
+        "perplexity": 3.0,
+        "bytes_on_disk": 10,
+        "parameters": 5,
+        "decode_tokens_per_second": 50.0,
+    }
     assert judge(wanted, figures, spec)["problem"] is None
     slow = judge(wanted, {**figures, "decode_tokens_per_second": 49.9}, spec)
     assert slow["problem"] == "decodes 49.9 tokens/s"
-    assert judge(wanted, {**figures, "perplexity": float("nan")}, spec)["problem"] == "perplexity is not finite"
-    with pytest.raises(SlimError, match=r"objectives=perplexity: no such figure was measured. There are: bytes_on_disk"):
+    assert (
+        judge(wanted, {**figures, "perplexity": float("nan")}, spec)["problem"]
+        == "perplexity is not finite"
+    )
+    with pytest.raises(
+        SlimError,
+        match=r"objectives=perplexity: no such figure was measured. There are: bytes_on_disk",
+    ):
         judge(wanted, {"bytes_on_disk": 10, "parameters": 5}, spec)
-    with pytest.raises(SlimError, match=r"None of the 1 points .*quantizer.bits=3 decodes 49.9 tokens/s"):
+    with pytest.raises(
+        SlimError, match=r"None of the 1 points .*quantizer.bits=3 decodes 49.9 tokens/s"
+    ):
         conclude([Trial(0, {"quantizer.bits": 3}, result=slow)], wanted, tmp_path)
 
 
 def test_a_job_returns_its_objectives():
-    one = compose("compress", ["hparams_search=budget", "budget.memory_gb=1", "budget.quality=tasks/acc"])
+    one = compose(
+        "compress", ["hparams_search=budget", "budget.memory_gb=1", "budget.quality=tasks/acc"]
+    )
     assert values(one, {"tasks/acc": 0.5, "perplexity": 3.0}) == 0.5
-    several = compose("compress", ["hparams_search=pareto", "search.objectives=[bytes_on_disk,tiny_facts/exact]"])
+    several = compose(
+        "compress", ["hparams_search=pareto", "search.objectives=[bytes_on_disk,tiny_facts/exact]"]
+    )
     first, second = values(several, {"bytes_on_disk": 10})
     assert first == 10 and math.isnan(second)
 
@@ -194,8 +250,19 @@ def read(params: dict, *typed: str) -> Space:
 
 
 def test_what_is_typed_wins_over_the_files_search_space():
-    file = {"quantizer.bits": "choice(2,3,4,8)", "quantizer.group_size": "choice(32,64)", "quantizer": "choice(rtn,hqq)"}
-    space = read(file, "quantizer=rtn", "quantizer.bits=2,3", "seed=1", "~tracking.uri", "++pruner.factor=choice(1,2)")
+    file = {
+        "quantizer.bits": "choice(2,3,4,8)",
+        "quantizer.group_size": "choice(32,64)",
+        "quantizer": "choice(rtn,hqq)",
+    }
+    space = read(
+        file,
+        "quantizer=rtn",
+        "quantizer.bits=2,3",
+        "seed=1",
+        "~tracking.uri",
+        "++pruner.factor=choice(1,2)",
+    )
     assert list(space.fixed.values()) == ["quantizer=rtn", "seed=1", "~tracking.uri"]
     assert {key: values.choices for key, values in space.varying.items()} == {
         "quantizer.bits": (2, 3),
@@ -209,7 +276,10 @@ def test_what_is_typed_wins_over_the_files_search_space():
 
 def test_a_point_that_was_tried_gives_way_to_the_nearest_that_was_not():
     space = read({"a": "choice(1,2,3)", "c": "range(1,3)"}, "b=true,false")
-    everything = [dict(zip("abc", point, strict=True)) for point in itertools.product((1, 2, 3), (True, False), (1, 2, 3))]
+    everything = [
+        dict(zip("abc", point, strict=True))
+        for point in itertools.product((1, 2, 3), (True, False), (1, 2, 3))
+    ]
     assert space.size == len(everything) == 18
     generator, point = random.Random(0), everything[0]
     for _ in everything:
@@ -227,7 +297,13 @@ def key_distance(one: dict, other: dict) -> int:
 
 
 def test_the_best_within_a_budget_and_the_same_trials_again(search, tmp_path):
-    command = [*RTN, *SHORT, "hparams_search=budget", "budget.memory_gb=0.00058", "budget.context=0"]
+    command = [
+        *RTN,
+        *SHORT,
+        "hparams_search=budget",
+        "budget.memory_gb=0.00058",
+        "budget.context=0",
+    ]
     command += ["quant.bits=2,3,8", "quant.group_size=32", "seed=3"]
     code, _, err, found = search(*command)
     assert code == 0, err
@@ -242,8 +318,12 @@ def test_the_best_within_a_budget_and_the_same_trials_again(search, tmp_path):
         assert run.data.tags.get("slim.skipped") == ("true" if too_large else None)
         if too_large:
             assert "over budget.memory_gb=0.00058 by its plan: " in run.data.tags["error"]
-    measured = {run.info.run_name: run.data.metrics for run in runs["run"] if run.info.status == "FINISHED"}
-    assert len(measured) == 2 and all(metrics["bytes_on_disk"] <= 0.58e6 for metrics in measured.values())
+    measured = {
+        run.info.run_name: run.data.metrics for run in runs["run"] if run.info.status == "FINISHED"
+    }
+    assert len(measured) == 2 and all(
+        metrics["bytes_on_disk"] <= 0.58e6 for metrics in measured.values()
+    )
     lowest = min(measured, key=lambda name: measured[name]["perplexity"])
     (chosen,) = found["best"]
     assert chosen["objectives"]["perplexity"] == measured[lowest]["perplexity"]
@@ -256,7 +336,10 @@ def test_the_best_within_a_budget_and_the_same_trials_again(search, tmp_path):
     code, _, err, again = search(*command)
     assert code == 0, err
     assert again == found, "the same trials in the same order with the same figures"
-    assert sorted((tmp_path / "runs" / "stages").iterdir()) == made and [f.stat().st_mtime_ns for f in made] == times
+    assert (
+        sorted((tmp_path / "runs" / "stages").iterdir()) == made
+        and [f.stat().st_mtime_ns for f in made] == times
+    )
     assert len(kinds(tmp_path / "runs")["run"]) == 3
 
 
@@ -266,7 +349,11 @@ def proposals(seed: int, count: int, params: dict, value) -> list[tuple]:
     settings.sampler.seed = seed
     config = OmegaConf.create({"seed": seed})
     quiet_optuna()
-    run = Run(SimpleNamespace(settings=settings, config=config), read(params), Search(objectives=["perplexity"]))
+    run = Run(
+        SimpleNamespace(settings=settings, config=config),
+        read(params),
+        Search(objectives=["perplexity"]),
+    )
     found = []
     while len(found) < count and not run.space.exhausted:
         trial = run.ask()
@@ -285,43 +372,77 @@ def test_no_point_is_proposed_twice_and_the_seed_chooses_them():
 
 
 def test_proposals_learn_from_what_was_found():
-    """Of 400 points, 40 proposals come nearer to the best one than 40 at random do, over ten seeds."""
+    """Of 400 points, 40 proposals come nearer to the best one than 40 at random do, over ten
+    seeds."""
     space, worth = {"a": "range(0,19)", "b": "range(0,19)"}, lambda a, b: abs(a - 13) + abs(b - 4)
     searched, drawn = [], []
     for seed in range(10):
         searched.append(min(worth(*point) for point in proposals(seed, 40, space, worth)))
         generator = random.Random(seed)
-        drawn.append(min(worth(generator.randrange(20), generator.randrange(20)) for _ in range(40)))
+        drawn.append(
+            min(worth(generator.randrange(20), generator.randrange(20)) for _ in range(40))
+        )
     assert sum(searched) < sum(drawn)
 
 
 def test_a_point_that_fails_does_not_end_a_search(search):
-    command = [*RTN, "eval=none", "hparams_search=pareto", "search.objectives=[bytes_on_disk,parameters]"]
+    command = [
+        *RTN,
+        "eval=none",
+        "hparams_search=pareto",
+        "search.objectives=[bytes_on_disk,parameters]",
+    ]
     code, _, err, found = search(*command, "quant.bits=4,5", "quant.group_size=32")
     assert code == 2, err
-    states = {point["settings"]["quantizer.bits"]: (point["state"], point["problem"]) for point in found["points"]}
+    states = {
+        point["settings"]["quantizer.bits"]: (point["state"], point["problem"])
+        for point in found["points"]
+    }
     assert states[4] == ("good", None)
     assert states[5][0] == "failed" and "quant.bits=5 is not possible" in states[5][1]
 
 
 WRONG = [
-    (["hparams_search=paretto"], "hparams_search=paretto is not possible. Allowed: budget, pareto. Did you mean pareto?"),
+    (
+        ["hparams_search=paretto"],
+        "hparams_search=paretto is not possible. Allowed: budget, pareto. Did you mean pareto?",
+    ),
     (["hparams_search=budget"], "needs a budget: budget.memory_gb=4"),
     (["hparams_search=budget", "budget.memory_gb=-1"], "budget.memory_gb=-1 is not possible"),
-    (["hparams_search=budget", "budget.memory_gb=1", "budget.context=1.5"], "budget.context=1.5 is not possible"),
-    (["hparams_search=budget", "budget.memory_gb=1", "budget.quality=perplexitty"], "Did you mean perplexity?"),
-    (["hparams_search=budget", "budget.tokens_per_second=9", "eval.speed=null"], "eval.speed=null measures no speed"),
-    (["hparams_search=pareto", "search.objectives=[perplexity,speed]"], "search.objectives=speed: no such figure"),
+    (
+        ["hparams_search=budget", "budget.memory_gb=1", "budget.context=1.5"],
+        "budget.context=1.5 is not possible",
+    ),
+    (
+        ["hparams_search=budget", "budget.memory_gb=1", "budget.quality=perplexitty"],
+        "Did you mean perplexity?",
+    ),
+    (
+        ["hparams_search=budget", "budget.tokens_per_second=9", "eval.speed=null"],
+        "eval.speed=null measures no speed",
+    ),
+    (
+        ["hparams_search=pareto", "search.objectives=[perplexity,speed]"],
+        "search.objectives=speed: no such figure",
+    ),
     (["hparams_search=pareto", "search.objectives=[]"], "one to 3 different metrics"),
-    (["hparams_search=pareto", "search.objectives=[perplexity,perplexity]"], "one to 3 different metrics"),
+    (
+        ["hparams_search=pareto", "search.objectives=[perplexity,perplexity]"],
+        "one to 3 different metrics",
+    ),
     (["hparams_search=pareto", "eval=none"], "no such figure will be measured"),
-    (["hparams_search=pareto", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 is not possible"),
+    (
+        ["hparams_search=pareto", "hydra.sweeper.n_trials=0"],
+        "hydra.sweeper.n_trials=0 is not possible",
+    ),
     (["hparams_search=pareto", "plan=true"], "plan=true shows a run or a grid"),
     (["hparams_search=pareto", "pruner=none", "quant=none"], "nothing to search"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG]
+)
 def test_a_mistake_is_said_before_anything_is_done(search, tmp_path, arguments, message):
     code, out, err, _ = search(*arguments, mistaken=True)
     assert (code, out) == (2, "")
@@ -331,7 +452,13 @@ def test_a_mistake_is_said_before_anything_is_done(search, tmp_path, arguments, 
 
 
 def test_a_budget_that_no_point_meets(search, tmp_path):
-    command = [*RTN, "hparams_search=budget", "budget.memory_gb=0.0001", "quant.bits=3,2", "quant.group_size=64"]
+    command = [
+        *RTN,
+        "hparams_search=budget",
+        "budget.memory_gb=0.0001",
+        "quant.bits=3,2",
+        "quant.group_size=64",
+    ]
     code, _, err, found = search(*command, *SHORT)
     assert code == 2
     assert "No point meets budget.memory_gb=0.0001: the smallest of 2 would take" in err
@@ -350,7 +477,8 @@ def test_a_missing_package_is_named(search, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_of_the_tiny_model_finds_the_front_of_all_points(search):
-    """All points of the space: the front, and the best within a budget, are those of their figures."""
+    """All points of the space: the front, and the best within a budget, are those of their
+    figures."""
     space = [
         "model=tiny",
         "model.source=tiny",
@@ -361,15 +489,31 @@ def test_a_search_of_the_tiny_model_finds_the_front_of_all_points(search):
         "pruner.blocks=1,2,3",
     ]
     short = ["eval.tasks=null", "eval.speed=null", "eval.prompts=[]", "eval.perplexity.limit=16"]
-    code, _, err, found = search(*space, *short, "hparams_search=pareto", "hydra.sweeper.n_trials=27")
+    code, _, err, found = search(
+        *space, *short, "hparams_search=pareto", "hydra.sweeper.n_trials=27"
+    )
     assert code == 0, err
     figures = [tuple(point["objectives"].values()) for point in found["points"]]
     assert len(figures) == 27
-    front = {(x, y) for x, y in figures if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in figures)}
+    front = {
+        (x, y)
+        for x, y in figures
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in figures)
+    }
     assert {tuple(point["objectives"].values()) for point in found["best"]} == front
     limit = (sorted(point["memory_bytes"] for point in found["points"])[13] + 1) / 1e9
-    within = [point["objectives"]["perplexity"] for point in found["points"] if point["memory_bytes"] <= limit * 1e9]
-    command = [*space, *short, "hparams_search=budget", f"budget.memory_gb={limit}", "hydra.sweeper.n_trials=27"]
+    within = [
+        point["objectives"]["perplexity"]
+        for point in found["points"]
+        if point["memory_bytes"] <= limit * 1e9
+    ]
+    command = [
+        *space,
+        *short,
+        "hparams_search=budget",
+        f"budget.memory_gb={limit}",
+        "hydra.sweeper.n_trials=27",
+    ]
     code, _, err, found = search(*command)
     assert code == 0, err
     assert found["best"][0]["objectives"]["perplexity"] == min(within)

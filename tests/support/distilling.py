@@ -1,4 +1,5 @@
-"""Settings of short distillations, for the tests of them; the models are fixtures in conftest.py."""
+"""Settings of short distillations, for the tests of them; the models are fixtures in
+conftest.py."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from slim.checkpoints.source import Source
 from slim.data.examples import TinyText
 from slim.loading.load_model import load_model
 
-QUICK = dict(steps=4, window=64, batch_tokens=256, validate_every=2, validation_tokens=512, learning_rate=0.01)
+QUICK = dict(
+    steps=4,
+    window=64,
+    batch_tokens=256,
+    validate_every=2,
+    validation_tokens=512,
+    learning_rate=0.01,
+)
 NARROW = dict(hidden_size=32, intermediate_size=64, vocab_size=1536)
 
 

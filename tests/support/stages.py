@@ -18,7 +18,8 @@ from slim.models.spec import ModelSpec
 
 @dataclass
 class Scale(Stage):
-    """Multiplies the final norm; ``log`` names a file that gets a line for every run; ``fail`` raises half-way."""
+    """Multiplies the final norm; ``log`` names a file that gets a line for every run; ``fail``
+    raises half-way."""
 
     kind: ClassVar[str] = "prune"
     factor: float = 2.0
@@ -49,7 +50,8 @@ class Scale(Stage):
 
 
 def run(stage: Stage, source: Path, target: Path, **context) -> dict:
-    """Check a stage against ``source`` and run it into the new folder ``target``; return its facts, which must be plain."""
+    """Check a stage against ``source`` and run it into the new folder ``target``; return its facts,
+    which must be plain."""
     target.mkdir(parents=True)
     stage.check(open_checkpoint(source).spec)
     facts = stage.run(source, target, Context(**context))

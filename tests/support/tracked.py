@@ -38,4 +38,6 @@ def client(root: Path):
 def tracked(root: Path, experiment: str = "slim") -> list:
     """Return the runs of an experiment in the order in which they began."""
     store = client(root)
-    return store.search_runs([store.get_experiment_by_name(experiment).experiment_id], order_by=["start_time"])
+    return store.search_runs(
+        [store.get_experiment_by_name(experiment).experiment_id], order_by=["start_time"]
+    )

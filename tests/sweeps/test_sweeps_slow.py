@@ -1,4 +1,5 @@
-"""Sweeps in processes of their own: killed and resumed, several at once, a tracking server that goes and comes back."""
+"""Sweeps in processes of their own: killed and resumed, several at once, a tracking server that
+goes and comes back."""
 
 from __future__ import annotations
 
@@ -33,9 +34,20 @@ POINTS = [
 
 def start(folder: Path, source: Path, *more: str) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "compress.py"), "-m", "model=hf", f"model.source={source}", "store=runs", *more]
-    places = {**os.environ, "PYTHONPATH": str(ROOT)}  # of the stage of the tests, also in a cluster's processes
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=places)
+    command = [
+        sys.executable,
+        str(ROOT / "compress.py"),
+        "-m",
+        "model=hf",
+        f"model.source={source}",
+        "store=runs",
+        *more,
+    ]
+    # of the stage of the tests, also in a cluster's processes
+    places = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=places
+    )
 
 
 def figures(folder: Path) -> dict:
@@ -43,20 +55,28 @@ def figures(folder: Path) -> dict:
     root, found = folder / "runs", {}
     for run in kinds(root)["run"]:
         assert run.info.status == "FINISHED"
-        records = json.loads(Path(client(root).download_artifacts(run.info.run_id, "results.json")).read_text())
+        records = json.loads(
+            Path(client(root).download_artifacts(run.info.run_id, "results.json")).read_text()
+        )
         assert run.info.run_name not in found, "one run per point"
         found[run.info.run_name] = [(record["hash"], record["metrics"]) for record in records]
     return found
 
 
 def ended(folder: Path, before: int) -> int:
-    """Count the points that were run in the newest folder of the sweep, where there are more such folders than ``before``."""
+    """Count the points that were run in the newest folder of the sweep, where there are more such
+    folders than ``before``."""
     folders = sorted(folder.glob("multirun/*/*"))
-    records = [json.loads(path.read_text()) for path in folders[-1].glob("*/point.json")] if len(folders) > before else []
+    records = (
+        [json.loads(path.read_text()) for path in folders[-1].glob("*/point.json")]
+        if len(folders) > before
+        else []
+    )
     return sum(record["status"] == "FINISHED" and not record.get("reused") for record in records)
 
 
-@pytest.mark.slow  # six starts of the command, about two minutes: pytest -m slow tests/test_sweeps_slow.py
+# six starts of the command, about two minutes: pytest -m slow tests/test_sweeps_slow.py
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_sweep_killed_three_times_and_resumed_equals_one_that_ran_through(small_llama, tmp_path):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
@@ -84,10 +104,19 @@ def test_a_sweep_killed_three_times_and_resumed_equals_one_that_ran_through(smal
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_several_processes_share_the_stages_and_the_cores(small_llama, tmp_path, launcher):
     if launcher == "submitit_local":
-        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install -e '.[cluster]'")
+        pytest.importorskip(
+            "hydra_plugins.hydra_submitit_launcher", reason="pip install -e '.[cluster]'"
+        )
     log = tmp_path / "log"
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-    scale = [*SCALE, "++pruner.factor=2", f"++pruner.log={log}", "quant=rtn", "quant.bits=2,3,4,7", "quant.group_size=32"]
+    scale = [
+        *SCALE,
+        "++pruner.factor=2",
+        f"++pruner.log={log}",
+        "quant=rtn",
+        "quant.bits=2,3,4,7",
+        "quant.group_size=32",
+    ]
     process = start(tmp_path, small_llama, *scale, f"hydra/launcher={launcher}", *more)
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 2, output
@@ -95,7 +124,9 @@ def test_several_processes_share_the_stages_and_the_cores(small_llama, tmp_path,
     found = kinds(tmp_path / "runs")
     states = {run.info.run_name[-1]: run.info.status for run in found["run"]}
     assert states == {"2": "FINISHED", "3": "FINISHED", "4": "FINISHED", "7": "FAILED"}
-    assert {run.data.tags["mlflow.parentRunId"] for run in found["run"]} == {found["sweep"][0].info.run_id}
+    assert {run.data.tags["mlflow.parentRunId"] for run in found["run"]} == {
+        found["sweep"][0].info.run_id
+    }
     assert output.count("point ") >= 4 and "Sweep of 4 points" in output, output
 
 
@@ -105,7 +136,9 @@ def serve(folder: Path, port: int) -> subprocess.Popen:
         sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
@@ -154,13 +187,25 @@ def test_a_server_that_goes_during_a_sweep_gets_everything_later(sweep, tmp_path
         store = MlflowClient(uri)
         runs = store.search_runs([store.get_experiment_by_name("slim").experiment_id])
         points = [found for found in runs if found.data.tags["slim.kind"] == "run"]
-        assert sorted(found.info.run_name for found in points) == [f"pruner.factor={factor}" for factor in (2, 3, 4)]
+        assert sorted(found.info.run_name for found in points) == [
+            f"pruner.factor={factor}" for factor in (2, 3, 4)
+        ]
         for found in points:
-            below = [other for other in runs if other.data.tags.get("mlflow.parentRunId") == found.info.run_id]
-            assert found.info.status == "FINISHED" and {"source": 1, "prune scale": 1}.keys() & {b.info.run_name for b in below}
-            assert {"results.json", "final.json", "config.yaml"} <= {f.path for f in store.list_artifacts(found.info.run_id)}
+            below = [
+                other
+                for other in runs
+                if other.data.tags.get("mlflow.parentRunId") == found.info.run_id
+            ]
+            assert found.info.status == "FINISHED" and {"source": 1, "prune scale": 1}.keys() & {
+                b.info.run_name for b in below
+            }
+            assert {"results.json", "final.json", "config.yaml"} <= {
+                f.path for f in store.list_artifacts(found.info.run_id)
+            }
             scaled = next(other for other in below if other.info.run_name == "prune scale")
-            assert [point.value for point in store.get_metric_history(scaled.info.run_id, "loss")] == [1.5, 0.5]
+            assert [
+                point.value for point in store.get_metric_history(scaled.info.run_id, "loss")
+            ] == [1.5, 0.5]
             assert found.data.params["pruner.factor"] == found.info.run_name[-1] and len(below) == 2
     finally:
         for process in servers:

@@ -1,4 +1,5 @@
-"""The little world: deterministic, its splits apart, its tasks fair, its rules right, its shipped files up to date."""
+"""The little world: deterministic, its splits apart, its tasks fair, its rules right, its shipped
+files up to date."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def sentences(text: str) -> list[str]:
 
 def test_files_are_what_the_generator_writes(world):
     for name, content in asset_files(world).items():
-        assert (FOLDER / name).read_bytes() == content.encode("utf-8"), f"{name}: run `python -m slim.tiny_world` again"
+        assert (FOLDER / name).read_bytes() == content.encode("utf-8"), (
+            f"{name}: run `python -m slim.tiny_world` again"
+        )
     assert {p.name for p in FOLDER.iterdir()} == set(asset_files(world))
 
 
@@ -66,7 +69,9 @@ def test_same_text_in_another_process(world, hash_seed):
     )
     run = [sys.executable, "-c", code]
     digests = {
-        subprocess.run(run, env={**os.environ, "PYTHONHASHSEED": h}, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            run, env={**os.environ, "PYTHONHASHSEED": h}, capture_output=True, text=True, check=True
+        ).stdout
         for h in (hash_seed, "1")
     }
     assert len(digests) == 1 and len(digests.pop()) == 65
@@ -81,7 +86,12 @@ def test_seeds_give_other_texts_and_other_worlds(world):
 
 def test_generator_needs_no_heavy_library():
     code = "import sys, slim.tiny_world; print([m for m in ('torch', 'transformers', 'tokenizers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 # the world
@@ -111,9 +121,12 @@ def test_values_are_spread_evenly(world):
 
 
 def test_every_fact_is_stated_and_asked_in_training(world, training):
-    """A fact counts as stated where its subject and its value stand in one sentence or one answered question."""
+    """A fact counts as stated where its subject and its value stand in one sentence or one answered
+    question."""
     text = "\n".join(training)
-    pieces = [set(re.findall(r"\w+", s.lower())) for s in re.split(r"(?<=\.)\s+|\n(?!Answer)", text)]
+    pieces = [
+        set(re.findall(r"\w+", s.lower())) for s in re.split(r"(?<=\.)\s+|\n(?!Answer)", text)
+    ]
     by_word: dict[str, list[set[str]]] = {}
     for piece in pieces:
         for word in piece:
@@ -127,7 +140,11 @@ def test_every_fact_is_stated_and_asked_in_training(world, training):
 
 
 def test_documents_have_the_promised_length(world, training):
-    for documents in (training, list(world.documents("heldout")), list(world.documents("calibration"))):
+    for documents in (
+        training,
+        list(world.documents("heldout")),
+        list(world.documents("calibration")),
+    ):
         lengths = [len(d.split()) for d in documents]
         assert min(lengths) >= 40 and max(lengths) <= 200
 
@@ -146,24 +163,44 @@ def test_heldout_scenes_never_occur_in_training(world, training):
         found = set()
         for sentence in (s for text in texts for s in sentences(text.replace(USER, " "))):
             if re.search(r" because (he|she) ", sentence):
-                found.add(re.sub(f"^.*?(?=({people}) )", "", re.sub(f"^({openers}) ", "", sentence), count=1))
+                found.add(
+                    re.sub(
+                        f"^.*?(?=({people}) )", "", re.sub(f"^({openers}) ", "", sentence), count=1
+                    )
+                )
         return found
 
-    heldout, calibration, train = (told(t) for t in (world.documents("heldout"), world.documents("calibration"), training))
+    heldout, calibration, train = (
+        told(t) for t in (world.documents("heldout"), world.documents("calibration"), training)
+    )
     assert min(len(heldout), len(calibration)) > 100 and len(train) > 5000
     assert not heldout & train and not calibration & train and not heldout & calibration
 
 
 def test_heldout_wordings_never_occur_in_training(world, training):
-    """Statements that name their subject (so that the wording is the fact's own) are in one split only."""
-    verbs = ("lives in", "works as", "likes to eat", "keeps", "owns", "is made of", "is known for", "was born in")
+    """Statements that name their subject (so that the wording is the fact's own) are in one split
+    only."""
+    verbs = (
+        "lives in",
+        "works as",
+        "likes to eat",
+        "keeps",
+        "owns",
+        "is made of",
+        "is known for",
+        "was born in",
+    )
 
     def stated(texts):
         text = re.sub(r"<\|\w+\|>|\n", ". ", "\n".join(texts))
-        named = (s for s in sentences(text) if not re.search(r"\b([Hh]e|[Ss]he|[Ii]t)\b(?! is true)", s))
+        named = (
+            s for s in sentences(text) if not re.search(r"\b([Hh]e|[Ss]he|[Ii]t)\b(?! is true)", s)
+        )
         return {s for s in named if "?" not in s and any(verb in s for verb in verbs)}
 
-    heldout, calibration, train = (stated(t) for t in (world.documents("heldout"), world.documents("calibration"), training))
+    heldout, calibration, train = (
+        stated(t) for t in (world.documents("heldout"), world.documents("calibration"), training)
+    )
     assert min(len(heldout), len(calibration)) > 50 and len(train) > 700
     assert not heldout & train and not calibration & train and not heldout & calibration
 
@@ -240,15 +277,30 @@ def test_fact_answers_are_true_and_unique(world, tasks):
         values.setdefault((fact.subject.lower(), fact.relation), set()).add(fact.value)
     for q in tasks["tiny_facts"]:
         asked = set(re.findall(r"\w+", q["question"].lower()))
-        true = [v for (subject, relation), v in values.items() if relation == q["kind"] and subject in asked]
-        assert len(true) == 1 and [c for c in q["choices"] if c in true[0]] == [q["choices"][q["answer"]]], q
+        true = [
+            v
+            for (subject, relation), v in values.items()
+            if relation == q["kind"] and subject in asked
+        ]
+        assert len(true) == 1 and [c for c in q["choices"] if c in true[0]] == [
+            q["choices"][q["answer"]]
+        ], q
 
 
 def test_task_questions_never_occur_in_training(tasks, training):
-    """Neither the fact questions' wordings nor the held-out combinations, in quizzes, stories or conversations."""
+    """Neither the fact questions' wordings nor the held-out combinations, in quizzes, stories or
+    conversations."""
     text = "\n".join(training)
-    asked = {line.removeprefix("Question: ") for line in text.split("\n") if line.startswith("Question: ")}
-    asked |= {s.strip() for d in training for s in re.findall(re.escape(USER) + "(.*?)" + re.escape(ASSISTANT), d)}
+    asked = {
+        line.removeprefix("Question: ")
+        for line in text.split("\n")
+        if line.startswith("Question: ")
+    }
+    asked |= {
+        s.strip()
+        for d in training
+        for s in re.findall(re.escape(USER) + "(.*?)" + re.escape(ASSISTANT), d)
+    }
     assert len(asked) > 5000
     for questions in tasks.values():
         assert not {q["question"] for q in questions} & asked
@@ -342,30 +394,53 @@ def test_tokenizer_is_deterministic_and_reloads(world, tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     again = train_tokenizer(world, vocab_size=1536, seed=0)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
     assert len(tokenizer) == 1536
     for other in (again, loaded):
         assert other.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template", "model_max_length"):
+    for name in (
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "chat_template",
+        "model_max_length",
+    ):
         assert getattr(loaded, name) == getattr(tokenizer, name) is not None
     text = "Ada lives in Kelso.\n\nQuestion: Wörter, 12 × 3 = ?\nAnswer: naïve 🙂"
     assert loaded.decode(loaded(text)["input_ids"]) == text
 
 
 def test_words_of_the_world_are_single_tokens(tokenizer):
-    things = (*lex.WOMEN, *lex.MEN, *lex.TOWNS, *lex.JOBS, *lex.FOODS, *lex.MONTHS, *lex.BELONGINGS, *lex.THINGS)
+    things = (
+        *lex.WOMEN,
+        *lex.MEN,
+        *lex.TOWNS,
+        *lex.JOBS,
+        *lex.FOODS,
+        *lex.MONTHS,
+        *lex.BELONGINGS,
+        *lex.THINGS,
+    )
     several = [w for w in things if len(tokenizer(f" {w}")["input_ids"]) > 1]
     assert len(several) <= 0.05 * len(things), several
 
 
 def test_chat_format(world, tokenizer):
-    """Template, mask and training documents agree; the answer with its end mark is what is learned."""
+    """Template, mask and training documents agree; the answer with its end mark is what is
+    learned."""
     ((question, answer),) = islice(world.conversations("train"), 1)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == f"{USER} {question}{ASSISTANT} {answer}{END}"
-    full = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    full = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    prompt = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
     learned = [t for t, on in zip(full["input_ids"], full["assistant_masks"], strict=True) if on]
     assert full["input_ids"] == prompt + learned
     assert tokenizer.decode(learned) == f" {answer}{END}" and learned[-1] == tokenizer.eos_token_id

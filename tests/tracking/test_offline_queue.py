@@ -23,7 +23,8 @@ SERVER = "http://tracking.example"
 
 
 class Fragile:
-    """A client that breaks down at a given call and stays so until it is mended. ``None``: it never does."""
+    """A client that breaks down at a given call and stays so until it is mended. ``None``: it never
+    does."""
 
     def __init__(self, root: Path, lasts: int | None):
         self.client, self.lasts, self.calls = client(root), lasts, 0
@@ -45,7 +46,8 @@ class Reporting(Scale):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Let connections to SERVER go to a client over a database, which fails at the call ``lasts``."""
+    """Let connections to SERVER go to a client over a database, which fails at the call
+    ``lasts``."""
 
     def start(root: Path, lasts: int | None) -> Fragile:
         fragile = Fragile(root, lasts)
@@ -88,7 +90,9 @@ def content(root: Path) -> list:
     ]  # fmt: skip
 
 
-def test_whenever_the_server_goes_the_next_run_sends_all_there_is_to_know(small_llama, tmp_path, server):
+def test_whenever_the_server_goes_the_next_run_sends_all_there_is_to_know(
+    small_llama, tmp_path, server
+):
     healthy = server(fresh_store(tmp_path / "healthy"), None)
     track(tmp_path / "healthy", small_llama)
     expected = content(tmp_path / "healthy")
@@ -106,7 +110,9 @@ def test_whenever_the_server_goes_the_next_run_sends_all_there_is_to_know(small_
         assert sorted(map(str, content(root)[before:])) == sorted(map(str, expected)), lasts
 
 
-def test_what_begins_without_a_server_is_kept_where_that_is_allowed(small_llama, tmp_path, server, capsys):
+def test_what_begins_without_a_server_is_kept_where_that_is_allowed(
+    small_llama, tmp_path, server, capsys
+):
     fragile = server(fresh_store(tmp_path), 0)
     with pytest.raises(SlimError):
         track(tmp_path, small_llama)
@@ -123,7 +129,14 @@ def test_what_begins_without_a_server_is_kept_where_that_is_allowed(small_llama,
 def test_an_outbox_belongs_to_its_writer_and_its_server(tmp_path, server):
     server(fresh_store(tmp_path), None)
     writing, other = OfflineQueue(tmp_path, SERVER), OfflineQueue(tmp_path, "http://elsewhere")
-    arguments = {"experiment": "test", "place": None, "name": "x", "tags": {}, "time": 1, "run": "kept-1"}
+    arguments = {
+        "experiment": "test",
+        "place": None,
+        "name": "x",
+        "tags": {},
+        "time": 1,
+        "run": "kept-1",
+    }
     for box in (writing, other):
         box.add("create_run", arguments)
     other.close()
@@ -137,7 +150,10 @@ def test_an_outbox_belongs_to_its_writer_and_its_server(tmp_path, server):
 def test_sending_goes_on_where_it_was_broken_off(tmp_path, server):
     box = OfflineQueue(tmp_path, SERVER)
     for name in ("a", "b"):
-        box.add("create_run", {"experiment": "test", "place": None, "name": name, "tags": {}, "time": 1, "run": name})
+        box.add(
+            "create_run",
+            {"experiment": "test", "place": None, "name": name, "tags": {}, "time": 1, "run": name},
+        )
     box.close()
     fragile = server(fresh_store(tmp_path), None)
     client(tmp_path).create_experiment("test")
@@ -151,7 +167,10 @@ def test_sending_goes_on_where_it_was_broken_off(tmp_path, server):
 
 def test_half_a_line_of_a_killed_process_holds_nothing_up(tmp_path, server):
     box = OfflineQueue(tmp_path, SERVER)
-    box.add("create_run", {"experiment": "test", "place": None, "name": "a", "tags": {}, "time": 1, "run": "a"})
+    box.add(
+        "create_run",
+        {"experiment": "test", "place": None, "name": "a", "tags": {}, "time": 1, "run": "a"},
+    )
     with (box.folder / "calls.jsonl").open("a", encoding="utf-8") as file:
         file.write('["end", {"run": "a", "sta')
     box.close()

@@ -24,7 +24,9 @@ def client(root: Path):
 
 def runs(root: Path, experiment: str = "test"):
     store = client(root)
-    return store.search_runs([store.get_experiment_by_name(experiment).experiment_id], order_by=["start_time"])
+    return store.search_runs(
+        [store.get_experiment_by_name(experiment).experiment_id], order_by=["start_time"]
+    )
 
 
 def test_a_run_has_nested_runs_with_settings_figures_and_plots(small_llama, tmp_path):
@@ -42,11 +44,18 @@ def test_a_run_has_nested_runs_with_settings_figures_and_plots(small_llama, tmp_
         tracker.log_summary(results[-1].metrics, {"results.md": "| table |"})
     parent, source, stage = runs(tmp_path)
     store = client(tmp_path)
-    assert [run.info.run_name for run in (parent, source, stage)] == ["my run", small_llama.name, "prune plotting"]
+    assert [run.info.run_name for run in (parent, source, stage)] == [
+        "my run",
+        small_llama.name,
+        "prune plotting",
+    ]
     assert [run.info.status for run in (parent, source, stage)] == ["FINISHED"] * 3
     assert parent.data.params == {"model.source": "x", "seed": "0"}
     assert parent.data.tags["overrides"] == "seed=0"
-    assert {path.path for path in store.list_artifacts(parent.info.run_id)} == {"config.yaml", "results.md"}
+    assert {path.path for path in store.list_artifacts(parent.info.run_id)} == {
+        "config.yaml",
+        "results.md",
+    }
     assert stage.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert stage.data.params == {"factor": "3.0"}
     assert stage.data.metrics["parameters"] == results[0].parameters
@@ -59,7 +68,9 @@ def test_a_run_has_nested_runs_with_settings_figures_and_plots(small_llama, tmp_
     assert [(point.step, point.value) for point in history] == [(1, 1.5), (2, 0.5)]
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "KILLED"), (RuntimeError("broken"), "FAILED")])
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "KILLED"), (RuntimeError("broken"), "FAILED")]
+)
 def test_a_run_that_ends_early_says_so(tmp_path, error, status):
     with pytest.raises(type(error)), Tracker(tmp_path, "test"):
         raise error
@@ -96,4 +107,8 @@ def test_two_processes_create_the_database_at_once(tmp_path):
 
 
 def test_flatten():
-    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None}) == {"a.b": "1", "a.c.d": "[1, 2]", "e": "None"}
+    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None}) == {
+        "a.b": "1",
+        "a.c.d": "[1, 2]",
+        "e": "None",
+    }

@@ -1,4 +1,5 @@
-"""The training loop: going on after an interruption, early stop, precision, settings of the trainer."""
+"""The training loop: going on after an interruption, early stop, precision, settings of the
+trainer."""
 
 from __future__ import annotations
 
@@ -24,7 +25,14 @@ from slim.training.hardware import Hardware
 from slim.training.tune import Full, Lora
 from tests.conftest import ROOT, build_small
 
-QUICK = dict(steps=6, window=64, batch_tokens=256, validate_every=2, validation_tokens=512, learning_rate=0.01)
+QUICK = dict(
+    steps=6,
+    window=64,
+    batch_tokens=256,
+    validate_every=2,
+    validation_tokens=512,
+    learning_rate=0.01,
+)
 
 
 class Killed(BaseException):
@@ -39,7 +47,9 @@ def little(tmp_path_factory, small_llama) -> Path:
     return build_small("llama", folder, vocab_size=len(load_tokenizer(small_llama)), **sizes)
 
 
-def run(stage, source: Path, target: Path, work: Path | None = None, metric=lambda *_: None) -> dict:
+def run(
+    stage, source: Path, target: Path, work: Path | None = None, metric=lambda *_: None
+) -> dict:
     target.mkdir(parents=True)
     stage.check(open_checkpoint(source).spec)
     return stage.run(source, target, Context(work=work, metric=metric))
@@ -52,7 +62,8 @@ def save_always(monkeypatch) -> None:
 
 
 def killed_after(points: int, recorded: list):
-    """Return a metric that records, and ends everything once it has been called ``points`` times."""
+    """Return a metric that records, and ends everything once it has been called ``points``
+    times."""
 
     def metric(*point):
         recorded.append(point)
@@ -74,14 +85,21 @@ def curves(recorded: list) -> list:
         Full(data=TinyText(), **QUICK, optimizer="sgd", trainer=Hardware(precision="16-mixed")),
     ],
 )
-def test_an_interrupted_training_goes_on_to_the_same_weights(little, tmp_path, monkeypatch, capfd, stage):
-    """Killed when step 5 is recorded, with step 4 saved: batches, dropout, moments, rate, scale and best state go on."""
+def test_an_interrupted_training_goes_on_to_the_same_weights(
+    little, tmp_path, monkeypatch, capfd, stage
+):
+    """Killed when step 5 is recorded, with step 4 saved: batches, dropout, moments, rate, scale and
+    best state go on."""
     save_always(monkeypatch)
     whole: list = []
     facts = run(stage, little, tmp_path / "whole", metric=lambda *point: whole.append(point))
 
     first: list = []
-    points = [number for number, point in enumerate(whole, 1) if point[0] == "train_loss" and point[2] == 5][0]
+    points = [
+        number
+        for number, point in enumerate(whole, 1)
+        if point[0] == "train_loss" and point[2] == 5
+    ][0]
     with pytest.raises(Killed):
         run(stage, little, tmp_path / "killed", tmp_path / "work", killed_after(points, first))
     saved = sorted(path.name for path in (tmp_path / "work").iterdir())
@@ -89,7 +107,9 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(little, tmp_path, m
 
     torch.manual_seed(99)  # what happened before must not matter
     second: list = []
-    again = run(stage, little, tmp_path / "again", tmp_path / "work", lambda *point: second.append(point))
+    again = run(
+        stage, little, tmp_path / "again", tmp_path / "work", lambda *point: second.append(point)
+    )
     assert "Going on behind step 4" in capfd.readouterr().err
     assert checksums(tmp_path / "again") == checksums(tmp_path / "whole")
     assert curves(second) == curves(whole)
@@ -131,7 +151,9 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch):
     monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(resume, "training_state", lambda *_: ({}, {}))
     written = []
-    keeper = resume.StateSaver(SimpleNamespace(write=lambda *_: written.append(1)), None, None, None)
+    keeper = resume.StateSaver(
+        SimpleNamespace(write=lambda *_: written.append(1)), None, None, None
+    )
     trainer = SimpleNamespace(global_step=1, accumulate_grad_batches=1)
     module = SimpleNamespace(optimisation=SimpleNamespace(steps=10))
     for expected in (1, 1, 2):  # at 100 s, at 300 s, at 311 s
@@ -147,11 +169,18 @@ def test_training_ends_when_it_stops_helping(little, tmp_path, monkeypatch):
 
     made_up = iter([30.0, 20.0, 25.0, 22.0, 21.0])
     monkeypatch.setattr(callbacks, "mean_nll", lambda *_: next(made_up))
-    facts = run(Full(data=TinyText(), **{**QUICK, "steps": 20}, patience=2), little, tmp_path / "out")
+    facts = run(
+        Full(data=TinyText(), **{**QUICK, "steps": 20}, patience=2), little, tmp_path / "out"
+    )
     assert facts["stopped"] == "No better for 2 validations, at step 6"
     assert facts["best_step"] == 2 and facts["tokens_seen"] == 6 * 256
     seen = json.loads((tmp_path / "out" / "report" / "loss.json").read_text())
-    assert seen["train"][-1]["step"] == 6 and [point["step"] for point in seen["validation"]] == [0, 2, 4, 6]
+    assert seen["train"][-1]["step"] == 6 and [point["step"] for point in seen["validation"]] == [
+        0,
+        2,
+        4,
+        6,
+    ]
 
 
 def test_the_windows_of_a_loss_that_is_not_finite_are_named(little, tmp_path, monkeypatch):
@@ -160,7 +189,9 @@ def test_the_windows_of_a_loss_that_is_not_finite_are_named(little, tmp_path, mo
 
     honest, calls = LanguageModeling.nll, iter(range(100))
     monkeypatch.setattr(
-        LanguageModeling, "nll", lambda self, batch: honest(self, batch) * (float("inf") if next(calls) == 2 else 1)
+        LanguageModeling,
+        "nll",
+        lambda self, batch: honest(self, batch) * (float("inf") if next(calls) == 2 else 1),
     )
     stage = Lora(data=TinyText(), **QUICK)
     facts = run(stage, little, tmp_path / "out")
@@ -187,7 +218,11 @@ def test_float16_with_a_scaled_loss_trains_nearly_the_same(little, tmp_path, tun
 def test_autocast_is_that_of_the_training():
     from slim.training.fit import autocast
 
-    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)):
+    for precision, dtype in (
+        ("32-true", torch.float32),
+        ("bf16-mixed", torch.bfloat16),
+        ("16-mixed", torch.float16),
+    ):
         with autocast("cpu", precision)():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
 
@@ -209,25 +244,42 @@ def test_trainers_that_cannot_be_are_refused(little, monkeypatch):
     spec = open_checkpoint(little).spec
     with pytest.raises(SlimError, match="trainer.strategy=dpp is not possible.*Did you mean ddp"):
         Hardware(strategy="dpp")
-    with pytest.raises(SlimError, match="fsdp does not scale losses. Use trainer.precision=bf16-mixed"):
+    with pytest.raises(
+        SlimError, match="fsdp does not scale losses. Use trainer.precision=bf16-mixed"
+    ):
         Hardware(strategy="fsdp", precision="16-mixed")
     for strategy in ("ddp", "fsdp"):
         with pytest.raises(SlimError, match="Start them: torchrun --nproc_per_node 2"):
             Lora(data=TinyText(), trainer=Hardware(strategy=strategy)).check(spec)
     honest = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else honest(name, *rest))
-    with pytest.raises(SlimError, match=r"needs DeepSpeed. Install it: pip install 'slim\[deepspeed\]'"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "deepspeed" else honest(name, *rest),
+    )
+    with pytest.raises(
+        SlimError, match=r"needs DeepSpeed. Install it: pip install 'slim\[deepspeed\]'"
+    ):
         Lora(data=TinyText(), trainer=Hardware(strategy="deepspeed_zero2")).check(spec)
     launch(monkeypatch, 0, 3)
-    with pytest.raises(SlimError, match="3 processes cannot share 4 windows per micro-batch. Make tuner.batch_tokens larger"):
+    with pytest.raises(
+        SlimError,
+        match="3 processes cannot share 4 windows per micro-batch. Make tuner.batch_tokens larger",
+    ):
         Lora(data=TinyText()).check(spec)
 
 
 def test_several_processes_mean_ddp_unless_said_otherwise(monkeypatch):
-    assert Hardware().resolved_strategy == "auto" and processes.is_main_process() and processes.world_size() == 1
+    assert (
+        Hardware().resolved_strategy == "auto"
+        and processes.is_main_process()
+        and processes.world_size() == 1
+    )
     launch(monkeypatch, 1, 2)
     assert Hardware().resolved_strategy == "ddp" and not processes.is_main_process()
-    assert Hardware(strategy="fsdp").resolved_strategy == "fsdp" and Hardware(strategy="fsdp").sharded
+    assert (
+        Hardware(strategy="fsdp").resolved_strategy == "fsdp" and Hardware(strategy="fsdp").sharded
+    )
     assert not Hardware().sharded
 
 
@@ -245,7 +297,12 @@ def test_processes_share_rows_and_batches(monkeypatch):
         held_out.append(distributed.shares(batches))
     assert sorted(torch.cat(rows).flatten().tolist()) == list(range(12))
     assert len(held_out[0]) == len(held_out[1]) == 2
-    counted = [batch["tokens"][0, 0].item() for part in held_out for batch in part if (batch["labels"] != IGNORE).any()]
+    counted = [
+        batch["tokens"][0, 0].item()
+        for part in held_out
+        for batch in part
+        if (batch["labels"] != IGNORE).any()
+    ]
     assert sorted(counted) == [0, 1, 2]
 
 
@@ -254,18 +311,27 @@ def test_processes_share_rows_and_batches(monkeypatch):
 
 @pytest.mark.slow
 def test_a_command_killed_during_training_goes_on_to_the_same_weights(tmp_path):
-    """``kill -9`` while the command trains; typed again, it gives the file that an uninterrupted one gives."""
+    """``kill -9`` while the command trains; typed again, it gives the file that an uninterrupted
+    one gives."""
     code = (
         "import sys, slim.training.resume as resume; resume.SAVE_SECONDS, resume.SHARE = 0.0, 1e9;"
         "from slim.cli.launch import launch; from slim.cli.execute import execute;"
         "launch('train', lambda config: execute(config) and None)"
     )
-    settings = ["tuner.steps=60", "tuner.window=64", "tuner.batch_tokens=256", "tuner.validate_every=10", "eval=none"]
+    settings = [
+        "tuner.steps=60",
+        "tuner.window=64",
+        "tuner.batch_tokens=256",
+        "tuner.validate_every=10",
+        "eval=none",
+    ]
 
     def start(store: str) -> subprocess.Popen:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", code, *settings, f"store={tmp_path / store}"]
-        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
 
     def step(store: str) -> int:
         found = list((tmp_path / store).glob("stages/*.work/step-*.training"))

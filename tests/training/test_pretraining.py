@@ -21,7 +21,9 @@ def test_the_shipped_model_is_small_intact_and_as_described():
 
 
 def test_the_shipped_model_knows_its_world(tmp_path):
-    code, _, err = run(tmp_path / "runs", "eval.tasks.limit=100", "eval.speed=null", script="evaluate.py")
+    code, _, err = run(
+        tmp_path / "runs", "eval.tasks.limit=100", "eval.speed=null", script="evaluate.py"
+    )
     assert code == 0, err
     metrics = results(tmp_path / "runs")[0]["metrics"]
     assert all(metrics[f"tiny_{task}/acc"] > 0.95 for task in ("facts", "pronouns", "next"))
@@ -31,11 +33,18 @@ def test_the_shipped_model_knows_its_world(tmp_path):
 @pytest.mark.slow  # about 3 minutes on two cores: pytest -m slow tests/test_pretraining.py
 @pytest.mark.timeout(1800)
 def test_a_shortened_pretraining_begins_to_know_its_world(tmp_path):
-    code, _, err = run(tmp_path / "runs", "experiment=pretrain_tiny", "tuner.steps=1000", "eval.speed=null", script="train.py")
+    code, _, err = run(
+        tmp_path / "runs",
+        "experiment=pretrain_tiny",
+        "tuner.steps=1000",
+        "eval.speed=null",
+        script="train.py",
+    )
     assert code == 0, err
     before, after = (row["metrics"] for row in results(tmp_path / "runs"))
     assert before["perplexity"] > 500 and after["perplexity"] < 3.2
-    # measured: 0.43, 0.75 and 0.87 where guessing gives 0.25, 0.50 and 0.25 with a standard error of about 0.02
+    # measured: 0.43, 0.75 and 0.87 where guessing gives 0.25, 0.50 and 0.25 with a standard error
+    # of about 0.02
     assert after["tiny_facts/acc"] > 0.35
     assert after["tiny_pronouns/acc"] > 0.65
     assert after["tiny_next/acc"] > 0.75

@@ -1,4 +1,5 @@
-"""Several processes on one machine, started by torchrun as a user would: the same training as one process gives."""
+"""Several processes on one machine, started by torchrun as a user would: the same training as one
+process gives."""
 
 from __future__ import annotations
 
@@ -25,12 +26,16 @@ SETTINGS = [
 ]  # fmt: skip
 SAVE_OFTEN = "import slim.training.resume as resume; resume.SAVE_SECONDS, resume.SHARE = 0.0, 1e9;"
 needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'slim[deepspeed]'"
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed: pip install 'slim[deepspeed]'",
 )
 
 SHARDED = [
     "fsdp",
-    *(pytest.param(f"deepspeed_{stage}", marks=needs_deepspeed) for stage in ("zero2", "zero3", "zero3_offload")),
+    *(
+        pytest.param(f"deepspeed_{stage}", marks=needs_deepspeed)
+        for stage in ("zero2", "zero3", "zero3_offload")
+    ),
 ]
 
 
@@ -41,7 +46,11 @@ def start(store: Path, *settings: str, processes: int = 2, before: str = "") -> 
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{before}\n"
         "from slim.cli.launch import launch\nfrom slim.cli.execute import execute\nlaunch('train', lambda config: execute(config) and None)\n"
     )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, *torchrun, str(script), *SETTINGS, *settings, f"store={store}"]
     pipe = subprocess.PIPE
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -61,7 +70,9 @@ def result(store: Path) -> Path:
 
 def curves(store: Path) -> tuple[list[float], list[float]]:
     found = json.loads((result(store) / "report" / "loss.json").read_text())
-    return [point["loss"] for point in found["train"]], [point["loss"] for point in found["validation"]]
+    return [point["loss"] for point in found["train"]], [
+        point["loss"] for point in found["validation"]
+    ]
 
 
 def assert_same_training(one: Path, other: Path, tolerance: float = 1e-4) -> None:
@@ -82,7 +93,8 @@ def alone(tmp_path_factory) -> Path:
 
 
 def test_two_processes_give_the_curve_of_one(alone, tmp_path):
-    """The whole chain, pruning before and quantisation behind the training included, is run and tracked once."""
+    """The whole chain, pruning before and quantisation behind the training included, is run and
+    tracked once."""
     out, err = finish(start(tmp_path / "store", "trainer=ddp"))
     assert_same_training(alone, tmp_path / "store")
     assert out.count("final checkpoint") == 1 and "Traceback" not in err
@@ -91,7 +103,10 @@ def test_two_processes_give_the_curve_of_one(alone, tmp_path):
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'slim'")
-    names = [found.data.tags["mlflow.runName"] for found in client.search_runs([experiment.experiment_id])]
+    names = [
+        found.data.tags["mlflow.runName"]
+        for found in client.search_runs([experiment.experiment_id])
+    ]
     assert len(names) == 3 and "tune lora" in names  # the run, its source and its stage
 
 
@@ -105,7 +120,9 @@ def test_sharded_training_gives_the_curve_of_one_process(alone, tmp_path, traine
     assert_same_training(alone, tmp_path / "store")
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp", pytest.param("deepspeed_zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize(
+    "trainer", ["ddp", "fsdp", pytest.param("deepspeed_zero3", marks=needs_deepspeed)]
+)
 def test_a_student_and_its_teacher_in_two_processes(tmp_path, trainer):
     settings = ("teacher=base", "teacher.stage=tune", "pruner=magnitude")
     finish(start(tmp_path / "alone", *settings, processes=1))
@@ -130,7 +147,10 @@ def test_two_processes_killed_during_training_go_on(tmp_path, trainer):
 
 
 def children(process: int) -> list[int]:
-    return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [
+        int(number)
+        for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
@@ -141,7 +161,10 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
     )
     _, err = finish(start(tmp_path / "store", "trainer=ddp", before=spoil))
     assert "The loss is nan at step 7, in windows" in " ".join(err.split())
-    assert json.loads((result(tmp_path / "store") / "slim.json").read_text())["facts"]["best_step"] == 4
+    assert (
+        json.loads((result(tmp_path / "store") / "slim.json").read_text())["facts"]["best_step"]
+        == 4
+    )
 
 
 def test_a_mistake_is_said_once(tmp_path):

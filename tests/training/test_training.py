@@ -1,4 +1,5 @@
-"""Tuning: the objective against its definition, one denominator, best state, merging, interruption, healing."""
+"""Tuning: the objective against its definition, one denominator, best state, merging, interruption,
+healing."""
 
 from __future__ import annotations
 
@@ -111,11 +112,15 @@ def test_mean_loss_keeps_the_models_mode(little):
 
     found = windows(little, TinyChat(), tokens=2000)
     model = load_model(little, "float32").train()
-    whole = sequence_nll(model, found.tokens.long(), found.labels.long(), found.positions.long()).item()
+    whole = sequence_nll(
+        model, found.tokens.long(), found.labels.long(), found.positions.long()
+    ).item()
     for rows in (1, 3, 100):
         batches = in_order(found, rows)
         assert sum(len(batch["tokens"]) for batch in batches) == len(found)
-        assert mean_nll(model, batches) == pytest.approx(whole / found.loss_tokens.sum().item(), rel=1e-5)
+        assert mean_nll(model, batches) == pytest.approx(
+            whole / found.loss_tokens.sum().item(), rel=1e-5
+        )
     assert model.training
 
 
@@ -131,33 +136,52 @@ def test_every_window_comes_once_per_pass_in_another_order():
 
 @pytest.mark.parametrize("tuner", [Full, Lora])
 def test_accumulation_does_not_change_the_result(little, tmp_path, tuner):
-    """Answers differ in length between micro-batches, so a denominator per micro-batch would change the result."""
+    """Answers differ in length between micro-batches, so a denominator per micro-batch would change
+    the result."""
     settings = {**QUICK, "learning_rate": 0.01, "data": TinyChat()}
     run(tuner(**settings), little, tmp_path / "one")
     run(tuner(**settings, accumulation=4), little, tmp_path / "four")
     one, four = tensors(tmp_path / "one"), tensors(tmp_path / "four")
     for name in one:
         torch.testing.assert_close(one[name], four[name], rtol=1e-3, atol=1e-4)
-    curves = [json.loads((tmp_path / name / "report" / "loss.json").read_text())["train"] for name in ("one", "four")]
+    curves = [
+        json.loads((tmp_path / name / "report" / "loss.json").read_text())["train"]
+        for name in ("one", "four")
+    ]
     assert [p["loss"] for p in curves[0]] == pytest.approx([p["loss"] for p in curves[1]], rel=1e-4)
 
 
 def test_training_equals_a_plain_loop(little, tmp_path):
-    """Two steps of AdamW written out: batches in their order, clipped gradients, warm-up, decay on matrices only."""
+    """Two steps of AdamW written out: batches in their order, clipped gradients, warm-up, decay on
+    matrices only."""
     from slim.training.batches import window_order
 
-    stage = Full(data=TinyChat(), **{**QUICK, "steps": 3}, learning_rate=0.003, weight_decay=0.1, clip=0.5, warmup=0.34, seed=5)
+    stage = Full(
+        data=TinyChat(),
+        **{**QUICK, "steps": 3},
+        learning_rate=0.003,
+        weight_decay=0.1,
+        clip=0.5,
+        warmup=0.34,
+        seed=5,
+    )
     run(stage, little, tmp_path / "ours")
 
     model = load_model(little, "float32").train()
     found = windows(little, TinyChat(), tokens=3 * 256)
     order = window_order(len(found), 12, seed=5).view(3, 4)
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    moments = {
+        name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()
+    }
     for step, chosen in enumerate(order):
         total, count = torch.zeros(()), 0
         for row in chosen.tolist():
-            tokens, labels, positions = (x[row].long() for x in (found.tokens, found.labels, found.positions))
-            logits = model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits
+            tokens, labels, positions = (
+                x[row].long() for x in (found.tokens, found.labels, found.positions)
+            )
+            logits = model(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False
+            ).logits
             counted = labels[1:] != IGNORE
             picked = logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
             total, count = total - picked[counted].sum(), count + int(counted.sum())
@@ -172,7 +196,11 @@ def test_training_equals_a_plain_loop(little, tmp_path):
                 first.mul_(0.9).add_(gradient, alpha=0.1)
                 second.mul_(0.999).add_(gradient**2, alpha=0.001)
                 p.mul_(1 - rate * (0.1 if p.dim() > 1 else 0))
-                p -= rate * (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                p -= (
+                    rate
+                    * (first / (1 - 0.9 ** (step + 1)))
+                    / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                )
     ours = tensors(tmp_path / "ours")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.detach(), rtol=1e-3, atol=2e-5)
@@ -197,7 +225,9 @@ def test_the_same_call_twice_gives_identical_weights(little, tmp_path, tuner):
     assert facts["validation_loss_after"] < facts["validation_loss_before"]
     assert facts["tokens_seen"] == 6 * 256 and facts["weights_changed"] > 0.3
     loaded = tensors(tmp_path / "one")
-    assert {n: (t.dtype, t.shape) for n, t in loaded.items()} == {n: (t.dtype, t.shape) for n, t in tensors(little).items()}
+    assert {n: (t.dtype, t.shape) for n, t in loaded.items()} == {
+        n: (t.dtype, t.shape) for n, t in tensors(little).items()
+    }
 
 
 def test_result_is_a_checkpoint_with_curves_and_nothing_else(little, tmp_path, monkeypatch, capfd):
@@ -209,7 +239,11 @@ def test_result_is_a_checkpoint_with_curves_and_nothing_else(little, tmp_path, m
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"report", "config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not [name for name in names if "adapter" in name or "lightning" in name]
-    assert {path.name for path in (tmp_path / "out" / "report").iterdir()} == {"examples.txt", "loss.json", "loss.png"}
+    assert {path.name for path in (tmp_path / "out" / "report").iterdir()} == {
+        "examples.txt",
+        "loss.json",
+        "loss.png",
+    }
     assert (tmp_path / "out" / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -228,26 +262,39 @@ def test_validation_loss_after_is_that_of_the_saved_weights(tmp_path, little):
     saved = mean_nll(load_model(tmp_path / "out", "float32"), in_order(held_out, 4))
     assert facts["validation_loss_after"] == pytest.approx(saved, rel=1e-6)
     before, after = tensors(source), tensors(tmp_path / "out")
-    share = sum((before[n] != after[n]).sum().item() for n in before) / sum(t.numel() for t in before.values())
+    share = sum((before[n] != after[n]).sum().item() for n in before) / sum(
+        t.numel() for t in before.values()
+    )
     assert facts["weights_changed"] == pytest.approx(share)
 
 
 def test_a_worse_model_is_not_kept(little, tmp_path, capfd):
-    facts = run(Full(data=TinyText(), **QUICK, learning_rate=0.9, schedule="constant"), little, tmp_path / "out")
-    assert facts["best_step"] == 0 and facts["validation_loss_trained"] > facts["validation_loss_before"]
+    facts = run(
+        Full(data=TinyText(), **QUICK, learning_rate=0.9, schedule="constant"),
+        little,
+        tmp_path / "out",
+    )
+    assert (
+        facts["best_step"] == 0
+        and facts["validation_loss_trained"] > facts["validation_loss_before"]
+    )
     assert facts["validation_loss_after"] == facts["validation_loss_before"]
     assert "did not lower the validation loss" in capfd.readouterr().err
     before, after = tensors(little), tensors(tmp_path / "out")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
 
 
 def test_the_best_state_is_kept_and_not_the_last(little, tmp_path, monkeypatch):
-    """Losses are made up: best at step 4; the saved weights must be those of a training that ends there."""
+    """Losses are made up: best at step 4; the saved weights must be those of a training that ends
+    there."""
     from slim.training import callbacks
 
     made_up = iter([30.0, 20.0, 10.0, 25.0])
     monkeypatch.setattr(callbacks, "mean_nll", lambda *_: next(made_up))
-    data = apples(tmp_path, 60)  # fewer windows than either training needs, so both read the same ones
+    # fewer windows than either training needs, so both read the same ones
+    data = apples(tmp_path, 60)
     settings = dict(data=data, learning_rate=0.01, schedule="constant", warmup=0.0)
     facts = run(Full(**{**QUICK, "validate_every": 2}, **settings), little, tmp_path / "best")
     assert facts["best_step"] == 4 and facts["validation_loss_trained"] == 25.0
@@ -268,7 +315,11 @@ def test_adapters_are_merged_into_what_they_computed(little, tmp_path):
 
 
 def test_chosen_targets_only_are_changed(little, tmp_path):
-    run(Lora(data=TinyText(), **QUICK, targets=["q_proj", "mlp.down_proj"]), little, tmp_path / "out")
+    run(
+        Lora(data=TinyText(), **QUICK, targets=["q_proj", "mlp.down_proj"]),
+        little,
+        tmp_path / "out",
+    )
     before, after = tensors(little), tensors(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "q_proj" in name or "down_proj" in name}
@@ -277,7 +328,9 @@ def test_chosen_targets_only_are_changed(little, tmp_path):
 def test_an_adapter_that_is_not_applied_is_an_error(little, tmp_path, monkeypatch):
     from peft import PeftModel
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
+    monkeypatch.setattr(
+        PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False
+    )
     with pytest.raises(SlimError, match="adapter had no effect"):
         run(Lora(data=TinyText(), **QUICK), little, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -313,16 +366,23 @@ def test_a_wrong_merge_is_an_error(little):
         merge_adapters(model, probe)
 
 
-def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_best_state(little, tmp_path, monkeypatch, capfd):
+def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_best_state(
+    little, tmp_path, monkeypatch, capfd
+):
     from slim.training.module import LanguageModeling
 
     honest = LanguageModeling.nll
     calls = iter(range(100))
     monkeypatch.setattr(
-        LanguageModeling, "nll", lambda self, batch: honest(self, batch) * (float("nan") if next(calls) == 4 else 1)
+        LanguageModeling,
+        "nll",
+        lambda self, batch: honest(self, batch) * (float("nan") if next(calls) == 4 else 1),
     )
     facts = run(Full(data=TinyText(), **QUICK, learning_rate=0.003), little, tmp_path / "out")
-    assert facts["stopped"].startswith("The loss is nan at step 5, in windows ") and facts["best_step"] == 3
+    assert (
+        facts["stopped"].startswith("The loss is nan at step 5, in windows ")
+        and facts["best_step"] == 3
+    )
     assert facts["validation_loss_after"] < facts["validation_loss_before"]
     assert "training stopped" in capfd.readouterr().err
     assert all(tensor.isfinite().all() for tensor in tensors(tmp_path / "out").values())
@@ -344,7 +404,9 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_leaves_the_signal_as_it_was(little, 
 def test_mixed_precision_trains_nearly_the_same(little, tmp_path, tuner):
     losses = []
     for precision in ("32-true", "bf16-mixed"):
-        stage = tuner(data=TinyText(), **QUICK, learning_rate=0.01, trainer=Hardware(precision=precision))
+        stage = tuner(
+            data=TinyText(), **QUICK, learning_rate=0.01, trainer=Hardware(precision=precision)
+        )
         facts = run(stage, little, tmp_path / precision)
         losses.append(facts["validation_loss_after"])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
@@ -384,7 +446,9 @@ def test_healing_a_pruned_model(ref_llama, shared, tmp_path):
     pruned.mkdir()
     write_blocks(source, pruned, [0, 1, 3, 5])
     data = TextData(text=str(shared / "data" / "wikitext2_tok_valid.txt"))
-    stage = Lora(data=data, steps=12, window=128, batch_tokens=1024, validate_every=6, validation_tokens=2048)
+    stage = Lora(
+        data=data, steps=12, window=128, batch_tokens=1024, validate_every=6, validation_tokens=2048
+    )
     facts = run(stage, pruned, tmp_path / "healed")
     assert facts["validation_loss_after"] < facts["validation_loss_before"] - 0.2
     assert {tensor.dtype for tensor in tensors(tmp_path / "healed").values()} == {torch.bfloat16}
@@ -396,12 +460,16 @@ def test_healing_a_pruned_model(ref_llama, shared, tmp_path):
 def test_blocks_of_different_sizes_are_tuned(small_llama, tmp_path, tuner):
     sizes = {"0": {"intermediate_size": 32}, "1": {"num_key_value_heads": 1}}
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, per_layer_config=sizes)
-    source = build_small("llama", tmp_path / "uneven", vocab_size=len(load_tokenizer(small_llama)), **small)
+    source = build_small(
+        "llama", tmp_path / "uneven", vocab_size=len(load_tokenizer(small_llama)), **small
+    )
     facts = run(tuner(data=TinyText(), **QUICK, learning_rate=0.01), source, tmp_path / "out")
     assert facts["validation_loss_after"] < facts["validation_loss_before"]
     before, after = tensors(source), tensors(tmp_path / "out")
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
-    assert open_checkpoint(tmp_path / "out").spec.differing == open_checkpoint(source).spec.differing
+    assert (
+        open_checkpoint(tmp_path / "out").spec.differing == open_checkpoint(source).spec.differing
+    )
     load_model(tmp_path / "out")
 
 
@@ -415,7 +483,10 @@ def test_blocks_of_different_sizes_are_tuned(small_llama, tmp_path, tuner):
         (dict(steps=None), "tuner.steps=None"),
         (dict(epochs=0), "tuner.epochs=0"),
         (dict(epochs=1), "The text of the tiny world never ends"),
-        (dict(batch_tokens=1000), "batch_tokens=1000 is no multiple .* = 256. Use for example tuner.batch_tokens=768"),
+        (
+            dict(batch_tokens=1000),
+            "batch_tokens=1000 is no multiple .* = 256. Use for example tuner.batch_tokens=768",
+        ),
         (dict(learning_rate=0), "tuner.learning_rate=0"),
         (dict(schedule="cosin"), "tuner.schedule=cosin is not possible.*Did you mean cosine"),
         (dict(warmup=2), "tuner.warmup=2"),
@@ -433,7 +504,9 @@ def test_wrong_settings_are_refused(settings, message):
 
 def test_what_does_not_fit_the_model_is_refused(little):
     spec = open_checkpoint(little).spec
-    with pytest.raises(SlimError, match="no layer 'q_prj'.*Possible: q_proj, k_proj.*Did you mean q_proj"):
+    with pytest.raises(
+        SlimError, match="no layer 'q_prj'.*Possible: q_proj, k_proj.*Did you mean q_proj"
+    ):
         Lora(data=TinyText(), targets=["q_prj"]).check(spec)
     with pytest.raises(SlimError, match="At most 256"):
         Lora(data=TinyText(), window=512).check(spec)
@@ -448,7 +521,9 @@ def test_a_missing_package_is_named(little, monkeypatch):
     import importlib.util
 
     honest = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else honest(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "peft" else honest(name)
+    )
     spec = open_checkpoint(little).spec
     with pytest.raises(SlimError, match="needs the package peft"):
         Lora(data=TinyText()).check(spec)
@@ -457,9 +532,17 @@ def test_a_missing_package_is_named(little, monkeypatch):
 
 def test_identity_holds_what_changes_the_result():
     stage = Lora(data=TinyText())
-    assert stage.cache_key() == Lora(data=TinyText(), trainer=Hardware(accelerator="cpu")).cache_key()
+    assert (
+        stage.cache_key() == Lora(data=TinyText(), trainer=Hardware(accelerator="cpu")).cache_key()
+    )
     assert stage.cache_key() == json.loads(json.dumps(stage.cache_key()))
-    others = [dict(seed=1), dict(data=TinyText(seed=1)), dict(data=TinyChat()), dict(r=4), dict(steps=50)]
+    others = [
+        dict(seed=1),
+        dict(data=TinyText(seed=1)),
+        dict(data=TinyChat()),
+        dict(r=4),
+        dict(steps=50),
+    ]
     different = [Lora(**{"data": TinyText(), **other}).cache_key() for other in others]
     assert all(cache_key != stage.cache_key() for cache_key in different)
 
@@ -467,9 +550,13 @@ def test_identity_holds_what_changes_the_result():
 def test_expected_memory_grows_with_what_is_trained(little):
     spec = open_checkpoint(little).spec
     lora, full = Lora(data=TinyText()), Full(data=TinyText())
-    assert spec.weight_bytes("float32") < lora.peak_bytes(spec, "cpu") < full.peak_bytes(spec, "cpu")
+    assert (
+        spec.weight_bytes("float32") < lora.peak_bytes(spec, "cpu") < full.peak_bytes(spec, "cpu")
+    )
     assert lora.peak_bytes(spec, "cpu") < Lora(data=TinyText(), r=64).peak_bytes(spec, "cpu")
-    assert Lora(data=TinyText(), accumulation=4).peak_bytes(spec, "cpu") < lora.peak_bytes(spec, "cpu")
+    assert Lora(data=TinyText(), accumulation=4).peak_bytes(spec, "cpu") < lora.peak_bytes(
+        spec, "cpu"
+    )
 
 
 def test_settings_are_checked_without_heavy_imports():
@@ -488,7 +575,10 @@ def test_healing_reaches_further_with_more_steps(ref_llama, shared, tmp_path):
     pruned.mkdir()
     write_blocks(source, pruned, [0, 1, 3, 5])
     data = TextData(text=str(shared / "data" / "wikitext2_tok_valid.txt"))
-    losses = [run(Lora(data=data, steps=steps), pruned, tmp_path / str(steps))["validation_loss_after"] for steps in (15, 120)]
+    losses = [
+        run(Lora(data=data, steps=steps), pruned, tmp_path / str(steps))["validation_loss_after"]
+        for steps in (15, 120)
+    ]
     assert losses[1] < losses[0] - 0.1
 
 
@@ -503,7 +593,9 @@ def test_zeros_of_a_weight_pruned_source_stay_zero(little, tmp_path, kind, capsy
     from slim.pruning.weights import MagnitudeWeights
 
     tune = kind(data=TinyText(), learning_rate=0.02, **QUICK)
-    results = Pipeline(Source(str(little)), [MagnitudeWeights(n=2, m=4), tune], None, Store(tmp_path / "runs")).run()
+    results = Pipeline(
+        Source(str(little)), [MagnitudeWeights(n=2, m=4), tune], None, Store(tmp_path / "runs")
+    ).run()
     pruned, tuned = (tensors(result.checkpoint.folder) for result in results[1:])
     linears = [name for name in pruned if "_proj" in name]
     assert len(linears) == 14

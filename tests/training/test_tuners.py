@@ -1,4 +1,5 @@
-"""Tuners: quantised bases, merging by formula, adapters beside the weights, ranks and targets, optimisers, presets."""
+"""Tuners: quantised bases, merging by formula, adapters beside the weights, ranks and targets,
+optimisers, presets."""
 
 from __future__ import annotations
 
@@ -29,7 +30,14 @@ from slim.training.tune import Full, Lora
 from tests.conftest import ROOT, build_small
 from tests.support.stages import run
 
-QUICK = dict(steps=4, window=64, batch_tokens=256, validate_every=2, validation_tokens=512, learning_rate=0.02)
+QUICK = dict(
+    steps=4,
+    window=64,
+    batch_tokens=256,
+    validate_every=2,
+    validation_tokens=512,
+    learning_rate=0.02,
+)
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -37,14 +45,20 @@ LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def little(tmp_path_factory, small_llama) -> Path:
     """A random Llama of two narrow blocks, of sizes that nf4 takes."""
     folder = tmp_path_factory.mktemp("little") / "llama"
-    return build_small("llama", folder, vocab_size=len(load_tokenizer(small_llama)), num_hidden_layers=2)
+    return build_small(
+        "llama", folder, vocab_size=len(load_tokenizer(small_llama)), num_hidden_layers=2
+    )
 
 
 @pytest.fixture(scope="module")
 def packed(little, tmp_path_factory) -> dict[str, Path]:
     """``little`` quantised: by round-to-nearest at 2 and at 4 bits, in two formats, and to nf4."""
     folder = tmp_path_factory.mktemp("packed")
-    stages = {"2": RTN(bits=2, group_size=32), "4": RTN(bits=4, group_size=32, format="gptq"), "nf4": NF4()}
+    stages = {
+        "2": RTN(bits=2, group_size=32),
+        "4": RTN(bits=4, group_size=32, format="gptq"),
+        "nf4": NF4(),
+    }
     for name, stage in stages.items():
         (folder / name).mkdir()
         stage.run(little, folder / name, Context())
@@ -70,7 +84,9 @@ def trained(monkeypatch) -> dict[str, torch.Tensor]:
 
     def merge(model, **_):
         for name, tensor in get_peft_model_state_dict(model).items():
-            kept[name.removeprefix("base_model.model.").removesuffix(".weight")] = tensor.detach().clone()
+            kept[name.removeprefix("base_model.model.").removesuffix(".weight")] = (
+                tensor.detach().clone()
+            )
         return model.base_model.merge_and_unload(safe_merge=True)
 
     monkeypatch.setattr(PeftModel, "merge_and_unload", merge, raising=False)
@@ -84,7 +100,9 @@ def update(kept: dict, layer: str) -> torch.Tensor:
 # A quantised base
 
 
-def test_qlora_trains_on_nf4_and_merges_into_the_dequantised_base(little, packed, tmp_path, trained, capfd):
+def test_qlora_trains_on_nf4_and_merges_into_the_dequantised_base(
+    little, packed, tmp_path, trained, capfd
+):
     """The result is what the bytes of an nf4 file stand for, plus (alpha / r) B A."""
     from tests.quantization.test_bitsandbytes import decoded
 
@@ -93,7 +111,10 @@ def test_qlora_trains_on_nf4_and_merges_into_the_dequantised_base(little, packed
     for name in [name for name in source if "_proj" in name]:
         change = 2 * update(trained, name.removesuffix(".weight"))
         torch.testing.assert_close(after[name], base[name] + change, rtol=1e-5, atol=1e-6)
-        assert change.norm() > 0.01 * base[name].norm() and (base[name] - source[name]).norm() > 0.02 * source[name].norm()
+        assert (
+            change.norm() > 0.01 * base[name].norm()
+            and (base[name] - source[name]).norm() > 0.02 * source[name].norm()
+        )
     assert all(torch.equal(after[name], source[name]) for name in source if "_proj" not in name)
     assert facts["merge_error"] < 1e-3 < 0.1 < facts["adapter_effect"]
     assert facts["validation_loss_after"] < facts["validation_loss_before"]
@@ -104,12 +125,16 @@ def test_qlora_trains_on_nf4_and_merges_into_the_dequantised_base(little, packed
     assert not (tmp_path / "out" / "base").exists()
 
 
-def test_a_merged_result_must_beat_the_source_and_not_only_the_quantised_base(little, tmp_path, monkeypatch):
+def test_a_merged_result_must_beat_the_source_and_not_only_the_quantised_base(
+    little, tmp_path, monkeypatch
+):
     monkeypatch.setattr(QLora, "untouched_loss", lambda *_: 0.5)
     facts = run(QLora(data=TinyText(), **QUICK), little, tmp_path / "out")
     assert facts["validation_loss_after"] == 0.5
     after, source = tensors(tmp_path / "out"), tensors(little)
-    assert after.keys() == source.keys() and all(torch.equal(after[name], source[name]) for name in source)
+    assert after.keys() == source.keys() and all(
+        torch.equal(after[name], source[name]) for name in source
+    )
 
 
 def test_the_loss_to_beat_is_that_of_the_plain_source(little):
@@ -120,10 +145,14 @@ def test_the_loss_to_beat_is_that_of_the_plain_source(little):
     stage = QLora(data=TinyText(), **QUICK)
     learnt = Task(stage, open_checkpoint(little), "cpu", "32-true")
     held_out = in_order(stage.data.windows("validation", load_tokenizer(little), 64, 512), 4)
-    assert stage.untouched_loss(None, learnt) == pytest.approx(mean_nll(load_model(little), held_out))
+    assert stage.untouched_loss(None, learnt) == pytest.approx(
+        mean_nll(load_model(little), held_out)
+    )
 
 
-def test_an_unfinished_quantised_base_is_made_again_and_a_finished_one_used(little, tmp_path, monkeypatch):
+def test_an_unfinished_quantised_base_is_made_again_and_a_finished_one_used(
+    little, tmp_path, monkeypatch
+):
     stage, work = QLora(data=TinyText(), **QUICK), tmp_path / "work"
     (work / "base.partial").mkdir(parents=True)
     (work / "base.partial" / "config.json").write_text("half")
@@ -145,16 +174,23 @@ def test_healing_a_quantised_model_keeps_it_and_puts_the_adapter_beside_it(name,
     stage = Lora(data=TinyText(), merge=False, **QUICK)
     expected = stage.output_spec(open_checkpoint(packed[name]).spec)
     facts = run(stage, packed[name], tmp_path / "out")
-    assert facts["validation_loss_after"] < facts["validation_loss_before"] and facts["adapter_effect"] > 0.1
+    assert (
+        facts["validation_loss_after"] < facts["validation_loss_before"]
+        and facts["adapter_effect"] > 0.1
+    )
     before, after = tensors(packed[name]), tensors(tmp_path / "out")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.spec.quantization == open_checkpoint(packed[name]).spec.quantization
     state = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     count = sum(tensor.numel() for tensor in state.values())
     assert checkpoint.spec.adapter == expected.adapter == {"parameters": count}
     assert checkpoint.spec.parameters() == open_checkpoint(packed[name]).spec.parameters() + count
-    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= checksums(tmp_path / "out").keys()
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= checksums(
+        tmp_path / "out"
+    ).keys()
     model = load_model(tmp_path / "out")
     held_out = in_order(stage.data.windows("validation", load_tokenizer(packed[name]), 64, 512), 4)
     assert mean_nll(model, held_out) == pytest.approx(facts["validation_loss_after"], rel=1e-5)
@@ -170,26 +206,37 @@ def test_others_load_the_folder_with_peft(little, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     # theirs takes the library's CPU kernel, where there is one, which computes in bfloat16
-    torch.testing.assert_close(logits(load_model(tmp_path / "out")), logits(theirs), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "out")), logits(theirs), rtol=0.1, atol=0.1
+    )
 
 
 def test_the_same_call_twice_gives_identical_adapters(packed, tmp_path):
     for name in ("one", "two"):
-        run(Lora(data=TinyText(), merge=False, dropout=0.1, **{**QUICK, "steps": 2}), packed["2"], tmp_path / name)
+        run(
+            Lora(data=TinyText(), merge=False, dropout=0.1, **{**QUICK, "steps": 2}),
+            packed["2"],
+            tmp_path / name,
+        )
     assert checksums(tmp_path / "one") == checksums(tmp_path / "two")
 
 
 def test_adapters_that_do_not_help_are_left_out(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(Lora, "measure", lambda *_: math.inf)
     facts = run(Lora(data=TinyText(), merge=False, **QUICK), packed["2"], tmp_path / "out")
-    assert facts["validation_loss_after"] == facts["validation_loss_before"] and not (tmp_path / "out" / "adapter").exists()
+    assert (
+        facts["validation_loss_after"] == facts["validation_loss_before"]
+        and not (tmp_path / "out" / "adapter").exists()
+    )
     assert open_checkpoint(tmp_path / "out").spec.adapter is None
     assert torch.equal(logits(load_model(tmp_path / "out")), logits(load_model(packed["2"])))
 
 
 @pytest.mark.parametrize("name", ["2", "4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_on_packed_layers_get_the_gradients_of_the_dense_model(name, dtype, packed, little):
+def test_adapters_on_packed_layers_get_the_gradients_of_the_dense_model(
+    name, dtype, packed, little
+):
     gradients = []
     for kind in ("packed", "dense"):
         model = load_model(packed[name], dtype, trainable=True)
@@ -197,7 +244,9 @@ def test_adapters_on_packed_layers_get_the_gradients_of_the_dense_model(name, dt
             dense = load_model(little, dtype)
             for layer, module in model.named_modules():
                 if hasattr(module, "dense_weight"):
-                    dense.get_submodule(layer).weight.data = module.dense_weight().to(getattr(torch, dtype))
+                    dense.get_submodule(layer).weight.data = module.dense_weight().to(
+                        getattr(torch, dtype)
+                    )
             model = dense
         torch.manual_seed(0)
         model = adapters.add_adapters(model, 4, 8, 0.0, ["q_proj", "down_proj"])
@@ -290,7 +339,10 @@ def test_dora_trains_directions_and_lengths_apart(little, packed, tmp_path, trai
     from tests.quantization.test_bitsandbytes import decoded
 
     run(tuner(data=TinyText(), r=4, alpha=8, dora=True, **QUICK), little, tmp_path / "out")
-    after, base = tensors(tmp_path / "out"), tensors(little) if tuner is Lora else decoded(packed["nf4"])
+    after, base = (
+        tensors(tmp_path / "out"),
+        tensors(little) if tuner is Lora else decoded(packed["nf4"]),
+    )
     for name in [name for name in base if "_proj" in name]:
         layer = name.removesuffix(".weight")
         direction = base[name] + 2 * update(trained, layer)
@@ -302,7 +354,11 @@ def test_dora_trains_directions_and_lengths_apart(little, packed, tmp_path, trai
 
 def test_ranks_and_targets_by_pattern(little, tmp_path):
     stage = Lora(
-        data=TinyText(), r=3, targets=["q_proj", r"layers\.1\.mlp\..*"], rank_pattern={"down_proj": 7, "q_proj": 2}, **QUICK
+        data=TinyText(),
+        r=3,
+        targets=["q_proj", r"layers\.1\.mlp\..*"],
+        rank_pattern={"down_proj": 7, "q_proj": 2},
+        **QUICK,
     )
     facts = run(stage, little, tmp_path / "out")
     before, after = tensors(little), tensors(tmp_path / "out")
@@ -327,7 +383,9 @@ def test_ranks_and_targets_by_pattern(little, tmp_path):
 def test_targets_reach_peft_in_their_shortest_form(little, targets):
     spec = open_checkpoint(little).spec
     names = Lora(data=TinyText(), targets=targets).target_names(spec)
-    assert names == (["self_attn.q_proj", "self_attn.v_proj"] if targets else list(spec.block_linears()))
+    assert names == (
+        ["self_attn.q_proj", "self_attn.v_proj"] if targets else list(spec.block_linears())
+    )
 
 
 # Optimisers
@@ -336,19 +394,32 @@ def test_targets_reach_peft_in_their_shortest_form(little, targets):
 def test_adamw8bit_keeps_its_moments_in_eight_bits_and_learns_the_same():
     """A least-squares problem, 8192 unknowns, solved by both to nearly the same loss."""
     generator = torch.Generator().manual_seed(0)
-    inputs, truth = torch.randn(256, 64, generator=generator), torch.randn(64, 128, generator=generator)
+    inputs, truth = (
+        torch.randn(256, 64, generator=generator),
+        torch.randn(64, 128, generator=generator),
+    )
     losses = {}
     for name in ("adamw", "adamw8bit", "sgd"):
         weight = torch.nn.Parameter(torch.zeros(64, 128))
-        optimizer = optimizers.build(name, [{"params": [weight], "weight_decay": 0.0}], 0.02, (0.9, 0.999))
+        optimizer = optimizers.build(
+            name, [{"params": [weight], "weight_decay": 0.0}], 0.02, (0.9, 0.999)
+        )
         for _ in range(60):
             optimizer.zero_grad()
             loss = ((inputs @ weight - inputs @ truth) ** 2).mean()
             loss.backward()
             optimizer.step()
         losses[name] = loss.item()
-        moments = [value for value in optimizer.state[weight].values() if getattr(value, "shape", ()) == weight.shape]
-        kinds = {"adamw": [torch.float32] * 2, "adamw8bit": [torch.uint8] * 2, "sgd": [torch.float32]}
+        moments = [
+            value
+            for value in optimizer.state[weight].values()
+            if getattr(value, "shape", ()) == weight.shape
+        ]
+        kinds = {
+            "adamw": [torch.float32] * 2,
+            "adamw8bit": [torch.uint8] * 2,
+            "sgd": [torch.float32],
+        }
         assert [value.dtype for value in moments] == kinds[name]
     assert losses["adamw8bit"] == pytest.approx(losses["adamw"], rel=0.05)
 
@@ -357,9 +428,16 @@ def test_an_optimiser_of_the_settings_is_the_one_that_trains(little, tmp_path):
     curves = {}
     for name in ("adamw", "sgd"):
         settings = {**QUICK, "optimizer": name, "learning_rate": 1e-3, "clip": 0.0}
-        run(Full(data=TinyText(), betas=(0.0, 0.999), warmup=0.0, schedule="constant", **settings), little, tmp_path / name)
+        run(
+            Full(data=TinyText(), betas=(0.0, 0.999), warmup=0.0, schedule="constant", **settings),
+            little,
+            tmp_path / name,
+        )
         curves[name] = json.loads((tmp_path / name / "report" / "loss.json").read_text())["train"]
-    assert curves["adamw"][0]["loss"] == curves["sgd"][0]["loss"] and curves["adamw"][1]["loss"] != curves["sgd"][1]["loss"]
+    assert (
+        curves["adamw"][0]["loss"] == curves["sgd"][0]["loss"]
+        and curves["adamw"][1]["loss"] != curves["sgd"][1]["loss"]
+    )
 
 
 # What cannot be
@@ -371,8 +449,14 @@ def test_an_optimiser_of_the_settings_is_the_one_that_trains(little, tmp_path):
         (dict(targets=["q_prj"]), "no layer 'q_prj'.*Possible: q_proj.*Did you mean q_proj"),
         (dict(targets=r"layers\.9\..*"), r"tuner.targets: no layer 'layers\\.9.*Possible: q_proj"),
         (dict(targets=["("]), "is no regular expression"),
-        (dict(rank_pattern={"down": 4}), "tuner.rank_pattern: no adapted layer 'down'.*Did you mean down_proj"),
-        (dict(targets=["q_proj"], rank_pattern={"up_proj": 4}), "no adapted layer 'up_proj'.*Possible: q_proj"),
+        (
+            dict(rank_pattern={"down": 4}),
+            "tuner.rank_pattern: no adapted layer 'down'.*Did you mean down_proj",
+        ),
+        (
+            dict(targets=["q_proj"], rank_pattern={"up_proj": 4}),
+            "no adapted layer 'up_proj'.*Possible: q_proj",
+        ),
         (dict(r=64), "rank 64 is larger than .*k_proj.*32 x 64.*tuner.r of at most 32"),
         (dict(rank_pattern={"k_proj": 33}), "rank 33 is larger than .*k_proj"),
     ],
@@ -388,7 +472,10 @@ def test_targets_and_ranks_that_do_not_fit_are_refused(settings, message, little
         (dict(rank_pattern={"q_proj": 0}), "tuner.rank_pattern: q_proj=0"),
         (dict(rslora="yes"), "tuner.rslora=yes is not possible"),
         (dict(merge=1), "tuner.merge=1 is not possible"),
-        (dict(optimizer="adam8bit"), "tuner.optimizer=adam8bit is not possible. Allowed: .*Did you mean adamw8bit"),
+        (
+            dict(optimizer="adam8bit"),
+            "tuner.optimizer=adam8bit is not possible. Allowed: .*Did you mean adamw8bit",
+        ),
         (dict(base_quant="fp4"), "tuner.base_quant=fp4 is not possible. Allowed: nf4, int8"),
         (dict(epochs=2), "never ends.*tuner.epochs=null tuner.steps=150"),
     ],
@@ -407,17 +494,23 @@ def test_quantised_sources_are_refused_with_what_to_type(packed):
             QLora(data=TinyText()).check(models[name])
         with pytest.raises(SlimError, match="only plain weights can be tuned whole"):
             Full(data=TinyText()).check(models[name])
-    with pytest.raises(SlimError, match="tuner.dora=true needs plain weights or those of bitsandbytes"):
+    with pytest.raises(
+        SlimError, match="tuner.dora=true needs plain weights or those of bitsandbytes"
+    ):
         Lora(data=TinyText(), merge=False, dora=True).check(models["2"])
     Lora(data=TinyText(), merge=False, dora=True).check(models["nf4"])
 
 
 def test_missing_packages_and_devices_are_named(little, monkeypatch, tmp_path):
     spec = open_checkpoint(little).spec
-    with pytest.raises(SlimError, match="paged_adamw8bit pages between GPU and host.*tuner.optimizer=adamw8bit"):
+    with pytest.raises(
+        SlimError, match="paged_adamw8bit pages between GPU and host.*tuner.optimizer=adamw8bit"
+    ):
         run(Lora(data=TinyText(), optimizer="paged_adamw8bit", **QUICK), little, tmp_path / "out")
     honest = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else honest(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else honest(name)
+    )
     with pytest.raises(SlimError, match="bitsandbytes. Install it"):
         QLora(data=TinyText()).check(spec)
     with pytest.raises(SlimError, match="tuner.optimizer=adamw8bit needs the package bitsandbytes"):
@@ -428,7 +521,9 @@ def test_missing_packages_and_devices_are_named(little, monkeypatch, tmp_path):
 def test_a_tokenizer_without_padding_token_is_no_obstacle(little, tmp_path):
     source = shutil.copytree(little, tmp_path / "source")
     path = source / "tokenizer_config.json"
-    settings = {name: value for name, value in json.loads(path.read_text()).items() if name != "pad_token"}
+    settings = {
+        name: value for name, value in json.loads(path.read_text()).items() if name != "pad_token"
+    }
     path.write_text(json.dumps(settings))
     assert load_tokenizer(source).pad_token is None
     facts = run(Lora(data=TinyChat(), **QUICK), source, tmp_path / "out")
@@ -438,19 +533,36 @@ def test_a_tokenizer_without_padding_token_is_no_obstacle(little, tmp_path):
 # Presets
 
 PRESETS = {
-    "lora_llm_pruner": dict(r=8, alpha=16, learning_rate=1e-4, epochs=2, batch_tokens=64 * 256, targets=list(LAYERS)),
+    "lora_llm_pruner": dict(
+        r=8, alpha=16, learning_rate=1e-4, epochs=2, batch_tokens=64 * 256, targets=list(LAYERS)
+    ),
     "lora_thesis": dict(r=8),
-    "qlora_thesis": dict(r=64, alpha=16, learning_rate=2e-5, schedule="cosine", targets=list(LAYERS[:4]), base_quant="nf4"),
+    "qlora_thesis": dict(
+        r=64,
+        alpha=16,
+        learning_rate=2e-5,
+        schedule="cosine",
+        targets=list(LAYERS[:4]),
+        base_quant="nf4",
+    ),
 }
-STUDY_DATA = {"lora_llm_pruner": "alpaca_cleaned", "lora_thesis": "ms_marco", "qlora_thesis": "ultrachat_200k"}
+STUDY_DATA = {
+    "lora_llm_pruner": "alpaca_cleaned",
+    "lora_thesis": "ms_marco",
+    "qlora_thesis": "ultrachat_200k",
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_settings_and_the_data_of_their_studies(name):
-    assert STUDY_DATA[name] in [path.stem for path in (ROOT / "slim" / "conf" / "data").glob("*.yaml")]
+    assert STUDY_DATA[name] in [
+        path.stem for path in (ROOT / "slim" / "conf" / "data").glob("*.yaml")
+    ]
     config = compose("compress", ["model=mistral7b", f"tuner={name}"])
     assert {key: config.tuner[key] for key in PRESETS[name]} == PRESETS[name]
-    assert config.data == compose("compress", [f"data={STUDY_DATA[name]}"]).data, "also where the model brings other texts"
+    assert config.data == compose("compress", [f"data={STUDY_DATA[name]}"]).data, (
+        "also where the model brings other texts"
+    )
     assert config.tuner.data == config.data
     chosen = compose("compress", ["model=mistral7b", f"tuner={name}", "data=tiny_chat"])
     assert chosen.data._target_.endswith("TinyChat")
@@ -461,8 +573,17 @@ def test_presets_have_the_settings_and_the_data_of_their_studies(name):
 def test_presets_run_on_the_embedded_model(name, tmp_path):
     from slim.chain.build import build_pipeline
 
-    few = ["tuner.epochs=null", "tuner.steps=3", "tuner.batch_tokens=2048", "tuner.accumulation=1", "eval=none"]
-    config = compose("train", ["model=tiny", f"tuner={name}", "data=tiny_chat", f"store={tmp_path / 'runs'}", *few])
+    few = [
+        "tuner.epochs=null",
+        "tuner.steps=3",
+        "tuner.batch_tokens=2048",
+        "tuner.accumulation=1",
+        "eval=none",
+    ]
+    config = compose(
+        "train",
+        ["model=tiny", f"tuner={name}", "data=tiny_chat", f"store={tmp_path / 'runs'}", *few],
+    )
     facts = build_pipeline(config).run()[-1].facts
     assert facts["steps"] == 3 and facts["tokens_seen"] == 3 * 2048
     assert facts["validation_loss_trained"] != facts["validation_loss_before"]
@@ -470,7 +591,10 @@ def test_presets_run_on_the_embedded_model(name, tmp_path):
 
 @pytest.mark.slow
 def test_qlora_in_eight_bits(little, tmp_path):
-    """The library multiplies slowly on a CPU, and rounds inputs too, so merging reproduces it only about."""
-    facts = run(QLora(data=TinyText(), base_quant="int8", **{**QUICK, "steps": 2}), little, tmp_path / "out")
+    """The library multiplies slowly on a CPU, and rounds inputs too, so merging reproduces it only
+    about."""
+    facts = run(
+        QLora(data=TinyText(), base_quant="int8", **{**QUICK, "steps": 2}), little, tmp_path / "out"
+    )
     assert facts["merge_error"] < 0.5 * facts["adapter_effect"]
     assert facts["validation_loss_after"] < facts["validation_loss_before"]

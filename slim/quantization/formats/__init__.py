@@ -1,9 +1,10 @@
-"""Checkpoint formats for packed weights: their layouts, and how ``config.json`` describes them. Needs no torch.
+"""Checkpoint formats for packed weights: their layouts, and how ``config.json`` describes them.
+Needs no torch.
 
-A quantised checkpoint is described by ``schemes``, full layer name -> :class:`Scheme`; layers may differ. A layer that is
-not in it is plain. :data:`FORMATS` turns that into a ``quantization_config`` and tensors; :func:`read_config` and
-``Format.read`` turn files back, those of other tools included. docs/formats.md says which engines read what.
-"""
+A quantised checkpoint is described by ``schemes``, full layer name -> :class:`Scheme`; layers may
+differ. A layer that is not in it is plain. :data:`FORMATS` turns that into a
+``quantization_config`` and tensors; :func:`read_config` and ``Format.read`` turn files back, those
+of other tools included. docs/formats.md says which engines read what."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ FORMATS: dict[str, Format] = {form.name: form for form in (CompressedTensors(), 
 
 
 def get_format(name: str) -> Format:
-    """Return the format of this name. Raises ``SlimError`` naming ``quant.format`` for any other."""
+    """Return the format of this name. Raises ``SlimError`` naming ``quant.format`` for any
+    other."""
     require_choice("quant.format", name, FORMATS)
     return FORMATS[name]
 
@@ -28,9 +30,8 @@ def get_format(name: str) -> Format:
 def read_config(config: dict, name: str = "the model") -> Stored:
     """Read a ``quantization_config``, slim's own or another tool's.
 
-    name: how to call the model in messages. Raises ``SlimError`` for methods and layouts that slim does not read, and for
-    settings that are missing or contradict each other.
-    """
+    name: how to call the model in messages. Raises ``SlimError`` for methods and layouts that slim
+    does not read, and for settings that are missing or contradict each other."""
     method = config.get("quant_method")
     for form in FORMATS.values():
         if form.quant_method == method:

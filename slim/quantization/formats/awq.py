@@ -4,9 +4,9 @@
     qzeros   int32 [ceil(in / g), out / 8]   zero points, likewise
     scales   float16 [ceil(in / g), out]
 
-Inside a word, 4-bit field i, the lowest first, is column 8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]. Zero points are there whether
-the grid is symmetric or not, and ``zero_point`` is written as true: kernels read them from the file either way.
-"""
+Inside a word, 4-bit field i, the lowest first, is column 8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]. Zero
+points are there whether the grid is symmetric or not, and ``zero_point`` is written as true:
+kernels read them from the file either way."""
 
 from __future__ import annotations
 
@@ -55,24 +55,40 @@ class AwqGemm(Format):
     def scale_dtype(self, model_dtype: str) -> str:
         return "float16"
 
-    def check(self, schemes: Mapping[str, Scheme], ordered: bool, sizes: Sizes | None = None) -> None:
+    def check(
+        self, schemes: Mapping[str, Scheme], ordered: bool, sizes: Sizes | None = None
+    ) -> None:
         refuse_embeddings(self.name, schemes)
         different = sorted({scheme.bits for scheme in schemes.values()} - {BITS})
         if different:
-            raise SlimError(f"quant.format=awq holds 4 bits only, not {different[0]}. Set quant.bits=4 or {OTHERWISE}.")
+            raise SlimError(
+                f"quant.format=awq holds 4 bits only, not {different[0]}. Set quant.bits=4 or {OTHERWISE}."
+            )
         if len(set(schemes.values())) > 1:
-            raise SlimError(f"quant.format=awq holds one scheme for all layers. Quantise them alike or {OTHERWISE}.")
+            raise SlimError(
+                f"quant.format=awq holds one scheme for all layers. Quantise them alike or {OTHERWISE}."
+            )
         if ordered:
-            raise SlimError(f"quant.format=awq has no place for groups in activation order. Switch that off or {OTHERWISE}.")
+            raise SlimError(
+                f"quant.format=awq has no place for groups in activation order. Switch that off or {OTHERWISE}."
+            )
         for layer in HEADS & schemes.keys():
-            raise SlimError(f"quant.format=awq leaves the head plain, so {layer} cannot be quantised. Or {OTHERWISE}.")
+            raise SlimError(
+                f"quant.format=awq leaves the head plain, so {layer} cannot be quantised. Or {OTHERWISE}."
+            )
         for layer in schemes:
             if sizes and sizes[layer][0] % FIELDS:
                 raise SlimError(
                     f"quant.format=awq: the {sizes[layer][0]} outputs of {layer} are no multiple of 8; {OTHERWISE}."
                 )
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], ordered: bool = False, **extra: Any) -> dict:
+    def config(
+        self,
+        schemes: Mapping[str, Scheme],
+        linears: Iterable[str],
+        ordered: bool = False,
+        **extra: Any,
+    ) -> dict:
         plain = [layer for layer in linears if layer not in schemes]
         inside = [layer for layer in plain if layer not in HEADS]
         return {
@@ -92,18 +108,33 @@ class AwqGemm(Format):
             "scales": layer.scale.T.to(torch.float16).contiguous(),
         }
 
-    def layer_bytes(self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False) -> int:
+    def layer_bytes(
+        self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False
+    ) -> int:
         return (columns + scheme.groups(columns)) * rows // 2 + 2 * scheme.groups(columns) * rows
 
     def read_config(self, config: dict, name: str) -> Stored:
-        version = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm").lower()
+        version = str(
+            config.get("version")
+            or config.get("checkpoint_format")
+            or config.get("format")
+            or "gemm"
+        ).lower()
         if version != "gemm":
-            raise SlimError(f"{name} is quantised as awq in the version {version}. slim reads the version gemm.")
-        settings = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size")}  # as AutoAWQ's own file says
+            raise SlimError(
+                f"{name} is quantised as awq in the version {version}. slim reads the version gemm."
+            )
+        # as AutoAWQ's own file says
+        settings = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size")}
         settings = {key: value for key, value in settings.items() if value is not None} | config
-        bits, group = require_integer(settings, "bits", name), require_integer(settings, "group_size", name)
+        bits, group = (
+            require_integer(settings, "bits", name),
+            require_integer(settings, "group_size", name),
+        )
         if bits != BITS:
-            raise SlimError(f"{name}: the quantization_config says awq with {bits} bits. slim reads awq with 4.")
+            raise SlimError(
+                f"{name}: the quantization_config says awq with {bits} bits. slim reads awq with 4."
+            )
         require_scheme(bits, group, False, name)
         return Stored(self, settings, name)
 
@@ -114,18 +145,29 @@ class AwqGemm(Format):
             return None
         return Scheme(BITS, found["group_size"], not config.get("zero_point", True))
 
-    def read(self, reader: TensorReader, name: str, columns: int, rows: int, scheme: Scheme, stored: Stored) -> Packed:
+    def read(
+        self,
+        reader: TensorReader,
+        name: str,
+        columns: int,
+        rows: int,
+        scheme: Scheme,
+        stored: Stored,
+    ) -> Packed:
         groups = scheme.groups(columns)
         words = read_words(reader, f"{name}.qweight", (columns, rows // FIELDS))
         scale = read_scale(reader, f"{name}.scales", (groups, rows))
         zero = torch.full((rows, groups), scheme.middle, dtype=torch.uint8)
         if not scheme.symmetric or f"{name}.qzeros" in reader:
-            zero = unpack_interleaved(read_words(reader, f"{name}.qzeros", (groups, rows // FIELDS))).T.contiguous()
+            zero = unpack_interleaved(
+                read_words(reader, f"{name}.qzeros", (groups, rows // FIELDS))
+            ).T.contiguous()
         return Packed(pack(unpack_interleaved(words).T, BITS), scale.T.contiguous(), zero)
 
 
 def pack_interleaved(codes: torch.Tensor) -> torch.Tensor:
-    """Pack codes [n, m], m a multiple of 8, into int32 [n, m / 8] in AWQ's order within each word."""
+    """Pack codes [n, m], m a multiple of 8, into int32 [n, m / 8] in AWQ's order within each
+    word."""
     return pack(codes.unflatten(-1, (-1, FIELDS))[..., list(ORDER)].flatten(-2), BITS)
 
 

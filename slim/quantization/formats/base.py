@@ -1,4 +1,5 @@
-"""What all formats share: the interface, what is read from a file, and the checks of what a file holds."""
+"""What all formats share: the interface, what is read from a file, and the checks of what a file
+holds."""
 
 from __future__ import annotations
 
@@ -50,9 +51,10 @@ class Stored:
 class Packed:
     """A layer as it runs, whatever the file's layout.
 
-    packed: int32 [out, ceil(in b / 32)], the dense stream along the rows. scale: [out, groups] as stored.
-    zero: uint8 [out, groups]. group_index: int64 [in], the group of every column; None: column // group.
-    """
+    packed: int32 [out, ceil(in b / 32)], the dense stream along the rows. scale: [out, groups] as
+        stored.
+    zero: uint8 [out, groups]. group_index: int64 [in], the group of every column; None: column //
+    group."""
 
     packed: torch.Tensor
     scale: torch.Tensor
@@ -63,8 +65,9 @@ class Packed:
 class Format:
     """A way to store packed weights.
 
-    name: as in ``quant.format``. quant_method: as in ``quantization_config``. codes: end of the name of the tensor that
-        holds a layer's codes; the file has the layer packed where it is there.
+    name: as in ``quant.format``. quant_method: as in ``quantization_config``. codes: end of the
+        name of the tensor that holds a layer's codes; the file has the layer packed where it is
+        there.
     """
 
     name: str
@@ -72,33 +75,46 @@ class Format:
     codes: str
 
     def scale_dtype(self, model_dtype: str) -> str:
-        """Return the type scales are stored in, such as ``"float16"``, for a model of ``model_dtype``."""
+        """Return the type scales are stored in, such as ``"float16"``, for a model of
+        ``model_dtype``."""
         return model_dtype
 
-    def check(self, schemes: Mapping[str, Scheme], ordered: bool, sizes: Sizes | None = None) -> None:
+    def check(
+        self, schemes: Mapping[str, Scheme], ordered: bool, sizes: Sizes | None = None
+    ) -> None:
         """Raise ``SlimError`` for what the format cannot hold.
 
-        ordered: whether groups are in activation order. sizes: those of the layers, where they are to be checked too.
-        """
+        ordered: whether groups are in activation order. sizes: those of the layers, where they are
+        to be checked too."""
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], ordered: bool = False, **extra: Any) -> dict:
+    def config(
+        self,
+        schemes: Mapping[str, Scheme],
+        linears: Iterable[str],
+        ordered: bool = False,
+        **extra: Any,
+    ) -> dict:
         """Return the ``quantization_config``.
 
-        linears: names of all linear layers of the model, the head included; those without a scheme are listed as plain.
-        extra: settings of the method that the format has a place for, such as ``damp_percent``; others are left out.
-        """
+        linears: names of all linear layers of the model, the head included; those without a scheme
+            are listed as plain.
+        extra: settings of the method that the format has a place for, such as ``damp_percent``;
+        others are left out."""
         raise NotImplementedError
 
     def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
         """Return a quantised layer as it is stored: end of the tensor's name -> tensor."""
         raise NotImplementedError
 
-    def layer_bytes(self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False) -> int:
+    def layer_bytes(
+        self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False
+    ) -> int:
         """Return the bytes a layer [rows, columns] takes in the file."""
         raise NotImplementedError
 
     def read_config(self, config: dict, name: str) -> Stored:
-        """Check a ``quantization_config`` of this ``quant_method``. Raises ``SlimError`` for what cannot be read."""
+        """Check a ``quantization_config`` of this ``quant_method``. Raises ``SlimError`` for what
+        cannot be read."""
         raise NotImplementedError
 
     def scheme_of(self, config: dict, layer: str) -> Scheme | None:
@@ -109,13 +125,23 @@ class Format:
         """Whether a layer's groups are in activation order, according to a checked config."""
         return False
 
-    def read(self, reader: TensorReader, name: str, columns: int, rows: int, scheme: Scheme, stored: Stored) -> Packed:
-        """Read layer ``name`` [rows, columns]. Raises ``SlimError`` for tensors that are missing or do not fit."""
+    def read(
+        self,
+        reader: TensorReader,
+        name: str,
+        columns: int,
+        rows: int,
+        scheme: Scheme,
+        stored: Stored,
+    ) -> Packed:
+        """Read layer ``name`` [rows, columns]. Raises ``SlimError`` for tensors that are missing or
+        do not fit."""
         raise NotImplementedError
 
 
 def refuse_embeddings(format_name: str, schemes: Mapping[str, Scheme]) -> None:
-    """Raise ``SlimError`` if there is an embedding among the layers: the formats of linear layers have no place for it."""
+    """Raise ``SlimError`` if there is an embedding among the layers: the formats of linear layers
+    have no place for it."""
     for layer in EMBEDDINGS & schemes.keys():
         raise SlimError(
             f"quant.format={format_name} holds linear layers only, so {layer} cannot be quantised. "
@@ -124,20 +150,28 @@ def refuse_embeddings(format_name: str, schemes: Mapping[str, Scheme]) -> None:
 
 
 def require_integer(config: dict, key: str, name: str) -> int:
-    """Return a whole number of a ``quantization_config``. Raises ``SlimError`` if it is missing or something else."""
+    """Return a whole number of a ``quantization_config``. Raises ``SlimError`` if it is missing or
+    something else."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         found = f"{key}={value}" if key in config else f"no {key}"
-        raise SlimError(f"{name}: the quantization_config has {found}. slim reads a whole number there.")
+        raise SlimError(
+            f"{name}: the quantization_config has {found}. slim reads a whole number there."
+        )
     return value
 
 
 def require_scheme(bits: int, group_size: int, symmetric: bool, name: str) -> Scheme:
-    """Return a scheme read from a ``quantization_config``. Raises ``SlimError`` for bits or groups that cannot be."""
+    """Return a scheme read from a ``quantization_config``. Raises ``SlimError`` for bits or groups
+    that cannot be."""
     if not 1 <= bits <= MAX_BITS:
-        raise SlimError(f"{name}: the quantization_config says {bits} bits. slim reads 1 to {MAX_BITS}.")
+        raise SlimError(
+            f"{name}: the quantization_config says {bits} bits. slim reads 1 to {MAX_BITS}."
+        )
     if group_size < 1 and group_size != WHOLE_ROW:
-        raise SlimError(f"{name}: the quantization_config says group_size={group_size}. slim reads -1 or 1 and above.")
+        raise SlimError(
+            f"{name}: the quantization_config says group_size={group_size}. slim reads -1 or 1 and above."
+        )
     return Scheme(bits, group_size, symmetric)
 
 
@@ -156,7 +190,9 @@ def read_scale(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torch
     """Read scales. Raises ``SlimError`` also for NaN and infinity."""
     scale = read_tensor(reader, name, shape)
     if not torch.isfinite(scale).all():
-        raise SlimError(f"{name} in {reader.checkpoint.folder} contains NaN or infinity: the file is damaged.")
+        raise SlimError(
+            f"{name} in {reader.checkpoint.folder} contains NaN or infinity: the file is damaged."
+        )
     return scale
 
 
@@ -164,11 +200,15 @@ def read_words(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torch
     """Read packed codes. Raises ``SlimError`` also where they are not int32."""
     words = read_tensor(reader, name, shape)
     if words.dtype != torch.int32:
-        raise SlimError(f"{name} in {reader.checkpoint.folder} is {words.dtype}; packed codes are torch.int32.")
+        raise SlimError(
+            f"{name} in {reader.checkpoint.folder} is {words.dtype}; packed codes are torch.int32."
+        )
     return words
 
 
-def read_group_index(reader: TensorReader, name: str, columns: int, scheme: Scheme) -> torch.Tensor | None:
+def read_group_index(
+    reader: TensorReader, name: str, columns: int, scheme: Scheme
+) -> torch.Tensor | None:
     """Read the group of every column, int64 [columns]; None where it is column // group.
 
     Raises ``SlimError`` for groups that do not exist.
@@ -189,7 +229,9 @@ def plain_index(layer: Quantized) -> torch.Tensor:
     if layer.group_index is not None:
         return layer.group_index.to(torch.int32)
     columns = layer.codes.shape[1]
-    return (torch.arange(columns, device=layer.codes.device) // layer.scheme.group(columns)).to(torch.int32)
+    return (torch.arange(columns, device=layer.codes.device) // layer.scheme.group(columns)).to(
+        torch.int32
+    )
 
 
 def show(shape: Iterable[int]) -> str:

@@ -1,4 +1,5 @@
-"""compressed-tensors ``pack-quantized``: what vLLM and transformers read. Layers may differ in everything.
+"""compressed-tensors ``pack-quantized``: what vLLM and transformers read. Layers may differ in
+everything.
 
     weight_packed      int32 [out, ceil(in b / 32)]       codes, a dense stream along each row
     weight_scale       [out, groups]                      in the model's type
@@ -6,9 +7,8 @@
     weight_shape       int64 [2]                          out, in
     weight_g_idx       int32 [in]                         groups in activation order only (``actorder: group``)
 
-That library keeps codes and zero points in the signed range and adds 2^(b-1) to both when packing: what is packed is the
-same unsigned code and zero point as here.
-"""
+That library keeps codes and zero points in the signed range and adds 2^(b-1) to both when packing:
+what is packed is the same unsigned code and zero point as here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ from slim.quantization.formats.base import (
     read_words,
     show,
 )
-from slim.quantization.kernels.packing import MAX_BITS, pack, pack_columns, unpack_columns, words_per_row
+from slim.quantization.kernels.packing import (
+    MAX_BITS,
+    pack,
+    pack_columns,
+    unpack_columns,
+    words_per_row,
+)
 from slim.quantization.scheme import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
@@ -52,8 +58,15 @@ class CompressedTensors(Format):
     name = quant_method = "compressed-tensors"
     codes = "weight_packed"
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], ordered: bool = False, **extra: Any) -> dict:
-        """Return one group for all linear layers where they are alike, else a group of names per scheme."""
+    def config(
+        self,
+        schemes: Mapping[str, Scheme],
+        linears: Iterable[str],
+        ordered: bool = False,
+        **extra: Any,
+    ) -> dict:
+        """Return one group for all linear layers where they are alike, else a group of names per
+        scheme."""
         linears = list(linears)
         targets: dict[Scheme, list[str]] = {}
         for layer, scheme in schemes.items():
@@ -62,7 +75,8 @@ class CompressedTensors(Format):
             (scheme, layers) = next(iter(targets.items()))
             targets = {scheme: ["Linear", *(layer for layer in layers if layer not in linears)]}
         groups = {
-            f"group_{number}": group_config(scheme, layers, ordered) for number, (scheme, layers) in enumerate(targets.items())
+            f"group_{number}": group_config(scheme, layers, ordered)
+            for number, (scheme, layers) in enumerate(targets.items())
         }
         return {
             "quant_method": self.quant_method,
@@ -87,11 +101,15 @@ class CompressedTensors(Format):
             tensors["weight_g_idx"] = plain_index(layer)
         return tensors
 
-    def layer_bytes(self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False) -> int:
+    def layer_bytes(
+        self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False
+    ) -> int:
         groups = scheme.groups(columns)
         zeros = 0 if scheme.symmetric else 4 * words_per_row(rows, scheme.bits) * groups
         scales = rows * groups * DTYPE_BYTES.get(model_dtype, 4)
-        return 4 * rows * words_per_row(columns, scheme.bits) + scales + zeros + 4 * columns * ordered
+        return (
+            4 * rows * words_per_row(columns, scheme.bits) + scales + zeros + 4 * columns * ordered
+        )
 
     def read_config(self, config: dict, name: str) -> Stored:
         if config.get("format") not in (LAYOUT, "mixed-precision"):
@@ -100,10 +118,14 @@ class CompressedTensors(Format):
                 f"slim reads {self.quant_method} in the format {LAYOUT}."
             )
         if config.get("transform_config"):
-            raise SlimError(f"{name} rotates activations while it runs (transform_config), which slim does not do.")
+            raise SlimError(
+                f"{name} rotates activations while it runs (transform_config), which slim does not do."
+            )
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
-            raise SlimError(f"{name}: the quantization_config has no config_groups. slim reads at least one of {LAYOUT}.")
+            raise SlimError(
+                f"{name}: the quantization_config has no config_groups. slim reads at least one of {LAYOUT}."
+            )
         for key, group in groups.items():
             check_group(group if isinstance(group, dict) else {}, f"{name}, {key}")
         return Stored(self, config, name)
@@ -117,16 +139,30 @@ class CompressedTensors(Format):
         weights = group["weights"] if group else {}
         return weights.get("actorder") in ORDERED and strategy_of(weights) == "group"
 
-    def read(self, reader: TensorReader, name: str, columns: int, rows: int, scheme: Scheme, stored: Stored) -> Packed:
+    def read(
+        self,
+        reader: TensorReader,
+        name: str,
+        columns: int,
+        rows: int,
+        scheme: Scheme,
+        stored: Stored,
+    ) -> Packed:
         bits, groups = scheme.bits, scheme.groups(columns)
         packed = read_words(reader, f"{name}.weight_packed", (rows, words_per_row(columns, bits)))
         scale = read_scale(reader, f"{name}.weight_scale", (rows, groups))
         if scheme.symmetric:
             zero = torch.full((rows, groups), scheme.middle, dtype=torch.uint8)
         else:
-            words = read_words(reader, f"{name}.weight_zero_point", (words_per_row(rows, bits), groups))
+            words = read_words(
+                reader, f"{name}.weight_zero_point", (words_per_row(rows, bits), groups)
+            )
             zero = unpack_columns(words, bits, rows)
-        index = read_group_index(reader, f"{name}.weight_g_idx", columns, scheme) if stored.ordered(name) else None
+        index = (
+            read_group_index(reader, f"{name}.weight_g_idx", columns, scheme)
+            if stored.ordered(name)
+            else None
+        )
         if f"{name}.weight_shape" in reader:
             check_shape(reader, f"{name}.weight_shape", (rows, columns))
         return Packed(packed, scale, zero, index)
@@ -136,7 +172,9 @@ def check_shape(reader: TensorReader, name: str, shape: tuple[int, int]) -> None
     """Raise ``SlimError`` if the layer's own note of its shape says something else."""
     found = tuple(read_tensor(reader, name, (2,)).tolist())
     if found != shape:
-        raise SlimError(f"{name} in {reader.checkpoint.folder} says {show(found)} where config.json asks for {show(shape)}.")
+        raise SlimError(
+            f"{name} in {reader.checkpoint.folder} says {show(found)} where config.json asks for {show(shape)}."
+        )
 
 
 def group_config(scheme: Scheme, targets: list[str], ordered: bool) -> dict:
@@ -152,22 +190,34 @@ def group_config(scheme: Scheme, targets: list[str], ordered: bool) -> dict:
         "actorder": "group" if ordered and not whole_row else None,
         "block_structure": None,
     }
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
 
 
 def check_group(group: dict, name: str) -> None:
-    """Raise ``SlimError`` if slim cannot run a group's weights. name: model and group, for the message."""
+    """Raise ``SlimError`` if slim cannot run a group's weights. name: model and group, for the
+    message."""
     weights = group.get("weights") or {}
     if group.get("format") not in (LAYOUT, None):
         raise SlimError(f"{name}: weights stored as {group['format']}. slim reads {LAYOUT}.")
     if weights.get("type", "int") != "int" or not 1 <= (weights.get("num_bits") or 0) <= MAX_BITS:
-        raise SlimError(f"{name}: slim reads integer weights of 1 to {MAX_BITS} bits; this group has others.")
+        raise SlimError(
+            f"{name}: slim reads integer weights of 1 to {MAX_BITS} bits; this group has others."
+        )
     if group.get("input_activations") or group.get("output_activations") or weights.get("dynamic"):
         raise SlimError(f"{name}: slim reads quantised weights with plain activations only.")
     if strategy_of(weights) not in ("group", "channel"):
-        raise SlimError(f"{name}: slim reads scales per group or channel, not per {weights.get('strategy')}.")
+        raise SlimError(
+            f"{name}: slim reads scales per group or channel, not per {weights.get('strategy')}."
+        )
     if strategy_of(weights) == "group" and (weights.get("group_size") or 0) < 1:
-        raise SlimError(f"{name}: strategy=group with group_size={weights.get('group_size')}. slim reads 1 and above.")
+        raise SlimError(
+            f"{name}: strategy=group with group_size={weights.get('group_size')}. slim reads 1 and above."
+        )
 
 
 def strategy_of(weights: dict) -> str:
@@ -185,20 +235,26 @@ def scheme_of_weights(weights: dict) -> Scheme:
 def group_of(config: dict, layer: str) -> dict | None:
     """Return the entry of ``config_groups`` that holds for a layer; None: it is plain.
 
-    As the library itself decides: a name goes before a pattern, a pattern before a class, whatever the order of the
-    groups; of groups with the same target the last holds.
-    """
+    As the library itself decides: a name goes before a pattern, a pattern before a class, whatever
+    the order of the groups; of groups with the same target the last holds."""
     kind = "Embedding" if layer in EMBEDDINGS else "Linear"
     if matching(layer, kind, config.get("ignore") or []):
         return None
-    groups = {target: group for group in config["config_groups"].values() for target in group.get("targets") or []}
+    groups = {
+        target: group
+        for group in config["config_groups"].values()
+        for target in group.get("targets") or []
+    }
     target = matching(layer, kind, groups)
     return groups[target] if target else None
 
 
 def matching(layer: str, kind: str, targets: Collection[str]) -> str | None:
-    """Return the target (a name, ``re:`` and a pattern, or a class) that holds for a layer of class ``kind``."""
+    """Return the target (a name, ``re:`` and a pattern, or a class) that holds for a layer of class
+    ``kind``."""
     if layer in targets:
         return layer
-    patterns = sorted(target for target in targets if target.startswith("re:") and re.match(target[3:], layer))
+    patterns = sorted(
+        target for target in targets if target.startswith("re:") and re.match(target[3:], layer)
+    )
     return patterns[0] if patterns else (kind if kind in targets else None)

@@ -1,14 +1,15 @@
-"""GPTQ's layout, as GPTQModel and vLLM read it: version 1 where the grids are symmetric, version 2 where they are not.
+"""GPTQ's layout, as GPTQModel and vLLM read it: version 1 where the grids are symmetric, version 2
+where they are not.
 
     qweight  int32 [ceil(in b / 32), out]      codes, a dense stream down each column
     qzeros   int32 [groups, ceil(out b / 32)]  zero points, a dense stream along each row
     scales   float16 [groups, out]
     g_idx    int32 [in]                        the group of every input
 
-Version 1 (``checkpoint_format: gptq``) stores zero - 1 modulo 2^b, a habit of the first implementation; version 2
-(``gptq_v2``) stores the zero point itself. Layers that differ from the rest or stay plain stand under ``dynamic``:
-patterns of names with the settings that differ, plain layers after ``-:``; the first that matches holds.
-"""
+Version 1 (``checkpoint_format: gptq``) stores zero - 1 modulo 2^b, a habit of the first
+implementation; version 2 (``gptq_v2``) stores the zero point itself. Layers that differ from the
+rest or stay plain stand under ``dynamic``: patterns of names with the settings that differ, plain
+layers after ``-:``; the first that matches holds."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ class Gptq(Format):
     def scale_dtype(self, model_dtype: str) -> str:
         return "float16"
 
-    def check(self, schemes: Mapping[str, Scheme], ordered: bool, sizes: Sizes | None = None) -> None:
+    def check(
+        self, schemes: Mapping[str, Scheme], ordered: bool, sizes: Sizes | None = None
+    ) -> None:
         refuse_embeddings(self.name, schemes)
         if len({scheme.symmetric for scheme in schemes.values()}) > 1:
             raise SlimError(
@@ -66,7 +69,13 @@ class Gptq(Format):
                 "Set quant.symmetric for all layers or take quant.format=compressed-tensors."
             )
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], ordered: bool = False, **extra: Any) -> dict:
+    def config(
+        self,
+        schemes: Mapping[str, Scheme],
+        linears: Iterable[str],
+        ordered: bool = False,
+        **extra: Any,
+    ) -> dict:
         """Return the settings of most layers, and under ``dynamic`` what differs."""
         ((usual, _),) = Counter(schemes.values()).most_common(1)
         plain = [layer for layer in linears if layer not in schemes and layer not in HEADS]
@@ -98,36 +107,64 @@ class Gptq(Format):
             "g_idx": plain_index(layer),
         }
 
-    def layer_bytes(self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False) -> int:
+    def layer_bytes(
+        self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False
+    ) -> int:
         groups = scheme.groups(columns)
         weights = 4 * rows * words_per_row(columns, scheme.bits)
-        return weights + 4 * groups * words_per_row(rows, scheme.bits) + 2 * groups * rows + 4 * columns
+        return (
+            weights
+            + 4 * groups * words_per_row(rows, scheme.bits)
+            + 2 * groups * rows
+            + 4 * columns
+        )
 
     def read_config(self, config: dict, name: str) -> Stored:
         version = version_of(config)
         if version not in (V1, V2) or config.get("is_marlin_format"):
-            raise SlimError(f"{name} is quantised as gptq in the format {version}. slim reads {V1} and {V2}.")
+            raise SlimError(
+                f"{name} is quantised as gptq in the format {version}. slim reads {V1} and {V2}."
+            )
         if config.get("pack_dtype", "int32") != "int32":
-            raise SlimError(f"{name} packs codes into {config['pack_dtype']}. slim reads gptq packed into int32.")
+            raise SlimError(
+                f"{name} packs codes into {config['pack_dtype']}. slim reads gptq packed into int32."
+            )
         for entry in (config, *overrides(config).values()):
             merged = {**config, **entry}
-            bits, group = require_integer(merged, "bits", name), require_integer(merged, "group_size", name)
+            bits, group = (
+                require_integer(merged, "bits", name),
+                require_integer(merged, "group_size", name),
+            )
             require_scheme(bits, group, bool(merged.get("sym", True)), name)
         return Stored(self, config, name)
 
     def scheme_of(self, config: dict, layer: str) -> Scheme | None:
         found = settings_of(config, layer)
-        return None if found is None else Scheme(found["bits"], found["group_size"], bool(found.get("sym", True)))
+        return (
+            None
+            if found is None
+            else Scheme(found["bits"], found["group_size"], bool(found.get("sym", True)))
+        )
 
     def is_ordered(self, config: dict, layer: str) -> bool:
         found = settings_of(config, layer) or {}
         return bool(found.get("desc_act")) and found["group_size"] != WHOLE_ROW
 
-    def read(self, reader: TensorReader, name: str, columns: int, rows: int, scheme: Scheme, stored: Stored) -> Packed:
+    def read(
+        self,
+        reader: TensorReader,
+        name: str,
+        columns: int,
+        rows: int,
+        scheme: Scheme,
+        stored: Stored,
+    ) -> Packed:
         bits, groups = scheme.bits, scheme.groups(columns)
         words = read_words(reader, f"{name}.qweight", (words_per_row(columns, bits), rows))
         scale = read_scale(reader, f"{name}.scales", (groups, rows))
-        zero = unpack(read_words(reader, f"{name}.qzeros", (groups, words_per_row(rows, bits))), bits, rows)
+        zero = unpack(
+            read_words(reader, f"{name}.qzeros", (groups, words_per_row(rows, bits))), bits, rows
+        )
         if version_of(stored.config) == V1:
             zero = ((zero.to(torch.int16) + 1) & (2**bits - 1)).to(torch.uint8)
         index = None

@@ -1,15 +1,17 @@
-"""Multiplying with packed weights by unpacking some rows at a time: no dense copy of a layer ever exists.
+"""Multiplying with packed weights by unpacking some rows at a time: no dense copy of a layer ever
+exists.
 
 Codes stand in one of three layouts:
 
 - ``stream``: int32 [out, ceil(in b / 32)], as stored (``packing.py``).
-- ``tiles``: 4 bits in the layout of torch's CPU kernel, uint8 [out / 64, in, 32]: byte j of column k has the code of row j
+- ``tiles``: 4 bits in the layout of torch's CPU kernel, uint8 [out / 64, in, 32]: byte j of column
+k has the code of row j
   in its low half and that of row j + 32 in its high half.
 - ``int8``: 8 bits around 0, int8 [out, in], one scale per row, as torch's int8 kernel takes them.
 
-:func:`multiply_packed` and :func:`packed_rows` are the same as custom operators, which ``torch.compile`` takes as they
-are, and the former has a gradient with respect to its input, for adapters on top of packed weights.
-"""
+:func:`multiply_packed` and :func:`packed_rows` are the same as custom operators, which
+``torch.compile`` takes as they are, and the former has a gradient with respect to its input, for
+adapters on top of packed weights."""
 
 from __future__ import annotations
 
@@ -30,9 +32,8 @@ CHUNK = 2**20  # weights that are unpacked at once
 class PackedWeight:
     """A weight matrix [out, in] as it is held.
 
-    packed: the codes in ``layout``. scale: [out, groups]. zero: uint8 [out, groups]. index: int64 [in], the group of every
-    column, or None: column // group. columns: in.
-    """
+    packed: the codes in ``layout``. scale: [out, groups]. zero: uint8 [out, groups]. index: int64
+    [in], the group of every column, or None: column // group. columns: in."""
 
     packed: Tensor
     scale: Tensor
@@ -48,7 +49,8 @@ class PackedWeight:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def steps(self) -> Iterator[tuple[int, int]]:
-        """Cut the rows into runs (start, stop) that are unpacked at once; all but the last are whole tiles."""
+        """Cut the rows into runs (start, stop) that are unpacked at once; all but the last are
+        whole tiles."""
         outputs = self.scale.shape[0]
         step = max(TILE, CHUNK // self.columns // TILE * TILE)
         for start in range(0, outputs, step):
@@ -61,7 +63,9 @@ class PackedWeight:
             if self.layout == TILES:
                 result[:, start:stop] = self._multiply_tiles(x, start, stop)
             elif self.layout == INT8:
-                result[:, start:stop] = (x @ self.packed[start:stop].to(x.dtype).T) * self.scale[start:stop, 0].to(x.dtype)
+                result[:, start:stop] = (x @ self.packed[start:stop].to(x.dtype).T) * self.scale[
+                    start:stop, 0
+                ].to(x.dtype)
             else:
                 result[:, start:stop] = x @ self.dense(slice(start, stop), x.dtype).T
         return result
@@ -89,13 +93,16 @@ class PackedWeight:
 
     def _tile_rows(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(rows, slice):
-            return codes_of_tiles(self.packed[rows.start // TILE : -(-rows.stop // TILE)])[: rows.stop - rows.start].to(dtype)
+            return codes_of_tiles(self.packed[rows.start // TILE : -(-rows.stop // TILE)])[
+                : rows.stop - rows.start
+            ].to(dtype)
         place = rows % TILE
         octets = self.packed[rows // TILE, :, place % (TILE // 2)]
         return torch.where((place < TILE // 2).unsqueeze(-1), octets & 15, octets >> 4).to(dtype)
 
     def _multiply_tiles(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Multiply with rows ``start`` to ``stop``, whole tiles; the tiles hold W^T, so that is unpacked."""
+        """Multiply with rows ``start`` to ``stop``, whole tiles; the tiles hold W^T, so that is
+        unpacked."""
         scale, zero = in_tiles(self.scale[start:stop]), in_tiles(self.zero[start:stop]).to(x.dtype)
         dense = lookup(self.packed[start // TILE : stop // TILE], 4, 8, x.dtype)
         dense = dense.view(*scale.shape[:2], -1, scale.shape[-1])
@@ -170,7 +177,8 @@ def packed_rows(
     layout: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return rows of the matrix, [n, in] in ``dtype``, for int64 [n] and the parts of a :class:`PackedWeight`."""
+    """Return rows of the matrix, [n, in] in ``dtype``, for int64 [n] and the parts of a
+    :class:`PackedWeight`."""
     return PackedWeight(packed, scale, zero, index, bits, group, columns, layout).dense(rows, dtype)
 
 
@@ -180,7 +188,8 @@ def _rows_shape(rows, packed, scale, zero, index, bits, group, columns, layout, 
 
 
 def expand(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
-    """Return scale (c - zero) in the type of ``codes`` [rows, in], exact but for the rounding of the product."""
+    """Return scale (c - zero) in the type of ``codes`` [rows, in], exact but for the rounding of
+    the product."""
     groups, width = scale.shape[-1], codes.shape[-1]
     if width < groups * group:  # files of others may have a last group that is not full
         codes = nn.functional.pad(codes, (0, groups * group - width))
@@ -189,17 +198,19 @@ def expand(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
 
 
 def scaled(steps: Tensor, scale: Tensor) -> Tensor:
-    """Return ``steps`` [rows, groups, group] times ``scale`` [rows, groups], in place where the types are the same."""
+    """Return ``steps`` [rows, groups, group] times ``scale`` [rows, groups], in place where the
+    types are the same."""
     if scale.dtype == steps.dtype:
         return steps.mul_(scale.unsqueeze(-1))
     return (steps.float() * scale.float().unsqueeze(-1)).to(steps.dtype)
 
 
 def in_tiles(per_group: Tensor) -> Tensor:
-    """Return scales or zero points [64 n, groups] as [n, groups, 1, 512], features in a tile's order 0, 32, 1, 33, ...
+    """Return scales or zero points [64 n, groups] as [n, groups, 1, 512], features in a tile's
+    order 0, 32, 1, 33, ...
 
-    The 64 features are there eight times, for as many columns: short inner loops cost more than the copies.
-    """
+    The 64 features are there eight times, for as many columns: short inner loops cost more than the
+    copies."""
     halves = per_group.unflatten(0, (-1, 2, TILE // 2))
     return halves.permute(0, 3, 2, 1).flatten(-2).repeat(1, 1, 8).unsqueeze(2)
 

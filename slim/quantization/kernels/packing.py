@@ -1,12 +1,14 @@
-"""One dense bit stream, least significant bit first: how integers of 1 to 8 bits stand in int32 words.
+"""One dense bit stream, least significant bit first: how integers of 1 to 8 bits stand in int32
+words.
 
-Along a row, code k occupies bits [k b, (k + 1) b) of the stream, whatever b; a code may straddle two words. The last
-word of a row is filled with zeros. This is the layout of compressed-tensors' ``pack-quantized``, and along the other
-dimension that of GPTQ. Eight codes of b bits are exactly b bytes, so both directions work on eight codes at a time.
+Along a row, code k occupies bits [k b, (k + 1) b) of the stream, whatever b; a code may straddle
+two words. The last word of a row is filled with zeros. This is the layout of compressed-tensors'
+``pack-quantized``, and along the other dimension that of GPTQ. Eight codes of b bits are exactly b
+bytes, so both directions work on eight codes at a time.
 
-For running, codes are wanted as floating-point numbers and fast: 8 or 12 bits of the stream, a whole number of codes,
-are one index into a small table whose entries are those codes side by side (:func:`unpack_as`).
-"""
+For running, codes are wanted as floating-point numbers and fast: 8 or 12 bits of the stream, a
+whole number of codes, are one index into a small table whose entries are those codes side by side
+(:func:`unpack_as`)."""
 
 from __future__ import annotations
 
@@ -32,11 +34,14 @@ def words_per_row(codes: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack unsigned codes [..., n] (any integer dtype, 0 <= code < 2**bits) into int32 [..., ceil(n bits / 32)]."""
+    """Pack unsigned codes [..., n] (any integer dtype, 0 <= code < 2**bits) into int32 [..., ceil(n
+    bits / 32)]."""
     _require_bits(bits)
     lead, count = codes.shape[:-1], codes.shape[-1]
     rows = codes.reshape(-1, count)
-    words = torch.zeros(len(rows), words_per_row(count, bits), dtype=torch.int32, device=codes.device)
+    words = torch.zeros(
+        len(rows), words_per_row(count, bits), dtype=torch.int32, device=codes.device
+    )
     step = max(1, CHUNK // max(1, count))  # the steps between take 24 bytes per code
     for start in range(0, len(rows), step):
         _pack_rows(rows[start : start + step], bits, words[start : start + step])
@@ -53,7 +58,9 @@ def _pack_rows(codes: torch.Tensor, bits: int, words: torch.Tensor) -> None:
 def _bytes_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Join codes [rows, n] to bytes for widths of which whole numbers fit into one: 1, 2, 4, 8."""
     per_byte = MAX_BITS // bits
-    parts = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    parts = torch.nn.functional.pad(
+        codes.to(torch.uint8), (0, -codes.shape[-1] % per_byte)
+    ).unflatten(-1, (-1, per_byte))
     octets = parts[..., 0].clone()
     for index in range(1, per_byte):
         octets |= parts[..., index] << (bits * index)
@@ -63,14 +70,18 @@ def _bytes_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def _bytes_of_eights(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Join codes [rows, n] to bytes, eight codes at a time."""
     count = codes.shape[-1]
-    eights = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % EIGHT)).unflatten(-1, (-1, EIGHT))
+    eights = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % EIGHT)).unflatten(
+        -1, (-1, EIGHT)
+    )
     shifts = torch.arange(EIGHT, device=codes.device) * bits
-    stream = (eights << shifts).sum(-1, keepdim=True)  # bits of different codes do not overlap: a sum is an "or"
+    # bits of different codes do not overlap: a sum is an "or"
+    stream = (eights << shifts).sum(-1, keepdim=True)
     return stream.view(torch.uint8)[..., :bits].flatten(-2)
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Return the first ``count`` codes of each row of int32 ``words`` [..., m] as uint8 [..., count]."""
+    """Return the first ``count`` codes of each row of int32 ``words`` [..., m] as uint8 [...,
+    count]."""
     _require_bits(bits)
     octets = words.contiguous().view(torch.uint8)
     if bits == MAX_BITS:
@@ -95,7 +106,8 @@ def _unpack_bytes(octets: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _join_bytes(octets: torch.Tensor) -> torch.Tensor:
-    """Join bytes [..., b] to integers [...], the first byte lowest: int32 where 24 bits suffice, else int64."""
+    """Join bytes [..., b] to integers [...], the first byte lowest: int32 where 24 bits suffice,
+    else int64."""
     wide = torch.int32 if octets.shape[-1] <= 3 else torch.int64
     stream = octets[..., 0].to(wide)
     for index in range(1, octets.shape[-1]):
@@ -104,11 +116,15 @@ def _join_bytes(octets: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_as(words: torch.Tensor, bits: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return what :func:`unpack` does, as a floating-point ``dtype``: new [rows, count] for ``words`` [rows, m]."""
-    if bits in (2, 4) and count * bits % 32 == 0:  # otherwise padding would have to be cut out of every row
+    """Return what :func:`unpack` does, as a floating-point ``dtype``: new [rows, count] for
+    ``words`` [rows, m]."""
+    # otherwise padding would have to be cut out of every row
+    if bits in (2, 4) and count * bits % 32 == 0:
         return lookup(words.contiguous().view(torch.uint8), bits, 8, dtype).view(len(words), count)
     if bits == 3 and count % EIGHT == 0:
-        octets = words.contiguous().view(torch.uint8)[:, : 3 * count // EIGHT].unflatten(-1, (-1, 3))
+        octets = (
+            words.contiguous().view(torch.uint8)[:, : 3 * count // EIGHT].unflatten(-1, (-1, 3))
+        )
         stream = _join_bytes(octets)
         fields = torch.stack((stream & 4095, stream >> 12), dim=-1)
         return lookup(fields, bits, 12, dtype).view(len(words), count)
@@ -116,17 +132,23 @@ def unpack_as(words: torch.Tensor, bits: int, count: int, dtype: torch.dtype) ->
 
 
 def lookup(fields: torch.Tensor, bits: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the codes in ``fields`` (integers of ``width`` bits) as ``dtype``, one-dimensional, in their order."""
+    """Return the codes in ``fields`` (integers of ``width`` bits) as ``dtype``, one-dimensional, in
+    their order."""
     table = _table(bits, width, dtype, str(fields.device))
     return table.index_select(0, fields.reshape(-1).to(torch.int32)).view(dtype)
 
 
 @cache
 def _table(bits: int, width: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Return all 2**width fields decoded; one entry is one element of a type as wide as its codes together."""
+    """Return all 2**width fields decoded; one entry is one element of a type as wide as its codes
+    together."""
     fields = torch.arange(2**width, device=device)
-    codes = torch.stack([(fields >> shift) & (2**bits - 1) for shift in range(0, width, bits)], dim=-1)
-    element = {4: torch.int32, 8: torch.int64, 16: torch.complex128}[codes.shape[-1] * dtype.itemsize]
+    codes = torch.stack(
+        [(fields >> shift) & (2**bits - 1) for shift in range(0, width, bits)], dim=-1
+    )
+    element = {4: torch.int32, 8: torch.int64, 16: torch.complex128}[
+        codes.shape[-1] * dtype.itemsize
+    ]
     return codes.to(dtype).contiguous().view(element).view(-1)
 
 
@@ -141,7 +163,8 @@ def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def permute_columns(words: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
-    """Return ``words`` [rows, m] with the codes of every row in another order: new code k is old code order[k]."""
+    """Return ``words`` [rows, m] with the codes of every row in another order: new code k is old
+    code order[k]."""
     moved = torch.empty_like(words)
     step = max(1, CHUNK // len(order))
     for start in range(0, len(words), step):

@@ -1,14 +1,15 @@
 """Mixed precision: more bits for the layers that need them, fewer for the others, under a budget.
 
-The walk measures for every layer l and every width b what rounding to b bits would cost, as a share of the layer's output:
+The walk measures for every layer l and every width b what rounding to b bits would cost, as a share
+of the layer's output:
 
     e_l(b) = tr(D_b G D_b^T) / tr(W G W^T),    D_b = Q_b(W) - W
 
-and the bits are chosen to make the sum of n_l e_l(b_l) small under sum n_l b_l <= budget, n_l the number of weights.
-Without the share, layers with large outputs would take all bits: what follows them (a norm, a residual stream) does not
-care for absolute size. All layers begin with the fewest bits; the step with the largest gain per bit comes next, along
-each layer's lower convex hull, so that only steps that fit no more can be missed (Shoham & Gersho 1988).
-"""
+and the bits are chosen to make the sum of n_l e_l(b_l) small under sum n_l b_l <= budget, n_l the
+number of weights. Without the share, layers with large outputs would take all bits: what follows
+them (a norm, a residual stream) does not care for absolute size. All layers begin with the fewest
+bits; the step with the largest gain per bit comes next, along each layer's lower convex hull, so
+that only steps that fit no more can be missed (Shoham & Gersho 1988)."""
 
 from __future__ import annotations
 
@@ -29,9 +30,8 @@ FACTORS = shrink_factors(6)
 class Sensitivity(BlockMethod):
     """Measures e_l(b) on the walk and changes nothing. errors: full layer name -> bits -> e_l(b).
 
-    scheme: whose group size and symmetry hold. dtype: of scales. calibrated: whether G is looked at; without it D and W
-    are compared as they are.
-    """
+    scheme: whose group size and symmetry hold. dtype: of scales. calibrated: whether G is looked
+    at; without it D and W are compared as they are."""
 
     resumable = True
 
@@ -51,14 +51,21 @@ class Sensitivity(BlockMethod):
             found = {}
             for bits in BITS:
                 scheme = Scheme(bits, self.scheme.group_size, self.scheme.symmetric)
-                rounded = search(linear.weight, scheme, self.dtype, importance, FACTORS, each_end=False).dequantize()
-                found[bits] = relative_error(rounded - linear.weight, linear.weight, view.hessian) ** 2
+                rounded = search(
+                    linear.weight, scheme, self.dtype, importance, FACTORS, each_end=False
+                ).dequantize()
+                found[bits] = (
+                    relative_error(rounded - linear.weight, linear.weight, view.hessian) ** 2
+                )
             self.errors[f"{view.prefix}.{name}"] = found
         return {}
 
 
-def allocate(errors: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], average: float) -> dict[str, int]:
-    """Return layer -> bits with a small sum of n_l e_l(b_l) and at most ``average`` bits per weight.
+def allocate(
+    errors: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], average: float
+) -> dict[str, int]:
+    """Return layer -> bits with a small sum of n_l e_l(b_l) and at most ``average`` bits per
+    weight.
 
     errors: layer -> bits -> e_l(b). sizes: layer -> number of weights n_l.
     """
@@ -69,7 +76,9 @@ def allocate(errors: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int]
             ((errors[name][now] - error) / (bits - now), name, bits)
             for name, now in chosen.items()
             for bits, error in errors[name].items()
-            if bits > now and error < errors[name][now] and sizes[name] * (bits - now) <= left + 1e-6
+            if bits > now
+            and error < errors[name][now]
+            and sizes[name] * (bits - now) <= left + 1e-6
         ]
         if not steps:
             return chosen

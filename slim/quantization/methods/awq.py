@@ -1,12 +1,14 @@
-"""Activation-aware weight quantisation: scale input channels, clip, refit. Lin et al., arXiv:2306.00978.
+"""Activation-aware weight quantisation: scale input channels, clip, refit. Lin et al.,
+arXiv:2306.00978.
 
 1. Channels are scaled where that lowers the loss tr(D G D^T): see scaling.py.
-2. Every group of weights is clipped to the interval with the smallest loss of that group, e G_gg e^T.
-3. Beyond the paper, scales are refitted by least squares under G for the codes as they are, weights are rounded again,
+2. Every group of weights is clipped to the interval with the smallest loss of that group, e G_gg
+e^T. 3. Beyond the paper, scales are refitted by least squares under G for the codes as they are,
+weights are rounded again,
    and so on; each row keeps its best state.
 
-alpha = 0 with the plain grid is round to nearest and always among the candidates, so no layer's loss is above RTN's.
-"""
+alpha = 0 with the plain grid is round to nearest and always among the candidates, so no layer's
+loss is above RTN's."""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ REFITS = 2  # rounds of refitting scales and rounding again
 class AWQ(CalibratedQuantization):
     """Settings of AWQ, beside those of every method.
 
-    grid: how many values of alpha from 0 to 1 are tried; 1: no scaling. clip: how many intervals are tried per group;
+    grid: how many values of alpha from 0 to 1 are tried; 1: no scaling. clip: how many intervals
+        are tried per group;
     1: none is clipped. refit: whether scales are refitted after rounding.
     """
 
@@ -56,7 +59,9 @@ class AWQ(CalibratedQuantization):
         require_flag("quant.refit", self.refit)
 
     def method(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> ActivationAware:
-        return ActivationAware(schemes, spec.dtype, get_format(self.format), self.grid, self.clip, self.refit)
+        return ActivationAware(
+            schemes, spec.dtype, get_format(self.format), self.grid, self.clip, self.refit
+        )
 
 
 class ActivationAware(ScaledMethod):
@@ -75,10 +80,16 @@ class ActivationAware(ScaledMethod):
         self.factors, self.refits = shrink_factors(clip), REFITS if refit else 0
 
     def solve(
-        self, weights: dict[str, torch.Tensor], hessian: torch.Tensor, schemes: dict[str, Scheme], where: str
+        self,
+        weights: dict[str, torch.Tensor],
+        hessian: torch.Tensor,
+        schemes: dict[str, Scheme],
+        where: str,
     ) -> dict[str, Quantized]:
         return {
-            name: by_rows(weight, lambda part, scheme=schemes[name]: self._clipped(part, hessian, scheme))
+            name: by_rows(
+                weight, lambda part, scheme=schemes[name]: self._clipped(part, hessian, scheme)
+            )
             for name, weight in weights.items()
         }
 
@@ -96,4 +107,9 @@ class ActivationAware(ScaledMethod):
 def diagonal_blocks(hessian: torch.Tensor, group: int) -> torch.Tensor:
     """Return the blocks G_gg on the diagonal, [groups, group, group]."""
     groups = hessian.shape[0] // group
-    return hessian.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    return (
+        hessian.view(groups, group, groups, group)
+        .diagonal(dim1=0, dim2=2)
+        .permute(2, 0, 1)
+        .contiguous()
+    )

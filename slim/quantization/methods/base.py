@@ -1,4 +1,5 @@
-"""Base of the stages that quantise: settings they share, checks before any work, the walk, and the report."""
+"""Base of the stages that quantise: settings they share, checks before any work, the walk, and the
+report."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from slim.checkpoints.stage import Context, Stage
 from slim.core.errors import SlimError
 from slim.core.settings import require_choice, require_flag, require_number
 from slim.models.spec import DTYPE_BYTES, ModelSpec
-from slim.quantization.assign import PLAIN_BITS, assign, check_overrides, check_plain, layer_shapes, pinned_layers
+from slim.quantization.assign import (
+    PLAIN_BITS,
+    assign,
+    check_overrides,
+    check_plain,
+    layer_shapes,
+    pinned_layers,
+)
 from slim.quantization.formats import get_format
 from slim.quantization.scheme import BITS, GROUP_SIZES, WHOLE_ROW, Scheme
 
@@ -30,12 +38,16 @@ AUTO = "auto"
 class Quantization(Stage):
     """Settings of every method.
 
-    bits: per weight: 2, 3, 4 or 8, or ``"auto"``: chosen per layer under ``average_bits`` (of the codes, over the layers
-        whose bits no override sets) or ``budget_gb`` (of all weight files, in 10^9 bytes).
+    bits: per weight: 2, 3, 4 or 8, or ``"auto"``: chosen per layer under ``average_bits`` (of the
+        codes, over the layers whose bits no override sets) or ``budget_gb`` (of all weight files,
+        in 10^9 bytes).
     group_size: weights that share a scale: 32, 64, 128, 256, or -1 for a whole row.
-    symmetric: whether the grid is symmetric around 0 (no zero points: smaller, understood by more engines, less exact).
-    overrides: layer name with ``*`` -> {bits, group_size, symmetric} of its own; bits 16 leave it as it is.
-    lm_head, embeddings: whether these are quantised too: 8 bits, symmetric, a scale per row, unless overrides say else.
+    symmetric: whether the grid is symmetric around 0 (no zero points: smaller, understood by more
+        engines, less exact).
+    overrides: layer name with ``*`` -> {bits, group_size, symmetric} of its own; bits 16 leave it
+        as it is.
+    lm_head, embeddings: whether these are quantised too: 8 bits, symmetric, a scale per row, unless
+        overrides say else.
     format: ``compressed-tensors``, ``gptq`` or ``awq``.
     """
 
@@ -66,19 +78,26 @@ class Quantization(Stage):
     def _check_budget(self) -> None:
         limits = [name for name in ("average_bits", "budget_gb") if getattr(self, name) is not None]
         if self.bits != AUTO and limits:
-            raise SlimError(f"quant.{limits[0]} belongs to quant.bits=auto; with quant.bits={self.bits} leave it out.")
+            raise SlimError(
+                f"quant.{limits[0]} belongs to quant.bits=auto; with quant.bits={self.bits} leave it out."
+            )
         if self.bits == AUTO and len(limits) != 1:
-            raise SlimError("quant.bits=auto needs one of quant.average_bits=3.25 (say) and quant.budget_gb=2.5 (say).")
+            raise SlimError(
+                "quant.bits=auto needs one of quant.average_bits=3.25 (say) and quant.budget_gb=2.5 (say)."
+            )
         if self.average_bits is not None:
             require_number("quant.average_bits", self.average_bits, min(BITS), max(BITS))
         if self.budget_gb is not None:
             require_number("quant.budget_gb", self.budget_gb, 1e-6)
 
-    def schemes(self, spec: ModelSpec, bits: Mapping[str, int] | int | None = None) -> dict[str, Scheme]:
-        """Return full layer name -> scheme. bits: of the blocks' layers, all or by name; None: those of the settings.
+    def schemes(
+        self, spec: ModelSpec, bits: Mapping[str, int] | int | None = None
+    ) -> dict[str, Scheme]:
+        """Return full layer name -> scheme. bits: of the blocks' layers, all or by name; None:
+        those of the settings.
 
-        With ``bits=auto`` the default is what the budget allows at most, the same for all layers: an upper bound.
-        """
+        With ``bits=auto`` the default is what the budget allows at most, the same for all layers:
+        an upper bound."""
         shapes = layer_shapes(spec)
         if bits is None:
             bits = self.bits
@@ -90,11 +109,17 @@ class Quantization(Stage):
         return assign(spec, blocks, self.overrides, self.lm_head, self.embeddings)
 
     def allowed_bits(self, spec: ModelSpec) -> float:
-        """Return the bits per weight of the blocks' layers that the budget allows. Raises ``SlimError`` for too few."""
+        """Return the bits per weight of the blocks' layers that the budget allows. Raises
+        ``SlimError`` for too few."""
         if self.average_bits is not None:
             return self.average_bits
-        least, most = (self.described(spec, self.schemes(spec, bits)).weight_bytes() for bits in (min(BITS), max(BITS)))
-        average = min(BITS) + (max(BITS) - min(BITS)) * (1e9 * self.budget_gb - least) / max(1, most - least)
+        least, most = (
+            self.described(spec, self.schemes(spec, bits)).weight_bytes()
+            for bits in (min(BITS), max(BITS))
+        )
+        average = min(BITS) + (max(BITS) - min(BITS)) * (1e9 * self.budget_gb - least) / max(
+            1, most - least
+        )
         if average < min(BITS):
             raise SlimError(
                 f"quant.budget_gb={self.budget_gb:g} is too little: {spec.name} takes {least / 1e9:.3g} GB with all "
@@ -110,8 +135,14 @@ class Quantization(Stage):
         """Describe ``spec`` once it is quantised to ``schemes``."""
         family = spec.family
         linears = [*layer_shapes(spec), family.head]
-        config = get_format(self.format).config(schemes, linears, self.ordered, **self.format_settings())
-        untied = {"tie_word_embeddings": False} if family.head in schemes and family.embeddings not in schemes else {}
+        config = get_format(self.format).config(
+            schemes, linears, self.ordered, **self.format_settings()
+        )
+        untied = (
+            {"tie_word_embeddings": False}
+            if family.head in schemes and family.embeddings not in schemes
+            else {}
+        )
         return spec.with_config(quantization_config=config, **(untied if spec.tied else {}))
 
     def format_settings(self) -> dict:
@@ -122,7 +153,8 @@ class Quantization(Stage):
         return self.described(spec, self.schemes(spec))
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
-        """One block in float32 and packed, working copies of some rows, and the embedding; no activations."""
+        """One block in float32 and packed, working copies of some rows, and the embedding; no
+        activations."""
         largest = max(rows * columns for rows, columns in spec.block_linears().values())
         embeddings = spec.vocab_size * spec.hidden_size * (4 + DTYPE_BYTES.get(spec.dtype, 4))
         return 5 * spec.block_parameters() + 3 * 4 * largest + embeddings
@@ -132,7 +164,8 @@ class Quantization(Stage):
         raise NotImplementedError
 
     def tokens(self, source: Checkpoint) -> torch.Tensor | None:
-        """Return calibration tokens, int64 [samples, length], or None for methods without calibration."""
+        """Return calibration tokens, int64 [samples, length], or None for methods without
+        calibration."""
         return None
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
@@ -151,9 +184,14 @@ class Quantization(Stage):
         errors = transform_checkpoint(checkpoint, target, method, result.config, context, tokens)
         for note in method.notes:
             console().print(f"[yellow]{note}[/]", highlight=False)
-        return {**self._facts(target, result, schemes, errors), **({"notes": method.notes} if method.notes else {})}
+        return {
+            **self._facts(target, result, schemes, errors),
+            **({"notes": method.notes} if method.notes else {}),
+        }
 
-    def _allocate(self, source: Checkpoint, tokens: torch.Tensor | None, target: Path, context: Context) -> dict[str, int]:
+    def _allocate(
+        self, source: Checkpoint, tokens: torch.Tensor | None, target: Path, context: Context
+    ) -> dict[str, int]:
         """Measure what every width costs in every layer, choose, and report the choice."""
         import torch
 
@@ -164,29 +202,59 @@ class Quantization(Stage):
 
         spec = source.spec
         scale_dtype = getattr(torch, get_format(self.format).scale_dtype(spec.dtype))
-        method = Sensitivity(Scheme(4, self.group_size, self.symmetric), scale_dtype, tokens is not None)
-        progress = CalibrationProgress(context.work / "sensitivity", context.device) if context.work else None
-        walk = SequentialCalibration(source, method, None, tokens, context.device, title="Sensitivity", progress=progress)
+        method = Sensitivity(
+            Scheme(4, self.group_size, self.symmetric), scale_dtype, tokens is not None
+        )
+        progress = (
+            CalibrationProgress(context.work / "sensitivity", context.device)
+            if context.work
+            else None
+        )
+        walk = SequentialCalibration(
+            source, method, None, tokens, context.device, title="Sensitivity", progress=progress
+        )
         walk.run()
         schemes, pinned = self.schemes(spec), pinned_layers(layer_shapes(spec), self.overrides)
         free = {name: found for name, found in method.errors.items() if name not in pinned}
-        sizes = {name: rows * columns for name, (rows, columns) in layer_shapes(spec).items() if name in free}
+        sizes = {
+            name: rows * columns
+            for name, (rows, columns) in layer_shapes(spec).items()
+            if name in free
+        }
         bits = allocate(free, sizes, self.allowed_bits(spec))
-        bits.update({name: schemes[name].bits if name in schemes else PLAIN_BITS for name in pinned})
+        bits.update(
+            {name: schemes[name].bits if name in schemes else PLAIN_BITS for name in pinned}
+        )
         write_allocation(target / REPORT, spec, method.errors, bits)
         return bits
 
-    def _facts(self, target: Path, result: ModelSpec, schemes: Mapping[str, Scheme], errors: list[LayerError]) -> dict:
+    def _facts(
+        self,
+        target: Path,
+        result: ModelSpec,
+        schemes: Mapping[str, Scheme],
+        errors: list[LayerError],
+    ) -> dict:
         """Write the table and picture of layer errors and return the facts for the manifest."""
         from slim.quantization.report import plot_layer_errors
 
         table = [{"block": item.block, "layer": item.layer, "error": item.error} for item in errors]
         (target / REPORT).mkdir(exist_ok=True)
-        (target / REPORT / "layer_errors.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        (target / REPORT / "layer_errors.json").write_text(
+            json.dumps(table, indent=1) + "\n", encoding="utf-8"
+        )
         plot_layer_errors(target / REPORT / "layer_errors.png", errors)
-        sizes = {name: rows * columns for name, (rows, columns) in layer_shapes(result).items() if name in schemes}
+        sizes = {
+            name: rows * columns
+            for name, (rows, columns) in layer_shapes(result).items()
+            if name in schemes
+        }
         return {
-            "bits": round(sum(schemes[name].bits * size for name, size in sizes.items()) / sum(sizes.values()), 4),
+            "bits": round(
+                sum(schemes[name].bits * size for name, size in sizes.items())
+                / sum(sizes.values()),
+                4,
+            ),
             "bits_per_weight": round(result.packed_bits(), 4),
             "layer_error_mean": sum(item.error for item in errors) / len(errors),
             "layer_error_max": max(item.error for item in errors),

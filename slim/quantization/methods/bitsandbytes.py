@@ -1,18 +1,20 @@
-"""Quantisation by bitsandbytes: LLM.int8() (``quant=int8``) and NF4 (``quant=nf4``). Settings and sizes; needs no torch.
+"""Quantisation by bitsandbytes: LLM.int8() (``quant=int8``) and NF4 (``quant=nf4``). Settings and
+sizes; needs no torch.
 
-int8 (Dettmers et al., arXiv:2208.07339, section 3): a row of weights has one scale, and so has, when the model runs,
-every token's input; columns of the input with an entry of at least ``threshold`` are multiplied in 16 bits:
+int8 (Dettmers et al., arXiv:2208.07339, section 3): a row of weights has one scale, and so has,
+when the model runs, every token's input; columns of the input with an entry of at least
+``threshold`` are multiplied in 16 bits:
 
     c = round(127 w / max |w|),    w^ = c max |w| / 127
 
-nf4 (QLoRA, Dettmers et al., arXiv:2305.14314, section 3): 64 weights in a row share a scale m = max |w|; w / m goes to the
-nearest of 16 numbers between -1 and 1 that a normal distribution uses equally often. Double quantisation stores m less
-its mean over the layer in 8 bits, 256 of them sharing a scale.
+nf4 (QLoRA, Dettmers et al., arXiv:2305.14314, section 3): 64 weights in a row share a scale m = max
+|w|; w / m goes to the nearest of 16 numbers between -1 and 1 that a normal distribution uses
+equally often. Double quantisation stores m less its mean over the layer in 8 bits, 256 of them
+sharing a scale.
 
-Both look at weights only. What is written is what transformers writes for a model it quantised while loading it
-(``BitsAndBytesConfig``), tensor for tensor, so transformers, PEFT and others load it. ``bnb_model.py`` holds what needs
-the library.
-"""
+Both look at weights only. What is written is what transformers writes for a model it quantised
+while loading it (``BitsAndBytesConfig``), tensor for tensor, so transformers, PEFT and others load
+it. ``bnb_model.py`` holds what needs the library."""
 
 from __future__ import annotations
 
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
     from slim.quantization.methods.bitsandbytes_packing import BitsAndBytesMethod
 
 METHOD = "bitsandbytes"
-BLOCK, STATISTICS = 64, 256  # weights that share a scale in nf4; scales that share a scale under double quantisation
-KERNEL_ROWS = 32  # the library's CPU kernel works on so many outputs at a time, and fails where some are left over
+# weights that share a scale in nf4; scales that share a scale under double quantisation
+BLOCK, STATISTICS = 64, 256
+# the library's CPU kernel works on so many outputs at a time, and fails where some are left over
+KERNEL_ROWS = 32
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Every key that transformers writes, with its default.
 DEFAULTS = {
@@ -59,7 +63,8 @@ DEFAULTS = {
 
 @dataclass
 class BitsAndBytes(Stage):
-    """What both methods share: checks, the walk through the blocks, the report. They have settings of their own."""
+    """What both methods share: checks, the walk through the blocks, the report. They have settings
+    of their own."""
 
     kind: ClassVar[str] = "quantize"
     bits: ClassVar[int]
@@ -90,7 +95,8 @@ class BitsAndBytes(Stage):
         return spec.with_config(quantization_config={**DEFAULTS, **settings})
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
-        """One block in float32 and packed, the library's copies of one layer, and a tensor that is copied as it is."""
+        """One block in float32 and packed, the library's copies of one layer, and a tensor that is
+        copied as it is."""
         largest = max(rows * columns for rows, columns in spec.block_linears().values())
         embeddings = spec.vocab_size * spec.hidden_size * DTYPE_BYTES.get(spec.dtype, 4)
         return 5 * spec.block_parameters() + 8 * 4 * largest + 2 * embeddings
@@ -106,7 +112,9 @@ class BitsAndBytes(Stage):
         errors = transform_checkpoint(checkpoint, target, self.method(spec), result.config, context)
         table = [{"block": item.block, "layer": item.layer, "error": item.error} for item in errors]
         (target / REPORT).mkdir(exist_ok=True)
-        (target / REPORT / "layer_errors.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        (target / REPORT / "layer_errors.json").write_text(
+            json.dumps(table, indent=1) + "\n", encoding="utf-8"
+        )
         plot_layer_errors(target / REPORT / "layer_errors.png", errors)
         return {
             "bits": self.bits,
@@ -120,9 +128,8 @@ class BitsAndBytes(Stage):
 class Int8(BitsAndBytes):
     """Settings of LLM.int8().
 
-    threshold: input columns with an entry of at least this magnitude are multiplied in 16 bits; 0: none are. It changes
-    how the model runs, not what is stored.
-    """
+    threshold: input columns with an entry of at least this magnitude are multiplied in 16 bits; 0:
+    none are. It changes how the model runs, not what is stored."""
 
     cache_name: ClassVar[str] = "Int8"
 
@@ -149,8 +156,9 @@ class NF4(BitsAndBytes):
     """Settings of NF4.
 
     double_quant: whether scales are quantised too: 0.37 bits per weight less, a little less exact.
-    compute_dtype: type in which other programs multiply, ``"bfloat16"``, ``"float16"``, ``"float32"``, or ``"auto"``:
-        the model's own. slim multiplies in the type it loads a model in.
+    compute_dtype: type in which other programs multiply, ``"bfloat16"``, ``"float16"``,
+        ``"float32"``, or ``"auto"``: the model's own. slim multiplies in the type it loads a model
+        in.
     """
 
     cache_name: ClassVar[str] = "NF4"
@@ -172,7 +180,9 @@ class NF4(BitsAndBytes):
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": self.double_quant,
-            "bnb_4bit_compute_dtype": spec.dtype if self.compute_dtype == "auto" else self.compute_dtype,
+            "bnb_4bit_compute_dtype": spec.dtype
+            if self.compute_dtype == "auto"
+            else self.compute_dtype,
         }
 
     def method(self, spec: ModelSpec) -> BitsAndBytesMethod:
@@ -186,35 +196,43 @@ class NF4(BitsAndBytes):
 def require_library() -> None:
     """Raise ``SlimError`` if bitsandbytes is not installed. Does not import it."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise SlimError("quant=int8 and quant=nf4 need the package bitsandbytes. Install it: pip install bitsandbytes.")
+        raise SlimError(
+            "quant=int8 and quant=nf4 need the package bitsandbytes. Install it: pip install bitsandbytes."
+        )
 
 
 def is_bitsandbytes(config: dict | None) -> bool:
-    """Whether a ``quantization_config`` is one of bitsandbytes'; some of its files say only what to load in."""
+    """Whether a ``quantization_config`` is one of bitsandbytes'; some of its files say only what to
+    load in."""
     config = config or {}
-    return config.get("quant_method") == METHOD or bool(config.get("load_in_4bit") or config.get("load_in_8bit"))
+    return config.get("quant_method") == METHOD or bool(
+        config.get("load_in_4bit") or config.get("load_in_8bit")
+    )
 
 
 def quantized_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
-    """Yield (full name, out_features, in_features) of the linear layers that the config does not skip.
+    """Yield (full name, out_features, in_features) of the linear layers that the config does not
+    skip.
 
-    A layer is skipped where an entry is its name's beginning (up to a dot), its end, or a pattern for its beginning; the
-    head also where there is no list.
-    """
+    A layer is skipped where an entry is its name's beginning (up to a dot), its end, or a pattern
+    for its beginning; the head also where there is no list."""
     skipped, shapes = spec.quantization.get("llm_int8_skip_modules"), layer_shapes(spec)
     if skipped is not None and not spec.tied:
         shapes[spec.family.head] = (spec.vocab_size, spec.hidden_size)
     skipped = skipped or []
     for name, (rows, columns) in shapes.items():
-        if not any(name.endswith(entry) or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) for entry in skipped):
+        if not any(
+            name.endswith(entry) or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name)
+            for entry in skipped
+        ):
             yield name, rows, columns
 
 
 def layer_bytes(config: dict, rows: int, columns: int) -> int:
     """Return the bytes a layer [rows, columns] takes in the file, its statistics included.
 
-    config: the ``quantization_config``. Exact for int8; for 4 bits the length of a JSON text may differ by a few bytes.
-    """
+    config: the ``quantization_config``. Exact for int8; for 4 bits the length of a JSON text may
+    differ by a few bytes."""
     if config.get("load_in_8bit"):
         return rows * columns + 4 * rows + 1  # codes, SCB, weight_format
     blocks = math.ceil(rows * columns / BLOCK)
@@ -225,7 +243,8 @@ def layer_bytes(config: dict, rows: int, columns: int) -> int:
 
 
 def packed_bytes(spec: ModelSpec) -> tuple[int, int]:
-    """Return the bytes of all layers that bitsandbytes packed, as stored, and the number of weights they stand for."""
+    """Return the bytes of all layers that bitsandbytes packed, as stored, and the number of weights
+    they stand for."""
     layers = list(quantized_layers(spec))
     stored = sum(layer_bytes(spec.quantization, rows, columns) for _, rows, columns in layers)
     return stored, sum(rows * columns for _, rows, columns in layers)

@@ -1,4 +1,5 @@
-"""bitsandbytes at work: packing layers on the walk, loading checkpoints, and the kernel that it has for CPUs."""
+"""bitsandbytes at work: packing layers on the walk, loading checkpoints, and the kernel that it has
+for CPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from slim.quantization.methods.bitsandbytes import BLOCK
 if TYPE_CHECKING:
     pass
 
-Packed = tuple[dict[str, torch.Tensor], torch.Tensor]  # end of the tensor's name -> tensor; the float32 weights they are
+# end of the tensor's name -> tensor; the float32 weights they are
+Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 def pack_int8(weight: torch.Tensor) -> Packed:
@@ -28,7 +30,9 @@ def pack_int8(weight: torch.Tensor) -> Packed:
     """
     half = weight.to(torch.float16)
     if not torch.isfinite(half).all():
-        raise SlimError("quant=int8 takes weights through float16, and some are beyond 65504. Take quant=rtn quant.bits=8.")
+        raise SlimError(
+            "quant=int8 takes weights through float16, and some are beyond 65504. Take quant=rtn quant.bits=8."
+        )
     codes, scale, _ = library().functional.int8_vectorwise_quant(half)
     tensors = {"weight": codes, "SCB": scale, "weight_format": torch.zeros((), dtype=torch.uint8)}
     return tensors, codes.float() * (scale / 127).unsqueeze(-1)
@@ -37,13 +41,18 @@ def pack_int8(weight: torch.Tensor) -> Packed:
 def pack_nf4(weight: torch.Tensor, double_quant: bool = True) -> Packed:
     """Quantise a 16- or 32-bit weight [out, in] in blocks of 64 to NF4.
 
-    weight: uint8 [out in / 2, 1], the first of two codes in the high half. weight.absmax: the scale of each block,
-    float32, or uint8 with ``double_quant``; then also weight.nested_absmax and weight.nested_quant_map, float32.
-    weight.quant_map: the 16 numbers, float32. weight.quant_state.bitsandbytes__nf4: a JSON text, uint8.
-    """
+    weight: uint8 [out in / 2, 1], the first of two codes in the high half. weight.absmax: the scale
+    of each block, float32, or uint8 with ``double_quant``; then also weight.nested_absmax and
+    weight.nested_quant_map, float32. weight.quant_map: the 16 numbers, float32.
+    weight.quant_state.bitsandbytes__nf4: a JSON text, uint8."""
     functional = library().functional
-    codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4")
-    tensors = {"weight": codes, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
+    codes, state = functional.quantize_4bit(
+        weight, blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4"
+    )
+    tensors = {
+        "weight": codes,
+        **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()},
+    }
     state.dtype = torch.float32  # of what it is decoded to; the text above names the model's own
     return tensors, functional.dequantize_4bit(codes, state)
 
@@ -51,16 +60,16 @@ def pack_nf4(weight: torch.Tensor, double_quant: bool = True) -> Packed:
 class BitsAndBytesMethod(BlockMethod):
     """A method of bitsandbytes on the walk; looks at weights only.
 
-    pack: what is done to a layer. dtype: the model's type, to which weights are brought back first, as the library's
-    result depends on it.
-    """
+    pack: what is done to a layer. dtype: the model's type, to which weights are brought back first,
+    as the library's result depends on it."""
 
     needs_hessian = False
     resumable = True
 
     def __init__(self, pack: Callable[[torch.Tensor], Packed], dtype: str):
         self.pack, self.dtype = pack, getattr(torch, dtype)
-        self.done: dict[str, dict[str, torch.Tensor]] = {}  # of the block at hand, by the layer's name within it
+        # of the block at hand, by the layer's name within it
+        self.done: dict[str, dict[str, torch.Tensor]] = {}
 
     def process(self, view: LinearGroup) -> dict[str, float]:
         errors = {}
@@ -73,8 +82,12 @@ class BitsAndBytesMethod(BlockMethod):
     def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors = {}
         for name, tensor in module.state_dict().items():
-            packed = self.done.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            tensors.update({name: tensor} if packed is None else prefixed(name.removesuffix("weight"), packed))
+            packed = (
+                self.done.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            )
+            tensors.update(
+                {name: tensor} if packed is None else prefixed(name.removesuffix("weight"), packed)
+            )
         self.done = {}
         return tensors
 

@@ -1,4 +1,5 @@
-"""What all quantisation methods share on the walk: schemes by layer, packed results, errors, and what is written."""
+"""What all quantisation methods share on the walk: schemes by layer, packed results, errors, and
+what is written."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class QuantizationMethod(BlockMethod):
     """Base of the methods: subclasses turn a segment's weights into :class:`Quantized` ones.
 
     schemes: full layer name -> scheme; layers that are not in it stay as they are.
-    dtype: type of the model, such as ``"bfloat16"``: what is not quantised is stored in it. form: the format written.
-    """
+    dtype: type of the model, such as ``"bfloat16"``: what is not quantised is stored in it. form:
+    the format written."""
 
     resumable = True
 
@@ -40,9 +41,12 @@ class QuantizationMethod(BlockMethod):
         self.scale_dtype = getattr(torch, self.form.scale_dtype(dtype))
         self.done: dict[str, Quantized] = {}  # of the block at hand, by name within it
         self.plain: dict[str, torch.Tensor] = {}  # its other tensors that folding has changed
-        self.scaled: dict[str, torch.Tensor] = {}  # what the channels of its layers are multiplied by, where they are
-        self.unfolded: dict[str, torch.Tensor] = {}  # scales of its layers before 1/s was folded into them
-        self.notes: list[str] = []  # what the user should know, such as layers that had to fall back
+        # what the channels of its layers are multiplied by, where they are
+        self.scaled: dict[str, torch.Tensor] = {}
+        # scales of its layers before 1/s was folded into them
+        self.unfolded: dict[str, torch.Tensor] = {}
+        # what the user should know, such as layers that had to fall back
+        self.notes: list[str] = []
 
     def state(self) -> dict:
         return {"notes": self.notes}
@@ -56,15 +60,21 @@ class QuantizationMethod(BlockMethod):
 
     def weights(self, view: LinearGroup) -> dict[str, torch.Tensor]:
         """Return the weights of the segment that are to be quantised, by name within the block."""
-        return {name: linear.weight for name, linear in view.linears.items() if self.scheme(view, name)}
+        return {
+            name: linear.weight for name, linear in view.linears.items() if self.scheme(view, name)
+        }
 
     def quantize(self, view: LinearGroup) -> dict[str, torch.Tensor]:
-        """Fill ``self.done`` for the layers of ``view``; return the weights they stand for, on the unscaled input."""
+        """Fill ``self.done`` for the layers of ``view``; return the weights they stand for, on the
+        unscaled input."""
         raise NotImplementedError
 
     def process(self, view: LinearGroup) -> dict[str, float]:
         weights = self.quantize(view)
-        return {name: exchange_weight(view.linears[name], weights.pop(name), view.hessian) for name in list(weights)}
+        return {
+            name: exchange_weight(view.linears[name], weights.pop(name), view.hessian)
+            for name in list(weights)
+        }
 
     def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors = {}
@@ -86,17 +96,28 @@ class QuantizationMethod(BlockMethod):
         dense = replace(layer, scale=self.unfolded.get(name, layer.scale)).dequantize()
         return dense / self.scaled[name] if name in self.scaled else dense
 
-    def other_tensors(self, name: str, tensor: torch.Tensor, family: Family, tied: bool) -> dict[str, torch.Tensor]:
-        """Pack the head and the embedding where they have a scheme. Tied ones are packed once, as the embedding."""
+    def other_tensors(
+        self, name: str, tensor: torch.Tensor, family: Family, tied: bool
+    ) -> dict[str, torch.Tensor]:
+        """Pack the head and the embedding where they have a scheme. Tied ones are packed once, as
+        the embedding."""
         layer = name.removesuffix(".weight")
         tensors = self._rounded(layer, tensor) if layer in self.schemes else {name: tensor}
-        if layer == family.embeddings and tied and layer not in self.schemes and family.head in self.schemes:
+        if (
+            layer == family.embeddings
+            and tied
+            and layer not in self.schemes
+            and family.head in self.schemes
+        ):
             tensors.update(self._rounded(family.head, tensor))
         return tensors
 
     def _rounded(self, layer: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         scheme = self.schemes[layer]
-        packed = by_rows(tensor, lambda rows: search(rows.float(), scheme, self.scale_dtype, factors=HEAD_FACTORS))
+        packed = by_rows(
+            tensor,
+            lambda rows: search(rows.float(), scheme, self.scale_dtype, factors=HEAD_FACTORS),
+        )
         return self._stored(layer, packed)
 
     def _stored(self, layer: str, packed: Quantized) -> dict[str, torch.Tensor]:

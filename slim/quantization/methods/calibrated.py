@@ -32,5 +32,8 @@ class CalibratedQuantization(Quantization):
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         from slim.calibration.sequential import calibration_bytes
 
-        samples, length = self.calibration.samples, min(self.calibration.length, spec.context_length)
+        samples, length = (
+            self.calibration.samples,
+            min(self.calibration.length, spec.context_length),
+        )
         return super().peak_bytes(spec, device) + calibration_bytes(spec, samples, length)

@@ -1,13 +1,15 @@
-"""GPTQ: weights are rounded one column after another, and the columns behind make up for each error.
+"""GPTQ: weights are rounded one column after another, and the columns behind make up for each
+error.
 
-Frantar et al., arXiv:2210.17323. With X the layer's inputs and H = X^T X + damping, the columns j = 1, 2, ... of W:
+Frantar et al., arXiv:2210.17323. With X the layer's inputs and H = X^T X + damping, the columns j =
+1, 2, ... of W:
 
     t_j = w_j + sum_k<j (w_k - w^_k) A_kj,    w^_j = Q(t_j),    H = A diag(d)^2 A^T, A unit upper triangular
 
-which is the paper's recursion on H^-1 without the inverse (see solve.py). Beyond the paper, with ``refine``, every code and
-every scale goes again to its best value given all the others (see refine.py), which only ever lowers the loss. With
-``scaling=awq`` channels are scaled first, where that lowers the loss.
-"""
+which is the paper's recursion on H^-1 without the inverse (see solve.py). Beyond the paper, with
+``refine``, every code and every scale goes again to its best value given all the others (see
+refine.py), which only ever lowers the loss. With ``scaling=awq`` channels are scaled first, where
+that lowers the loss."""
 
 from __future__ import annotations
 
@@ -40,13 +42,15 @@ SCALINGS = ("none", "awq")
 class GPTQ(CalibratedQuantization):
     """Settings of GPTQ, beside those of every method.
 
-    act_order: columns with large inputs first. static_groups: groups are formed of neighbouring columns all the same,
-        and their grids chosen beforehand; without it and with act_order, columns are grouped in that order.
+    act_order: columns with large inputs first. static_groups: groups are formed of neighbouring
+        columns all the same, and their grids chosen beforehand; without it and with act_order,
+        columns are grouped in that order.
     damping: added to the diagonal of G, in means of it; grows where the factorisation fails.
-    true_sequential: whether the layers of a block see the inputs that the quantised ones before them give.
+    true_sequential: whether the layers of a block see the inputs that the quantised ones before
+        them give.
     scaling: ``awq`` scales channels first. grid: values of its exponent from 0 to 1.
-    clip: intervals tried per group. refine: rounds of coordinate descent and refitted scales; 0: the paper's method.
-    """
+    clip: intervals tried per group. refine: rounds of coordinate descent and refitted scales; 0:
+    the paper's method."""
 
     cache_name: ClassVar[str] = "GPTQ"
 
@@ -98,11 +102,21 @@ class ErrorFeedback(ScaledMethod):
     """GPTQ on the walk, with the settings of its stage."""
 
     def __init__(self, stage: GPTQ, schemes: Mapping[str, Scheme], dtype: str):
-        super().__init__(schemes, dtype, get_format(stage.format), stage.grid if stage.scaling == "awq" else 1)
-        self.stage, self.factors, self.sequential = stage, shrink_factors(stage.clip), stage.true_sequential
+        super().__init__(
+            schemes, dtype, get_format(stage.format), stage.grid if stage.scaling == "awq" else 1
+        )
+        self.stage, self.factors, self.sequential = (
+            stage,
+            shrink_factors(stage.clip),
+            stage.true_sequential,
+        )
 
     def solve(
-        self, weights: dict[str, torch.Tensor], hessian: torch.Tensor, schemes: dict[str, Scheme], where: str
+        self,
+        weights: dict[str, torch.Tensor],
+        hessian: torch.Tensor,
+        schemes: dict[str, Scheme],
+        where: str,
     ) -> dict[str, Quantized]:
         layers = self._fed_back(weights, hessian, schemes, where)
         if layers is None:
@@ -111,21 +125,37 @@ class ErrorFeedback(ScaledMethod):
             order = self._order(hessian) if self.stage.ordered else None
             hessian = hessian if order is None else permuted(hessian, order)
             for name, layer in layers.items():
-                layers[name] = by_rows(weights[name], lambda rows, part: self._refine(rows, part, hessian, order), layer)
+                layers[name] = by_rows(
+                    weights[name],
+                    lambda rows, part: self._refine(rows, part, hessian, order),
+                    layer,
+                )
         return layers
 
-    def _fed_back(self, weights: dict, hessian: torch.Tensor, schemes: dict, where: str) -> dict[str, Quantized] | None:
-        """Round with error feedback. None where G cannot be factored. The factor, as large as G, is gone afterwards."""
+    def _fed_back(
+        self, weights: dict, hessian: torch.Tensor, schemes: dict, where: str
+    ) -> dict[str, Quantized] | None:
+        """Round with error feedback. None where G cannot be factored. The factor, as large as G, is
+        gone afterwards."""
         feed = self._factor(hessian, where)
         return feed and {
-            name: by_rows(weight, lambda rows, scheme=schemes[name]: self._round(rows, hessian, feed, scheme))
+            name: by_rows(
+                weight, lambda rows, scheme=schemes[name]: self._round(rows, hessian, feed, scheme)
+            )
             for name, weight in weights.items()
         }
 
     def _pays(
-        self, weights: dict, schemes: dict, scaled: dict, scales: torch.Tensor, hessian: torch.Tensor, where: str
+        self,
+        weights: dict,
+        schemes: dict,
+        scaled: dict,
+        scales: torch.Tensor,
+        hessian: torch.Tensor,
+        where: str,
     ) -> bool:
-        """Whether scaled layers are used: only if their summed loss is below that of layers that are not scaled."""
+        """Whether scaled layers are used: only if their summed loss is below that of layers that
+        are not scaled."""
         plain, gain = self.solve(weights, hessian, schemes, where), 0.0
         for name, weight in weights.items():
             gain += float(layer_loss(plain[name].dequantize() - weight, hessian).sum())
@@ -136,9 +166,13 @@ class ErrorFeedback(ScaledMethod):
         """Factor G in the order the columns are taken in, and note what that needed."""
         feed = feedback(hessian, self.stage.damping, self._order(hessian))
         if feed is None:
-            self.notes.append(f"{where}: the Gram matrix could not be factored even with full damping; rounded to nearest.")
+            self.notes.append(
+                f"{where}: the Gram matrix could not be factored even with full damping; rounded to nearest."
+            )
         elif feed.damping > self.stage.damping:
-            self.notes.append(f"{where}: damping raised from {self.stage.damping:g} to {feed.damping:g} to factor G.")
+            self.notes.append(
+                f"{where}: damping raised from {self.stage.damping:g} to {feed.damping:g} to factor G."
+            )
         return feed
 
     def _order(self, hessian: torch.Tensor) -> torch.Tensor:
@@ -147,11 +181,19 @@ class ErrorFeedback(ScaledMethod):
             return hessian.diagonal().argsort(descending=True, stable=True)
         return torch.arange(len(hessian), device=hessian.device)
 
-    def _round(self, weight: torch.Tensor, hessian: torch.Tensor, feed: Feedback, scheme: Scheme) -> Quantized:
+    def _round(
+        self, weight: torch.Tensor, hessian: torch.Tensor, feed: Feedback, scheme: Scheme
+    ) -> Quantized:
         fixed = None
         if self.stage.static_groups:
             fixed = search(weight, scheme, self.scale_dtype, hessian.diagonal(), self.factors)
         return gptq(weight, feed, scheme, self.scale_dtype, self.factors, fixed)
 
-    def _refine(self, weight: torch.Tensor, layer: Quantized, hessian: torch.Tensor, order: torch.Tensor | None) -> Quantized:
+    def _refine(
+        self,
+        weight: torch.Tensor,
+        layer: Quantized,
+        hessian: torch.Tensor,
+        order: torch.Tensor | None,
+    ) -> Quantized:
         return refine(weight, layer, hessian, self.stage.refine, order)

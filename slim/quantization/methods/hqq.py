@@ -1,21 +1,24 @@
-"""Half-quadratic quantisation: a grid per group that fits most weights well and gives outliers up. No calibration text.
+"""Half-quadratic quantisation: a grid per group that fits most weights well and gives outliers up.
+No calibration text.
 
-Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023 (mobiusml.github.io/hqq_blog).
-Residuals of weights have heavy tails, so the grid is chosen by an l_p norm with p < 1:
+Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023
+(mobiusml.github.io/hqq_blog). Residuals of weights have heavy tails, so the grid is chosen by an
+l_p norm with p < 1:
 
     min over z, s of |W - s (Q - z)|_p^p,    Q = clamp(round(W / s + z), 0, 2^b - 1)
 
-A copy E of the residual splits that in two, min over E, z, s of phi(E) + beta/2 |W - s (Q - z) - E|^2, with phi close to
+A copy E of the residual splits that in two, min over E, z, s of phi(E) + beta/2 |W - s (Q - z) -
+E|^2, with phi close to
 |E|_p^p / p, and each part has a closed form. ``steps`` times, beta growing by ``kappa`` every time:
 
     E <- shrink(W - s (Q - z), beta, p),    shrink(x) = sign(x) max(|x| - |x|^(p-1) / beta, 0)
     z <- mean(Q - (W - E) / s)
     s <- <W - E, Q - z> / |Q - z|^2
 
-The original keeps s and stores z as it comes. Files that other engines read hold integer zero points, and with those and
-a fixed s there is nothing left to gain, so s is fitted too. Residuals are measured in steps of the grid, so that beta
-means the same in every layer, and every step is judged by its error as stored (docs/methods/hqq.md).
-"""
+The original keeps s and stores z as it comes. Files that other engines read hold integer zero
+points, and with those and a fixed s there is nothing left to gain, so s is fitted too. Residuals
+are measured in steps of the grid, so that beta means the same in every layer, and every step is
+judged by its error as stored (docs/methods/hqq.md)."""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ CHUNK = 2**17  # weights worked on at once: what a step needs of them stays in t
 
 @dataclass(frozen=True)
 class Splitting:
-    """The iteration: exponent p of the norm, weight beta of the coupling and its growth kappa, number of steps."""
+    """The iteration: exponent p of the norm, weight beta of the coupling and its growth kappa,
+    number of steps."""
 
     p: float = 0.7
     beta: float = 10.0
@@ -57,9 +61,9 @@ class Splitting:
 class HQQ(Quantization):
     """Settings of HQQ, beside those of every method.
 
-    p: exponent of the norm, 0.1 to 1; the smaller, the less an outlier counts. beta: weight of the coupling in the first
-    step, 0.01 to 10^6; the larger, the nearer to least squares. kappa: its growth per step, 1 to 10. steps: 1 to 1000.
-    """
+    p: exponent of the norm, 0.1 to 1; the smaller, the less an outlier counts. beta: weight of the
+    coupling in the first step, 0.01 to 10^6; the larger, the nearer to least squares. kappa: its
+    growth per step, 1 to 10. steps: 1 to 1000."""
 
     cache_name: ClassVar[str] = "HQQ"
 
@@ -99,36 +103,46 @@ class HalfQuadratic(QuantizationMethod):
 
     def quantize(self, view: LinearGroup) -> dict[str, torch.Tensor]:
         for name, weight in self.weights(view).items():
-            self.done[name] = quantize(weight, self.scheme(view, name), self.scale_dtype, self.splitting)
+            self.done[name] = quantize(
+                weight, self.scheme(view, name), self.scale_dtype, self.splitting
+            )
         return {name: self.done[name].dequantize() for name in self.weights(view)}
 
 
 def shrink(x: torch.Tensor, beta: float, p: float) -> torch.Tensor:
-    """Return the generalised soft threshold of ``x``, float32 of any shape: argmin over e of phi(e) + beta/2 (e - x)^2.
+    """Return the generalised soft threshold of ``x``, float32 of any shape: argmin over e of phi(e)
+    + beta/2 (e - x)^2.
 
-    phi is |e| for p = 1. Below, it is the penalty with derivative x^(p-1) at e = shrink(x), near |e|^p / p for large e.
-    """
+    phi is |e| for p = 1. Below, it is the penalty with derivative x^(p-1) at e = shrink(x), near
+    |e|^p / p for large e."""
     size = x.abs()
     return x.sign() * (size - size.clamp(min=1e-30).pow_(p - 1).div_(beta)).clamp_(min=0)
 
 
 def half_quadratic(
-    blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme, splitting: Splitting
+    blocks: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    scheme: Scheme,
+    splitting: Splitting,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the grid after every step: scale and real-valued zero point, float32 [out, groups] each.
+    """Yield the grid after every step: scale and real-valued zero point, float32 [out, groups]
+    each.
 
-    blocks: float32 weights [out, groups, group]. scale, zero: the grid to begin with. On a symmetric grid zero stays.
-    """
+    blocks: float32 weights [out, groups, group]. scale, zero: the grid to begin with. On a
+    symmetric grid zero stays."""
     beta = splitting.beta
     for _ in range(splitting.steps):
         steps = blocks / scale.unsqueeze(-1)
         codes = (steps + zero.unsqueeze(-1)).round_().clamp_(0, scheme.levels - 1)
-        fitted = steps - shrink(steps - codes + zero.unsqueeze(-1), beta, splitting.p)  # (W - E) / s
+        # (W - E) / s
+        fitted = steps - shrink(steps - codes + zero.unsqueeze(-1), beta, splitting.p)
         if not scheme.symmetric:
             zero = (codes - fitted).mean(-1)
         codes -= zero.unsqueeze(-1)
         factor = (fitted * codes).sum(-1) / codes.square().sum(-1)
-        scale = torch.where(factor > 0, scale * factor, scale)  # NaN where all weights lie on the zero point
+        # NaN where all weights lie on the zero point
+        scale = torch.where(factor > 0, scale * factor, scale)
         beta *= splitting.kappa
         yield scale, zero
 
@@ -138,17 +152,24 @@ def lp_errors(difference: torch.Tensor, groups: int, p: float) -> torch.Tensor:
     return grouped(difference, groups).abs().pow_(p).sum(-1)
 
 
-def quantize(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, splitting: Splitting) -> Quantized:
-    """Quantise float32 [out, in] on the grid with the smallest l_p error per group; scales are stored in ``dtype``.
+def quantize(
+    weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, splitting: Splitting
+) -> Quantized:
+    """Quantise float32 [out, in] on the grid with the smallest l_p error per group; scales are
+    stored in ``dtype``.
 
-    Candidates are the plain grid that spans the group (round to nearest) and the grid after each step, its scale rounded
-    to ``dtype`` and its zero point to an integer. So no group's error, as stored, is above that of round to nearest.
-    """
+    Candidates are the plain grid that spans the group (round to nearest) and the grid after each
+    step, its scale rounded to ``dtype`` and its zero point to an integer. So no group's error, as
+    stored, is above that of round to nearest."""
     rows = max(1, CHUNK // weight.shape[-1])
-    return concatenated([_quantise_rows(part, scheme, dtype, splitting) for part in weight.split(rows)])
+    return concatenated(
+        [_quantise_rows(part, scheme, dtype, splitting) for part in weight.split(rows)]
+    )
 
 
-def _quantise_rows(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, splitting: Splitting) -> Quantized:
+def _quantise_rows(
+    weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, splitting: Splitting
+) -> Quantized:
     plain = minmax(weight, scheme, dtype)
     scale, zero, groups = plain.scale, plain.zero, plain.scale.shape[-1]
     error = lp_errors(plain.dequantize() - weight, groups, splitting.p)

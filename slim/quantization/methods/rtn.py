@@ -1,10 +1,11 @@
-"""Round to nearest: every weight goes to the nearest point of a uniform grid per group. Needs no calibration text.
+"""Round to nearest: every weight goes to the nearest point of a uniform grid per group. Needs no
+calibration text.
 
     w^ = scale (round(w / scale) + zero - zero)
 
-The grid spans all weights of its group (``search=1``, the plain method that others are measured against), or less: the
-interval is shrunk by the factor with the smallest squared error, which clips outliers in favour of finer steps.
-"""
+The grid spans all weights of its group (``search=1``, the plain method that others are measured
+against), or less: the interval is shrunk by the factor with the smallest squared error, which clips
+outliers in favour of finer steps."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ class RoundToNearest(QuantizationMethod):
 
     needs_hessian = False
 
-    def __init__(self, schemes: Mapping[str, Scheme], dtype: str, form: Format | None = None, steps: int = 1):
+    def __init__(
+        self, schemes: Mapping[str, Scheme], dtype: str, form: Format | None = None, steps: int = 1
+    ):
         super().__init__(schemes, dtype, form)
         self.factors = shrink_factors(steps)
 
@@ -61,6 +64,9 @@ class RoundToNearest(QuantizationMethod):
         for name, weight in self.weights(view).items():
             scheme = self.scheme(view, name)
             self.done[name] = by_rows(
-                weight, lambda rows, scheme=scheme: search(rows, scheme, self.scale_dtype, factors=self.factors)
+                weight,
+                lambda rows, scheme=scheme: search(
+                    rows, scheme, self.scale_dtype, factors=self.factors
+                ),
             )
         return {name: self.done[name].dequantize() for name in self.weights(view)}

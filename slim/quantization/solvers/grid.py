@@ -1,12 +1,13 @@
-"""Uniform grids per group of weights: choosing scale and zero point, rounding, and going back. Pure tensor functions.
+"""Uniform grids per group of weights: choosing scale and zero point, rounding, and going back. Pure
+tensor functions.
 
-A row of ``in`` weights is cut into groups. In each, w is stored as an integer code c, 0 <= c < 2^b, and read back as
+A row of ``in`` weights is cut into groups. In each, w is stored as an integer code c, 0 <= c < 2^b,
+and read back as
 
     w^ = scale (c - zero)
 
-with an integer zero point (2^(b-1) where the grid is symmetric). Scales are rounded to the type they are stored in
-before any code is computed, so what is measured here is what is stored.
-"""
+with an integer zero point (2^(b-1) where the grid is symmetric). Scales are rounded to the type
+they are stored in before any code is computed, so what is measured here is what is stored."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ class Quantized:
     """Codes and grid of one layer.
 
     codes: uint8 [out, in]. scale: [out, groups] in the stored type. zero: uint8 [out, groups].
-    group_index: int64 [in], the group of every column, where columns were grouped in activation order; None: the
-        columns of a group follow one another.
+    group_index: int64 [in], the group of every column, where columns were grouped in activation
+        order; None: the columns of a group follow one another.
     """
 
     codes: torch.Tensor
@@ -56,15 +57,25 @@ def grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Return scale (c - zero) as float32 [out, in] for codes [out, in], scale and zero [out, groups]."""
+    """Return scale (c - zero) as float32 [out, in] for codes [out, in], scale and zero [out,
+    groups]."""
     values = grouped(codes, scale.shape[-1]).float() - zero.unsqueeze(-1).float()
     return values.mul_(scale.float().unsqueeze(-1)).flatten(-2)
 
 
-def encode(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
-    """Return the nearest codes, uint8 [out, in], of float32 weights [out, in] on the grid given by scale and zero."""
+def encode(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int
+) -> torch.Tensor:
+    """Return the nearest codes, uint8 [out, in], of float32 weights [out, in] on the grid given by
+    scale and zero."""
     steps = grouped(weight, scale.shape[-1]) / scale.float().unsqueeze(-1)
-    return steps.round_().add_(zero.unsqueeze(-1).float()).clamp_(0, levels - 1).to(torch.uint8).flatten(-2)
+    return (
+        steps.round_()
+        .add_(zero.unsqueeze(-1).float())
+        .clamp_(0, levels - 1)
+        .to(torch.uint8)
+        .flatten(-2)
+    )
 
 
 def limits(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,11 +94,11 @@ def limits(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Te
 def grid_between(
     low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale [out, groups] in ``dtype`` and zero, uint8, of the grid that spans ``low`` to ``high``.
+    """Return scale [out, groups] in ``dtype`` and zero, uint8, of the grid that spans ``low`` to
+    ``high``.
 
-    A group of zeros gets scale 1. The symmetric grid has one step more below 0 than above, so it spans the interval
-    with 2^b - 1 steps around its middle, as compressed-tensors does.
-    """
+    A group of zeros gets scale 1. The symmetric grid has one step more below 0 than above, so it
+    spans the interval with 2^b - 1 steps around its middle, as compressed-tensors does."""
     scale = (high - low) / (scheme.levels - 1)
     tiny = torch.finfo(dtype).tiny
     scale = torch.where(scale > tiny, scale, torch.ones_like(scale)).to(dtype)
@@ -104,11 +115,14 @@ def minmax(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Quantize
     return Quantized(encode(weight, scale, zero, scheme.levels), scale, zero, scheme)
 
 
-def group_errors(difference: torch.Tensor, importance: torch.Tensor | None, groups: int) -> torch.Tensor:
+def group_errors(
+    difference: torch.Tensor, importance: torch.Tensor | None, groups: int
+) -> torch.Tensor:
     """Return the squared error per group, float32 [out, groups], of ``difference`` [out, in].
 
     importance: what an error costs. None: all the same. [in]: a weight per input, e.g. diag(G).
-        [groups, group, group]: the diagonal blocks G_gg of the Gram matrix; the cost of e is then e G_gg e^T.
+        [groups, group, group]: the diagonal blocks G_gg of the Gram matrix; the cost of e is then e
+        G_gg e^T.
     """
     blocks = grouped(difference, groups)
     if importance is None:
@@ -126,11 +140,12 @@ def search(
     factors: Sequence[float] = (1.0,),
     each_end: bool = True,
 ) -> Quantized:
-    """Quantise on the best of several grids, chosen per group: [low, high] shrunk by each of ``factors``.
+    """Quantise on the best of several grids, chosen per group: [low, high] shrunk by each of
+    ``factors``.
 
-    Outliers are clipped where the finer steps for all others are worth it. On an asymmetric grid both ends are shrunk
-    together first, then, with ``each_end``, each end alone. ``importance`` as in :func:`group_errors`.
-    """
+    Outliers are clipped where the finer steps for all others are worth it. On an asymmetric grid
+    both ends are shrunk together first, then, with ``each_end``, each end alone. ``importance`` as
+    in :func:`group_errors`."""
     low, high = limits(weight, scheme)
     best = Search(weight, scheme, dtype, importance)
     for factor in factors:
@@ -148,25 +163,45 @@ def search(
 class Search:
     """Keeps, per group, the best of the intervals that were offered."""
 
-    def __init__(self, weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, importance: torch.Tensor | None):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        importance: torch.Tensor | None,
+    ):
         self.weight, self.scheme, self.dtype, self.importance = weight, scheme, dtype, importance
         self.error: torch.Tensor | None = None
 
     def offer(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Try the interval ``low`` to ``high`` ([out, groups]) and take it in the groups where it is better."""
+        """Try the interval ``low`` to ``high`` ([out, groups]) and take it in the groups where it
+        is better."""
         scale, zero = grid_between(low, high, self.scheme, self.dtype)
-        error = group_errors(self._difference(scale.float(), zero.float()), self.importance, scale.shape[-1])
+        error = group_errors(
+            self._difference(scale.float(), zero.float()), self.importance, scale.shape[-1]
+        )
         if self.error is None:
             self.error, self.low, self.high, self.scale, self.zero = error, low, high, scale, zero
             return
         better = error < self.error
         self.error = torch.where(better, error, self.error)
-        self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
-        self.scale, self.zero = torch.where(better, scale, self.scale), torch.where(better, zero, self.zero)
+        self.low, self.high = (
+            torch.where(better, low, self.low),
+            torch.where(better, high, self.high),
+        )
+        self.scale, self.zero = (
+            torch.where(better, scale, self.scale),
+            torch.where(better, zero, self.zero),
+        )
 
     def _difference(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Return W^ - W on a grid, as ``decode(encode(...))`` gives it; most of the time goes here."""
-        blocks, scale, least = grouped(self.weight, scale.shape[-1]), scale.unsqueeze(-1), -zero.unsqueeze(-1)
+        """Return W^ - W on a grid, as ``decode(encode(...))`` gives it; most of the time goes
+        here."""
+        blocks, scale, least = (
+            grouped(self.weight, scale.shape[-1]),
+            scale.unsqueeze(-1),
+            -zero.unsqueeze(-1),
+        )
         steps = (blocks / scale).round_().clamp_(least, least + (self.scheme.levels - 1))
         return steps.mul_(scale).sub_(blocks).flatten(-2)
 
@@ -176,7 +211,8 @@ class Search:
 
 
 def layer_loss(difference: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
-    """Return tr(D G D^T), the squared output error over the calibration tokens, per row: float32 [out].
+    """Return tr(D G D^T), the squared output error over the calibration tokens, per row: float32
+    [out].
 
     Without a Gram matrix: the squared norm of the rows of D.
     """

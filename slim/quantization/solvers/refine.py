@@ -1,13 +1,15 @@
-"""Coordinate descent on a rounded layer: every code, and every scale, in turn to its best value given all the others.
+"""Coordinate descent on a rounded layer: every code, and every scale, in turn to its best value
+given all the others.
 
-With D = W^ - W the loss tr(D G D^T) is quadratic in each single number, with slope D G. For all rows of W at once:
+With D = W^ - W the loss tr(D G D^T) is quadratic in each single number, with slope D G. For all
+rows of W at once:
 
     code of column j:    c_j <- the grid's nearest to  c_j - (D G)_j / (s G_jj)            (QuantEase, arXiv:2309.01885)
     scale of group g:    s_g <- s_g - u_g (D G)_g^T / (u_g G_gg u_g^T),  u_g = (c - zero) inside the group
 
-No step raises the loss. Every change is passed on to the slopes of all columns, so that a round costs as much as one
-product with G, and nothing has to be computed again for the next one. Pure tensor functions.
-"""
+No step raises the loss. Every change is passed on to the slopes of all columns, so that a round
+costs as much as one product with G, and nothing has to be computed again for the next one. Pure
+tensor functions."""
 
 from __future__ import annotations
 
@@ -34,9 +36,10 @@ def refine(
 ) -> Quantized:
     """Return ``layer`` after ``rounds`` of descent; columns without input keep their codes.
 
-    weight: float32 [out, in]. order: int64 [in], where groups are formed of columns in this order, not of neighbours.
-    hessian: G, float32 [in, in], rows and columns in that order. scales: whether scales move too, or codes alone.
-    """
+    weight: float32 [out, in]. order: int64 [in], where groups are formed of columns in this order,
+        not of neighbours.
+    hessian: G, float32 [in, in], rows and columns in that order. scales: whether scales move too,
+    or codes alone."""
     descent = Descent(weight, layer, hessian, order, scales)
     for number in range(rounds):
         descent.round(last=number == rounds - 1)
@@ -44,9 +47,17 @@ def refine(
 
 
 class Descent:
-    """The state of the descent: codes, what is left of the slope, and what changed, each transposed, [in, rows]."""
+    """The state of the descent: codes, what is left of the slope, and what changed, each
+    transposed, [in, rows]."""
 
-    def __init__(self, weight: torch.Tensor, layer: Quantized, hessian: torch.Tensor, order: torch.Tensor | None, scales: bool):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        layer: Quantized,
+        hessian: torch.Tensor,
+        order: torch.Tensor | None,
+        scales: bool,
+    ):
         self.layer, self.hessian, self.order, self.scales = layer, hessian, order, scales
         self.group = layer.scheme.group(weight.shape[1])
         difference = layer.dequantize().sub_(weight).T
@@ -56,16 +67,33 @@ class Descent:
         self.change = difference.contiguous()
         self.slope = hessian @ self.change
         self.codes, self.fresh = codes.float(), torch.empty(len(weight), device=weight.device)
-        self.scale, self.zero = layer.scale.T.float().clone(memory_format=torch.contiguous_format), layer.zero.T.float()
-        self.curvature, self.top, self.last = hessian.diagonal().tolist(), layer.scheme.levels - 1, False
-        self.rows = list(zip(self.codes.unbind(), self.slope.unbind(), self.change.unbind(), strict=True))
+        self.scale, self.zero = (
+            layer.scale.T.float().clone(memory_format=torch.contiguous_format),
+            layer.zero.T.float(),
+        )
+        self.curvature, self.top, self.last = (
+            hessian.diagonal().tolist(),
+            layer.scheme.levels - 1,
+            False,
+        )
+        self.rows = list(
+            zip(self.codes.unbind(), self.slope.unbind(), self.change.unbind(), strict=True)
+        )
 
     def round(self, last: bool) -> None:
-        """Visit every column and group once. last: slopes that nobody will read are left as they are."""
+        """Visit every column and group once. last: slopes that nobody will read are left as they
+        are."""
         self.last = last
         self.change.zero_()
         leave = self._rescale if self.scales else None
-        Sweep(len(self.codes), self.group, self._column, self._push, leave_group=leave, back=self._push_back).run()
+        Sweep(
+            len(self.codes),
+            self.group,
+            self._column,
+            self._push,
+            leave_group=leave,
+            back=self._push_back,
+        ).run()
 
     def result(self) -> Quantized:
         codes = self.codes.to(torch.uint8)
@@ -93,7 +121,8 @@ class Descent:
             self._push(done, earlier)
 
     def _rescale(self, columns: slice) -> None:
-        """Give a group the scale that is best for its codes, where it is still a gain in the type it is stored in."""
+        """Give a group the scale that is best for its codes, where it is still a gain in the type
+        it is stored in."""
         old = self.scale[columns.start // self.group]
         steps = self.codes[columns] - self.zero[columns.start // self.group]
         reached = self.hessian[columns, columns] @ steps
