@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slim.tracking.offline_queue import PARENT
+from slim.tracking.connection import PARENT
 
 HASH = re.compile(r"\(([0-9a-f]+)\)")
 ENDED_BADLY = ("FAILED", "KILLED")
@@ -86,7 +86,7 @@ def _records(uri: str) -> tuple[dict, dict[str, str]]:
     from mlflow.exceptions import MlflowException
 
     from slim.core.errors import SlimError
-    from slim.tracking.tracker import connect, search_runs
+    from slim.tracking.connection import connect, search_runs
 
     try:
         client = connect(uri)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.core.console import console
+from slim.core.console import say
 from slim.core.hardware import versions
 
 if TYPE_CHECKING:
@@ -93,10 +93,7 @@ class CalibrationProgress:
             walk.writer.resume(record["writer"], pending)
         walk.method.resume(record["method"])
         walk.errors = [LayerError(**item) for item in record["errors"]]
-        console().print(
-            f"Going on behind block {record['block']}, where an earlier run was interrupted.",
-            highlight=False,
-        )
+        say(f"Resuming after block {record['block']}, where an earlier run was interrupted.")
         return record["block"] + 1
 
     def _read(self) -> dict | None:

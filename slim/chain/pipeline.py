@@ -18,7 +18,7 @@ from slim.checkpoints.source import Source, verified_checksums
 from slim.checkpoints.stage import Context, Stage
 from slim.checkpoints.store import Store, digest, write_manifest
 from slim.core import processes
-from slim.core.console import console
+from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.core.hardware import available_memory, fingerprint, free_disk, git_commit, versions
 from slim.core.settings import cache_name
@@ -158,7 +158,7 @@ class Pipeline:
         ), manifest["curves"]
 
     def _run_stage(self, stage: Stage, parent: Result | None, name: str, folder: Path) -> None:
-        console().print(f"[bold]{label(stage)}[/] ...", highlight=False)
+        say("...", head=label(stage))
         curves: list = []
         context = Context(
             self.device,
@@ -224,7 +224,7 @@ class Pipeline:
             if missing:
                 from slim.evaluation.run import measure
 
-                console().print(f"[dim]evaluating {result.label} ...[/]", highlight=False)
+                say(f"evaluating {result.label} ...", dim=True)
                 measured = measure(
                     result.checkpoint.folder, evaluation, self.device,
                     quality="quality" in missing, speed="speed" in missing,

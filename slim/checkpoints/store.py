@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slim.checkpoints.checkpoint import MANIFEST, Checkpoint, checksums, open_checkpoint
-from slim.core.console import console
+from slim.core.console import say, warn
 from slim.core.errors import SlimError
 from slim.core.io import read_json
 
@@ -54,9 +54,7 @@ class Store:
         try:
             lock.acquire(timeout=0.2)
         except Timeout:
-            console().print(
-                f"Waiting for another process that is making {path.name} ...", highlight=False
-            )
+            say(f"Waiting for another process that is making {path.name} ...")
             lock.acquire()
         try:
             yield
@@ -119,10 +117,7 @@ class Store:
             reason = "differs from its recorded checksums"
         except SlimError as error:
             reason = str(error)
-        console().print(
-            f"[yellow]Damaged result discarded and made again:[/] {folder.name} ({reason})",
-            highlight=False,
-        )
+        warn(f"{folder.name} ({reason})", head="Damaged result discarded and made again:")
         shutil.rmtree(folder)
         return None
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from slim.chain.compose import CONF, expand_alias
 from slim.chain.explain import explain
 from slim.cli.experiments import check_experiments
-from slim.core.errors import fail
+from slim.core.console import fail
 
 
 def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:

@@ -1,21 +1,76 @@
-"""Progress bars for long work, with the time left; silent where the output is not a terminal."""
+"""Everything that slim says while it works, and the signs of life of long work.
+
+Messages go to standard error, so that standard output holds the result alone, and through the
+logger ``slim``: ``hydra/job_logging=default`` writes them to a file as well, ``hydra.verbose=slim``
+shows details. A character that a stream cannot encode is written as its escape (``\\xe8``): text
+never ends a run.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
+INTERVAL = 30.0  # seconds between two signs of life where there is no terminal
+LOGGER = logging.getLogger("slim")
+
+
+def say(message: str, head: str = "", dim: bool = False) -> None:
+    """Tell the user something on standard error.
+
+    Args:
+        message: plain text; square brackets have no meaning in it.
+        head: what the message is about, set in bold in front of it.
+        dim: show it less prominently.
+    """
+    _log(logging.INFO, message, head, "bold", "dim" if dim else "")
+
+
+def warn(message: str, head: str = "") -> None:
+    """Tell the user that something is not as it should be; the work continues.
+
+    Args:
+        message: plain text.
+        head: what is wrong, in a few words, set in yellow in front of the message. Without it the
+            message itself is yellow.
+    """
+    _log(logging.WARNING, message, head, "yellow", "" if head else "yellow")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print an error as ``slim: message`` and end the process with the exit code ``code``."""
+    never_fail_on_a_character()
+    _log(logging.ERROR, f"slim: {message}", "", "", "")
+    sys.exit(code)
+
+
+def be_quiet() -> None:
+    """Show nothing from here on: of several processes, one speaks."""
+    console().quiet = True
+
+
+def never_fail_on_a_character() -> None:
+    """Let standard output and error escape what their encoding lacks (ASCII, lone surrogates)."""
+    for stream in (sys.stdout, sys.stderr):
+        # some stand-ins for streams, as in notebooks, have no encoding to speak of
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="backslashreplace")
+
 
 def console():
-    """Return the console for progress and messages: standard error, so that standard output stays
-    the result."""
+    """Return the rich console on standard error. Messages go through :func:`say` and
+    :func:`warn`."""
     global _console
     if _console is None:
-        from rich.console import Console
+        from rich.console import Console  # local: --help does without rich
 
         _console = Console(stderr=True)
     return _console
@@ -25,22 +80,141 @@ _console = None
 
 
 def results_console(width: int = 160):
-    """Return the console for results: standard output, ``width`` characters wide where that is a
-    file."""
-    from rich.console import Console
+    """Return the rich console for results, standard output.
 
-    return Console(width=None if sys.stdout.isatty() else width)
+    Args:
+        width: characters per line where standard output is a file; a terminal has its own width.
+    """
+    from rich.console import Console  # local: --help does without rich
+
+    never_fail_on_a_character()
+    if sys.stdout.isatty():
+        return Console()
+    return Console(width=width)
 
 
-def be_quiet() -> None:
-    """Show nothing from here on: of several processes, one speaks."""
-    console().quiet = True
+def _log(level: int, message: str, head: str, head_style: str, style: str) -> None:
+    if not any(isinstance(handler, _ConsoleHandler) for handler in LOGGER.handlers):
+        LOGGER.addHandler(_ConsoleHandler())
+        if LOGGER.level == logging.NOTSET:  # hydra.verbose=slim may have set it
+            LOGGER.setLevel(logging.INFO)
+    whole = f"{head} {message}" if head else message
+    # the text is an argument, since "%" in it has no meaning
+    LOGGER.log(level, "%s", whole, extra={"head": head, "styles": (head_style, style)})
+
+
+class _ConsoleHandler(logging.Handler):
+    """Shows what is logged on the console, above the bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from rich.text import Text  # local: --help does without rich
+
+        if record.levelno >= logging.ERROR:
+            print(record.getMessage(), file=sys.stderr)  # at once, also where rich is slow to load
+            return
+        head_style, style = getattr(record, "styles", ("", ""))
+        text = Text(record.getMessage(), style=style)
+        text.stylize(head_style, 0, len(getattr(record, "head", "")))
+        console().print(text, soft_wrap=True)
+
+
+@dataclass
+class _Task:
+    """Something under way. total: its steps, None if unknown. done: those that are finished."""
+
+    title: str
+    total: int | None = None
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def line(self) -> str:
+        """Say how far it is: ``speed 12 of 40, 1 min so far, about 2 min left``."""
+        elapsed = time.monotonic() - self.started
+        parts = [self.title]
+        if self.total:
+            parts[0] += f" {self.done} of {self.total}"
+        elif self.done:
+            parts[0] += f" {self.done}"
+        parts.append(f"{duration(elapsed)} so far")
+        if self.total and 0 < self.done <= self.total:
+            parts.append(f"about {duration(elapsed / self.done * (self.total - self.done))} left")
+        return ", ".join(parts)
+
+
+_tasks: list[_Task] = []  # under way, the innermost last
+
+
+@contextmanager
+def activity(title: str) -> Iterator[None]:
+    """Give signs of life while the body runs, whatever it does: without a terminal a line every
+    ``INTERVAL`` seconds, which shows the innermost bar. A terminal shows the bars themselves.
+
+    Args:
+        title: what is being done, such as ``prune taylor``.
+    """
+    with _signs_of_life(_Task(title)):
+        yield
+
+
+@contextmanager
+def _signs_of_life(task: _Task) -> Iterator[None]:
+    """Count ``task`` as under way; the outermost one keeps the thread that reports."""
+    ended = threading.Event()
+    outermost = not _tasks and not console().is_terminal
+    _tasks.append(task)
+    if outermost:
+        threading.Thread(target=_report, args=(ended,), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        _tasks.remove(task)
+
+
+def _report(ended: threading.Event) -> None:
+    """Say every ``INTERVAL`` seconds what is under way, until ``ended``."""
+    while not ended.wait(INTERVAL):
+        under_way = list(_tasks)  # the other thread goes on meanwhile
+        if not under_way:
+            continue
+        innermost = under_way[-1].line()
+        if len(under_way) > 1:
+            innermost = f"{under_way[0].title}: {innermost}"
+        say(innermost, dim=True)
 
 
 @contextmanager
 def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Show a bar while the body runs and yield ``advance(steps=1, note="")``; ``note`` is shown
-    behind the bar."""
+    """Show how far the body is: a bar on a terminal, else a line every ``INTERVAL`` seconds.
+
+    Args:
+        title: what is being done.
+        total: number of steps, None if that is not known.
+
+    Yields:
+        ``advance(steps=1, note="")``; ``note`` is shown after the bar.
+    """
+    task = _Task(title, total)
+    with _signs_of_life(task), _bar(title, total) as show:
+
+        def advance(steps: int = 1, note: str | None = None) -> None:
+            task.done += steps
+            if show is not None:
+                show(steps, note)
+
+        yield advance
+
+
+def _bar(title: str, total: int | None):
+    """Return a context manager that shows a bar and yields what moves it, or None without a
+    terminal."""
+    if not console().is_terminal:
+        return nullcontext()
+    return _terminal_bar(title, total)
+
+
+@contextmanager
+def _terminal_bar(title: str, total: int | None) -> Iterator[Callable[[int, str | None], None]]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -59,24 +233,41 @@ def progress_bar(title: str, total: int | None = None) -> Iterator[Callable[...,
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    out = console()
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+    with Progress(*columns, console=console(), transient=True) as progress:
         task = progress.add_task(title, total=total, note="")
 
-        def advance(steps: int = 1, note: str | None = None) -> None:
-            progress.update(task, advance=steps, **({} if note is None else {"note": note}))
+        def show(steps: int, note: str | None) -> None:
+            if note is None:
+                progress.update(task, advance=steps)
+            else:
+                progress.update(task, advance=steps, note=note)
 
-        yield advance
+        yield show
 
 
 def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` while showing a bar."""
+    """Yield ``items`` while showing how far they are.
+
+    Args:
+        items: what to yield.
+        title: what is being done with them.
+        total: their number, for items that do not know it.
+    """
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     with progress_bar(title, total) as advance:
         for item in items:
             yield item
             advance()
+
+
+def duration(seconds: float) -> str:
+    """Show a time for people: ``45 s``, ``3 min``, ``1.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def hide_library_bars() -> None:

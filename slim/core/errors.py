@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable
 
 
@@ -20,9 +19,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]}?" if nearest else ""
-
-
-def fail(message: str, code: int) -> None:
-    """Print an error and end the process."""
-    print(f"slim: {message}", file=sys.stderr)
-    sys.exit(code)

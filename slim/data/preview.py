@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from slim.core.console import console
+from slim.core.console import say
 from slim.data.packing import IGNORE, Windows
 
 FILE = "examples.txt"
@@ -50,12 +50,7 @@ def show_example(windows: object, tokenizer) -> None:
     if isinstance(windows, Windows):
         text = first_examples(windows, tokenizer, 1)[0]
         text = text if len(text) <= SHOWN else text[:SHOWN] + " ..."
-        console().print(
-            f"The first example; «this» is read, not learnt:\n{text}",
-            markup=False,
-            highlight=False,
-            style="dim",
-        )
+        say(f"The first example; «this» is read, not learnt:\n{text}", dim=True)
 
 
 def write_examples(windows: object, tokenizer, folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slim.checkpoints.store import Store, digest
-from slim.core.console import console, track
+from slim.core.console import say, track, warn
 from slim.core.errors import SlimError
 from slim.core.io import sha256
 from slim.core.settings import cache_key
@@ -61,13 +61,11 @@ class DistillationTask(Task):
         """Say how teacher and student do before the one teaches the other, and loudly if that makes
         no sense."""
         loss = self.measure(student)
-        console().print(
-            f"Validation loss: teacher {self.teacher_loss:.4f}, student {loss:.4f}", highlight=False
-        )
+        say(f"Validation loss: teacher {self.teacher_loss:.4f}, student {loss:.4f}")
         if not self.teacher_loss < loss:
-            console().print(
-                "[bold red]The teacher is no better than the student on this data.[/] "
-                "Is it the right checkpoint, and the right data for it?"
+            warn(
+                "Is it the right checkpoint, and the right data for it?",
+                head="The teacher is no better than the student on this data.",
             )
 
     @property

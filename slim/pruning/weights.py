@@ -191,7 +191,7 @@ class WeightPruning(Stage):
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
         from slim.calibration.sequential import transform_checkpoint
-        from slim.core.console import console
+        from slim.core.console import say
 
         checkpoint = open_checkpoint(source)
         spec = checkpoint.spec
@@ -200,7 +200,7 @@ class WeightPruning(Stage):
         errors = transform_checkpoint(
             checkpoint, target, method, spec.config, context, self.tokens(checkpoint)
         )
-        console().print(NOTE, highlight=False)
+        say(NOTE)
         return self._facts(spec, method, errors, target)
 
     def _facts(self, spec: ModelSpec, method: SparsityMethod, errors: list, target: Path) -> dict:

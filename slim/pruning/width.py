@@ -210,9 +210,9 @@ class WidthPruning(Stage):
 
     def _say_if_heads_stay(self, spec: ModelSpec, widths: dict[int, Width]) -> None:
         if heads_stay(spec, widths):
-            from slim.core.console import console
+            from slim.core.console import say
 
-            console().print(
+            say(
                 f"pruner.ratio={self.ratio} removes no whole key/value group of the {spec.kv_heads} in a block: "
                 "only MLP channels are pruned."
             )

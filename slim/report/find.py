@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from slim.core.errors import SlimError, did_you_mean
 from slim.core.io import read_json
 from slim.report.runs import KIND
-from slim.tracking.offline_queue import PARENT
-from slim.tracking.tracker import connect as client_of
-from slim.tracking.tracker import search_runs, tracking_uri
+from slim.tracking.connection import PARENT, search_runs, tracking_uri
+from slim.tracking.connection import connect as client_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from slim.checkpoints.store import digest
-from slim.tracking.tracker import children
+from slim.tracking.connection import children
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

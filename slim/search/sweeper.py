@@ -13,11 +13,10 @@ from __future__ import annotations
 import random
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from slim.core.console import console
+from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.core.settings import require_number
 from slim.search.budget import OverBudget
@@ -27,15 +26,13 @@ from slim.search.settings import Search, read_search
 from slim.search.space import Space, example, fixed_overrides, members, settings, shown
 from slim.sweeps.grid import Planned, finalize, plan_point, record_lost
 from slim.sweeps.point import Point, record_failure
+from slim.sweeps.protocols import HydraSweeper
 from slim.sweeps.sweep import Sweep, current
-
-if TYPE_CHECKING:
-    from hydra_plugins.slim_search.sweeper import SearchSweeper
 
 RULED_OUT = 20  # points per trial that may be ruled out before a search ends
 
 
-def run_search(sweeper: SearchSweeper, typed: list[str]) -> dict:
+def run_search(sweeper: HydraSweeper, typed: list[str]) -> dict:
     """Try points until there are enough, print and write what came of them, and return it (see
     :func:`conclude`)."""
     fixed = fixed_overrides(typed)
@@ -62,7 +59,7 @@ class Run:
     """A search under way. wanted: trials still to be made. trials: what was tried, in order, also
     what was ruled out."""
 
-    def __init__(self, sweeper: SearchSweeper, space: Space, search: Search):
+    def __init__(self, sweeper: HydraSweeper, space: Space, search: Search):
         import optuna
         from hydra.utils import instantiate
 
@@ -173,12 +170,12 @@ def record_skipped(sweep: Sweep, planned: Planned, message: str) -> None:
     point.end("FAILED", message, skipped=True)
 
 
-def compose(sweeper: SearchSweeper, overrides: list[str]) -> DictConfig:
+def compose(sweeper: HydraSweeper, overrides: list[str]) -> DictConfig:
     """Return the configuration of a point as its launcher will compose it."""
     return sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, overrides)
 
 
-def check_settings(sweeper: SearchSweeper, fixed: dict[str, str]) -> Search:
+def check_settings(sweeper: HydraSweeper, fixed: dict[str, str]) -> Search:
     """Return the search's settings. Raises ``SlimError`` for a mistake in them, before the first
     point."""
     from hydra.utils import instantiate
@@ -199,7 +196,7 @@ def check_settings(sweeper: SearchSweeper, fixed: dict[str, str]) -> Search:
     return search
 
 
-def drop_unknown(sweeper: SearchSweeper, space: Space, own: set[str]) -> None:
+def drop_unknown(sweeper: HydraSweeper, space: Space, own: set[str]) -> None:
     """Leave out settings of the search's file (``own``) that what was typed does not have, such as
     those of pruner=none."""
     for key in [key for key in space.varying if key in own]:
@@ -215,14 +212,10 @@ def drop_unknown(sweeper: SearchSweeper, space: Space, own: set[str]) -> None:
             _composes(sweeper, [*space.fixed.values(), *choice, *value]) for choice in choices
         ):
             del space.varying[key]
-            console().print(
-                f"{key} is not searched: what was chosen has no such setting.",
-                highlight=False,
-                soft_wrap=True,
-            )
+            say(f"{key} is not searched: what was chosen has no such setting.")
 
 
-def _composes(sweeper: SearchSweeper, overrides: list[str]) -> bool:
+def _composes(sweeper: HydraSweeper, overrides: list[str]) -> bool:
     try:
         compose(sweeper, overrides)
     except Exception:

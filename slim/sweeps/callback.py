@@ -19,7 +19,8 @@ class SweepCallback:
     def on_multirun_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
         """Prepare the sweep. slim's own sweepers open it, when they know that there is a point to
         run."""
-        from slim.core.errors import SlimError, fail
+        from slim.core.console import fail
+        from slim.core.errors import SlimError
         from slim.sweeps import sweep
 
         try:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from slim.core.console import console, results_console
-
-if TYPE_CHECKING:
-    from slim.sweeps.sweep import Sweep
+from slim.core.console import results_console, warn
+from slim.sweeps.protocols import OpenSweep
 
 SHOWN = ("number", "overrides", "run_id", "status", "error", "seconds")
 # For the report: a table in a terminal has only so much room.
@@ -27,7 +24,7 @@ class Figures:
     speed: dict
 
 
-def finish(sweep: Sweep, error: BaseException | None) -> int:
+def finish(sweep: OpenSweep, error: BaseException | None) -> int:
     """Say and record how the sweep ended, and return the exit code: 0, 1 (an error of slim's own),
     2 (a point failed), 130."""
     points = sweep.folder.points()
@@ -82,7 +79,7 @@ def varied(points: list[dict]) -> dict[str, list[str]]:
     return {key: list(found) for key, found in values.items() if len(found) > 1 or len(points) == 1}
 
 
-def print_table(sweep: Sweep, points: list[dict]) -> None:
+def print_table(sweep: OpenSweep, points: list[dict]) -> None:
     """Print one table: a row per point with its settings, figures of its last checkpoint, how it
     ended, and seconds."""
     from rich.markup import escape
@@ -157,16 +154,13 @@ def attach_report(tracker) -> None:
 
         report = build_report(tracker.client, [tracker.run_id])
     except Exception as error:
-        console().print(
-            f"[yellow]The report could not be made:[/] {type(error).__name__}: {error}",
-            highlight=False,
-        )
+        warn(f"{type(error).__name__}: {error}", head="The report could not be made:")
         return
     tracker.log_text(report.html, "report.html")
     tracker.log_text(report.markdown, "report.md")
 
 
-def attach_search(sweep: Sweep) -> None:
+def attach_search(sweep: OpenSweep) -> None:
     """Put what a search found beside the sweep's run."""
     for name in ("search.json", "search.md"):
         path = sweep.folder.path / name

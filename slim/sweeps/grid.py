@@ -13,17 +13,16 @@ from omegaconf import DictConfig
 
 from slim.chain.compose import expand_alias
 from slim.chain.explain import explain
-from slim.core.console import console
+from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.sweeps.names import point_name
 from slim.sweeps.point import Point, describe, record_failure
+from slim.sweeps.protocols import HydraSweeper
 from slim.sweeps.sweep import Sweep, current
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from hydra.core.utils import JobReturn
-
-    from hydra_plugins.slim_sweeper.grid import GridSweeper
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Planned:
     error: Exception | None = None
 
 
-def run_grid(sweeper: GridSweeper, arguments: list[str]) -> list[Sequence[JobReturn]]:
+def run_grid(sweeper: HydraSweeper, arguments: list[str]) -> list[Sequence[JobReturn]]:
     """Run every combination of ``arguments`` and the sweeper's ``params`` that can run and is not
     finished."""
     sweep = current()
@@ -58,7 +57,7 @@ def run_grid(sweeper: GridSweeper, arguments: list[str]) -> list[Sequence[JobRet
     return launch(sweeper, sweep, missing)
 
 
-def parse(sweeper: GridSweeper, arguments: list[str]) -> list[Override]:
+def parse(sweeper: HydraSweeper, arguments: list[str]) -> list[Override]:
     """Return the parsed overrides: those of ``params`` that are not typed, with what is typed
     behind them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -99,7 +98,7 @@ def expand(overrides: list[Override]) -> tuple[list[list[str]], dict[str, list[s
     return [list(combination) for combination in itertools.product(*choices.values())], swept
 
 
-def plan_point(sweeper: GridSweeper, sweep: Sweep, number: int, overrides: list[str]) -> Planned:
+def plan_point(sweeper: HydraSweeper, sweep: Sweep, number: int, overrides: list[str]) -> Planned:
     """Compose and plan one combination, without any work; what is wrong with it is kept."""
     point = Planned(number, overrides)
     loader = sweeper.hydra_context.config_loader
@@ -176,12 +175,10 @@ def announce(total: int, wrong: int, done: int) -> None:
         + [f"{wrong} cannot run"] * bool(wrong)
         + [f"{total - wrong - done} to run"]
     )
-    console().print(
-        f"[bold]Sweep of {total} point{'s' * (total != 1)}[/]: {', '.join(notes)}", highlight=False
-    )
+    say(", ".join(notes), head=f"Sweep of {total} point{'s' * (total != 1)}:")
 
 
-def launch(sweeper: GridSweeper, sweep: Sweep, points: list[Planned]) -> list[Any]:
+def launch(sweeper: HydraSweeper, sweep: Sweep, points: list[Planned]) -> list[Any]:
     """Hand the points to Hydra's launcher, each under its own number."""
     size = sweeper.max_batch_size or max(len(points), 1)
     returns = []

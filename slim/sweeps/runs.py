@@ -9,8 +9,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from slim.core.errors import SlimError
+from slim.tracking.connection import children, tracking_uri, ui_command
 from slim.tracking.offline_queue import TrackingClient, is_gone, now
-from slim.tracking.tracker import VALUE_LIMIT, children, published_tag, tracking_uri, ui_command
+from slim.tracking.tracker import VALUE_LIMIT, published_tag
 
 FINAL = "final.json"  # artifact of a run: the figures of its last checkpoint, with their protocols
 ENDED = ("FINISHED", "FAILED", "KILLED")

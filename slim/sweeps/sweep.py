@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from slim.core import processes
-from slim.core.console import console
+from slim.core.console import warn
 from slim.core.errors import SlimError
+from slim.sweeps.finish import finish
 from slim.sweeps.folder import SweepFolder
 from slim.sweeps.names import sweep_id, typed
+from slim.sweeps.watch import Watcher
 
 if TYPE_CHECKING:
     from slim.sweeps.runs import SweepRun
@@ -63,8 +65,8 @@ class Sweep:
     def open(self) -> None:
         """Begin, or go on with, the sweep's run. Raises ``SlimError`` if the tracking store is not
         to be had."""
+        # local: MLflow's classes take a second, and a mistake is answered before
         from slim.sweeps.runs import SweepRun
-        from slim.sweeps.watch import Watcher
 
         if self.config.plan:
             raise SlimError(
@@ -87,8 +89,6 @@ class Sweep:
 
     def close(self, error: BaseException | None = None) -> int:
         """End the sweep: table, ``sweep.json``, report. Returns the exit code."""
-        from slim.sweeps.finish import finish
-
         if self.tracker is None:
             return 0
         self.watcher.stop()
@@ -125,5 +125,5 @@ def close_current(error: BaseException | None = None) -> int:
         if error is None:
             raise
         # error says more
-        console().print(f"[yellow]The sweep's run could not be ended:[/] {other}", highlight=False)
+        warn(str(other), head="The sweep's run could not be ended:")
         return 1

@@ -6,12 +6,9 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from statistics import median
-from typing import TYPE_CHECKING
 
-from slim.core.console import console, progress_bar
-
-if TYPE_CHECKING:
-    from slim.sweeps.sweep import Sweep
+from slim.core.console import duration, progress_bar, say, warn
+from slim.sweeps.protocols import OpenSweep
 
 INTERVAL = 0.3  # seconds between two looks into the sweep's folder
 
@@ -20,19 +17,20 @@ class Watcher(threading.Thread):
     """Looks for points that have ended, in whatever process, and prints a line for each.
 
     A line stands above the stages' own bars, in terminals and in log files. Where the points run in
-    other processes, which are silent, there is a bar too."""
+    other processes, which are silent, there is a bar too.
+    """
 
-    def __init__(self, sweep: Sweep):
+    def __init__(self, sweep: OpenSweep):
         super().__init__(daemon=True)
-        self.sweep, self.seen = sweep, set()
+        self.sweep = sweep
+        self.seen: set[int] = set()  # numbers of the points that have their line
         self._ended = threading.Event()
 
     def run(self) -> None:
-        with (
-            progress_bar("points", self.sweep.total)
-            if self.sweep.elsewhere
-            else nullcontext() as advance
-        ):
+        bar = nullcontext()
+        if self.sweep.elsewhere:
+            bar = progress_bar("points", self.sweep.total)
+        with bar as advance:
             while not self._ended.wait(INTERVAL):
                 ended = self.look()
                 if advance is not None and ended:
@@ -46,60 +44,67 @@ class Watcher(threading.Thread):
 
     def look(self) -> int:
         """Print the points that have ended since the last look and return how many."""
-        records, before = self.sweep.folder.points(), len(self.seen)
-        for record in records:
-            if record["number"] in self.seen:
-                continue
+        records = self.sweep.folder.points()
+        new = [record for record in records if record["number"] not in self.seen]
+        for record in new:
             self.seen.add(record["number"])
-            ended = [
-                other for other in records if other["number"] in self.seen or other.get("reused")
-            ]
-            if not record.get("reused"):
-                console().print(
-                    line(record, ended, self.sweep.total, self.sweep.workers),
-                    highlight=False,
-                    soft_wrap=True,
-                )
-        return len(self.seen) - before
+            if record.get("reused"):  # the sweep has said how many these are
+                continue
+            ended = [r for r in records if r["number"] in self.seen or r.get("reused")]
+            show = say if record["status"] == "FINISHED" else warn
+            show(
+                point_line(record, ended, self.sweep.total, self.sweep.workers),
+                head=point_head(ended, self.sweep.total),
+            )
+        return len(new)
 
 
-def line(record: dict, ended: list[dict], total: int | None, workers: int) -> str:
-    """Return the line for a point: how many are done, what it was, how it ended, time left."""
-    from rich.markup import escape
+def point_head(ended: list[dict], total: int | None) -> str:
+    """Return how many points are done: ``point 3/9``.
 
-    failed = sum(other["status"] != "FINISHED" and not other.get("skipped") for other in ended)
-    count = f"{len(ended)}/{total}" if total else str(len(ended))
+    Args:
+        ended: records of the points that have ended.
+        total: number of points, None if unknown.
+    """
+    return f"point {len(ended)}/{total}" if total else f"point {len(ended)}"
+
+
+def point_line(record: dict, ended: list[dict], total: int | None, workers: int) -> str:
+    """Return the line for a point that has ended: its name, how it ended, failures, time left.
+
+    Args:
+        record: how the point ended (see :meth:`slim.sweeps.folder.SweepFolder.write_point`).
+        ended: the records of all points that have ended.
+        total: number of points, None if unknown.
+        workers: how many run at the same time.
+    """
+    state = record["error"] or "failed"
+    if record["status"] == "FINISHED":
+        state = f"{record['seconds']:.1f} s"
+    notes = []
+    failed = sum(r["status"] != "FINISHED" and not r.get("skipped") for r in ended)
+    if failed:
+        notes.append(f"{failed} failed")
     left = time_left(ended, total, workers)
-    state = (
-        f"{record['seconds']:.1f} s"
-        if record["status"] == "FINISHED"
-        else f"[red]{escape(record['error'] or 'failed')}[/]"
-    )
-    notes = [
-        note
-        for note in (f"{failed} failed" if failed else "", f"{left} left" if left else "")
-        if note
-    ]
-    return f"[bold]point {count}[/] {escape(record['name'])}: {state}" + (
-        f"  [dim]({', '.join(notes)})[/]" if notes else ""
-    )
+    if left:
+        notes.append(f"{left} left")
+    line = f"{record['name']}: {state}"
+    return f"{line}  ({', '.join(notes)})" if notes else line
 
 
 def time_left(ended: list[dict], total: int | None, workers: int) -> str:
     """Return the time left in words, from the median of the points that ran; empty where there is
-    no telling."""
-    times = [
-        record["seconds"]
-        for record in ended
-        if record["status"] == "FINISHED" and not record.get("reused")
-    ]
+    no telling.
+
+    Args:
+        ended: the records of the points that have ended.
+        total: number of points, None if unknown.
+        workers: how many run at the same time.
+    """
+    times = []
+    for record in ended:
+        if record["status"] == "FINISHED" and not record.get("reused"):
+            times.append(record["seconds"])
     if not total or not times or len(ended) >= total:
         return ""
-    seconds = median(times) * (total - len(ended)) / workers
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    return duration(median(times) * (total - len(ended)) / workers)

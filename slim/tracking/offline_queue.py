@@ -15,12 +15,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from slim.core.console import console
+from slim.core.console import say, warn
+from slim.core.errors import SlimError
 from slim.core.io import write_json
+from slim.tracking import connection
+from slim.tracking.connection import PARENT
 
 BATCH = 1000  # the most metrics MLflow takes in one call
 PARAMS = 100  # the most parameters
-PARENT = "mlflow.parentRunId"
 
 
 def apply(client, call: str, arguments: dict, ids: dict[str, str]) -> str | None:
@@ -126,9 +128,7 @@ def send(root: Path, uri: str, client) -> None:
         except Timeout:  # its writer is still at it, or another process is sending it
             continue
     if sent:
-        console().print(
-            f"Sent to {uri} what was kept while it did not answer: {sent} run(s).", highlight=False
-        )
+        say(f"Sent to {uri} what was kept while it did not answer: {sent} run(s).")
 
 
 def _send_one(path: Path, uri: str, client) -> int:
@@ -158,13 +158,10 @@ class TrackingClient:
     from beginning."""
 
     def __init__(self, root: Path, uri: str, patient: bool = False):
-        from slim.core.errors import SlimError
-        from slim.tracking.tracker import connect
-
         self.root, self.uri = root, uri
         self._box: OfflineQueue | None = None
         try:
-            self.client = connect(uri)
+            self.client = connection.connect(uri)
             send(root, uri, self.client)
         except SlimError as error:
             if not (patient and self.remote):
@@ -221,11 +218,11 @@ class TrackingClient:
 
     def _keep(self, reason: str) -> None:
         self._box = OfflineQueue(self.root, self.uri)
-        console().print(
-            f"[yellow]The tracking server does not answer:[/] {reason[:200]}\n"
-            f"The work goes on. Its results are kept in {self._box.folder} and sent by the next run that tracks to {self.uri}.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        warn(
+            f"{reason[:200]}\nThe work goes on. Its results are kept in {self._box.folder} "
+            f"and sent by the next run that tracks to {self.uri}.",
+            head="The tracking server does not answer:",
+        )
 
 
 def is_gone(error: BaseException | None) -> bool:

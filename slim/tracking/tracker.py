@@ -7,32 +7,23 @@ its address."""
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
-import sqlite3
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slim.checkpoints.checkpoint import REPORT
 from slim.core.errors import SlimError
 from slim.core.hardware import git_commit, versions
-from slim.tracking.offline_queue import PARENT, TrackingClient, now
+from slim.tracking.connection import PARENT, tracking_uri, ui_command
+from slim.tracking.offline_queue import TrackingClient, now
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-
     from slim.checkpoints.result import Result
     from slim.checkpoints.source import Source
     from slim.checkpoints.stage import Stage
 
 UNTRACKED = re.compile(r"[^\w\-. :/]")  # characters that MLflow refuses in names
 VALUE_LIMIT = 6000  # the longest parameter value MLflow takes
-PAGE = 1000  # runs asked for at a time
-# by address: connecting checks the tables' schema, once per process is enough
-_clients: dict[str, MlflowClient] = {}
 
 
 class Tracker:
@@ -173,43 +164,6 @@ def summary(error: BaseException) -> str:
     return "\n".join(named.strip().splitlines()[:2])
 
 
-def search_runs(client: MlflowClient, experiments: list[str], query: str = "") -> list[Run]:
-    """Return all runs of some experiments that ``query`` finds, the oldest first, however many
-    pages they fill."""
-    runs, token = [], None
-    while experiments:
-        page = client.search_runs(
-            experiments,
-            query,
-            max_results=PAGE,
-            order_by=["attributes.start_time"],
-            page_token=token,
-        )
-        runs, token = [*runs, *page], page.token
-        if not token:
-            break
-    return runs
-
-
-def children(client: MlflowClient, experiment: str, run_id: str) -> list[Run]:
-    """Return the runs of an experiment whose parent is the run ``run_id``, the oldest first."""
-    return search_runs(client, [experiment], f"tags.`{PARENT}` = '{run_id}'")
-
-
-def tracking_uri(root: Path, uri: str | None) -> str:
-    """Return where to track: ``uri``, or the SQLite file of the store."""
-    return uri or f"sqlite:///{root / 'mlflow.db'}"
-
-
-def ui_command(uri: str) -> str:
-    """Return the one command that opens the browser's view of the runs."""
-    return (
-        uri
-        if uri.startswith("http")
-        else f"{sys.executable} -m mlflow ui --backend-store-uri {uri}"
-    )
-
-
 def published_tag(config) -> dict[str, str]:
     """Return the tag that names the studies' tables whose figures belong beside these, as a JSON
     list."""
@@ -234,54 +188,6 @@ def record_files(records: dict) -> dict[str, str]:
             json.dumps(row) + "\n" for row in rows
         )
     return files
-
-
-def connect(uri: str) -> MlflowClient:
-    """Return a client whose store exists and answers. Raises ``SlimError`` if it does not."""
-    path = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-    if uri in _clients and path is not None and path.exists():
-        return _clients[uri]
-    _clients[uri] = _connect(uri, path)
-    return _clients[uri]
-
-
-def _connect(uri: str, path: Path | None) -> MlflowClient:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    from filelock import FileLock
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        if path is None:
-            client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
-            return client
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # two processes creating the tables at once kill one another
-            _use_write_ahead_log(path)
-            client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
-            return client
-    except (MlflowException, OSError, sqlite3.Error) as error:
-        reason = str(error).splitlines()[0]
-        raise SlimError(
-            f"The tracking store {uri} cannot be used: {reason}\n"
-            "Start the server, or leave tracking.uri out to track into a local file."
-        ) from error
-
-
-def _use_write_ahead_log(path: Path) -> None:
-    """Let several processes read while one writes."""
-    connection = sqlite3.connect(path, timeout=30)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-    finally:
-        connection.close()
 
 
 def flatten(settings, prefix: str = "") -> dict[str, str]:

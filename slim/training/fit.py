@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 
 from slim.core import processes
-from slim.core.console import console
+from slim.core.console import warn
 from slim.training.batches import WindowData
 from slim.training.callbacks import Outcome, Report, Validation
 from slim.training.hardware import DEEPSPEED
@@ -109,9 +109,7 @@ def fit(
                 trainer.fit(module, datamodule=data)
         except NotFinite as problem:
             outcome.stopped = str(problem)
-            console().print(
-                f"[bold red]{problem}; training stopped, the best state before it is kept."
-            )
+            warn(f"{problem}; training stopped, the best state before it is kept.")
     return outcome
 
 

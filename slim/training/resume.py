@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slim.core import processes
-from slim.core.console import console
+from slim.core.console import say
 from slim.core.hardware import versions
 from slim.training import distributed
 from slim.training.callbacks import Outcome, Record, Report, trained_state
@@ -98,9 +98,7 @@ class StateSaver(pl.Callback):
             self.record["step"],
             restore_training(self.record, trainer, module, self.report),
         )
-        console().print(
-            f"Going on behind step {step}, where an earlier run was interrupted.", highlight=False
-        )
+        say(f"Resuming after step {step}, where an earlier run was interrupted.")
         self.last = time.monotonic()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:

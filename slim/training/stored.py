@@ -7,7 +7,7 @@ from torch import nn
 
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.reader import TensorReader
-from slim.core.console import console
+from slim.core.console import say
 from slim.pruning.masks import mask_of, restore_zeros
 
 
@@ -59,7 +59,7 @@ def keep_zeros(model: nn.Module, source: Checkpoint) -> dict:
     if mask_of(source) is None:
         return {}
     restored = restore_zeros(model, source)
-    console().print(
+    say(
         f"The source is pruned weight by weight: {restored:,} trained weights were set back to zero."
     )
     return {"zeros_restored": restored}

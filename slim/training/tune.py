@@ -187,12 +187,11 @@ class Lora(Tuner):
 
 def tell_merged(facts: dict) -> None:
     """Print what merging changed."""
-    from slim.core.console import console
+    from slim.core.console import say
 
-    console().print(
+    say(
         f"Adapters merged: outputs differ from the trained model's by at most {facts['merge_error']:.2g} (logits); "
         f"the adapters' own effect is {facts['adapter_effect']:.2g}.",
-        highlight=False,
     )
 
 

@@ -299,11 +299,11 @@ class Tuner(Stage):
         if better:
             save_model(model, checkpoint.folder, target)
             return
-        from slim.core.console import console
+        from slim.core.console import warn
 
-        console().print(
-            f"[bold red]{self.title} did not lower the validation loss: the result is the untouched model. "
-            f"[/]Try a lower {self.group}.learning_rate, more {self.group}.steps or other data."
+        warn(
+            f"Try a lower {self.group}.learning_rate, more {self.group}.steps or other data.",
+            head=f"{self.title} did not lower the validation loss: the result is the untouched model.",
         )
         write_blocks(checkpoint, target, list(range(checkpoint.spec.blocks)))
 

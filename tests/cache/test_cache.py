@@ -312,7 +312,7 @@ def test_the_end_of_a_chain():
 
 def test_what_stands_below_something_deleted_uses_nothing(tmp_path):
     """A sweep of one point with one checkpoint, deleted at each level."""
-    from slim.tracking.tracker import connect
+    from slim.tracking.connection import connect
 
     uri = f"sqlite:///{fresh_store(tmp_path) / 'mlflow.db'}"
     mlflow = connect(uri)

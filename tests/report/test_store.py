@@ -22,7 +22,7 @@ class Store:
     """A SQLite store as slim writes it, and what was put into it."""
 
     def __init__(self, root: Path):
-        from slim.tracking.tracker import connect
+        from slim.tracking.connection import connect
 
         self.root = root
         self.client = connect(f"sqlite:///{root / 'mlflow.db'}")

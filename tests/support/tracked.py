@@ -11,7 +11,7 @@ from pathlib import Path
 
 @cache
 def _template() -> Path:
-    from slim.tracking.tracker import connect
+    from slim.tracking.connection import connect
 
     folder = Path(tempfile.mkdtemp(prefix="slim-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

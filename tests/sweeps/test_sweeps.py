@@ -360,11 +360,10 @@ def test_the_line_of_a_point_says_how_much_is_left():
         {"number": n, "name": f"x={n}", "status": "FINISHED", "seconds": s, "error": None}
         for n, s in enumerate([90, 10, 12])
     ]
-    assert "point 3/9" in watch.line(points[2], points, 9, 1)
-    assert "72 s left" in watch.line(points[2], points, 9, 1)
-    assert "36 s left" in watch.line(points[2], points, 9, 2)
+    assert watch.point_head(points, 9) == "point 3/9"
+    assert "72 s left" in watch.point_line(points[2], points, 9, 1)
+    assert "36 s left" in watch.point_line(points[2], points, 9, 2)
     points[2] |= {"status": "FAILED", "error": "no [room]"}
-    assert "no \\[room]" in watch.line(points[2], points, 9, 1) and "1 failed" in watch.line(
-        points[2], points, 9, 1
-    )
-    assert "left" not in watch.line(points[1], points[:2], None, 1)
+    assert "no [room]" in watch.point_line(points[2], points, 9, 1)
+    assert "1 failed" in watch.point_line(points[2], points, 9, 1)
+    assert "left" not in watch.point_line(points[1], points[:2], None, 1)

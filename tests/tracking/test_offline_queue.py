@@ -12,8 +12,8 @@ from slim.chain.pipeline import Pipeline
 from slim.checkpoints.source import Source
 from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
+from slim.tracking import connection
 from slim.tracking import offline_queue as outbox
-from slim.tracking import tracker as tracking
 from slim.tracking.offline_queue import OfflineQueue, TrackingClient
 from slim.tracking.tracker import Tracker
 from tests.support.stages import Scale
@@ -57,7 +57,7 @@ def server(tmp_path, monkeypatch):
                 raise SlimError("cannot be used")
             return fragile
 
-        monkeypatch.setattr(tracking, "connect", connect)
+        monkeypatch.setattr(connection, "connect", connect)
         return fragile
 
     return start

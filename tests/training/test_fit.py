@@ -110,7 +110,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     again = run(
         stage, little, tmp_path / "again", tmp_path / "work", lambda *point: second.append(point)
     )
-    assert "Going on behind step 4" in capfd.readouterr().err
+    assert "Resuming after step 4" in capfd.readouterr().err
     assert checksums(tmp_path / "again") == checksums(tmp_path / "whole")
     assert curves(second) == curves(whole)
     assert again.pop("tokens_per_second") and facts.pop("tokens_per_second")
@@ -348,6 +348,6 @@ def test_a_command_killed_during_training_goes_on_to_the_same_weights(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process = start("killed")
-    assert "Going on behind step" in process.communicate()[1] and process.returncode == 0
+    assert "Resuming after step" in process.communicate()[1] and process.returncode == 0
     assert weights("killed") == weights("whole")
     assert not list((tmp_path / "killed" / "stages").glob("*.work"))

@@ -142,7 +142,7 @@ def test_two_processes_killed_during_training_go_on(tmp_path, trainer):
         os.kill(child, signal.SIGKILL)
     process.communicate()
     _, err = finish(start(tmp_path / "killed", *settings))
-    assert err.count("Going on behind step") == 1
+    assert err.count("Resuming after step") == 1
     assert checksums(result(tmp_path / "killed")) == checksums(result(tmp_path / "whole"))
 
 

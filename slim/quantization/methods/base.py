@@ -170,7 +170,7 @@ class Quantization(Stage):
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
         from slim.calibration.sequential import transform_checkpoint
-        from slim.core.console import console
+        from slim.core.console import warn
 
         checkpoint = open_checkpoint(source)
         spec = checkpoint.spec
@@ -183,7 +183,7 @@ class Quantization(Stage):
         result = self.described(spec, schemes)
         errors = transform_checkpoint(checkpoint, target, method, result.config, context, tokens)
         for note in method.notes:
-            console().print(f"[yellow]{note}[/]", highlight=False)
+            warn(note)
         return {
             **self._facts(target, result, schemes, errors),
             **({"notes": method.notes} if method.notes else {}),
