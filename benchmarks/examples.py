@@ -26,7 +26,7 @@ EXTRA = (
 )
 HEAD = """# Examples
 
-Written by `python benchmarks/examples.py`: the command at the head of every choice of `conf/quantizer/`, and some more, on the
+Written by `python benchmarks/examples.py`: the command at the head of every choice of `slim/conf/quantizer/`, and some more, on the
 embedded model. Perplexity is that of the tiny world's held-out text, the tasks are accuracies in percent.
 """
 

@@ -10,8 +10,8 @@ only where the window and the tokens are the same. The protocol beside the figur
 tokens by their checksum.
 
 The papers join WikiText-2's lines by empty lines, PTB's sentences and the first 1100 documents of
-C4's first validation file by spaces, and take 256 windows of C4 (``conf/eval/ptb.yaml``,
-``conf/eval/c4.yaml``)."""
+C4's first validation file by spaces, and take 256 windows of C4 (``slim/conf/eval/ptb.yaml``,
+``slim/conf/eval/c4.yaml``)."""
 
 from __future__ import annotations
 
