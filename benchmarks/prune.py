@@ -46,6 +46,7 @@ from slim.pruning.weights import MagnitudeWeights, SparseGPT, Wanda
 from slim.pruning.width_activation import WidthActivation
 from slim.pruning.width_magnitude import WidthL1, WidthL2, WidthRandom
 from slim.pruning.width_taylor import WidthTaylor, channel_taylor_scores
+from slim.quantization.storage import weight_bytes
 
 TINY = Path(__file__).parent.parent / "slim" / "assets" / "tiny"
 SHAPE = dict(
@@ -187,7 +188,7 @@ def memory(args: argparse.Namespace) -> None:
     spec = ModelSpec({**SHAPE, "num_hidden_layers": args.layers})
     largest = 2 * max(rows * columns for rows, columns in spec.block_linears().values())
     states = 2 * (args.layers + 1) * args.samples * args.length * SHAPE["hidden_size"]
-    print(f"{spec.parameters():,} parameters, weights {spec.weight_bytes() / 1e6:.0f} MB; the largest "
+    print(f"{spec.parameters():,} parameters, weights {weight_bytes(spec) / 1e6:.0f} MB; the largest "
           f"of a block {largest / 1e6:.0f} MB; inputs of all blocks {states / 1e6:.0f} MB")  # fmt: skip
     context = multiprocessing.get_context("spawn")
     for way, label in (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from slim.core.console import say
 from slim.core.hardware import versions
+from slim.core.io import save_tensors, write_json
 
 if TYPE_CHECKING:
     from slim.calibration.sequential import SequentialCalibration
@@ -39,8 +40,6 @@ class CalibrationProgress:
 
     def save(self, walk: SequentialCalibration, block: int) -> None:
         """Save the state after ``block``, if the last save is long enough ago."""
-        from slim.core.io import save_tensors
-
         if time.monotonic() - self._saved < SAVE_SECONDS:
             return
         tensors, record = (
@@ -63,9 +62,7 @@ class CalibrationProgress:
         file = self.folder / f"after-{block}.walk"
         save_tensors(tensors, file)
         record.update(method=walk.method.state(), tensors=file.name)
-        partial = self._record.with_suffix(".partial")
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.replace(self._record)
+        write_json(self._record, record)
         for old in self.folder.glob("after-*.walk"):
             if old != file:
                 old.unlink()

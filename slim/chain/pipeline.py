@@ -24,6 +24,7 @@ from slim.core.hardware import available_memory, fingerprint, free_disk, git_com
 from slim.core.settings import cache_name
 from slim.core.text import gigabytes
 from slim.evaluation.energy import stage_energy
+from slim.quantization.storage import weight_bytes
 
 if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
@@ -102,7 +103,7 @@ class Pipeline:
         missing = [step for step in steps if isinstance(step.stage, Stage) and not step.cached]
         if not missing:
             return None
-        disk, free = sum(step.spec.weight_bytes() for step in missing), free_disk(self.store.root)
+        disk, free = sum(weight_bytes(step.spec) for step in missing), free_disk(self.store.root)
         if disk > free:
             return (
                 f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free at {self.store.root}: "

@@ -20,7 +20,7 @@ from typing import Any
 from slim.checkpoints.checkpoint import MANIFEST, Checkpoint, checksums, open_checkpoint
 from slim.core.console import say, warn
 from slim.core.errors import SlimError
-from slim.core.io import read_json
+from slim.core.io import atomic_path, read_json, write_json
 
 DIGEST_LENGTH = 16
 
@@ -89,16 +89,13 @@ class Store:
 
         The caller holds the lock. A full disk is reported as ``SlimError``.
         """
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
-            yield partial
-            _sync(partial)
-            partial.rename(folder)
+            with atomic_path(folder) as partial:
+                partial.mkdir()
+                yield partial
+                _sync(partial)
             shutil.rmtree(self.work_folder(folder), ignore_errors=True)
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
             reraise_full_disk(error, folder)
             raise
 
@@ -134,16 +131,9 @@ class Store:
 
     def write_evaluation(self, path: Path, figures: dict) -> None:
         """Record figures, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(
-                json.dumps({"digest": digest(figures), "figures": figures}, indent=1),
-                encoding="utf-8",
-            )
-            partial.replace(path)
+            write_json(path, {"digest": digest(figures), "figures": figures})
         except OSError as error:
-            partial.unlink(missing_ok=True)
             reraise_full_disk(error, path)
             raise
 

@@ -20,6 +20,7 @@ from slim.checkpoints.store import reraise_full_disk
 from slim.core import processes
 from slim.core.console import results_console
 from slim.core.errors import SlimError
+from slim.core.io import atomic_path
 from slim.report.plan import show_plan
 from slim.sweeps import point as sweeps
 from slim.sweeps.names import point_name, typed
@@ -188,14 +189,8 @@ def check_output(output: str | None) -> Path | None:
 
 def copy_result(result: Result, output: Path) -> None:
     """Copy the final checkpoint, whole or not at all."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with atomic_path(output) as partial:
         shutil.copytree(result.checkpoint.folder, partial)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def quiet_libraries() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,8 @@ from slim.core.errors import SlimError
 
 if TYPE_CHECKING:
     import torch
+
+PARTIAL = ".partial"  # end of the name of what is being written
 
 _sums: dict[tuple[int, int, int, int], str] = {}  # device, inode, size, time of change -> SHA-256
 
@@ -79,8 +84,42 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a JSON file, complete or not at all.
+
+    Args:
+        path: The file; folders above it are made.
+        value: What it shall hold.
+    """
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def atomic_path(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a path to write to that takes the place of ``path`` if the body succeeds.
+
+    What the body wrote, a file or a folder, is removed where it fails. Where others may read at the
+    same time they see the old content or the new, never a part.
+
+    Args:
+        path: Where the content shall be; folders above it are made.
+        partial: Where to write until then, on the same disk; None: next to ``path``, under a name
+            that is the same for all processes, which need a lock if they write at the same time.
+    """
+    partial = partial or path.with_name(path.name + PARTIAL)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    remove(partial)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all it holds, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -68,11 +68,7 @@ class Layers(Stage):
 
     def check(self, spec: ModelSpec) -> None:
         spec.family  # noqa: B018 - refuses families whose parts are unknown
-        spec.require_merged()
-        if spec.quantization is not None:
-            raise SlimError(
-                f"{spec.name} is quantised. Build the student from plain weights and quantise the result."
-            )
+        spec.require_plain("Build the student from plain weights and quantize the result.")
         most = self.keep if isinstance(self.keep, int) else len(self.kept(spec.blocks))
         outside = [
             block

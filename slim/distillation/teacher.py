@@ -16,6 +16,7 @@ from slim.checkpoints.store import digest
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.errors import SlimError
 from slim.loading.load_model import load_model
+from slim.quantization.storage import weight_bytes
 
 if TYPE_CHECKING:
     from slim.checkpoints.checkpoint import Checkpoint
@@ -78,10 +79,7 @@ class Teacher:
         spec.family  # noqa: B018 - refuses families whose parts are unknown
         if self.quantizer is None:
             return spec
-        if spec.quantization is not None:
-            raise SlimError(
-                f"teacher.quant={self.quant}: {spec.name} is quantised already. Leave teacher.quant out."
-            )
+        spec.require_plain(f"Leave teacher.quant={self.quant} out.")
         self.quantizer.check(spec)
         return self.quantizer.output_spec(spec)
 
@@ -89,9 +87,9 @@ class Teacher:
         """Estimate the memory of its weights."""
         model = self.check()
         if model.quantization is not None:
-            return model.weight_bytes()
+            return weight_bytes(model)
         dtype = "float32" if self.dtype == "auto" and device == "cpu" else self.dtype
-        return model.weight_bytes(None if dtype == "auto" else dtype)
+        return weight_bytes(model, None if dtype == "auto" else dtype)
 
     def load(self, device: str):
         """Return the model, frozen, in evaluation mode; quantised block by block where that is

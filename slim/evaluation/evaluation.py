@@ -21,6 +21,7 @@ from slim.evaluation.perplexity import Perplexity
 from slim.evaluation.speed import Speed, preset
 from slim.evaluation.tasks import Tasks
 from slim.models.spec import resolve_dtype
+from slim.quantization.storage import packed_schemes
 
 if TYPE_CHECKING:
     from slim.models.spec import ModelSpec
@@ -110,18 +111,10 @@ class Evaluation:
 
         On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel and that
         of bitsandbytes take no other."""
-        from slim.quantization.methods.bitsandbytes import is_bitsandbytes
-
         if self.dtype == "auto" and device == "cpu" and spec.quantization is not None:
             blocks = spec.family.blocks + "."
-            if is_bitsandbytes(spec.quantization):
-                widths = {4 if spec.quantization.get("load_in_4bit") else 8}
-            else:
-                widths = {
-                    scheme.bits
-                    for layer, scheme in spec.packed_schemes().items()
-                    if layer.startswith(blocks)
-                }
+            schemes = packed_schemes(spec)
+            widths = {schemes[layer].bits for layer in schemes if layer.startswith(blocks)}
             if widths == {4}:
                 return "bfloat16"
         return self.quality_dtype(spec, device)

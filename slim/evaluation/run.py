@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from slim.evaluation.memory import MemoryMeter, release
-from slim.quantization.methods.bitsandbytes import is_bitsandbytes
 
 if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
@@ -65,18 +64,14 @@ def _measure_speed(
     folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str
 ) -> tuple:
     """Return the loaded model (None where it was changed to be fast) and its speed and memory."""
-    from slim.checkpoints.checkpoint import open_checkpoint
-    from slim.loading.load_model import load_model
+    from slim.loading.load_model import load_model, use_fast_kernels
 
     # outside the meter: tokenising a long text takes memory too
     prompts = evaluation.speed_prompts(tokenizer)
     warm_up(folder, device)
     with MemoryMeter(device) as meter:
-        model, changed = load_model(folder, dtype, device), False
-        if is_bitsandbytes(open_checkpoint(folder).spec.quantization):
-            from slim.loading.bitsandbytes import use_cpu_kernel
-
-            changed = use_cpu_kernel(model)
+        model = load_model(folder, dtype, device)
+        changed = use_fast_kernels(model, folder)
         figures = evaluation.measure_speed(model, prompts)
     figures["metrics"].update(memory_metrics(meter))
     figures["metrics"].update(evaluation.measure_use(model, prompts))
@@ -105,16 +100,11 @@ def warm_up(folder: Path, device: str) -> None:
     from slim.checkpoints.checkpoint import open_checkpoint
     from slim.checkpoints.writer import copy_companions
     from slim.evaluation.speed import Speed
-    from slim.loading.load_model import load_model
+    from slim.loading.load_model import import_libraries, load_model
     from slim.models.spec import FAMILIES
 
     checkpoint = open_checkpoint(folder)
-    if is_bitsandbytes(checkpoint.spec.quantization):
-        from slim.loading.bitsandbytes import library
-
-        library()
-    elif checkpoint.spec.quantization is not None:
-        import slim.loading.packed  # noqa: F401
+    import_libraries(checkpoint)
     model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:
         return

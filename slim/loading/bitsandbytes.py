@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import nn
 
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.core.errors import SlimError
-from slim.quantization.methods.bitsandbytes import KERNEL_ROWS, quantized_layers, require_library
+from slim.quantization.formats.bitsandbytes import KERNEL_ROWS, library
+from slim.quantization.storage import packed_schemes
 
 # types in which 4-bit codes may be stored
 ITEM_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
-def library() -> ModuleType:
-    """Return bitsandbytes. Raises ``SlimError`` if it is not installed."""
-    require_library()
-    return importlib.import_module("bitsandbytes")
+def load(checkpoint: Checkpoint, dtype: str, device: str, trainable: bool) -> nn.Module:
+    """Load a checkpoint of bitsandbytes; it can be trained, whether ``trainable`` or not."""
+    return load_bitsandbytes(checkpoint, dtype, device)
 
 
 def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> nn.Module:
@@ -28,7 +25,7 @@ def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -
 
     dtype: type of activations and plain weights, and the one 4-bit layers multiply in, whatever the
     config says. The model can be trained (adapters): layers keep the layout of the file, see
-    :func:`use_cpu_kernel`. Raises ``SlimError`` for tensors that are missing or do not fit."""
+    :func:`use_fast_kernels`. Raises ``SlimError`` for tensors that are missing or do not fit."""
     from transformers import AutoModelForCausalLM
 
     bnb = library()
@@ -61,7 +58,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     config says."""
     spec = checkpoint.spec
     eight = bool(spec.quantization.get("load_in_8bit"))
-    for name, rows, columns in quantized_layers(spec) if spec.known else ():
+    for name in packed_schemes(spec) if spec.known else ():
+        rows, columns = spec.matrices()[name]
         for end in ("weight", "SCB") if eight else ("weight", "weight.absmax", "weight.quant_map"):
             if f"{name}.{end}" not in checkpoint.tensors:
                 raise SlimError(
@@ -78,7 +76,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             )
 
 
-def use_cpu_kernel(model: nn.Module) -> bool:
+def use_fast_kernels(model: nn.Module) -> bool:
     """Let 4-bit layers on a CPU multiply by bitsandbytes' own kernel, where the processor has
     AVX-512 BF16.
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from slim.core.console import hide_library_bars
 from slim.core.errors import SlimError
 from slim.models.spec import resolve_dtype
+from slim.quantization.formats import read_config
+
+# modules that load a format's files: load(checkpoint, dtype, device, trainable) and
+# use_fast_kernels(model); named, not imported, as each brings torch
+PACKED = "slim.loading.packed"
+LOADERS = {"bitsandbytes": "slim.loading.bitsandbytes"}
 
 
 def load_model(
@@ -38,15 +46,7 @@ def _load_base(checkpoint: Checkpoint, wanted: str, device: str, trainable: bool
 
     folder = checkpoint.folder
     if checkpoint.spec.quantization is not None:
-        from slim.quantization.methods.bitsandbytes import is_bitsandbytes
-
-        if is_bitsandbytes(checkpoint.spec.quantization):
-            from slim.loading.bitsandbytes import load_bitsandbytes
-
-            return load_bitsandbytes(checkpoint, wanted, device)
-        from slim.loading.packed import load_quantized
-
-        return load_quantized(checkpoint, wanted, device, kernels=not trainable).eval()
+        return loader(checkpoint).load(checkpoint, wanted, device, trainable)
     check_shapes(checkpoint)
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -61,6 +61,39 @@ def _load_base(checkpoint: Checkpoint, wanted: str, device: str, trainable: bool
             f"{folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'."
         )
     return model.to(device).eval()
+
+
+def loader(checkpoint: Checkpoint) -> ModuleType:
+    """Return the module that loads a quantized checkpoint and knows its kernels.
+
+    Raises:
+        SlimError: slim does not read the format.
+    """
+    stored = read_config(checkpoint.spec.quantization, str(checkpoint.folder))
+    return importlib.import_module(LOADERS.get(stored.format.name, PACKED))
+
+
+def import_libraries(checkpoint: Checkpoint) -> None:
+    """Import what loading the checkpoint imports, so that it is not measured as the model's own."""
+    if checkpoint.spec.quantization is not None:
+        loader(checkpoint)
+        read_config(checkpoint.spec.quantization).format.import_library()
+
+
+def use_fast_kernels(model, folder: Path | str) -> bool:
+    """Let a loaded model run by kernels that only serve to measure speed.
+
+    Args:
+        model: What :func:`load_model` returned.
+        folder: The checkpoint it came from.
+
+    Returns:
+        Whether the model was changed, so that nothing else should be done with it.
+    """
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.spec.quantization is None:
+        return False
+    return loader(checkpoint).use_fast_kernels(model)
 
 
 def check_shapes(checkpoint: Checkpoint) -> None:

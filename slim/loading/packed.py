@@ -48,6 +48,16 @@ def load_quantized(
     return model.eval()
 
 
+def load(checkpoint: Checkpoint, dtype: str, device: str, trainable: bool) -> nn.Module:
+    """Load a packed checkpoint; ``trainable`` keeps the layouts that gradients can pass."""
+    return load_quantized(checkpoint, dtype, device, kernels=not trainable)
+
+
+def use_fast_kernels(model: nn.Module) -> bool:
+    """Return False: the kernels chosen on loading are the fastest there are."""
+    return False
+
+
 def packed_scheme(stored: Stored, reader: TensorReader, name: str, optional: bool) -> Scheme | None:
     """Return the scheme of a layer that the file holds packed; None: it is plain.
 

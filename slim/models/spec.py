@@ -147,6 +147,17 @@ class ModelSpec:
                 "was trained on. Put this stage before the tuner, or tune with tuner.merge=true."
             )
 
+    def require_plain(self, advice: str) -> None:
+        """Raise ``SlimError`` where weights are quantized, or an adapter was trained for them.
+
+        Args:
+            advice: What to do instead of changing quantized weights, one sentence.
+        """
+        self.require_merged()
+        if self.quantization is not None:
+            method = self.quantization.get("quant_method", "an unknown method")
+            raise SlimError(f"{self.name} is already quantized ({method}). {advice}")
+
     @property
     def differing(self) -> dict[int, dict]:
         """Where blocks differ in size: block -> entries that replace the config's own there
@@ -245,59 +256,7 @@ class ModelSpec:
         float32."""
         return 0 if self.adapter is None else self.adapter["parameters"]
 
-    def weight_bytes(self, dtype: str | None = None) -> int:
-        """Estimate the bytes of all weights as stored; with ``dtype``, as plain weights of that
-        type."""
-        plain = DTYPE_BYTES.get(dtype or self.dtype, 4)
-        if dtype is not None or self.quantization is None:
-            return self.parameters() * plain
-        packed, weights = self._packed_bytes()
-        own = self.parameters() - self.adapter_parameters
-        return (own - weights) * plain + packed + 4 * self.adapter_parameters
-
-    def packed_schemes(self) -> dict:
-        """Return full layer name -> ``Scheme`` of every linear layer and embedding that is stored
-        packed.
-
-        A head that shares the embedding is not in it. Raises ``SlimError`` for formats that slim
-        does not read."""
-        from slim.quantization.formats import read_config
-
-        if self.quantization is None:
-            return {}
-        stored = read_config(self.quantization, self.name)
-        schemes = {name: stored.scheme(name) for name in self._matrices()}
-        return {name: scheme for name, scheme in schemes.items() if scheme is not None}
-
-    def packed_bits(self) -> float:
-        """Return the stored bits per quantised weight: codes, scales, zero points, and the groups'
-        order."""
-        packed, weights = self._packed_bytes()
-        return 8 * packed / max(1, weights)
-
-    def _packed_bytes(self) -> tuple[int, int]:
-        """Return the bytes of all packed layers as stored, and the number of weights they stand
-        for."""
-        from slim.quantization.formats import read_config
-        from slim.quantization.methods import bitsandbytes as bnb
-
-        if bnb.is_bitsandbytes(self.quantization):
-            return bnb.packed_bytes(self)
-        stored, shapes, size, weights = (
-            read_config(self.quantization, self.name),
-            self._matrices(),
-            0,
-            0,
-        )
-        for name, scheme in self.packed_schemes().items():
-            rows, columns = shapes[name]
-            size += stored.format.layer_bytes(
-                rows, columns, scheme, self.dtype, stored.ordered(name)
-            )
-            weights += rows * columns
-        return size, weights
-
-    def _matrices(self) -> dict[str, tuple[int, int]]:
+    def matrices(self) -> dict[str, tuple[int, int]]:
         """Return full name -> (out_features, in_features) of all linear layers and embeddings, a
         shared one once."""
         ends = [self.family.embeddings] if self.tied else [self.family.embeddings, self.family.head]

@@ -11,6 +11,7 @@ from slim.checkpoints.stage import Context
 from slim.core.settings import require_number
 from slim.data.calibration import Calibration
 from slim.models.spec import DTYPE_BYTES, ModelSpec, resolve_dtype
+from slim.quantization.storage import weight_bytes
 
 # What torch, transformers and a picture take by themselves on a CPU (measured: 450 to 500 MB over
 # the interpreter).
@@ -53,7 +54,7 @@ def forward_bytes(spec: ModelSpec, device: str, samples: int, length: int) -> in
     )
     # as computed, in float32, their softmax, its gradient
     logits = min(LOGITS_AT_ONCE, tokens * spec.vocab_size)
-    return LIBRARY_BYTES + spec.weight_bytes(dtype) + block + 4 * 4 * logits
+    return LIBRARY_BYTES + weight_bytes(spec, dtype) + block + 4 * 4 * logits
 
 
 def shard_bytes(spec: ModelSpec) -> int:

@@ -178,11 +178,7 @@ class DepthPruning(Stage):
 
     def check(self, spec: ModelSpec) -> None:
         depth, family = spec.blocks, spec.family  # the family raises where it is unknown
-        spec.require_merged()
-        if spec.quantization is not None:
-            raise SlimError(
-                f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
-            )
+        spec.require_plain("Prune first, quantize afterwards.")
         if self.reconstruct and family.norms_outputs:
             possible = ", ".join(
                 name for name, other in FAMILIES.items() if not other.norms_outputs

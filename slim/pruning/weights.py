@@ -166,11 +166,7 @@ class WeightPruning(Stage):
 
     def check(self, spec: ModelSpec) -> None:
         spec.family  # noqa: B018 - refuses families whose parts are unknown
-        spec.require_merged()
-        if spec.quantization is not None:
-            raise SlimError(
-                f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
-            )
+        spec.require_plain("Prune first, quantize afterwards.")
         for block in range(spec.blocks if self.m else 0):
             for name, (_, columns) in spec.block_linears(block).items():
                 if columns % self.m:

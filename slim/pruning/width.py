@@ -130,11 +130,7 @@ class WidthPruning(Stage):
                 f"{spec.name} keeps several projections in one matrix ({family.fused[0]}), which width pruning cannot cut. "
                 f"It works for {possible}. Depth and weight pruning work for this model."
             )
-        spec.require_merged()
-        if spec.quantization is not None:
-            raise SlimError(
-                f"{spec.name} is already quantised: prune first, quantise afterwards (or start from its parent)."
-            )
+        spec.require_plain("Prune first, quantize afterwards.")
         for name in ("first_block", "last_block"):
             if (getattr(self, name) or 0) >= depth:
                 raise SlimError(

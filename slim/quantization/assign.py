@@ -94,12 +94,7 @@ def pinned_layers(names: Iterable[str], overrides: Mapping[str, Mapping]) -> set
 def check_plain(spec: ModelSpec) -> None:
     """Raise ``SlimError`` if ``spec`` is quantised already or of an unknown family."""
     spec.family  # noqa: B018 - refuses families whose parts are unknown
-    spec.require_merged()
-    if spec.quantization is not None:
-        method = spec.quantization.get("quant_method", "an unknown method")
-        raise SlimError(
-            f"{spec.name} is already quantised ({method}). Quantise the model it was made from."
-        )
+    spec.require_plain("Quantize the model it was made from.")
 
 
 def check_groups(spec: ModelSpec, schemes: Mapping[str, Scheme]) -> None:

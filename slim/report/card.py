@@ -10,10 +10,10 @@ import json
 import os
 import re
 import shlex
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slim.core.io import PARTIAL, atomic_path
 from slim.models.heterogeneous import CARD
 from slim.report.runs import without_places
 
@@ -51,17 +51,10 @@ def write_card(results: list[Result], typed: list[str], script: str = "compress.
         source_facts(results[0].checkpoint),
         command(typed, script),
     )
-    handle, partial = tempfile.mkstemp(
-        dir=path.parent.parent, prefix=f".{path.parent.name}.", suffix=".partial"
-    )
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except OSError:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    # outside the result, and a name of this process's own: others may write the same card
+    partial = path.parent.with_name(f".{path.parent.name}.{os.getpid()}{PARTIAL}")
+    with atomic_path(path, partial):
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

@@ -7,6 +7,7 @@ from slim.checkpoints.result import Step
 from slim.checkpoints.stage import Stage
 from slim.core.console import results_console
 from slim.core.text import gigabytes
+from slim.quantization.storage import weight_bytes
 
 
 def show_plan(pipeline: Pipeline, steps: list[Step]) -> None:
@@ -39,7 +40,7 @@ def plan_table(steps: list[Step]):
             else "to be fetched"
         )
         peak = "-" if step.cached or not step.peak_bytes else gigabytes(step.peak_bytes)
-        size = gigabytes(step.spec.weight_bytes())
+        size = gigabytes(weight_bytes(step.spec))
         folder = step.folder.name if step.folder else "-"
         table.add_row(step.label, state, f"{step.spec.parameters():,}", size, peak, folder)
     return table

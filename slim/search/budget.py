@@ -14,6 +14,7 @@ from slim.core.errors import SlimError
 from slim.core.settings import require_number
 from slim.models.families import SLIDING
 from slim.models.spec import DTYPE_BYTES
+from slim.quantization.storage import weight_bytes
 from slim.search.metrics import DECODE, offered, require_metric
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Budget:
     def check_plan(self, spec: ModelSpec) -> None:
         """Raise :class:`OverBudget` if the model that a plan ends in takes more memory than there
         may be."""
-        needed = self.memory(spec.weight_bytes(), spec)
+        needed = self.memory(weight_bytes(spec), spec)
         if self.memory_gb is not None and needed > self.memory_gb * GIGABYTE:
             raise OverBudget(
                 f"over budget.memory_gb={self.memory_gb:g} by its plan: {size(needed)}", needed

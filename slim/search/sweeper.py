@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.core.settings import require_number
+from slim.quantization.storage import weight_bytes
 from slim.search.budget import OverBudget
 from slim.search.outcome import Trial, conclude, show
 from slim.search.point import planned_model
@@ -121,7 +122,7 @@ class Run:
         try:
             if planned.error is None:
                 trial.model = planned_model(planned.config)
-                trial.needed = self.search.budget.memory(trial.model.weight_bytes(), trial.model)
+                trial.needed = self.search.budget.memory(weight_bytes(trial.model), trial.model)
                 self.search.budget.check_plan(trial.model)
         except OverBudget as error:
             trial.skipped, trial.error = True, str(error)

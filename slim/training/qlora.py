@@ -16,7 +16,6 @@ The quantised base is worse than the source. So a merged result has to beat the 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +24,14 @@ from typing import TYPE_CHECKING, ClassVar
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.stage import Context
 from slim.core import processes
-from slim.core.errors import SlimError
+from slim.core.io import atomic_path
 from slim.core.lazy import LazyModule
 from slim.core.settings import require_choice, require_flag
 from slim.loading.load_model import load_model
 from slim.models.spec import ModelSpec
+from slim.quantization.formats.bitsandbytes import require_library
 from slim.quantization.methods import bitsandbytes as bnb
+from slim.quantization.storage import weight_bytes
 from slim.training.tune import Lora
 
 if TYPE_CHECKING:
@@ -68,13 +69,11 @@ class QLora(Lora):
         return bnb.NF4(self.double_quant) if self.base_quant == "nf4" else bnb.Int8()
 
     def check_weights(self, spec: ModelSpec) -> None:
-        if spec.quantization is not None:
-            raise SlimError(
-                f"{spec.name} is quantised already, and tuner=qlora quantises by itself. "
-                "Use tuner=lora tuner.merge=false to train adapters beside it."
-            )
+        spec.require_plain(
+            "tuner=qlora quantizes by itself: use tuner=lora tuner.merge=false on this model."
+        )
         self.refuse_splitting()
-        bnb.require_library()
+        require_library()
         self.quantizer.check(spec)
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
@@ -83,8 +82,8 @@ class QLora(Lora):
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         packed = super().peak_bytes(self.quantizer.output_spec(spec), device)
         # while merging, beside the packed base
-        dense = spec.weight_bytes("float32" if device == "cpu" else None)
-        merging = self.quantizer.output_spec(spec).weight_bytes() + dense if self.merge else 0
+        dense = weight_bytes(spec, "float32" if device == "cpu" else None)
+        merging = weight_bytes(self.quantizer.output_spec(spec)) + dense if self.merge else 0
         return max(self.quantizer.peak_bytes(spec, device), packed, merging)
 
     # The work
@@ -94,11 +93,9 @@ class QLora(Lora):
         goes on."""
         folder = context.work / BASE
         if processes.is_main_process() and not folder.is_dir():
-            partial = folder.with_name(BASE + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self.quantizer.run(checkpoint.folder, partial, Context(context.device))
-            partial.rename(folder)
+            with atomic_path(folder) as partial:
+                partial.mkdir()
+                self.quantizer.run(checkpoint.folder, partial, Context(context.device))
         processes.broadcast_flag(True)  # the others wait for it
         return open_checkpoint(folder)
 

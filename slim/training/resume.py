@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slim.core import processes
 from slim.core.console import say
 from slim.core.hardware import versions
+from slim.core.io import save_tensors, write_json
 from slim.training import distributed
 from slim.training.callbacks import Outcome, Record, Report, trained_state
 from slim.training.zero_state import is_partitioned, own_state, restore_own_state
@@ -59,8 +60,6 @@ class SavedTraining:
     def write(self, record: dict, tensors: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
         """Replace what is saved, at once or not at all. mine: tensors that every process has of its
         own; all call this."""
-        from slim.core.io import save_tensors
-
         if mine:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(mine, self._own(record["step"]))
@@ -70,10 +69,8 @@ class SavedTraining:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{record['step']}.training"
         save_tensors(tensors, file)
-        partial = self._record.with_suffix(".partial")
         record = {**record, "setting": self.setting, "file": file.name, "parts": bool(mine)}
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.replace(self._record)
+        write_json(self._record, record)
         for old in self.folder.glob("step-*.training"):
             if not old.name.startswith(f"{file.stem}."):
                 old.unlink()

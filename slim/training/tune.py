@@ -14,7 +14,8 @@ from slim.core.settings import require_flag, require_number
 from slim.loading.load_model import load_model
 from slim.models.spec import ADAPTER
 from slim.quantization.assign import layer_shapes
-from slim.quantization.methods.bitsandbytes import is_bitsandbytes, require_library
+from slim.quantization.formats import read_config
+from slim.quantization.storage import weight_bytes
 from slim.training.targets import find_ranks, find_targets, require_small
 from slim.training.tuner import Tuner
 
@@ -97,11 +98,9 @@ class Lora(Tuner):
                 f"Use {self.group}.merge=false to keep them beside it. Or: Tune first and quantise the result."
             )
         self.refuse_splitting()
-        if is_bitsandbytes(spec.quantization):
-            require_library()
-            return
-        spec.packed_schemes()  # refuses formats that slim does not read
-        if self.dora:
+        stored = read_config(spec.quantization, spec.name)  # refuses formats slim does not read
+        stored.format.require_library()
+        if self.dora and not stored.format.trains_dora:
             need = "needs plain weights or those of bitsandbytes"
             raise SlimError(f"{self.group}.dora=true {need}. Use {self.group}.dora=false.")
 
@@ -143,7 +142,7 @@ class Lora(Tuner):
         plain = "float32" if device == "cpu" and spec.quantization is None else None
         # merging makes one layer's product
         trained = self.bytes_per_trained * self.adapter_parameters(spec)
-        return spec.weight_bytes(plain) + trained + self.activation_bytes(spec)
+        return weight_bytes(spec, plain) + trained + self.activation_bytes(spec)
 
     def prepare(self, source: Path, device: str, spec: ModelSpec):
         model = load_model(source, device=device, trainable=True)

@@ -162,11 +162,9 @@ class Tuner(Stage):
 
     def check_weights(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` for weights that cannot be trained."""
-        if spec.quantization is not None:
-            raise SlimError(
-                f"{spec.name} is quantised, and only plain weights can be tuned whole. Tune first and quantise the result, "
-                f"or train adapters beside it: tuner=lora tuner.merge=false."
-            )
+        spec.require_plain(
+            "Tune first and quantize the result, or train adapters: tuner=lora tuner.merge=false."
+        )
 
     def packages(self) -> tuple[str, ...]:
         """Packages needed beside Lightning."""

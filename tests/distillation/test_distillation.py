@@ -23,6 +23,7 @@ from slim.distillation.layer_map import Matching
 from slim.distillation.questions import Generation
 from slim.distillation.stage import Full, Lora, distill
 from slim.loading.load_model import load_model
+from slim.quantization.storage import weight_bytes
 from slim.training.schedule import learning_rate_factor
 from tests.conftest import ROOT, build_small
 from tests.support.distilling import NARROW, QUICK, by, weights
@@ -316,9 +317,9 @@ def test_a_teacher_that_cannot_teach_is_refused(teacher, student):
 def test_the_plan_counts_the_teachers_memory(teacher, student):
     spec = open_checkpoint(student).spec
     large, small = (Lora(**by(folder)).peak_bytes(spec, "cpu") for folder in (teacher, student))
-    assert large - small == open_checkpoint(teacher).spec.weight_bytes(
-        "float32"
-    ) - spec.weight_bytes("float32")
+    assert large - small == weight_bytes(open_checkpoint(teacher).spec, "float32") - weight_bytes(
+        spec, "float32"
+    )
     assert large > Lora(**by(teacher, accumulation=4)).peak_bytes(spec, "cpu")
 
 
@@ -399,7 +400,7 @@ def test_a_quantised_teacher_teaches(student, tmp_path):
     }
     assert losses["packed"] == losses["before"] != losses["plain"]
     assert losses["packed"] == pytest.approx(losses["plain"], rel=0.02)
-    with pytest.raises(SlimError, match="is quantised already"):
+    with pytest.raises(SlimError, match="is already quantized"):
         Lora(**by(tmp_path / "nf4", quant="nf4")).check(open_checkpoint(student).spec)
 
 

@@ -313,7 +313,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(small_llama):
         SlimError, match="pruner.m=5 does not divide the 64 inputs of self_attn.q_proj"
     ):
         MagnitudeWeights(n=2, m=5).check(spec)
-    with pytest.raises(SlimError, match="already quantised"):
+    with pytest.raises(SlimError, match="already quantized"):
         MagnitudeWeights().check(spec.with_config(quantization_config={"quant_method": "x"}))
     with pytest.raises(SlimError, match="does not know the model family 'mamba'"):
         MagnitudeWeights().check(spec.with_config(model_type="mamba"))

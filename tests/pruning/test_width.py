@@ -609,7 +609,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(
 
 def test_models_that_cannot_be_pruned_are_refused(small_llama, calibration):
     spec = open_checkpoint(small_llama).spec
-    with pytest.raises(SlimError, match="already quantised"):
+    with pytest.raises(SlimError, match="already quantized"):
         WidthL1(calibration=calibration, rounding=8).check(
             spec.with_config(quantization_config={"quant_method": "x"})
         )

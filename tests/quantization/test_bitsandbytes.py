@@ -18,10 +18,11 @@ from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.stage import Context
 from slim.core.errors import SlimError
 from slim.evaluation.memory import weights_bytes
-from slim.loading.bitsandbytes import use_cpu_kernel
+from slim.loading.bitsandbytes import use_fast_kernels
 from slim.loading.load_model import load_model
 from slim.models.spec import ModelSpec
 from slim.quantization.methods.bitsandbytes import NF4, Int8
+from slim.quantization.storage import weight_bytes
 from tests.conftest import build_small
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -268,7 +269,7 @@ def test_facts_sizes_and_errors(name, source, packed, tmp_path):
     assert facts["layer_error_max"] == max(row["error"] for row in table)
     stored = load_file(packed[name] / "model.safetensors")
     spec = open_checkpoint(packed[name]).spec
-    assert spec.weight_bytes() == pytest.approx(
+    assert weight_bytes(spec) == pytest.approx(
         sum(tensor.nbytes for tensor in stored.values()), rel=1e-3
     )
     assert spec.parameters() == open_checkpoint(source).spec.parameters()
@@ -294,12 +295,12 @@ def test_weights_in_memory_are_those_of_the_file(name, packed):
 
 def test_the_cpu_kernel_is_taken_only_in_bfloat16(source, packed):
     if not bnb.functional.has_avx512bf16():
-        assert not use_cpu_kernel(load_model(packed["nf4"], "bfloat16"))
+        assert not use_fast_kernels(load_model(packed["nf4"], "bfloat16"))
         pytest.skip("this processor has no AVX-512 BF16")
-    assert not use_cpu_kernel(load_model(packed["nf4"], "float32"))
-    assert not use_cpu_kernel(load_model(packed["int8"], "bfloat16"))
+    assert not use_fast_kernels(load_model(packed["nf4"], "float32"))
+    assert not use_fast_kernels(load_model(packed["int8"], "bfloat16"))
     model = load_model(packed["nf4"], "bfloat16")
-    assert use_cpu_kernel(model)
+    assert use_fast_kernels(model)
     assert relative(logits(model), logits(dense_model(source, packed["nf4"]))) < 3e-2
     assert model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu
 
@@ -360,11 +361,11 @@ def spec(**changes):
             {"intermediate_size": 336},
             "outputs are divisible by 32.*gate_proj in some model has 128 and 336",
         ),
-        (NF4(), {"quantization_config": {"quant_method": "gptq"}}, r"already quantised \(gptq\)"),
+        (NF4(), {"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
         (
             Int8(),
             {"quantization_config": {"quant_method": "bitsandbytes"}},
-            r"already quantised \(bitsandbytes\)",
+            r"already quantized \(bitsandbytes\)",
         ),
         (Int8(), {"model_type": "gpt2"}, "does not know the model family 'gpt2'"),
     ],
@@ -483,7 +484,7 @@ def test_files_of_others_are_read(source, tmp_path):
     assert sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()) == 6
     assert relative(logits(model), logits(theirs)) < 3e-2
     stored = sum(tensor.nbytes for tensor in load_file(found.weight_files[0]).values())
-    assert found.spec.weight_bytes() == pytest.approx(stored, rel=2e-3)
+    assert weight_bytes(found.spec) == pytest.approx(stored, rel=2e-3)
 
 
 def test_speed_is_measured_by_the_kernel_and_quality_is_not(packed):

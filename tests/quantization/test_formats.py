@@ -18,7 +18,7 @@ from slim.checkpoints.checkpoint import open_checkpoint
 from slim.core.errors import SlimError
 from slim.loading.load_model import load_model
 from slim.models.spec import ModelSpec
-from slim.quantization.formats import FORMATS, get_format, read_config
+from slim.quantization.formats import WRITTEN, get_format, read_config
 from slim.quantization.formats.base import Packed
 from slim.quantization.kernels.linear import (
     INT8_ROWS,
@@ -29,6 +29,7 @@ from slim.quantization.kernels.linear import (
 from slim.quantization.kernels.packing import pack
 from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.grid import Quantized, minmax
+from slim.quantization.storage import packed_bits, packed_schemes, weight_bytes
 from tests.conftest import build_small
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -307,7 +308,7 @@ def tied(tmp_path_factory):
 
 CASES = [
     (name, bits, symmetric, ordered)
-    for name in FORMATS
+    for name in WRITTEN
     for bits in (2, 3, 4, 8)
     for symmetric in (True, False)
     for ordered in (False, True)
@@ -328,7 +329,7 @@ def test_reloaded_logits_equal_those_of_the_rounded_weights(
     half = load_model(tmp_path / "q", "float16")
     assert relative(logits(half, source.tokens), source.logits(dense, torch.float16)) < 2e-3
     checkpoint = open_checkpoint(tmp_path / "q")
-    assert {checkpoint.spec.packed_schemes()[layer].bits for layer in schemes} == {bits}
+    assert {packed_schemes(checkpoint.spec)[layer].bits for layer in schemes} == {bits}
     require_expected_bytes(checkpoint)
 
 
@@ -339,7 +340,7 @@ def require_expected_bytes(checkpoint):
     for name, (_, dtype, shape) in checkpoint.tensors.items():
         if not name.endswith("weight_shape"):
             held += widths[dtype] * torch.Size(shape).numel()
-    assert checkpoint.spec.weight_bytes() == held
+    assert weight_bytes(checkpoint.spec) == held
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
@@ -781,9 +782,10 @@ def compressed(**weights):
     ("config", "message"),
     [
         (
-            {"quant_method": "bitsandbytes"},
-            "quant_method=bitsandbytes. slim reads compressed-tensors, gptq, awq",
+            {"quant_method": "aqlm"},
+            "quant_method=aqlm. slim reads compressed-tensors, gptq, awq, bitsandbytes",
         ),
+        ({"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit"),
         ({}, "quant_method=None"),
         (
             {**GPTQ_CONFIG, "checkpoint_format": "marlin"},
@@ -898,7 +900,7 @@ def test_damaged_files_and_wrong_configs(tensor, value, config, message, gptq_fi
         load_model(folder, "float32")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scales_that_are_not_finite(name, value):
     codes, zero, scale = random_layer(4, 8, 32, 16, False)
@@ -938,13 +940,13 @@ def test_stored_bits_per_weight():
         vocab_size=512, dtype="bfloat16",
     )  # fmt: skip
     model = ModelSpec(config)
-    linears = [name for name in model._matrices() if "_proj" in name]
+    linears = [name for name in model.matrices() if "_proj" in name]
 
     def bits(name, scheme, ordered=False):
         quantization = get_format(name).config(
             dict.fromkeys(linears, scheme), [*linears, "lm_head"], ordered
         )
-        return model.with_config(quantization_config=quantization).packed_bits()
+        return packed_bits(model.with_config(quantization_config=quantization))
 
     assert bits("compressed-tensors", Scheme(4, 128, False)) == pytest.approx(4 + 20 / 128)
     assert bits("compressed-tensors", Scheme(4, 128, True)) == pytest.approx(4 + 16 / 128)

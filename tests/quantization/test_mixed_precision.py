@@ -25,6 +25,7 @@ from slim.quantization.methods.awq import AWQ
 from slim.quantization.methods.gptq import GPTQ
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
+from slim.quantization.storage import weight_bytes
 from tests.conftest import build_small
 
 HEAD = Scheme(8, -1, True)
@@ -164,7 +165,7 @@ def test_automatic_bits_keep_the_budget_and_beat_equal_bits(method, calibration,
 
 def test_a_budget_in_bytes_is_kept(small_llama, tmp_path):
     plain = open_checkpoint(small_llama).spec
-    limits = [RTN(bits, 32).output_spec(plain).weight_bytes() for bits in (2, 8)]
+    limits = [weight_bytes(RTN(bits, 32).output_spec(plain)) for bits in (2, 8)]
     budget = (0.6 * limits[0] + 0.4 * limits[1]) / 1e9
     facts = run(RTN("auto", 32, budget_gb=budget), small_llama, tmp_path / "q")
     written = sum(
@@ -251,7 +252,7 @@ def test_head_and_embedding(which, tied, tmp_path):
     )
     # the embedding stays as it is, the head gets its own weights
     untied = tied and which == "lm_head"
-    assert sum(value.nbytes for value in tensors.values()) < plain.weight_bytes() * (
+    assert sum(value.nbytes for value in tensors.values()) < weight_bytes(plain) * (
         0.9 if untied else 0.6
     )
     tokens = torch.arange(3, 60)[None]
@@ -261,7 +262,7 @@ def test_head_and_embedding(which, tied, tmp_path):
             load_model(tmp_path / "q")(tokens).logits,
         )
     assert 1e-5 < (found - expected).norm() / expected.norm() < 0.03
-    assert stage.output_spec(plain).weight_bytes() == pytest.approx(
+    assert weight_bytes(stage.output_spec(plain)) == pytest.approx(
         sum(value.nbytes for value in tensors.values()), rel=0.02
     )
 

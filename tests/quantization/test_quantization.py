@@ -27,6 +27,7 @@ from slim.quantization.methods.awq import AWQ, ActivationAware
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.grid import decode, layer_loss, minmax
+from slim.quantization.storage import packed_bits, weight_bytes
 from tests.conftest import build_small
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 12}, "qwen2": {}, "qwen3": {"head_dim": 32}}
@@ -429,7 +430,7 @@ def test_facts_report_and_expected_size(small_llama, calibration, tmp_path):
     assert sizes["model.layers.0.mlp.down_proj.weight_packed"] == (64, 16)
     assert sizes["model.layers.0.mlp.down_proj.weight_zero_point"] == (8, 4)
     header = 16 * 7 * 6 + 2000 + 400 * len(sizes)
-    assert abs(result.bytes_on_disk - stage.output_spec(source).weight_bytes()) < header
+    assert abs(result.bytes_on_disk - weight_bytes(stage.output_spec(source))) < header
     assert result.spec.quantization == stage.output_spec(source).quantization
     assert stage.peak_bytes(source, "cpu") > 0
 
@@ -442,9 +443,9 @@ def test_group_sizes_count_in_bits_per_weight():
         model_type="llama", num_hidden_layers=2, vocab_size=100, dtype="bfloat16", **sizes
     )
     model = ModelSpec(config)
-    assert RTN(4, 128).output_spec(model).packed_bits() == pytest.approx(4 + 20 / 128)
-    assert RTN(3, 64, True).output_spec(model).packed_bits() == pytest.approx(3 + 16 / 64)
-    assert 3 < RTN(3, -1, True).output_spec(model).packed_bits() < 3.04
+    assert packed_bits(RTN(4, 128).output_spec(model)) == pytest.approx(4 + 20 / 128)
+    assert packed_bits(RTN(3, 64, True).output_spec(model)) == pytest.approx(3 + 16 / 64)
+    assert 3 < packed_bits(RTN(3, -1, True).output_spec(model)) < 3.04
 
 
 def test_refusals(small_llama, tmp_path):
@@ -460,7 +461,7 @@ def test_refusals(small_llama, tmp_path):
         match=r"group_size=128 does not divide the 64 inputs of model\.layers\.0\.self_attn\.q_proj.*: 32, 64, -1",
     ):
         RTN(4, 128).check(spec)
-    with pytest.raises(SlimError, match="already quantised"):
+    with pytest.raises(SlimError, match="already quantized"):
         RTN(4, 32).check(RTN(4, 32).output_spec(spec))
     with pytest.raises(SlimError, match="does not know the model family 'gpt2'"):
         RTN(4, 32).check(spec.with_config(model_type="gpt2"))

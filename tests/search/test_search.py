@@ -18,6 +18,7 @@ from slim.chain.compose import CONF, compose
 from slim.cli.commands import run_compress as main
 from slim.cli.launch import launch
 from slim.core.errors import SlimError
+from slim.quantization.storage import weight_bytes
 from slim.search.budget import Budget, OverBudget, cache_bytes
 from slim.search.metrics import is_better_high, offered, require_metric
 from slim.search.outcome import Trial, best, conclude
@@ -109,7 +110,7 @@ def test_a_plan_over_the_budget_is_refused_with_what_it_needs(small_llama):
 
     checkpoint = open_checkpoint(small_llama)
     # blocks, keys and values, heads, size, float32
-    needed = checkpoint.spec.weight_bytes() + 100 * 6 * 2 * 2 * 16 * 4
+    needed = weight_bytes(checkpoint.spec) + 100 * 6 * 2 * 2 * 16 * 4
     assert needed == pytest.approx(checkpoint.bytes_on_disk + 100 * 6 * 2 * 2 * 16 * 4, rel=0.01)
     Budget(memory_gb=needed / 1e9, context=100).check_plan(checkpoint.spec)
     with pytest.raises(OverBudget, match="over budget.memory_gb=.* by its plan") as refused:

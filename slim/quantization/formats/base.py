@@ -46,6 +46,10 @@ class Stored:
         """Whether the columns of a quantised layer were grouped in activation order."""
         return self.format.is_ordered(self.config, layer)
 
+    def layer_bytes(self, layer: str, rows: int, columns: int, model_dtype: str) -> int:
+        """Return the bytes that a quantized layer [rows, columns] takes in the file."""
+        return self.format.bytes_of(self.config, layer, rows, columns, model_dtype)
+
 
 @dataclass
 class Packed:
@@ -73,6 +77,18 @@ class Format:
     name: str
     quant_method: str
     codes: str
+    # whether DoRA, which needs the norms of whole weights, can be trained on top of packed layers
+    trains_dora: bool = False
+
+    def describes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a ``quantization_config`` is one of this format's."""
+        return config.get("quant_method") == self.quant_method
+
+    def require_library(self) -> None:
+        """Raise ``SlimError`` where a package that the format needs is not installed."""
+
+    def import_library(self) -> None:
+        """Import the package that runs the format's layers, where it is not slim itself."""
 
     def scale_dtype(self, model_dtype: str) -> str:
         """Return the type scales are stored in, such as ``"float16"``, for a model of
@@ -120,6 +136,12 @@ class Format:
     def scheme_of(self, config: dict, layer: str) -> Scheme | None:
         """Return the scheme of a layer according to a checked config; None: it is plain."""
         raise NotImplementedError
+
+    def bytes_of(self, config: dict, layer: str, rows: int, columns: int, model_dtype: str) -> int:
+        """Return the bytes that layer [rows, columns] takes in the file, according to a checked
+        config."""
+        scheme, ordered = self.scheme_of(config, layer), self.is_ordered(config, layer)
+        return self.layer_bytes(rows, columns, scheme, model_dtype, ordered)
 
     def is_ordered(self, config: dict, layer: str) -> bool:
         """Whether a layer's groups are in activation order, according to a checked config."""

@@ -24,6 +24,7 @@ from slim.quantization.assign import (
 )
 from slim.quantization.formats import get_format
 from slim.quantization.scheme import BITS, GROUP_SIZES, WHOLE_ROW, Scheme
+from slim.quantization.storage import packed_bits, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +115,7 @@ class Quantization(Stage):
         if self.average_bits is not None:
             return self.average_bits
         least, most = (
-            self.described(spec, self.schemes(spec, bits)).weight_bytes()
+            weight_bytes(self.described(spec, self.schemes(spec, bits)))
             for bits in (min(BITS), max(BITS))
         )
         average = min(BITS) + (max(BITS) - min(BITS)) * (1e9 * self.budget_gb - least) / max(
@@ -255,7 +256,7 @@ class Quantization(Stage):
                 / sum(sizes.values()),
                 4,
             ),
-            "bits_per_weight": round(result.packed_bits(), 4),
+            "bits_per_weight": round(packed_bits(result), 4),
             "layer_error_mean": sum(item.error for item in errors) / len(errors),
             "layer_error_max": max(item.error for item in errors),
         }

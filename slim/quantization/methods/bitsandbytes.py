@@ -14,15 +14,11 @@ sharing a scale.
 
 Both look at weights only. What is written is what transformers writes for a model it quantised
 while loading it (``BitsAndBytesConfig``), tensor for tensor, so transformers, PEFT and others load
-it. ``bnb_model.py`` holds what needs the library."""
+it. ``bitsandbytes_packing.py`` holds what needs the library."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -33,32 +29,13 @@ from slim.core.errors import SlimError
 from slim.core.settings import require_choice, require_flag, require_number
 from slim.models.spec import DTYPE_BYTES, ModelSpec
 from slim.quantization.assign import check_plain, layer_shapes
+from slim.quantization.formats.bitsandbytes import BLOCK, DEFAULTS, KERNEL_ROWS, require_library
+from slim.quantization.storage import packed_bits
 
 if TYPE_CHECKING:
     from slim.quantization.methods.bitsandbytes_packing import BitsAndBytesMethod
 
-METHOD = "bitsandbytes"
-# weights that share a scale in nf4; scales that share a scale under double quantisation
-BLOCK, STATISTICS = 64, 256
-# the library's CPU kernel works on so many outputs at a time, and fails where some are left over
-KERNEL_ROWS = 32
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# Every key that transformers writes, with its default.
-DEFAULTS = {
-    "quant_method": METHOD,
-    "_load_in_4bit": False,
-    "_load_in_8bit": False,
-    "load_in_4bit": False,
-    "load_in_8bit": False,
-    "bnb_4bit_compute_dtype": "float32",
-    "bnb_4bit_quant_storage": "uint8",
-    "bnb_4bit_quant_type": "fp4",
-    "bnb_4bit_use_double_quant": False,
-    "llm_int8_enable_fp32_cpu_offload": False,
-    "llm_int8_has_fp16_weight": False,
-    "llm_int8_skip_modules": None,
-    "llm_int8_threshold": 6.0,
-}
 
 
 @dataclass
@@ -118,7 +95,7 @@ class BitsAndBytes(Stage):
         plot_layer_errors(target / REPORT / "layer_errors.png", errors)
         return {
             "bits": self.bits,
-            "bits_per_weight": round(result.packed_bits(), 4),
+            "bits_per_weight": round(packed_bits(result), 4),
             "layer_error_mean": sum(item.error for item in errors) / len(errors),
             "layer_error_max": max(item.error for item in errors),
         }
@@ -191,60 +168,3 @@ class NF4(BitsAndBytes):
         from slim.quantization.methods.bitsandbytes_packing import BitsAndBytesMethod, pack_nf4
 
         return BitsAndBytesMethod(partial(pack_nf4, double_quant=self.double_quant), spec.dtype)
-
-
-def require_library() -> None:
-    """Raise ``SlimError`` if bitsandbytes is not installed. Does not import it."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SlimError(
-            "quant=int8 and quant=nf4 need the package bitsandbytes. Install it: pip install bitsandbytes."
-        )
-
-
-def is_bitsandbytes(config: dict | None) -> bool:
-    """Whether a ``quantization_config`` is one of bitsandbytes'; some of its files say only what to
-    load in."""
-    config = config or {}
-    return config.get("quant_method") == METHOD or bool(
-        config.get("load_in_4bit") or config.get("load_in_8bit")
-    )
-
-
-def quantized_layers(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
-    """Yield (full name, out_features, in_features) of the linear layers that the config does not
-    skip.
-
-    A layer is skipped where an entry is its name's beginning (up to a dot), its end, or a pattern
-    for its beginning; the head also where there is no list."""
-    skipped, shapes = spec.quantization.get("llm_int8_skip_modules"), layer_shapes(spec)
-    if skipped is not None and not spec.tied:
-        shapes[spec.family.head] = (spec.vocab_size, spec.hidden_size)
-    skipped = skipped or []
-    for name, (rows, columns) in shapes.items():
-        if not any(
-            name.endswith(entry) or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name)
-            for entry in skipped
-        ):
-            yield name, rows, columns
-
-
-def layer_bytes(config: dict, rows: int, columns: int) -> int:
-    """Return the bytes a layer [rows, columns] takes in the file, its statistics included.
-
-    config: the ``quantization_config``. Exact for int8; for 4 bits the length of a JSON text may
-    differ by a few bytes."""
-    if config.get("load_in_8bit"):
-        return rows * columns + 4 * rows + 1  # codes, SCB, weight_format
-    blocks = math.ceil(rows * columns / BLOCK)
-    codes_and_map = math.ceil(rows * columns / 2) + 4 * 16
-    if config.get("bnb_4bit_use_double_quant"):
-        return codes_and_map + blocks + 4 * math.ceil(blocks / STATISTICS) + 4 * 256 + 172
-    return codes_and_map + 4 * blocks + 82
-
-
-def packed_bytes(spec: ModelSpec) -> tuple[int, int]:
-    """Return the bytes of all layers that bitsandbytes packed, as stored, and the number of weights
-    they stand for."""
-    layers = list(quantized_layers(spec))
-    stored = sum(layer_bytes(spec.quantization, rows, columns) for _, rows, columns in layers)
-    return stored, sum(rows * columns for _, rows, columns in layers)

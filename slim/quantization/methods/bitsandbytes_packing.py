@@ -1,10 +1,8 @@
-"""bitsandbytes at work: packing layers on the walk, loading checkpoints, and the kernel that it has
-for CPUs."""
+"""bitsandbytes at work: packing layers during sequential calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,11 +10,7 @@ from torch import nn
 from slim.calibration.errors import relative_error
 from slim.calibration.sequential import BlockMethod, LinearGroup
 from slim.core.errors import SlimError
-from slim.loading.bitsandbytes import library
-from slim.quantization.methods.bitsandbytes import BLOCK
-
-if TYPE_CHECKING:
-    pass
+from slim.quantization.formats.bitsandbytes import BLOCK, library
 
 # end of the tensor's name -> tensor; the float32 weights they are
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
