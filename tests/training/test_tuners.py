@@ -492,7 +492,7 @@ def test_quantised_sources_are_refused_with_what_to_type(packed):
             Lora(data=TinyText()).check(models[name])
         with pytest.raises(SlimError, match="tuner=lora tuner.merge=false"):
             QLora(data=TinyText()).check(models[name])
-        with pytest.raises(SlimError, match="only plain weights can be tuned whole"):
+        with pytest.raises(SlimError, match="Tune first and quantize the result"):
             Full(data=TinyText()).check(models[name])
     with pytest.raises(
         SlimError, match="tuner.dora=true needs plain weights or those of bitsandbytes"
