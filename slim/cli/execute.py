@@ -66,6 +66,7 @@ def run_compared(pipelines: list[Pipeline], config: DictConfig) -> list[Result]:
 def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> list[Result]:
     from slim.evaluation.compare import compare, name_apart
     from slim.report.card import write_card
+    from slim.report.side_by_side import comparison_files
     from slim.report.table import json_table, markdown_table, samples_text
 
     pipeline, compared, point = pipelines[0], len(pipelines) > 1, sweeps.active()
@@ -87,7 +88,9 @@ def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> 
                 files["final.json"] = point.keep(results[-1])
             tags = {"slim.folder": str(results[-1].checkpoint.folder)}
             tracker.log_summary(
-                {**summary, **comparison.metrics()}, {**files, **comparison.files(results)}, tags
+                {**summary, **comparison.metrics()},
+                {**files, **comparison_files(comparison, results)},
+                tags,
             )
             if not compared:
                 draw_chain(results, tracker)

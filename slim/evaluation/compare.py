@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -37,32 +36,18 @@ class Comparison:
     error: SlimError | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Return the judge's and the similarity's counts as figures for the tracker."""
-        found = {}
-        for kind, counts in (
-            ("judge", {label: tally(rows) for label, rows in self.judged.items()}),
-            ("similar", self.similar),
-        ):
-            for label, count in counts.items():
-                clean = re.sub(r"[^\w\-. ]", "_", label)
-                found.update(
-                    {f"{kind}/{clean}/{name}": float(value) for name, value in count.items()}
-                )
-        return found
+        """Return the judge's and the similarity's counts as metrics for the tracker."""
+        counts = {}
+        for label, rows in self.judged.items():
+            counts |= _named_counts("judge", label, tally(rows))
+        for label, count in self.similar.items():
+            counts |= _named_counts("similar", label, count)
+        return counts
 
-    def files(self, results: list[Result]) -> dict[str, str]:
-        """Return file name -> text of what is worth keeping."""
-        from slim.report.side_by_side import answers_text, differences_text, judge_text
 
-        files = {}
-        if any(self.differences.values()):
-            files["differences.md"] = differences_text(self, results[0].label)
-        if results and results[0].quality.get("records", {}).get("answers"):
-            files["answers.md"] = answers_text(results)
-        if self.judged:
-            files["judge.md"] = judge_text(self, results[0].label)
-            files["judge.json"] = json.dumps(self.judged, indent=1) + "\n"
-        return files
+def _named_counts(kind: str, label: str, count: dict[str, int]) -> dict[str, float]:
+    clean = re.sub(r"[^\w\-. ]", "_", label)  # what MLflow takes in a metric's name
+    return {f"{kind}/{clean}/{name}": float(value) for name, value in count.items()}
 
 
 def compare(

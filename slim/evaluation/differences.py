@@ -1,12 +1,17 @@
-r"""Differences between two checkpoints over the same questions, with the standard error that pairing allows.
+r"""Differences between two checkpoints over the same questions, with the standard error that
+pairing allows.
 
-With d_i the difference on question i, mean d and standard error s / sqrt(n), s the deviation of the d_i. Pairing takes out how
-hard a question is, which the errors of the two accuracies by themselves contain twice. For perplexities d_i is the difference
-of the negative log-likelihoods of a window or document and w_i its tokens, words or bytes, so that
+With d_i the difference on question i, mean d and standard error s / sqrt(n), s the deviation of the
+d_i. Pairing takes out how hard a question is, which the errors of the two accuracies by themselves
+contain twice. For perplexities d_i is the difference of the negative log-likelihoods of a window or
+document and w_i its tokens, words or bytes, so that
 
-    r = sum_i d_i / sum_i w_i     se = sqrt(n / (n-1) sum_i (d_i - r w_i)^2) / sum_i w_i     PPL_2 / PPL_1 = e^r
+    r = sum_i d_i / sum_i w_i
+    se = sqrt(n / (n-1) sum_i (d_i - r w_i)^2) / sum_i w_i
+    PPL_2 / PPL_1 = e^r
 
-(the ratio estimator: Cochran, Sampling Techniques, ch. 6); shown is the relative change e^r - 1 with the error e^r se.
+(the ratio estimator: Cochran, Sampling Techniques, ch. 6); shown is the relative change e^r - 1
+with the error e^r se.
 """
 
 from __future__ import annotations
@@ -15,20 +20,27 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slim.evaluation.metrics import METRICS, Metric
 from slim.evaluation.protocol import protocol_key
 
 if TYPE_CHECKING:
     from slim.checkpoints.result import Result
 
-NO_FIGURES = {"doc_id", "doc_hash", "filter", "context", "choices", "scores", "target", "answer"}
+# what a task records of a question besides its metrics
+NO_METRICS = {"doc_id", "doc_hash", "filter", "context", "choices", "scores", "target", "answer"}
+LARGEST_EXPONENT = 700  # e to the power of more exceeds a float
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a figure of one checkpoint differs from that of another: ``value`` with ``stderr``, over
-    ``count`` pairs.
+    """How a metric of one checkpoint differs from that of another.
 
-    relative: the value is a relative change (of a perplexity) and not a difference (of a share).
+    Attributes:
+        metric: its name.
+        value: the difference of a share, or the relative change of a perplexity.
+        stderr: its standard error, NaN for a single pair.
+        count: number of pairs.
+        relative: whether the value is a relative change and not a difference.
     """
 
     metric: str
@@ -41,14 +53,20 @@ class Difference:
         """Show it in per cent, or in points of a hundred for a share."""
         if math.isnan(self.value):
             return "NaN"
-        return f"{100 * self.value:+.1f} ± {100 * self.stderr:.1f}" + (
-            " %" if self.relative else ""
-        )
+        unit = " %" if self.relative else ""
+        return f"{100 * self.value:+.1f} ± {100 * self.stderr:.1f}{unit}"
 
 
 def paired(differences: list[float], weights: list[float] | None = None) -> tuple[float, float]:
-    """Return the (weighted) mean of differences and its standard error; NaN for the error of a
-    single pair."""
+    """Return the (weighted) mean of differences and its standard error.
+
+    Args:
+        differences: one per pair.
+        weights: what each difference is the sum over, such as the words of a document; None: one.
+
+    Returns:
+        sum of differences / sum of weights, and its standard error: NaN for a single pair.
+    """
     weights = weights or [1.0] * len(differences)
     count, total = len(differences), sum(weights)
     ratio = sum(differences) / total
@@ -58,81 +76,91 @@ def paired(differences: list[float], weights: list[float] | None = None) -> tupl
     return ratio, math.sqrt(count / (count - 1) * squares) / total
 
 
+def perplexity_records(metric: Metric, records: dict) -> tuple[list[float], list[float] | None]:
+    """Return what a perplexity is computed from.
+
+    Args:
+        metric: a registered perplexity.
+        records: what was measured question by question, by part of the evaluation.
+
+    Returns:
+        The negative log-likelihood of every window or document, empty where there is none, and
+        what each is divided by (None: nothing).
+    """
+    rows = records.get(metric.part)
+    if not metric.is_perplexity or not rows:
+        return [], None
+    return rows["nll"], rows[metric.per] if metric.per else None
+
+
 def differences(first: Result, second: Result) -> dict[str, Difference]:
-    """Return metric -> how ``second`` differs from ``first``, for figures of the same protocol with
-    records of both."""
-    one, two = first.quality.get("records", {}), second.quality.get("records", {})
-    found = [
-        *_of_perplexities(one, two),
-        *_of_tasks(one.get("tasks", {}), two.get("tasks", {})),
-        *_of_answers(one, two),
+    """Compare two checkpoints, pair by pair.
+
+    Args:
+        first: the one that is compared with.
+        second: the other one.
+
+    Returns:
+        Metric -> how ``second`` differs from ``first``, for what both were measured on by the same
+        protocol and question by question.
+    """
+    before = first.quality.get("records", {})
+    after = second.quality.get("records", {})
+    measured = [
+        *_of_perplexities(before, after),
+        *_of_tasks(before.get("tasks", {}), after.get("tasks", {})),
+        *_of_answers(before, after),
     ]
-    same = {
-        d.metric: protocol_key(first, d.metric) == protocol_key(second, d.metric) for d in found
-    }
-    return {difference.metric: difference for difference in found if same[difference.metric]}
+    comparable = {}
+    for difference in measured:
+        name = difference.metric
+        if protocol_key(first, name) == protocol_key(second, name):
+            comparable[name] = difference
+    return comparable
 
 
-def _of_perplexities(one: dict, two: dict) -> list[Difference]:
-    found = []
-    if "perplexity" in one and "perplexity" in two:
-        found.append(
-            _relative("perplexity", one["perplexity"]["nll"], two["perplexity"]["nll"], None)
-        )
-    if "documents" in one and "documents" in two:
-        for metric, unit in (("word_perplexity", "words"), ("byte_perplexity", "bytes")):
-            found.append(
-                _relative(
-                    metric, one["documents"]["nll"], two["documents"]["nll"], one["documents"][unit]
-                )
-            )
-    return [difference for difference in found if difference is not None]
-
-
-def _relative(
-    metric: str, one: list[float], two: list[float], weights: list[float] | None
-) -> Difference | None:
-    if len(one) != len(two):
-        return None
-    ratio, error = paired([b - a for a, b in zip(one, two, strict=True)], weights)
-    factor = math.exp(ratio) if ratio < 700 else math.inf
-    return Difference(metric, factor - 1, factor * error, len(one), relative=True)
-
-
-def _of_tasks(one: dict, two: dict) -> list[Difference]:
-    found = []
-    for task in one.keys() & two.keys():
-        rows, others = one[task], two[task]
-        if [row["doc_hash"] for row in rows] != [row["doc_hash"] for row in others] or not rows:
+def _of_perplexities(before: dict, after: dict) -> list[Difference]:
+    changes = []
+    for metric in METRICS:
+        old, weights = perplexity_records(metric, before)
+        new, _ = perplexity_records(metric, after)
+        if not old or len(old) != len(new):
             continue
-        names = [
-            name
-            for name in rows[0]
-            if name not in NO_FIGURES and isinstance(rows[0][name], (int, float))
-        ]
-        for name in names:
-            value, error = paired([b[name] - a[name] for a, b in zip(rows, others, strict=True)])
-            found.append(Difference(f"{task}/{name}", value, error, len(rows)))
-    return found
+        ratio, error = paired([b - a for a, b in zip(old, new, strict=True)], weights)
+        factor = math.exp(ratio) if ratio < LARGEST_EXPONENT else math.inf
+        changes.append(Difference(metric.name, factor - 1, factor * error, len(old), relative=True))
+    return changes
 
 
-def similarity_gaps(one: dict, two: dict) -> list[float]:
-    """Return by how much each answer in the records ``two`` is nearer to its reference than that in
-    ``one``.
+def _of_tasks(before: dict, after: dict) -> list[Difference]:
+    changes = []
+    for task in before.keys() & after.keys():
+        old, new = before[task], after[task]
+        questions = [row["doc_hash"] for row in old]
+        if not old or questions != [row["doc_hash"] for row in new]:
+            continue
+        for name, example in old[0].items():
+            if name in NO_METRICS or not isinstance(example, (int, float)):
+                continue
+            value, error = paired([b[name] - a[name] for a, b in zip(old, new, strict=True)])
+            changes.append(Difference(f"{task}/{name}", value, error, len(old)))
+    return changes
+
+
+def similarity_gaps(before: dict, after: dict) -> list[float]:
+    """Return by how much each answer in the records ``after`` is nearer to its reference than that
+    in ``before``.
 
     Empty where similarity was not measured in both, or on another number of questions.
     """
-    rows, others = one.get("answers", []), two.get("answers", [])
-    if (
-        not rows
-        or len(rows) != len(others)
-        or "similarity" not in rows[0]
-        or "similarity" not in others[0]
-    ):
+    old, new = before.get("answers", []), after.get("answers", [])
+    if not old or len(old) != len(new):
         return []
-    return [b["similarity"] - a["similarity"] for a, b in zip(rows, others, strict=True)]
+    if "similarity" not in old[0] or "similarity" not in new[0]:
+        return []
+    return [b["similarity"] - a["similarity"] for a, b in zip(old, new, strict=True)]
 
 
-def _of_answers(one: dict, two: dict) -> list[Difference]:
-    gaps = similarity_gaps(one, two)
+def _of_answers(before: dict, after: dict) -> list[Difference]:
+    gaps = similarity_gaps(before, after)
     return [Difference("similarity/mean", *paired(gaps), len(gaps))] if gaps else []

@@ -6,15 +6,14 @@ from __future__ import annotations
 import html
 
 from slim.core.figures import KEPT, REMOVED
+from slim.evaluation.metrics import MEAN_ACCURACY
 from slim.report.charts import COLORS
 from slim.report.pareto import (
-    MEAN,
     axis_title,
     error,
-    is_perplexity,
     primary,
     quality_columns,
-    task_columns,
+    task_metrics,
     value,
     with_error,
 )
@@ -48,10 +47,12 @@ def before_after(points: list[Point]) -> dict | None:
 
 def _steps(name: str, chain: list[Point]) -> dict | None:
     perplexity = primary(
-        chain, [column for column in quality_columns(chain) if is_perplexity(column)]
+        chain, [column for column in quality_columns(chain) if column.metric.is_perplexity]
     )
     perplexities = [perplexity] if perplexity else []
-    tasks = by_protocol([MEAN, *task_columns(chain, "acc")], [point.row for point in chain])
+    tasks = by_protocol(
+        [MEAN_ACCURACY, *task_metrics(chain, "acc")], [point.row for point in chain]
+    )
     labels = [
         f"{number}. {html.escape(step_name(point.row))}".replace(", ", ",<br>")
         for number, point in enumerate(chain)

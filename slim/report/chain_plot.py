@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slim.core.figures import KEPT, new_figure, save_figure
+from slim.evaluation.metrics import MEAN_ACCURACY
 from slim.report.charts import COLORS
 from slim.report.pareto import (
-    MEAN,
     axis_title,
     error,
-    is_perplexity,
     primary,
     quality_columns,
-    task_columns,
+    task_metrics,
     value,
 )
 from slim.report.points import Point, step_name
@@ -37,9 +36,11 @@ def plot_chain(path: Path, results: list[Result]) -> bool:
     a figure of quality."""
     points = chain_points(results)
     perplexity = primary(
-        points, [column for column in quality_columns(points) if is_perplexity(column)]
+        points, [column for column in quality_columns(points) if column.metric.is_perplexity]
     )
-    tasks = by_protocol([*task_columns(points, "acc"), MEAN], [point.row for point in points])
+    tasks = by_protocol(
+        [*task_metrics(points, "acc"), MEAN_ACCURACY], [point.row for point in points]
+    )
     sides = [columns for columns in ([perplexity] if perplexity else [], tasks) if columns]
     if len(points) < 2 or not sides:
         return False
@@ -67,7 +68,7 @@ def _draw(axes, points: list[Point], columns: list[Column]) -> None:
             math.nan if (found := value(point, column)) is None else found for point in points
         ]
         spread = [error(point, column) or 0.0 for point in points]
-        mean = column.metric == MEAN.metric
+        mean = column.metric is MEAN_ACCURACY
         colour = KEPT if len(columns) == 1 else "black" if mean else COLORS[number % len(COLORS)]
         style = {"color": colour, "linestyle": "--" if mean else "-", "linewidth": 1.4}
         axes.errorbar(
@@ -87,7 +88,7 @@ def _draw(axes, points: list[Point], columns: list[Column]) -> None:
         for column in columns
         if (found := value(point, column)) is not None
     ]
-    if is_perplexity(columns[0]) and known and max(known) > FLAT_TO * min(known):
+    if columns[0].metric.is_perplexity and known and max(known) > FLAT_TO * min(known):
         axes.set_yscale("log")
     labels = [point.name.replace(" ", "\n", 1).replace(", ", ",\n") for point in points]
     axes.set_xticks(range(len(points)), labels, fontsize="small")
@@ -102,7 +103,7 @@ def _draw(axes, points: list[Point], columns: list[Column]) -> None:
 
 def _write_figures(axes, heights: list[float], column: Column) -> None:
     for place, height in enumerate(heights):
-        text = "NaN" if math.isnan(height) else f"{height:,.{column.digits}f}"
+        text = "NaN" if math.isnan(height) else f"{height:,.{column.metric.digits}f}"
         where = (place, height) if math.isfinite(height) else (place, axes.get_ylim()[0])
         axes.annotate(
             text, where, textcoords="offset points", xytext=(0, 7), ha="center", fontsize="small"

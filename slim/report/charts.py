@@ -11,21 +11,21 @@ import html
 import textwrap
 
 from slim.core.figures import KEPT, REMOVED
+from slim.evaluation.metrics import BY_NAME, Metric
 from slim.report.pareto import (
-    BYTES,
+    SIZE,
     axis_title,
     error,
-    is_perplexity,
     pareto,
     primary,
     quality_columns,
     shortlist,
-    task_columns,
+    task_metrics,
     value,
     with_error,
 )
 from slim.report.points import Point, settings_lines
-from slim.report.table import DECODE, Column, by_protocol
+from slim.report.table import Column, by_protocol
 
 COLORS = (
     KEPT,
@@ -46,9 +46,9 @@ LOG_FROM = 8  # ratio of largest to smallest figure from which an axis is logari
 BARS, BARS_SHOWN = 24, 8
 
 
-def pareto_picture(points: list[Point], x: Column, identity: str) -> dict | None:
-    """Return quality over ``x`` (a column without its protocol), one option per measure and
-    protocol; None without data."""
+def pareto_picture(points: list[Point], x: Metric, identity: str) -> dict | None:
+    """Return quality over the metric ``x``, one option per measure and protocol; None without
+    data."""
     places, measures = by_protocol([x], [point.row for point in points]), quality_columns(points)
     first = primary(points, measures)
     ordered = sorted(measures, key=lambda column: column is not first)
@@ -58,7 +58,7 @@ def pareto_picture(points: list[Point], x: Column, identity: str) -> dict | None
         for place in places
     ]
     options = [option for option in options if option is not None]
-    title = "Quality against size" if x.metric == BYTES.metric else "Quality against speed"
+    title = "Quality against size" if x is SIZE.metric else "Quality against speed"
     return {"id": identity, "title": title, "options": options} if options else None
 
 
@@ -67,7 +67,7 @@ def _pareto_option(points: list[Point], x: Column, y: Column, several: bool) -> 
     if not best:
         return None
     left = len(points) - len(best) - len(others)
-    better = "left" if x.best == "low" else "right"
+    better = "left" if x.metric.better == "low" else "right"
     sentence = (
         f"Up and to the {better} is better. {len(best)} of {len(best) + len(others)} models are on the front: no other is "
         f"at least as good in both and better in one. The dotted line is the best to be had at each place."
@@ -85,9 +85,9 @@ def _pareto_option(points: list[Point], x: Column, y: Column, several: bool) -> 
     ]
     yaxis = {
         "title": {"text": axis_title(y)},
-        **_scale([value(p, y) for p in (*best, *others)], is_perplexity(y)),
+        **_scale([value(p, y) for p in (*best, *others)], y.metric.is_perplexity),
     }
-    if y.best == "low":
+    if y.metric.better == "low":
         yaxis["autorange"] = "reversed"
     xaxis = {
         "title": {"text": axis_title(x)},
@@ -140,7 +140,7 @@ def _scatter(points: list[Point], x: Column, y: Column, name: str, on_front: boo
             "width": 1.5,
             "dash": "dot",
             "color": KEPT,
-            "shape": "hv" if x.best == "low" else "vh",
+            "shape": "hv" if x.metric.better == "low" else "vh",
         }
     return trace
 
@@ -171,7 +171,7 @@ def task_bars(points: list[Point]) -> dict | None:
         ("acc", "accuracy"),
         ("acc_norm", "accuracy, answers weighed by length (acc_norm)"),
     ):
-        columns = by_protocol(task_columns(shown, metric), [point.row for point in shown])
+        columns = by_protocol(task_metrics(shown, metric), [point.row for point in shown])
         if columns:
             options.append(_bars(shown, columns, label))
     return {"id": "tasks", "title": "Tasks", "options": options} if options else None
@@ -218,9 +218,9 @@ def _bars(candidates: list[Point], columns: list[Column], label: str) -> dict:
 
 def speed_picture(points: list[Point]) -> dict | None:
     """Return the Pareto front of quality and decode speed."""
-    return pareto_picture(points, DECODE, "pareto-speed")
+    return pareto_picture(points, BY_NAME["decode_tokens_per_second"], "pareto-speed")
 
 
 def size_picture(points: list[Point]) -> dict | None:
     """Return the Pareto front of quality and bytes on disk."""
-    return pareto_picture(points, BYTES, "pareto-size")
+    return pareto_picture(points, SIZE.metric, "pareto-size")

@@ -138,7 +138,7 @@ def _option(pair: tuple[str, str], rest: str, grid: dict, column: Column) -> dic
             for line in cells
         ],
         "colorscale": "Viridis",
-        "reversescale": column.best == "low",
+        "reversescale": column.metric.better == "low",
         "colorbar": {"title": {"text": column.heading, "side": "right"}},
         "xgap": 2,
         "ygap": 2,

@@ -5,101 +5,89 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+from slim.evaluation.metrics import BY_NAME, MEAN_ACCURACY, METRICS, Metric, metric_of
 from slim.report.points import Point
-from slim.report.table import (
-    PERPLEXITIES,
-    SIMILARITY,
-    Column,
-    by_protocol,
-    figure,
-    format_figure,
-    standard_error,
-)
+from slim.report.table import Column, by_protocol, figure, standard_error
 
-BYTES = Column("size on disk (MB)", "bytes_on_disk", 1e-6, 2, "low")
-MEAN = Column("mean accuracy", "tasks/acc", 100, 1, "high")
+SIZE = Column(replace(BY_NAME["bytes_on_disk"], title="size on disk"))
 
 
 def quality_columns(points: list[Point]) -> list[Column]:
-    """Return every measure of quality there is a figure of, once per protocol: perplexities, mean
-    accuracy, tasks."""
-    names = dict.fromkeys(name for point in points for name in point.row.metrics)
-    of_tasks = [
-        Column(f"{name.rpartition('/')[0]} word perplexity", name, 1, 3, "low")
-        for name in names
-        if _is_word(name)
+    """Return every measure of quality there is a value of, once per protocol: perplexities, mean
+    accuracy, tasks, similarity."""
+    perplexities = [metric for metric in METRICS if metric.is_perplexity]
+    metrics = [
+        *perplexities,
+        *task_metrics(points, "word_perplexity"),
+        MEAN_ACCURACY,
+        *task_metrics(points, "acc"),
+        *task_metrics(points, "acc_norm"),
+        BY_NAME["similarity/mean"],
     ]
-    wanted = [
-        *PERPLEXITIES,
-        *of_tasks,
-        MEAN,
-        *task_columns(points, "acc"),
-        *task_columns(points, "acc_norm"),
-        SIMILARITY,
-    ]
-    return by_protocol(wanted, [point.row for point in points])
+    return by_protocol(metrics, [point.row for point in points])
 
 
-def _is_word(name: str) -> bool:
-    return name.endswith("/word_perplexity")
-
-
-def task_columns(points: list[Point], metric: str) -> list[Column]:
-    """Return a column per task that has ``metric`` (``acc`` or ``acc_norm``); the mean over tasks
-    is none."""
-    names = dict.fromkeys(name for point in points for name in point.row.metrics)
-    tasks = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == metric]
-    suffix = "" if metric == "acc" else f" {metric}"
-    return [
-        Column(f"{task}{suffix}", f"{task}/{metric}", 100, 1, "high")
-        for task in tasks
-        if task not in ("", "tasks")
-    ]
-
-
-def is_perplexity(column: Column) -> bool:
-    """Whether figures of the column are perplexities, which differ by factors."""
-    return column.metric.endswith("perplexity")
+def task_metrics(points: list[Point], kind: str) -> list[Metric]:
+    """Return one metric per task that gives ``kind`` (``"acc"``, ``"acc_norm"``...); the mean over
+    tasks is none of them."""
+    names: dict[str, None] = {}
+    for point in points:
+        names.update(dict.fromkeys(point.row.metrics))
+    metrics = []
+    for name in names:
+        task, _, measured = name.rpartition("/")
+        if measured == kind and task not in ("", "tasks"):
+            metrics.append(metric_of(name))
+    return metrics
 
 
 def axis_title(column: Column) -> str:
     """Return the heading with its unit and direction."""
-    unit = " (%)" if column.scale == 100 else ""
-    return f"{column.heading}{unit}, {'lower' if column.best == 'low' else 'higher'} is better"
+    unit = " (%)" if column.metric.unit == "%" else ""
+    direction = "lower" if column.metric.better == "low" else "higher"
+    return f"{column.heading}{unit}, {direction} is better"
 
 
 def value(point: Point, column: Column) -> float | None:
-    """Return the figure in the column's unit, None if it is missing, NaN or infinite: what a
-    picture can show."""
-    found = figure(point.row, column)
-    return found * column.scale if found is not None and math.isfinite(found) else None
+    """Return what a picture can show: the value in its unit, None if it is missing, NaN or
+    infinite."""
+    return _shown(figure(point.row, column), column)
 
 
 def error(point: Point, column: Column) -> float | None:
-    """Return the standard error in the column's unit, None if it is not known."""
-    found = standard_error(point.row, column)
-    return found * column.scale if found is not None and math.isfinite(found) else None
+    """Return the standard error in the metric's unit, None if it is not known."""
+    return _shown(standard_error(point.row, column), column)
+
+
+def _shown(number: float | None, column: Column) -> float | None:
+    if number is None or not math.isfinite(number):
+        return None
+    return number * column.metric.scale
 
 
 def with_error(point: Point, column: Column) -> str:
-    """Return the cell of a table: the figure as every table shows it, ± its standard error where
+    """Return the cell of a table: the value as every table shows it, ± its standard error where
     that is known."""
-    text, spread = format_figure(figure(point.row, column), column), error(point, column)
-    return text if spread is None else f"{text} ± {spread:,.{column.digits}f}"
+    text, spread = column.metric.format(figure(point.row, column)), error(point, column)
+    return text if spread is None else f"{text} ± {spread:,.{column.metric.digits}f}"
 
 
 def against_source(point: Point, column: Column) -> str:
-    """Return how a figure differs from that of the chain's source: per cent for a perplexity,
+    """Return how a value differs from that of the chain's source: per cent for a perplexity,
     points for an accuracy."""
-    own, first = figure(point.row, column), figure(point.source, column)
-    if own is None or first is None or point.row is point.source:
+    last, first = figure(point.row, column), figure(point.source, column)
+    if last is None or first is None or point.row is point.source:
         return "-"
-    if is_perplexity(column):
-        return f"{100 * (own / first - 1):+.1f} %" if math.isfinite(own / first) else "NaN"
-    change = column.scale * (own - first)
-    digits, unit = (1, " points") if column.scale == 100 else (column.digits, "")
-    return f"{change:+.{digits}f}{unit}" if math.isfinite(change) else "NaN"
+    if column.metric.is_perplexity:
+        return f"{100 * (last / first - 1):+.1f} %" if math.isfinite(last / first) else "NaN"
+    change = column.metric.scale * (last - first)
+    if not math.isfinite(change):
+        return "NaN"
+    if column.metric.unit == "%":
+        return f"{change:+.1f} points"
+    return f"{change:+.{column.metric.digits}f}"
 
 
 def front(costs: Sequence[Sequence[float]]) -> list[int]:
@@ -108,35 +96,39 @@ def front(costs: Sequence[Sequence[float]]) -> list[int]:
 
     A point is dominated if another is as good in every coordinate and better in one; equal points
     all stay."""
-    found: list[int] = []
-    # what dominates a point stands before it
+    best: list[int] = []
+    # whatever dominates a point comes before it in this order
     for index in sorted(range(len(costs)), key=lambda i: costs[i]):
-        own = costs[index]
-        if not any(
-            costs[other] != own and all(a <= b for a, b in zip(costs[other], own, strict=True))
-            for other in found
-        ):
-            found.append(index)
-    return found
+        if not any(_dominates(costs[earlier], costs[index]) for earlier in best):
+            best.append(index)
+    return best
+
+
+def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
+    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
 
 
 def pareto(points: list[Point], x: Column, y: Column) -> tuple[list[Point], list[Point]]:
     """Return the points on the front of two columns, by x, and the others; those without both
     figures are in neither."""
     known = [p for p in points if value(p, x) is not None and value(p, y) is not None]
-    signs = [1 if column.best == "low" else -1 for column in (x, y)]
-    best = front([(signs[0] * value(p, x), signs[1] * value(p, y)) for p in known])
-    chosen = set(best)
-    return sorted((known[i] for i in best), key=lambda p: value(p, x)), [
-        p for i, p in enumerate(known) if i not in chosen
-    ]
+    costs = [(_cost(p, x), _cost(p, y)) for p in known]
+    chosen = set(front(costs))
+    best = [point for index, point in enumerate(known) if index in chosen]
+    others = [point for index, point in enumerate(known) if index not in chosen]
+    return sorted(best, key=lambda point: value(point, x)), others
+
+
+def _cost(point: Point, column: Column) -> float:
+    number = value(point, column)
+    return number if column.metric.better == "low" else -number
 
 
 def shortlist(points: list[Point], most: int) -> list[Point]:
     """Return at most so many points, in their order: sources before those on the front of quality
     and bytes before others."""
     quality = primary(points, quality_columns(points))
-    best = pareto(points, BYTES, quality)[0] if quality else []
+    best = pareto(points, SIZE, quality)[0] if quality else []
     ranked = sorted(
         range(len(points)), key=lambda i: (points[i].role != "source", points[i] not in best)
     )

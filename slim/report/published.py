@@ -7,12 +7,13 @@ of them."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from slim.evaluation.metrics import BY_NAME, Metric
 from slim.report.points import Point
-from slim.report.table import Column, by_protocol, cell
+from slim.report.table import by_protocol, cell
 
 FILE = Path(__file__).parent.parent / "assets" / "report" / "published.json"
 MARK = "published, other hardware"
@@ -121,31 +122,22 @@ def _figure(value: float | None, metric: str) -> str:
 
 
 def _ours(metrics: list[str], points: list[Point]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of our figures for the same measures; perplexities whatever their
+    """Return headings and rows of our values for the same measures; perplexities whatever their
     text."""
-    wanted = [
-        Column(
-            _heading(m),
-            m,
-            100 if m.rpartition("/")[2] in SHARES else 1,
-            1 if m.rpartition("/")[2] in SHARES else 2,
-        )
-        for m in metrics
-    ]
-    if any(metric.endswith("/ppl") for metric in metrics):
-        wanted.append(Column("perplexity (this report's text)", "perplexity", 1, 3))
+    wanted = []
+    for name in metrics:
+        scale, digits = (100, 1) if name.rpartition("/")[2] in SHARES else (1, 2)
+        wanted.append(Metric(name, _heading(name), scale=scale, digits=digits))
+    if any(name.endswith("/ppl") for name in metrics):
+        wanted.append(replace(BY_NAME["perplexity"], title="perplexity (this report's text)"))
     return _own_rows(wanted, points)
 
 
-def _own_rows(wanted: list[Column], points: list[Point]) -> tuple[list[str], list[list[str]]]:
-    columns = by_protocol(
-        [
-            Column("parameters (M)", "parameters", 1e-6, 2),
-            *(c for c in wanted if c.metric != "parameters"),
-        ],
-        [p.row for p in points],
-    )
-    if all(column.metric == "parameters" for column in columns):
+def _own_rows(wanted: list[Metric], points: list[Point]) -> tuple[list[str], list[list[str]]]:
+    size = BY_NAME["parameters"]
+    metrics = [size, *(metric for metric in wanted if metric.name != size.name)]
+    columns = by_protocol(metrics, [point.row for point in points])
+    if all(column.metric is size for column in columns):
         return [], []
     rows = [[point.name, *(cell(point.row, column) for column in columns)] for point in points]
     return ["model", *(column.heading for column in columns)], rows
@@ -155,10 +147,10 @@ def _inference(names: list[str], points: list[Point]) -> Published:
     found = facts()["inference"]
     rows = [[row["model"], f"{row['tok_s']:.1f}", f"{row['mem_gib']:.2f}"] for row in found["rows"]]
     wanted = [
-        Column("whole length (tok/s)", "whole_length_tokens_per_second", 1, 1),
-        Column("decode (tok/s)", "decode_tokens_per_second", 1, 1),
-        Column("weights (GiB)", "weights_bytes", 2**-30, 2),
-        Column("resident (GiB)", "resident_bytes", 2**-30, 2),
+        replace(BY_NAME["whole_length_tokens_per_second"], digits=1),
+        replace(BY_NAME["decode_tokens_per_second"], digits=1),
+        replace(BY_NAME["weights_bytes"], unit="GiB", scale=2**-30, digits=2),
+        replace(BY_NAME["resident_bytes"], unit="GiB", scale=2**-30, digits=2),
     ]
     title = f"Table{'s' if len(names) > 1 else ''} {' and '.join(names)}: inference"
     notes = [f"Protocol: {found['method']}."]

@@ -10,7 +10,7 @@ from slim.report.chain_figures import before_after, loss_curves
 from slim.report.charts import size_picture, speed_picture, task_bars
 from slim.report.heatmap import heat_map
 from slim.report.pareto import (
-    BYTES,
+    SIZE,
     against_source,
     axis_title,
     pareto,
@@ -22,7 +22,7 @@ from slim.report.pareto import (
 from slim.report.points import Point, points_of, settings_lines
 from slim.report.published import Published, published_tables
 from slim.report.runs import Collection, count
-from slim.report.table import Column, columns, figure, format_figure
+from slim.report.table import Column, columns, figure
 
 MODELS_ANSWERING = 16  # models whose answers are shown
 ROLES = {"source": "source", "step": "step on the way", "final": "result of a run"}
@@ -117,13 +117,10 @@ def summary(collection: Collection, points: list[Point]) -> str:
 
 def protocol_notes(points: list[Point]) -> list[str]:
     """Say which figures were measured by several protocols, and how the page keeps them apart."""
-    found: dict[str, int] = {}
-    for column in {
-        (c.metric, c.protocol): c
-        for c in [*quality_columns(points), *columns([p.row for p in points])]
-    }.values():
-        found[column.metric] = found.get(column.metric, 0) + 1
-    several = [metric.replace("_", " ") for metric, number in found.items() if number > 1]
+    protocols: dict[str, set[str]] = {}
+    for column in [*quality_columns(points), *columns([point.row for point in points])]:
+        protocols.setdefault(column.metric.name, set()).add(column.protocol)
+    several = [name.replace("_", " ") for name, keys in protocols.items() if len(keys) > 1]
     if not several:
         return []
     return [
@@ -150,7 +147,7 @@ def best_table(points: list[Point]) -> Table | None:
     """Return the answer to "what is the best model for my memory?": the front of quality and bytes,
     smallest first."""
     quality = primary(points, quality_columns(points))
-    best = [] if quality is None else pareto(points, BYTES, quality)[0]
+    best = [] if quality is None else pareto(points, SIZE, quality)[0]
     if not best:
         return None
     sentence = (
@@ -170,7 +167,7 @@ def best_table(points: list[Point]) -> Table | None:
     for number, point in enumerate(best, 1):
         share = point.row.metrics["bytes_on_disk"] / point.source.metrics["bytes_on_disk"]
         rows.append([
-            Cell(str(number), number), _cell(point, BYTES), Cell(point.name), _cell(point, quality, True),
+            Cell(str(number), number), _cell(point, SIZE), Cell(point.name), _cell(point, quality, True),
             Cell(against_source(point, quality)), Cell(f"{100 * share:.0f} %", share),
         ])  # fmt: skip
     return Table(sentence, headings, rows)
@@ -196,7 +193,7 @@ def models_table(points: list[Point]) -> Table | None:
 
 def _cell(point: Point, column: Column, errors: bool = False) -> Cell:
     number = figure(point.row, column)
-    text = with_error(point, column) if errors else format_figure(number, column)
+    text = with_error(point, column) if errors else column.metric.format(number)
     return Cell(text, number if number is not None and not math.isnan(number) else None)
 
 

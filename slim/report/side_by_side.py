@@ -3,14 +3,38 @@ as Markdown and on screen."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from slim.core.text import markdown_lines
+from slim.evaluation.compare import tally
 from slim.evaluation.health import REPEATING
 
 if TYPE_CHECKING:
     from slim.checkpoints.result import Result
     from slim.evaluation.compare import Comparison
+
+
+def comparison_files(comparison: Comparison, results: list[Result]) -> dict[str, str]:
+    """Return what is worth keeping of a comparison.
+
+    Args:
+        comparison: of the checkpoints.
+        results: the checkpoints, the one that all are compared with first.
+
+    Returns:
+        File name -> text: ``differences.md``, ``answers.md``, ``judge.md`` and ``judge.json``, as
+        far as there is anything in them.
+    """
+    files = {}
+    if any(comparison.differences.values()):
+        files["differences.md"] = differences_text(comparison, results[0].label)
+    if results and results[0].quality.get("records", {}).get("answers"):
+        files["answers.md"] = answers_text(results)
+    if comparison.judged:
+        files["judge.md"] = judge_text(comparison, results[0].label)
+        files["judge.json"] = json.dumps(comparison.judged, indent=1) + "\n"
+    return files
 
 
 def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -68,8 +92,6 @@ def answers_text(results: list[Result]) -> str:
 
 def judge_text(comparison: Comparison, baseline: str) -> str:
     """Return a judge's counts and reasons as Markdown."""
-    from slim.evaluation.compare import tally
-
     counts = [
         [label, *(str(count) for count in tally(rows).values())]
         for label, rows in comparison.judged.items()
@@ -93,8 +115,6 @@ def judge_text(comparison: Comparison, baseline: str) -> str:
 
 def notes(results: list[Result], comparison: Comparison) -> list[str]:
     """Return what a table cannot show: where NaN starts, who repeats itself, who wins."""
-    from slim.evaluation.compare import tally
-
     found = []
     for result in results:
         broken = result.quality.get("health", {})

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slim.core.text import markdown_lines
+from slim.evaluation.differences import paired, perplexity_records
+from slim.evaluation.metrics import DETAIL, METRICS, Metric, metrics_of
 from slim.evaluation.protocol import protocol_key, variants
 
 if TYPE_CHECKING:
@@ -17,120 +19,119 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its heading, the metric it shows, and how."""
+    """The values of a metric that compare: those of one protocol.
 
-    heading: str
-    metric: str
-    scale: float = 1.0
-    digits: int = 0
-    # "low" or "high": which value is the best, set in bold where a table asks for it
-    best: str | None = None
-    protocol: str | None = None  # key of the protocol whose figures the column holds
+    Attributes:
+        metric: what it shows, and how.
+        words: what tells its protocol from others in the same table; empty for the only one.
+        protocol: key of the protocol (:func:`slim.evaluation.protocol.protocol_key`), None for
+            any.
+    """
 
+    metric: Metric
+    words: str = ""
+    protocol: str | None = None
 
-PERPLEXITIES = (
-    Column("perplexity", "perplexity", 1, 3, "low"),
-    Column("word perplexity", "word_perplexity", 1, 3, "low"),
-    Column("byte perplexity", "byte_perplexity", 1, 4, "low"),
-)
-SIMILARITY = Column("similarity", "similarity/mean", 1, 3, "high")
-DECODE = Column("decode (tok/s)", "decode_tokens_per_second", 1, 0, "high")
-FIXED = (
-    Column("parameters (M)", "parameters", 1e-6, 2),
-    Column("disk (MB)", "bytes_on_disk", 1e-6, 2, "low"),
-    *PERPLEXITIES,
-)
-SPEED = (
-    SIMILARITY,
-    Column("prefill (tok/s)", "prefill_tokens_per_second", 1, 0, "high"),
-    DECODE,
-    Column("energy (J/tok)", "energy_joules_per_token", 1, 3, "low"),
-    Column("energy (J/tok, estimate)", "energy_joules_per_token_estimate", 1, 3, "low"),
-    Column("weights (MB)", "weights_bytes", 1e-6, 2, "low"),
-    Column("resident (MB)", "resident_bytes", 1e-6, 1, "low"),
-    Column("peak (MB)", "peak_bytes", 1e-6, 1, "low"),
-)
+    @property
+    def heading(self) -> str:
+        """The metric's heading, and the protocol where there are several."""
+        return f"{self.metric.heading}, {self.words}" if self.words else self.metric.heading
+
+    @property
+    def label(self) -> str:
+        """The heading where there is little room."""
+        return f"{self.metric.label}, {self.words}" if self.words else self.metric.label
 
 
-def columns(results: list[Result]) -> list[Column]:
-    """Return the columns that at least one result has a figure for.
+def columns(results: list[Result], level: str = DETAIL) -> list[Column]:
+    """Return the columns that at least one result has a value for.
 
-    Figures of different protocols never share one: each protocol has its own column, with what
-    tells it apart in the heading."""
-    tasks = []
+    Values of different protocols never share one: each protocol has its own column, with what
+    tells it apart in the heading.
+
+    Args:
+        results: the rows.
+        level: ``"headline"`` for the few that a terminal shows, ``"detail"`` for all of a page.
+    """
+    names: dict[str, None] = {}
     for result in results:
-        for name in result.metrics:
-            task, _, metric = name.rpartition("/")
-            if metric == "acc" and task != "tasks":
-                tasks.append(Column(f"{task}", name, 100, 1, "high"))
-            elif metric == "word_perplexity":
-                tasks.append(Column(f"{task} word perplexity", name, 1, 3, "low"))
-    return by_protocol([*FIXED, *dict.fromkeys(tasks), *SPEED], results)
+        names.update(dict.fromkeys(result.metrics))
+    return by_protocol(metrics_of(list(names), level), results)
 
 
-def by_protocol(wanted: list[Column], results: list[Result]) -> list[Column]:
-    """Return each wanted column once per protocol in ``results``, told apart in the heading; none
-    without a figure."""
-    return [
-        replace(column, heading=", ".join(filter(None, (column.heading, words))), protocol=key)
-        for column in wanted
-        for key, words in variants(results, column.metric).items()
-    ]
+def by_protocol(metrics: list[Metric], results: list[Result]) -> list[Column]:
+    """Return one column per metric and protocol in ``results``; none without a value."""
+    found = []
+    for metric in metrics:
+        for key, words in variants(results, metric.name).items():
+            found.append(Column(metric, words, key))
+    return found
 
 
 def figure(result: Result, column: Column) -> float | None:
-    """Return the figure of a checkpoint in a column, None if it has none of the column's
+    """Return the value of a checkpoint in a column, None if it has none of the column's
     protocol."""
-    foreign = column.protocol is not None and protocol_key(result, column.metric) != column.protocol
-    return None if foreign else result.metrics.get(column.metric)
+    name = column.metric.name
+    if column.protocol is not None and protocol_key(result, name) != column.protocol:
+        return None
+    return result.metrics.get(name)
 
 
-def best_cells(results: list[Result], column: Column) -> set[str]:
-    """Return the text of the best cell of a column (one text: what reads the same is as good);
-    empty without a contest."""
-    known = [
-        (value, cell(result, column))
-        for result in results
-        if math.isfinite(value := figure(result, column) or math.nan)
-    ]
-    if column.best is None or len({text for _, text in known}) < 2:
+def best_cells(results: list[Result], column: Column, worst: bool = False) -> set[str]:
+    """Return the text of the best cell of a column (one text: what reads the same is as good).
+
+    Args:
+        results: the rows.
+        column: a column of the table.
+        worst: return the worst one instead.
+
+    Returns:
+        Empty where nothing is better than anything else, or where all cells read the same.
+    """
+    better = column.metric.better
+    if better is None:
         return set()
-    return {(min if column.best == "low" else max)(known)[1]}
+    values = {}
+    for result in results:
+        value = figure(result, column)
+        if value is not None and math.isfinite(value):
+            values[cell(result, column)] = value
+    if len(values) < 2:
+        return set()
+    pick = min if (better == "low") != worst else max
+    return {pick(values, key=values.get)}
 
 
 def rows(
     results: list[Result], shown: list[Column], bold: tuple[str, str] | None
 ) -> list[list[str]]:
-    """Return the cells of the table, label first; the best of every column between the two marks of
-    ``bold``."""
+    """Return the cells of the table, label first.
+
+    Args:
+        results: the rows.
+        shown: the columns.
+        bold: marks before and after the best of every column, None for none.
+    """
     best = [best_cells(results, column) if bold else set() for column in shown]
     table = []
     for result in results:
-        cells = [cell(result, column) for column in shown]
-        marked = [
-            f"{bold[0]}{text}{bold[1]}" if text in top else text
-            for text, top in zip(cells, best, strict=True)
-        ]
-        table.append([result.label, *marked])
+        cells = [result.label]
+        for column, top in zip(shown, best, strict=True):
+            text = cell(result, column)
+            cells.append(f"{bold[0]}{text}{bold[1]}" if text in top else text)
+        table.append(cells)
     return table
 
 
 def cell(result: Result, column: Column) -> str:
-    """Format one figure; NaN stays visible and a missing figure is a dash."""
-    return format_figure(figure(result, column), column)
-
-
-def format_figure(value: float | None, column: Column) -> str:
-    """Format a figure as those of a column are."""
-    if value is None:
-        return "-"
-    return "NaN" if math.isnan(value) else f"{value * column.scale:,.{column.digits}f}"
+    """Format one value; NaN stays visible and a missing one is a dash."""
+    return column.metric.format(figure(result, column))
 
 
 def standard_error(result: Result, column: Column) -> float | None:
     """Return the standard error of a figure in its column, unscaled, or None where none is
     known."""
-    return None if figure(result, column) is None else result.metrics.get(f"{column.metric}_stderr")
+    return None if figure(result, column) is None else result.metrics.get(column.metric.stderr)
 
 
 def terminal_table(results: list[Result], compared: bool = False):
@@ -209,19 +210,16 @@ def errors_of_perplexity(result: Result) -> dict[str, float]:
     The ratio estimator of :func:`slim.evaluation.differences.paired` gives the error of the mean
     negative log-likelihood; the perplexity is its exponential, so its error is that times the
     perplexity. Empty where it is not finite."""
-    from slim.evaluation.differences import paired
-
-    records, found = result.quality.get("records", {}), {}
-    weights = {
-        "perplexity": ("perplexity", None),
-        "word_perplexity": ("documents", "words"),
-        "byte_perplexity": ("documents", "bytes"),
-    }
-    for metric, (part, unit) in weights.items():
-        value, rows = result.metrics.get(metric), records.get(part)
-        if value is not None and rows:
-            found[f"{metric}_stderr"] = value * paired(rows["nll"], rows[unit] if unit else None)[1]
-    return {name: error for name, error in found.items() if math.isfinite(error)}
+    errors = {}
+    for metric in METRICS:
+        value = result.metrics.get(metric.name)
+        nll, weights = perplexity_records(metric, result.quality.get("records", {}))
+        if value is None or not nll:
+            continue
+        error = value * paired(nll, weights)[1]
+        if math.isfinite(error):
+            errors[metric.stderr] = error
+    return errors
 
 
 def samples_text(results: list[Result]) -> str:

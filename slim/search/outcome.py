@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from slim.core.console import results_console
 from slim.core.errors import SlimError
 from slim.core.text import markdown_lines
+from slim.evaluation.metrics import BY_NAME, metric_of
 from slim.report.pareto import front
-from slim.report.table import FIXED, SPEED, format_figure
 from slim.search.budget import size
 from slim.search.metrics import DECODE, is_better_high
 from slim.search.point import judge
@@ -207,15 +207,15 @@ def table(found: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def heading(metric: str) -> str:
-    """Return the heading of a metric's column: that of the table over checkpoints, where it has
-    one."""
-    return next((column.heading for column in (*FIXED, *SPEED) if column.metric == metric), metric)
+    """Return the heading of a metric's column."""
+    return metric_of(metric).heading
 
 
 def figure(metric: str, value: float) -> str:
-    """Format an objective as the table over checkpoints does, else with four digits that count."""
-    column = next((column for column in (*FIXED, *SPEED) if column.metric == metric), None)
-    return format_figure(value, column) if column else f"{value:.4g}"
+    """Format an objective as the table over checkpoints does, one it does not know with four digits
+    that count."""
+    known = metric_of(metric)
+    return known.format(value) if known.digits or known.name in BY_NAME else f"{value:.4g}"
 
 
 def markdown(found: dict) -> str:

@@ -19,7 +19,13 @@ from slim.core.errors import SlimError
 from slim.evaluation.compare import compare, name_apart, similarity_wins
 from slim.evaluation.differences import Difference, differences, paired
 from slim.evaluation.protocol import protocol_of, variants
-from slim.report.side_by_side import answers_text, differences_text, judge_text, notes
+from slim.report.side_by_side import (
+    answers_text,
+    comparison_files,
+    differences_text,
+    judge_text,
+    notes,
+)
 from slim.report.table import columns, markdown_table
 from slim.tracking.tracker import record_files
 
@@ -209,7 +215,12 @@ def test_texts_for_people(tmp_path):
         "b: judged better 0, equal 0, worse 1 times.",
         "b: nearer to the reference 0, equal 1, further 0 times.",
     ]
-    assert set(found.files([a, b])) == {"differences.md", "answers.md", "judge.md", "judge.json"}
+    assert set(comparison_files(found, [a, b])) == {
+        "differences.md",
+        "answers.md",
+        "judge.md",
+        "judge.json",
+    }
     assert found.metrics()["judge/b/losses"] == 1
 
 
