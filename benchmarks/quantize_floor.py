@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slim.calibration.block_runner import Hessian
+from slim.calibration.hessian import Hessian
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.reader import TensorReader
 from slim.models.spec import ModelSpec

@@ -1,14 +1,15 @@
 """A loaded model taken apart: hidden states go in and out of single decoder blocks.
 
-Only the model itself knows how its blocks are called (mask, positions, rotary angles; sliding
-windows in some of them). So its own forward is run once per batch with the blocks switched off, and
-what each block was called with is kept."""
+Sequential calibration reads blocks from disk one at a time. Scoring by gradients or by leaving
+blocks out needs the whole model in memory instead; :class:`BlockChain` runs its blocks one by one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from slim.calibration.capture import BlockCall, block_calls, run_block
 from slim.core.lazy import LazyModule
 from slim.models.logits import head_logits
 
@@ -30,49 +31,56 @@ class BlockChain:
     """
 
     def __init__(self, model, family: Family):
-        self.model, self.family = model, family
+        """Take a model apart.
+
+        Args:
+            model: a transformers model with its weights.
+            family: names its blocks and its final norm.
+        """
+        self.model = model
+        self.family = family
         self.blocks = model.get_submodule(family.blocks)
         self.norm = model.get_submodule(family.final_norm)
-        self._calls: list[tuple[tuple, dict]] = []
+        self._calls: list[BlockCall] = []
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Take int64 tokens [batch, length] and return the input of block 0, [batch, length,
-        hidden]."""
-        self._calls, inputs = [], []
+        """Begin a batch of int64 tokens [batch, length].
 
-        def record(hidden, *args, **kwargs):
-            inputs.append(hidden)
-            self._calls.append((args, kwargs))
-            return hidden
-
-        try:
-            for block in self.blocks:
-                block.forward = record
-            with torch.no_grad():
-                self.model.base_model(tokens.to(self.model.device), use_cache=False)
-        finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
-        return inputs[0]
+        Returns:
+            The input of block 0, [batch, length, hidden].
+        """
+        hidden, self._calls = block_calls(
+            self.model.base_model, self.blocks, tokens.to(self.model.device)
+        )
+        return hidden
 
     def step(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Run block ``index`` on hidden states [batch, length, hidden] of the batch that entered
-        last."""
-        args, kwargs = self._calls[index]
-        output = self.blocks[index](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        """Run one block on hidden states of the batch that entered last.
+
+        Args:
+            index: the block's number.
+            hidden: its input, [batch, length, hidden].
+
+        Returns:
+            Its output, [batch, length, hidden].
+        """
+        return run_block(self.blocks[index], hidden, self._calls[index])
 
     def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield summed losses (-log p in nats, float32) of ``tokens`` [batch, length], given the
-        last block's output.
+        """Yield summed losses (-log p in nats, float32), each over some of the tokens.
 
-        One sum per some tokens, so that few logits exist at once; every token but the first of a
-        sample counts."""
+        Few logits exist at once that way. Every token but the first of a sample counts.
+
+        Args:
+            hidden: the last block's output, [batch, length, hidden].
+            tokens: the batch, int64 [batch, length].
+        """
         rows = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
-        inputs, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().to(hidden.device)
+        inputs = hidden[:, :-1].flatten(0, 1)
+        targets = tokens[:, 1:].flatten().to(hidden.device)
         for states, target in zip(inputs.split(rows), targets.split(rows), strict=True):
             logits = head_logits(self.model, self.norm(states)).float()
             yield torch.nn.functional.cross_entropy(logits, target, reduction="sum")

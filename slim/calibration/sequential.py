@@ -1,44 +1,42 @@
-"""The walk through the blocks: one decoder block in memory at a time, whatever the depth of the
-model.
+"""Sequential calibration: one decoder block in memory at a time, whatever the depth of the model.
 
-Every calibrated method needs the inputs of every linear layer. The walk reads a block from the
-source's safetensors, runs the hidden states of all calibration samples through it, hands a visitor
-what it asked for, writes the block's tensors to the output and drops it. Visitors are the methods
-(round to nearest, AWQ, ...).
+Every calibrated method needs the inputs of every linear layer, as the already changed layers before
+it give them. :meth:`SequentialCalibration.run` is the loop that all methods share:
 
-Inside a block it goes segment by segment (q/k/v, o, gate/up, down: linear layers that share an
-input), so that each segment sees the already changed ones before it. What a visitor gets per
-segment is the Gram matrix G = X^T X of the input X [tokens, in]: the squared output error of a
-change D of the weights is tr(D G D^T), so no search needs another forward. To stay near the cost of
-one forward per block, a pass stops as soon as the wanted input is there, and parts of the block
-that are finished answer with their stored output."""
+    capture     what enters block 0, for all calibration samples
+    for every block, read from the source's safetensors:
+        for every linear group (q/k/v, o, gate/up, down: layers that share an input X [tokens, in]):
+            accumulate  H = X^T X
+            solve       the method changes the group's weights
+            propagate   the samples move past the changed layers
+        write       the block's tensors to the output, and drop the block
+
+The squared output error of a change D of the weights is tr(D H D^T), so a method's search needs no
+further forward pass. To stay near the cost of one forward pass per block, a pass stops as soon as
+the wanted input is there, and finished parts of a block are not computed again
+(``block_runner.py``).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.calibration.block_runner import (
-    BATCH_BYTES,
-    CACHE_BYTES,
-    BlockRunner,
-    CapturedInputs,
-    Hessian,
-    capture_inputs,
-    widest_layer,
-)
+from slim.calibration.block_method import BlockMethod, LinearGroup
+from slim.calibration.block_runner import CACHE_BYTES, BlockRunner
+from slim.calibration.capture import BATCH_BYTES, CapturedInputs, capture_inputs, widest_layer
 from slim.calibration.errors import LayerError
-from slim.calibration.resume import CalibrationProgress
+from slim.calibration.resume import CalibrationProgress, CalibrationState
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.meta_model import MetaModel, stored_dtype
 from slim.checkpoints.shards import ShardWriter
 from slim.checkpoints.stage import Context
 from slim.checkpoints.writer import copy_companions, write_config
-from slim.core.errors import SlimError
 from slim.core.hardware import map_large_tensors, trim_heap
 from slim.core.lazy import LazyModule
-from slim.models.spec import Family, LinearGroupSpec, ModelSpec
+from slim.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -47,97 +45,8 @@ else:
     torch = LazyModule("torch")
 
 
-@dataclass
-class LinearGroup:
-    """One segment of one block, as a visitor sees it.
-
-    block: its number. prefix: its name in the model, such as ``model.layers.3``.
-    linears: name within the block -> float32 layer. A visitor changes ``weight`` in place to what
-        the model will compute with; folded scales stay out of the walk (weights are given back as
-        if the input had not been scaled).
-    scale_module: the module whose output channels are this input's channels (norm or linear layer),
-        named ``scale_into``.
-    channel_map: int64 [in], for every input channel the channel of ``scale_module`` it comes from.
-    hessian: float32 [in, in], X^T X over the calibration tokens, or None where the visitor needs
-        none.
-    tokens: number of rows of X.
-    """
-
-    block: int
-    prefix: str
-    spec: LinearGroupSpec
-    linears: dict[str, nn.Linear]
-    scale_module: nn.Module
-    channel_map: torch.Tensor
-    hessian: torch.Tensor | None = None
-    tokens: int = 0
-
-    @property
-    def scale_into(self) -> str:
-        return self.spec.scale_into
-
-
-class BlockMethod:
-    """A method on the walk.
-
-    needs_hessian: whether it looks at G; without it no forward is run at all. sequential: whether
-    each segment sees the already changed ones before it in its block; if not, all of a block's Gram
-    matrices are taken beforehand.
-    resumable: whether ``state`` is all it has to remember between two blocks.
-    """
-
-    needs_hessian: bool = True
-    sequential: bool = True
-    resumable: bool = False
-
-    def process(self, group: LinearGroup) -> dict[str, float]:
-        """Change the weights of ``group.linears`` in place; return name within the block ->
-        relative output error."""
-        raise NotImplementedError
-
-    def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
-        """Return the finished block's tensors as they are to be stored, named within the block.
-
-        Floating-point tensors that the source has too are stored in the source's type.
-        """
-        return module.state_dict()
-
-    def finished_weight(self, name: str) -> torch.Tensor | None:
-        """Return the weights a finished layer computes with, where the visitor can give them back.
-
-        The walk then frees them while they are not run. ``block_tensors`` has to do without them.
-        None: it keeps them."""
-        return None
-
-    def has_finished_weight(self, name: str) -> bool:
-        """Whether ``finished_weight`` gives a layer's weights back."""
-        return False
-
-    def other_tensors(
-        self, name: str, tensor: torch.Tensor, family: Family, tied: bool
-    ) -> dict[str, torch.Tensor]:
-        """Return what is stored for a tensor outside the blocks (embedding, final norm, head).
-        tied: head = embedding."""
-        return {name: tensor}
-
-    def state(self) -> dict:
-        """Return what is to be remembered if the walk is interrupted, as plain JSON values."""
-        return {}
-
-    def resume(self, state: dict) -> None:
-        """Take up a ``state``."""
-
-
 class SequentialCalibration:
-    """One walk of a visitor through the blocks of ``source``, written to ``writer``.
-
-    tokens: int64 [samples, length]; None for visitors without Gram matrices. device: where blocks
-        are computed.
-    cache_bytes: limit for inputs that are kept instead of computed twice; speed only, not the
-        result.
-    on_block: called with (block, its LayerErrors) when a block is done. title: of the progress bar.
-    progress: where an interrupted walk is taken up and its progress is saved; None: nowhere.
-    """
+    """Applies a method to the blocks of a checkpoint, one after another."""
 
     def __init__(
         self,
@@ -147,19 +56,39 @@ class SequentialCalibration:
         tokens: torch.Tensor | None = None,
         device: str = "cpu",
         cache_bytes: int = CACHE_BYTES,
-        on_block=None,
+        on_block: Callable[[int, list[LayerError]], None] | None = None,
         title: str = "Blocks",
         progress: CalibrationProgress | None = None,
     ):
+        """Prepare to run; no weights are read yet.
+
+        Args:
+            source: the checkpoint that is read.
+            method: what is done to its blocks.
+            writer: where the result's tensors go; None: nothing is written.
+            tokens: calibration samples, int64 [samples, length]; None for methods that need no
+                Hessian.
+            device: torch device the blocks are computed on.
+            cache_bytes: limit for inputs that are cached instead of computed twice; affects speed
+                only.
+            on_block: called with a block's number and its errors when it is done.
+            title: of the progress bar.
+            progress: where progress is saved, and resumed if the method is resumable; None:
+                nowhere.
+
+        Raises:
+            ValueError: if the method needs a Hessian and there are no tokens.
+        """
         if method.needs_hessian and tokens is None:
-            raise ValueError("this visitor needs calibration tokens")
-        self.source, self.method, self.writer, self.tokens = source, method, writer, tokens
-        self.device, self.cache_bytes, self.on_block, self.title = (
-            device,
-            cache_bytes,
-            on_block,
-            title,
-        )
+            raise ValueError("this method needs calibration tokens")
+        self.source = source
+        self.method = method
+        self.writer = writer
+        self.tokens = tokens
+        self.device = device
+        self.cache_bytes = cache_bytes
+        self.on_block = on_block
+        self.title = title
         self.progress = progress if method.resumable else None
         self.meta_model = MetaModel(source, device)
         self.family = self.meta_model.family
@@ -167,158 +96,162 @@ class SequentialCalibration:
         self.errors: list[LayerError] = []
 
     def run(self) -> list[LayerError]:
-        """Walk through all blocks and return the error of every layer. Raises ``SlimError`` for NaN
-        or infinity."""
-        from slim.core.console import progress_bar
+        """Process all blocks and return the error of every layer, in order.
+
+        Raises:
+            SlimError: if weights or inputs contain NaN or infinity; it names the layer.
+        """
+        from slim.core.console import progress_bar  # loads rich
 
         map_large_tensors()
+        # Capture: the embeddings run once; from here on only hidden states are needed.
         if self.method.needs_hessian:
             self.captured = capture_inputs(self.meta_model, self.tokens)
-        start = self.progress.resume(self) if self.progress else 0
+        start = self._resume()
         if start == 0:
-            self._copy_rest()
-        with progress_bar(self.title, len(self.meta_model.blocks)) as advance:
+            self._write_outside_blocks()
+
+        depth = len(self.meta_model.blocks)
+        with progress_bar(self.title, depth) as advance:
+            # Blocks of an interrupted run are done; their errors are reported again for the curves.
             advance(start)
             for index in range(start):
                 self._report(index)
-            for index in range(start, len(self.meta_model.blocks)):
-                found = self._block(index)
-                self.errors += found
+
+            for index in range(start, depth):
+                # Read: no other block is in memory.
+                name = f"{self.family.blocks}.{index}"
+                block = self.meta_model.load(name)
+                runner = self._block_runner(block, index)
+                errors: dict[str, float] = {}
+
+                for spec in self.family.linear_groups:
+                    group = LinearGroup.of_block(self.meta_model.spec, block, index, spec)
+
+                    # Accumulate: the layers before this group already compute with their new
+                    # weights.
+                    if runner is not None:
+                        hessian = runner.hessian(spec)
+                        group.hessian, group.tokens = hessian.matrix(), hessian.rows
+                        group.require_finite()
+
+                    # Solve: the method changes the group's weights in place.
+                    with torch.no_grad(), self._finished_layers_freed(block, runner):
+                        errors.update(self.method.process(group))
+                        # as large as the largest layer: makes room for the weights that come back
+                        group.hessian = hessian = None
+
+                    # Propagate: after attention's and MLP's last group the samples move past it.
+                    if runner is not None:
+                        self._free(block, runner.finish(spec))
+                if runner is not None:
+                    runner.advance()
+
+                # Write: what the method has made of the block goes to the output's current shard.
+                self._write_block(index, block)
+                self.meta_model.drop(name)
+                for layer, error in errors.items():
+                    self.errors.append(LayerError(index, layer, error))
                 self._report(index)
-                mean = sum(item.error for item in found) / max(1, len(found))
+                mean = sum(errors.values()) / max(1, len(errors))
                 advance(1, note=f"block {index}: relative error {mean:.4f}")
-                if self.progress:
-                    self.progress.save(self, index)
+                self._save(index)
         return self.errors
+
+    def _block_runner(self, block: nn.Module, index: int) -> BlockRunner | None:
+        """Return what runs the samples through a block; None where there are no samples."""
+        if self.captured is None:
+            return None
+        return BlockRunner(
+            block,
+            index,
+            self.captured,
+            self.family,
+            self.device,
+            self.cache_bytes,
+            self.method.sequential,
+        )
+
+    @contextmanager
+    def _finished_layers_freed(
+        self, block: nn.Module, runner: BlockRunner | None
+    ) -> Iterator[None]:
+        """Free the float32 weights that the method can give back while it works on other layers."""
+        freed = []
+        for spec in self.family.linear_groups:
+            freed += [name for name in spec.linears if self.method.has_finished_weight(name)]
+        self._free(block, freed)
+        yield
+        trim_heap()
+        needed = [] if runner is None else runner.unfinished_layers()
+        for name in freed:
+            if name in needed:
+                weight = self.method.finished_weight(name)
+                block.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def _free(self, block: nn.Module, layers: list[str]) -> None:
+        """Free the weights of those layers that the method can give back."""
+        for name in layers:
+            if self.method.has_finished_weight(name):
+                block.get_submodule(name).weight = None
+        trim_heap()
+
+    def _write_block(self, index: int, block: nn.Module) -> None:
+        # also where nothing is written: it tells the method that the block is done
+        tensors = self.method.block_tensors(index, block)
+        if self.writer is None:
+            return
+        for name, tensor in tensors.items():
+            full = f"{self.family.blocks}.{index}.{name}"
+            if full in self.meta_model.reader and tensor.is_floating_point():
+                tensor = tensor.to(stored_dtype(self.source.tensors[full][1]))
+            self.writer.add(full, tensor)
+
+    def _write_outside_blocks(self) -> None:
+        """Write the embedding, the final norm and the head as the method wants them stored."""
+        if self.writer is None:
+            return
+        tied = self.source.spec.tied
+        for name in self.source.tensors:
+            if not name.startswith(self.family.blocks + "."):
+                tensor = self.meta_model.reader.read(name)
+                stored = self.method.other_tensors(name, tensor, self.family, tied)
+                for stored_name, value in stored.items():
+                    self.writer.add(stored_name, value)
+        self.meta_model.reader.release()
 
     def _report(self, index: int) -> None:
         if self.on_block:
             self.on_block(index, [item for item in self.errors if item.block == index])
 
-    def _copy_rest(self) -> None:
-        """Write what is not in a block (embeddings, final norm, head) as the visitor wants it
-        stored."""
-        if self.writer is not None:
-            for name in self.source.tensors:
-                if not name.startswith(self.family.blocks + "."):
-                    tensor, tied = self.meta_model.reader.read(name), self.source.spec.tied
-                    for stored, value in self.method.other_tensors(
-                        name, tensor, self.family, tied
-                    ).items():
-                        self.writer.add(stored, value)
-            self.meta_model.reader.release()
+    def _save(self, block: int) -> None:
+        if self.progress:
+            hidden = [] if self.captured is None else self.captured.hidden
+            state = CalibrationState(block, hidden, self.errors, self.method.state())
+            self.progress.save(state, self.writer)
 
-    def _block(self, index: int) -> list[LayerError]:
-        prefix = f"{self.family.blocks}.{index}"
-        block = self.meta_model.load(prefix)
-        runner, hessians = None, {}
+    def _resume(self) -> int:
+        """Restore an interrupted run's state, if there is one; return the block to start with."""
+        saved = self.progress.resume(self.writer) if self.progress else None
+        if saved is None:
+            return 0
         if self.captured is not None:
-            runner = BlockRunner(
-                block, index, self.captured, self.family, self.device, self.cache_bytes
-            )
-            hessians = {} if self.method.sequential else runner.hessians()
-        errors: dict[str, float] = {}
-        for group in self.family.linear_groups:
-            errors.update(self._group(block, index, group, runner, hessians.pop(group, None)))
-        if runner is not None:
-            runner.advance()
-        self._write(index, prefix, block)
-        self.meta_model.drop(prefix)
-        return [LayerError(index, name, error) for name, error in errors.items()]
-
-    def _group(
-        self,
-        block: nn.Module,
-        index: int,
-        spec: LinearGroupSpec,
-        runner: BlockRunner | None,
-        hessian: Hessian | None,
-    ) -> dict[str, float]:
-        group = LinearGroup(
-            block=index,
-            prefix=f"{self.family.blocks}.{index}",
-            spec=spec,
-            linears={name: block.get_submodule(name) for name in spec.linears},
-            scale_module=block.get_submodule(spec.scale_into),
-            channel_map=input_channel_map(self.meta_model.spec, self.family, block, spec),
-        )
-        if runner is not None:
-            hessian = hessian or runner.hessian(spec)
-            group.hessian, group.tokens = hessian.matrix(), hessian.rows
-            require_finite(group)
-        done = [name for name in self._layers() if self.method.has_finished_weight(name)]
-        self._free(block, done)
-        with torch.no_grad():
-            errors = self.method.process(group)
-        group.hessian = hessian = None
-        self._restore(
-            block, [name for name in done if runner is not None and name in runner.running]
-        )
-        if runner is not None and self.method.sequential:
-            self._free(
-                block,
-                [name for name in runner.finish(spec) if self.method.has_finished_weight(name)],
-            )
-        return errors
-
-    def _layers(self) -> list[str]:
-        return [name for group in self.family.linear_groups for name in group.linears]
-
-    def _free(self, block: nn.Module, layers: list[str]) -> None:
-        """Free the weights of layers that the visitor holds."""
-        for name in layers:
-            block.get_submodule(name).weight = None
-        trim_heap()
-
-    def _restore(self, block: nn.Module, layers: list[str]) -> None:
-        """Take the weights of layers that will run again from the visitor."""
-        trim_heap()
-        for name in layers:
-            block.get_submodule(name).weight = torch.nn.Parameter(
-                self.method.finished_weight(name), requires_grad=False
-            )
-
-    def _write(self, index: int, prefix: str, block: nn.Module) -> None:
-        # also where nothing is written: the visitor is done with it
-        tensors = self.method.block_tensors(index, block)
-        if self.writer is None:
-            return
-        for name, tensor in tensors.items():
-            full = f"{prefix}.{name}"
-            if full in self.meta_model.reader and tensor.is_floating_point():
-                tensor = tensor.to(stored_dtype(self.source.tensors[full][1]))
-            self.writer.add(full, tensor)
-
-
-def require_finite(group: LinearGroup) -> None:
-    """Raise ``SlimError`` naming the layer if its calibration inputs contain NaN or infinity."""
-    if not torch.isfinite(group.hessian.diagonal()).all():
-        raise SlimError(
-            f"The inputs of {group.prefix}.{group.spec.linears[0]} contain NaN or infinity. "
-            "The model overflows on the calibration text: its weights are damaged or the text is not of its kind."
-        )
-
-
-def input_channel_map(
-    spec: ModelSpec, family: Family, block: nn.Module, group: LinearGroupSpec
-) -> torch.Tensor:
-    """Return for each input channel of a segment the output channel of ``scale_into`` it comes
-    from, int64 [in].
-
-    They are the same but where values feed the attention's output: under grouped-query attention
-    several query heads read one value head. A fused layer feeds by some of its rows only."""
-    first = block.get_submodule(group.linears[0])
-    channels = torch.arange(first.in_features, device=first.weight.device)
-    if group.scale_into.startswith(family.attention + "."):
-        shared = spec.heads // spec.kv_heads
-        head, within = channels // spec.head_dim, channels % spec.head_dim
-        channels = head // shared * spec.head_dim + within
-    return channels + spec.first_scaled_row(group)
+            self.captured.hidden = saved.hidden
+        self.errors = saved.errors
+        self.method.resume(saved.method)
+        return saved.block + 1
 
 
 def calibration_bytes(spec: ModelSpec, samples: int, length: int) -> int:
-    """Estimate the peak memory of a walk with Gram matrices, beside the block itself: activations
-    and one matrix."""
+    """Estimate the peak memory of collecting Hessians, besides the block itself, in bytes.
+
+    Hidden states, cached inputs, the activations of a batch, and one Hessian with a copy.
+
+    Args:
+        spec: the model's sizes.
+        samples: number of calibration samples.
+        length: tokens per sample.
+    """
     hidden = 4 * samples * length * spec.hidden_size
     widest = max(columns for _, columns in spec.block_linears().values())
     batch = 4 * max(BATCH_BYTES, 4 * length * widest_layer(spec))
@@ -333,25 +266,33 @@ def transform_checkpoint(
     context: Context,
     tokens: torch.Tensor | None = None,
 ) -> list[LayerError]:
-    """Walk ``method`` through ``source`` and write the whole changed checkpoint to ``target``;
-    return its errors.
+    """Apply a method to all blocks and write the complete changed checkpoint.
 
-    config: the result's ``config.json``. tokens: as for :class:`SequentialCalibration`. The mean
-    error of every block with errors is recorded as the curve ``layer_error``."""
+    Args:
+        source: the checkpoint that is read.
+        target: existing, empty folder of the result.
+        method: what is done to the blocks.
+        config: the result's ``config.json``.
+        context: device, folder for resuming, and where curves go: the mean error of every block
+            with errors is recorded as ``layer_error``.
+        tokens: calibration samples, int64 [samples, length], or None.
+
+    Returns:
+        The error of every layer, in order.
+    """
 
     def report(block: int, errors: list[LayerError]) -> None:
         if errors:
             context.metric("layer_error", sum(item.error for item in errors) / len(errors), block)
 
-    progress = (
-        CalibrationProgress(context.work, context.device)
-        if context.work and method.resumable
-        else None
-    )
+    progress = None
+    if context.work and method.resumable:
+        progress = CalibrationProgress(context.work, context.device)
     writer = ShardWriter(target, work=progress and progress.folder)
-    errors = SequentialCalibration(
+    calibration = SequentialCalibration(
         source, method, writer, tokens, context.device, on_block=report, progress=progress
-    ).run()
+    )
+    errors = calibration.run()
     writer.close()
     write_config(config, target)
     copy_companions(source.folder, target)

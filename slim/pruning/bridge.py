@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slim.calibration.block_runner import CapturedInputs, Hessian, capture_inputs
+from slim.calibration.capture import CapturedInputs, capture_inputs
+from slim.calibration.hessian import Hessian
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.meta_model import MetaModel, stored_dtype
 from slim.checkpoints.shards import SHARD_BYTES, ShardWriter

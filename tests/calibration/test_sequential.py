@@ -1,5 +1,4 @@
-"""The walk: what visitors are shown, against hooks on the whole model; what is in memory; what is
-written."""
+"""Sequential calibration: Hessians against hooks on the whole model; memory; what is written."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from slim.calibration.block_runner import Hessian
+from slim.calibration.hessian import Hessian, precision_of
 from slim.calibration.sequential import BlockMethod, SequentialCalibration
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.meta_model import MetaModel
@@ -34,22 +33,24 @@ FAMILY_CHANGES = {
 
 
 class Spy(BlockMethod):
-    """Changes nothing and remembers the Gram matrices."""
+    """Changes nothing and remembers the Hessians."""
 
     def __init__(self):
         self.hessians, self.tokens = {}, set()
 
-    def process(self, view):
-        self.tokens.add(view.tokens)
-        for name in view.linears:
-            self.hessians[f"{view.prefix}.{name}"] = view.hessian.clone()
-        return dict.fromkeys(view.linears, 0.0)
+    def process(self, group):
+        self.tokens.add(group.tokens)
+        for name in group.linears:
+            self.hessians[f"{group.prefix}.{name}"] = group.hessian.clone()
+        return dict.fromkeys(group.linears, 0.0)
 
 
 @pytest.fixture(scope="module", params=FAMILY_CHANGES)
 def checkpoint(request, tmp_path_factory):
     changes = {"num_hidden_layers": 4, **FAMILY_CHANGES[request.param]}
-    folder = build_small(request.param, tmp_path_factory.mktemp("walk") / request.param, **changes)
+    folder = build_small(
+        request.param, tmp_path_factory.mktemp("source") / request.param, **changes
+    )
     if request.param == "qwen2":  # give the biases, zero when made, something to do
         randomise_biases(folder)
     return open_checkpoint(folder)
@@ -69,8 +70,8 @@ def tokens():
     return torch.randint(3, 1024, (5, 48), generator=torch.Generator().manual_seed(2))
 
 
-def grams_by_hooks(model, tokens):
-    """Gram matrices in float64 of every linear layer's input, and the hidden states after each
+def hessians_by_hooks(model, tokens):
+    """Hessians in float64 of every linear layer's input, and the hidden states after each
     block."""
     hessians = {}
 
@@ -92,15 +93,17 @@ def grams_by_hooks(model, tokens):
 
 
 @pytest.mark.parametrize("cache_bytes", [2**30, 0], ids=["inputs kept", "inputs computed twice"])
-def test_grams_and_outputs_equal_those_of_the_whole_model(
+def test_hessians_and_outputs_equal_those_of_the_whole_model(
     checkpoint, tokens, cache_bytes, monkeypatch
 ):
     # batches of 2, 2 and 1 samples
-    monkeypatch.setattr("slim.calibration.block_runner.BATCH_BYTES", 100 * 4 * 128)
-    expected, last = grams_by_hooks(AutoModelForCausalLM.from_pretrained(checkpoint.folder), tokens)
+    monkeypatch.setattr("slim.calibration.capture.BATCH_BYTES", 100 * 4 * 128)
+    expected, last = hessians_by_hooks(
+        AutoModelForCausalLM.from_pretrained(checkpoint.folder), tokens
+    )
     spy = Spy()
-    walk = SequentialCalibration(checkpoint, spy, None, tokens, cache_bytes=cache_bytes)
-    walk.run()
+    calibration = SequentialCalibration(checkpoint, spy, None, tokens, cache_bytes=cache_bytes)
+    calibration.run()
     assert spy.hessians.keys() == expected.keys()
     assert spy.tokens == {tokens.numel()}
     for name, hessian in expected.items():
@@ -108,24 +111,24 @@ def test_grams_and_outputs_equal_those_of_the_whole_model(
         torch.testing.assert_close(
             spy.hessians[name].double(), hessian, rtol=1e-4, atol=1e-4 * hessian.abs().max().item()
         )
-    torch.testing.assert_close(torch.cat(walk.captured.hidden), last, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(calibration.captured.hidden), last, rtol=1e-4, atol=1e-4)
 
 
 class Shrink(Spy):
-    """Changes every layer, so that later inputs differ; remembers grams."""
+    """Changes every layer, so that later inputs differ; remembers Hessians."""
 
-    def process(self, view):
-        result = super().process(view)
-        for linear in view.linears.values():
+    def process(self, group):
+        result = super().process(group)
+        for linear in group.linears.values():
             linear.weight.mul_(0.9)
         return result
 
 
-def test_every_segment_sees_the_changes_before_it(checkpoint, tokens):
-    """G of a segment comes from a model in which exactly the segments before it are changed."""
+def test_every_linear_group_sees_the_changes_before_it(checkpoint, tokens):
+    """H of a group comes from a model in which exactly the groups before it are changed."""
     spy = Shrink()
-    walk = SequentialCalibration(checkpoint, spy, None, tokens)
-    walk.run()
+    calibration = SequentialCalibration(checkpoint, spy, None, tokens)
+    calibration.run()
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
     linear_groups = [
         (block, group) for block in range(4) for group in FAMILIES["llama"].linear_groups
@@ -133,7 +136,7 @@ def test_every_segment_sees_the_changes_before_it(checkpoint, tokens):
     for block, group in linear_groups:
         name = f"model.layers.{block}.{group.linears[0]}"
         if block in (0, 3):
-            hessian = grams_of_layer(model, name, tokens)
+            hessian = hessian_of_layer(model, name, tokens)
             torch.testing.assert_close(
                 spy.hessians[name].double(),
                 hessian,
@@ -142,11 +145,11 @@ def test_every_segment_sees_the_changes_before_it(checkpoint, tokens):
             )
         for linear in group.linears:
             model.get_submodule(f"model.layers.{block}.{linear}").weight.data.mul_(0.9)
-    _, last = grams_by_hooks(model, tokens)
-    torch.testing.assert_close(torch.cat(walk.captured.hidden), last, rtol=1e-4, atol=1e-4)
+    _, last = hessians_by_hooks(model, tokens)
+    torch.testing.assert_close(torch.cat(calibration.captured.hidden), last, rtol=1e-4, atol=1e-4)
 
 
-def grams_of_layer(model, name, tokens):
+def hessian_of_layer(model, name, tokens):
     found = []
     hook = model.get_submodule(name).register_forward_pre_hook(
         lambda module, inputs: found.append(inputs[0].double())
@@ -179,23 +182,23 @@ def test_one_block_is_in_memory_at_a_time(checkpoint, tokens, monkeypatch):
         return module
 
     monkeypatch.setattr(MetaModel, "load", load)
-    walk = SequentialCalibration(checkpoint, Spy(), None, tokens)
-    walk.run()
+    calibration = SequentialCalibration(checkpoint, Spy(), None, tokens)
+    calibration.run()
     assert [name for name in loaded if ".layers." in name] == [
         f"model.layers.{block}" for block in range(4)
     ]
     for name, (real, others) in zip(loaded, seen, strict=True):
         assert len(real) <= 1
         assert not (real and others), name
-    assert all(parameter.is_meta for parameter in walk.meta_model.model.parameters())
+    assert all(parameter.is_meta for parameter in calibration.meta_model.model.parameters())
 
 
-def test_without_grams_nothing_runs_and_everything_is_written(checkpoint, tmp_path, monkeypatch):
+def test_without_hessians_nothing_runs_and_everything_is_written(checkpoint, tmp_path, monkeypatch):
     class Blind(BlockMethod):
         needs_hessian = False
 
-        def process(self, view):
-            assert view.hessian is None
+        def process(self, group):
+            assert group.hessian is None
             return {}
 
     monkeypatch.setattr("slim.calibration.sequential.capture_inputs", None)
@@ -212,8 +215,8 @@ def test_without_grams_nothing_runs_and_everything_is_written(checkpoint, tmp_pa
     )
 
 
-def test_gram_tiles(monkeypatch):
-    monkeypatch.setattr("slim.calibration.block_runner.HESSIAN_TILE", 7)
+def test_hessian_tiles(monkeypatch):
+    monkeypatch.setattr("slim.calibration.hessian.HESSIAN_TILE", 7)
     x = torch.randn(3, 11, 20, generator=torch.Generator().manual_seed(0))
     hessian = Hessian(20)
     hessian.add(x[:1])
@@ -279,8 +282,6 @@ def copy_with(source, target, name, change):
 
 
 def test_calibration_runs_at_the_stored_precision_and_nothing_else_does():
-    from slim.calibration.block_runner import Hessian, precision_of
-
     before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     inputs = torch.randn(300, 64, generator=torch.Generator().manual_seed(2))
     exact = inputs.double().T @ inputs.double()

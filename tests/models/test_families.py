@@ -33,7 +33,7 @@ from slim.quantization.methods.rtn import RTN
 from slim.quantization.methods.scaling import ScaledMethod, channel_scales
 from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.grid import Quantized
-from tests.calibration.test_sequential import Spy, grams_by_hooks
+from tests.calibration.test_sequential import Spy, hessians_by_hooks
 from tests.conftest import build_small
 from tests.quantization.test_quantization import logits, relative, run, tokens_of, unpacked_copy
 
@@ -219,9 +219,9 @@ def test_pattern_of_windows_where_the_config_leaves_it_out(model_type, given):
 @pytest.mark.parametrize("cache_bytes", [2**30, 0], ids=["inputs kept", "inputs computed twice"])
 def test_walk_sees_and_writes_what_the_model_is(folder, cache_bytes, tmp_path, monkeypatch):
     # batches of 2, 2 and 1 samples
-    monkeypatch.setattr("slim.calibration.block_runner.BATCH_BYTES", 64 * 4 * 128)
+    monkeypatch.setattr("slim.calibration.capture.BATCH_BYTES", 64 * 4 * 128)
     source = open_checkpoint(folder)
-    expected, last = grams_by_hooks(reloaded(folder), TOKENS)
+    expected, last = hessians_by_hooks(reloaded(folder), TOKENS)
     spy = Spy()
     walk = SequentialCalibration(source, spy, None, TOKENS, cache_bytes=cache_bytes)
     walk.run()

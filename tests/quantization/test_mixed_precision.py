@@ -360,9 +360,9 @@ def test_progress_made_elsewhere_is_not_taken_up(small_llama, tmp_path, monkeypa
 
     walk(tmp_path / "a")
     seen.clear()
-    record = json.loads((tmp_path / "work" / "walk.json").read_text())
+    record = json.loads((tmp_path / "work" / "progress.json").read_text())
     record["setting"]["versions"]["torch"] = "1.0"
-    (tmp_path / "work" / "walk.json").write_text(json.dumps(record))
+    (tmp_path / "work" / "progress.json").write_text(json.dumps(record))
     walk(tmp_path / "b")
     assert sorted(set(seen)) == list(range(6))
     assert (
