@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -17,12 +18,38 @@ def expand_alias(overrides: list[str]) -> list[str]:
     return [ALIAS.sub(r"\1quantizer", override) for override in overrides]
 
 
-def compose(config_name: str, overrides: list[str] | None = None) -> DictConfig:
+def config_dirs(arguments: list[str]) -> list[Path]:
+    """Return the folders with choices of one's own that ``--config-dir`` names on a command line.
+
+    Args:
+        arguments: the words after the command's name.
+    """
+    folders = []
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            folders.append(Path(value or "".join(arguments[index + 1 : index + 2])))
+    return folders
+
+
+def compose(
+    config_name: str, overrides: list[str] | None = None, folders: Sequence[Path] = ()
+) -> DictConfig:
     """Compose a configuration from Python as the command line would: ``compose("compress",
-    ["quant=awq"])``."""
+    ["quant=awq"])``.
+
+    Args:
+        config_name: ``compress``, ``train`` or ``evaluate``.
+        overrides: what follows on the command line.
+        folders: further folders with choices, as ``--config-dir`` names them.
+    """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
+    expanded = expand_alias(overrides or [])
+    if folders:
+        paths = [f"file://{folder.expanduser().absolute()}" for folder in folders]
+        expanded = [*expanded, f"hydra.searchpath=[{','.join(paths)}]"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(config_name, expand_alias(overrides or []))
+        return hydra.compose(config_name, expanded)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from slim.chain.compose import config_dirs
 from slim.core.errors import SlimError, did_you_mean
 
 ENTRY = re.compile(r"^(?:override\s+)?(?:optional\s+)?/?([\w/]+)(?:@[\w.]+)?$")
@@ -33,10 +34,7 @@ def check_experiments(arguments: list[str], conf: Path, command: str = "compress
         [conf],
         any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments),
     )
-    for index, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name in ("--config-dir", "-cd"):
-            folders.append(Path(value or "".join(arguments[index + 1 : index + 2])))
+    folders += config_dirs(arguments)
     chosen = [
         argument.partition("=")[2]
         for argument in arguments

@@ -1,0 +1,124 @@
+"""The guides in docs/extending: what they have people type is typed here, and it works."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from slim.chain.build import build_pipeline
+from slim.chain.compose import compose, config_dirs
+from slim.chain.explain import explain
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.core.io import read_json
+from tests.conftest import ROOT
+from tests.support.pages import commands, files
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder of one's own, from which modules can be imported."""
+    folder = tmp_path / "my_project"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    known = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - known:
+        module = sys.modules[name]
+        if str(folder) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
+
+
+def type_in(page: str, project: Path) -> str:
+    """Write the files of a page into the project; return the page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, content in files(text).items():
+        path = project / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    return text
+
+
+def run_tests(project: Path, tmp_path: Path) -> int:
+    """Run every test that was typed in; return their number."""
+    count = 0
+    for path in project.glob("test_*.py"):
+        module = importlib.import_module(path.stem)
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith("test_"):
+                scratch = tmp_path / name
+                scratch.mkdir()
+                function(*([scratch] if inspect.signature(function).parameters else []))
+                count += 1
+    return count
+
+
+def run_command(words: list[str], project: Path, store: Path, *further: str) -> list:
+    """Run the chain of a command with choices of one's own, without measuring."""
+    overrides = [word for word in words[1:] if "=" in word]
+    folders = [project / folder for folder in config_dirs(words)]
+    config = compose("compress", [*overrides, "eval=none", f"store={store}", *further], folders)
+    return build_pipeline(config).run()
+
+
+def own_commands(text: str) -> list[list[str]]:
+    """Return the commands of a page that use the project's choices, without sweeps."""
+    return [words for words in commands(text) if "--config-dir" in words and "-m" not in words]
+
+
+def test_pruner(project, tmp_path):
+    text = type_in("docs/extending/pruner.md", project)
+    assert run_tests(project, tmp_path) == 2
+    scored, merged = own_commands(text)
+    last = run_command(scored, project, tmp_path / "store")[-1]
+    assert last.label == "prune outputnorm"
+    assert last.checkpoint.spec.blocks == 5
+    last = run_command(merged, project, tmp_path / "store")[-1]
+    assert last.facts == {"merged_blocks": [3, 4]}
+
+
+def test_merged_blocks_are_the_mean_of_two(project, tmp_path):
+    from safetensors.torch import load_file
+
+    text = type_in("docs/extending/pruner.md", project)
+    source, last = run_command(own_commands(text)[1], project, tmp_path / "store")
+    before = load_file(source.checkpoint.folder / "model.safetensors")
+    after = load_file(last.checkpoint.folder / "model.safetensors")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    mean = (before[name.format(3)].float() + before[name.format(4)].float()) / 2
+    assert (after[name.format(3)].float() - mean).abs().max() <= mean.abs().max() * 2**-8
+    assert after[name.format(4)].equal(before[name.format(5)])
+    assert open_checkpoint(last.checkpoint.folder).spec.blocks == 7
+
+
+def test_quantizer(project, tmp_path):
+    text = type_in("docs/extending/quantizer.md", project)
+    assert run_tests(project, tmp_path) == 2
+    small = ("calibration.samples=4", "calibration.length=32", "quantizer.intervals=2")
+    last = run_command(own_commands(text)[0], project, tmp_path / "store", *small)[-1]
+    assert last.label == "quantize weighted"
+    assert read_json(last.checkpoint.folder / "slim.json")["facts"]["bits"] == 3
+
+
+@pytest.mark.parametrize("page", ["README.md"])
+def test_method_of_the_readme(page, project, tmp_path):
+    text = type_in(page, project)
+    (words,) = own_commands(text)
+    first = run_command(words, project, tmp_path / "store")[-1]
+    other = run_command(words, project, tmp_path / "store", "seed=2")[-1]
+    assert first.checkpoint.spec.blocks == 6
+    assert first.facts["removed_blocks"] != other.facts["removed_blocks"]
+
+
+def test_mistake_in_a_setting_of_ones_own(project, monkeypatch):
+    """The message that the guide shows is the one that appears."""
+    text = type_in("docs/extending/pruner.md", project)
+    monkeypatch.chdir(project)
+    arguments = ["--config-dir", "my_conf", "pruner=output_norm", "pruner.bloks=2"]
+    with pytest.raises(ConfigCompositionException) as raised:
+        compose("compress", arguments[2:], config_dirs(arguments))
+    assert f"slim: {explain(raised.value, 'compress', arguments)}\n" in text
