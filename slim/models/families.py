@@ -1,8 +1,8 @@
 """The model families slim knows: names and order of the parts of a decoder block, and where
 families differ.
 
-A family is one :class:`Family` entry in ``FAMILIES``; ``docs/architecture.md``, "Another family",
-says how to add one. Only what slim must know to take blocks apart is here. Everything a family
+A family is one :class:`Family` entry in ``FAMILIES``; ``docs/extending/family.md`` says how to
+add one. Only what slim must know to take blocks apart is here. Everything a family
 computes in its own way (rotary angles, masks, soft caps, scaled embeddings) stays transformers' own
 code."""
 

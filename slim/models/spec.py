@@ -40,7 +40,7 @@ class ModelSpec:
         if "text_config" in self.config:
             raise SlimError(
                 f"{self.name} is a model of several parts (model_type '{self.config.get('model_type')}'); slim compresses "
-                "text models.\nSave its text part as a checkpoint first: docs/architecture.md, 'Another family'."
+                "text models.\nSave its text part as a checkpoint first: docs/extending/family.md, 'Models of several parts'."
             )
         missing = [
             key
@@ -66,7 +66,7 @@ class ModelSpec:
             raise SlimError(
                 f"slim does not know the model family '{model_type}' of {self.name}. Known: {', '.join(FAMILIES)}.\n"
                 f"To describe it, add Family('{model_type}', ...) to FAMILIES in slim/models/families.py; "
-                "docs/architecture.md, 'Another family', says how."
+                "docs/extending/family.md says how."
             )
         return FAMILIES[model_type]
 
@@ -241,7 +241,7 @@ class ModelSpec:
             bias = family.mlp_bias
         else:
             bias = family.o_bias if linear.endswith(".o_proj") else family.qkv_bias
-        return bool(self.config.get(bias)) if isinstance(bias, str) else bias
+        return bool(self.entry(bias)) if isinstance(bias, str) else bias
 
     def parameters(self) -> int:
         """Count all parameters, a shared embedding once, packed weights as the weights they stand

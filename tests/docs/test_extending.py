@@ -15,8 +15,10 @@ from slim.chain.compose import compose, config_dirs
 from slim.chain.explain import explain
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.core.io import read_json
-from tests.conftest import ROOT
-from tests.support.pages import commands, files
+from slim.models import families
+from tests.conftest import ROOT, build_small
+from tests.models import test_families
+from tests.support.pages import commands, fences, files
 
 
 @pytest.fixture
@@ -104,14 +106,53 @@ def test_quantizer(project, tmp_path):
     assert read_json(last.checkpoint.folder / "slim.json")["facts"]["bits"] == 3
 
 
-@pytest.mark.parametrize("page", ["README.md"])
-def test_method_of_the_readme(page, project, tmp_path):
-    text = type_in(page, project)
+def test_method_of_the_readme(project, tmp_path):
+    text = type_in("README.md", project)
     (words,) = own_commands(text)
     first = run_command(words, project, tmp_path / "store")[-1]
     other = run_command(words, project, tmp_path / "store", "seed=2")[-1]
     assert first.checkpoint.spec.blocks == 6
     assert first.facts["removed_blocks"] != other.facts["removed_blocks"]
+
+
+def entry_and_line(text: str) -> tuple[dict, dict]:
+    """Return what the guide for families adds to FAMILIES and to MODELS."""
+    snippets = [body for body in fences(text, "python") if body.startswith(("Family(", '"'))]
+    entry, line = snippets
+    family = eval(f"({entry})", vars(families))[0]
+    return {family.model_type: family}, eval(f"{{{line}}}")
+
+
+@pytest.fixture
+def seed_oss(monkeypatch, tmp_path):
+    """A small random checkpoint of the guide's family, which slim has been told of."""
+    text = (ROOT / "docs/extending/family.md").read_text(encoding="utf-8")
+    entry, line = entry_and_line(text)
+    for name, family in entry.items():
+        monkeypatch.setitem(families.FAMILIES, name, family)
+    ((model_type, changes),) = line.values()
+    return test_families.build(model_type, tmp_path / model_type, **changes)
+
+
+def test_family(seed_oss, tmp_path):
+    test_families.test_folding_leaves_the_function_unchanged(seed_oss, tmp_path)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_parameters_of_the_new_family(seed_oss, bias):
+    test_families.test_parameters_of_every_family("seed_oss", {}, bias)
+
+
+def test_family_from_a_module_of_ones_own(project, tmp_path, monkeypatch):
+    text = type_in("docs/extending/family.md", project)
+    with monkeypatch.context() as patch:
+        patch.setitem(families.FAMILIES, "seed_oss", None)  # restores what was there
+        (words,) = own_commands(text)
+        model = build_small("seed_oss", tmp_path / "model", attention_bias=True)
+        words = [word.replace("FOLDER", str(model)) for word in words]
+        last = run_command(words, project, tmp_path / "store")[-1]
+    assert last.checkpoint.spec.blocks == 5
+    assert last.checkpoint.spec.quantization["quant_method"] == "compressed-tensors"
 
 
 def test_mistake_in_a_setting_of_ones_own(project, monkeypatch):
