@@ -28,7 +28,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # unchanged.
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+    "chat_template*", "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -133,7 +133,8 @@ def _refuse_pickles(folder: Path) -> None:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return file name -> SHA-256 for everything that determines what the checkpoint computes."""
-    names = {path.name for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    companions = [path for pattern in COMPANIONS for path in folder.glob(pattern)]
+    names = {str(path.relative_to(folder)) for path in companions if path.is_file()}
     names |= {path.name for path in Checkpoint(folder).weight_files} | {"config.json"}
     names |= {INDEX} if (folder / INDEX).is_file() else set()
     names |= {str(path.relative_to(folder)) for path in Checkpoint(folder).adapter_files}

@@ -22,7 +22,9 @@ def copy_companions(source: Path, target: Path) -> None:
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
-                shutil.copyfile(path, target / path.name)
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
     if (target / "config.json").is_file() and read_json(target / "config.json").get(
         "per_layer_config"
     ):

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from slim.core.errors import SlimError
 from slim.core.settings import dataclass_cache_key
-from slim.data.encoding import Message, encode_conversations, encode_documents, end_token, turns
+from slim.data.chat import Message, turns
+from slim.data.encoding import encode_conversations, encode_documents, end_token
 from slim.data.packing import Windows, concatenate, fit_length, separate
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -27,8 +28,10 @@ Sized = TypeVar("Sized")
 class TrainingData:
     """Base of the data choices.
 
-    endless: whether training text never ends, so that epochs mean nothing. title: what to call the
-    data in messages."""
+    Attributes:
+        endless: whether training text never ends, so that epochs mean nothing.
+        title: what to call the data in messages.
+    """
 
     endless = False
     title = "The data"
@@ -37,25 +40,30 @@ class TrainingData:
         return dataclass_cache_key(self)
 
     def windows(self, part: str, tokenizer, window: int, tokens: int | None = None) -> Windows:
-        """Return ``part`` (``"train"``, ``"validation"`` or ``"test"``) as windows of ``window``
-        tokens.
+        """Return a part of the data as windows of tokens.
 
-        tokens: about how many are enough; None for all there are.
-        Raises ``SlimError`` naming the data if nothing is left to learn from.
+        Args:
+            part: ``"train"``, ``"validation"`` or ``"test"``.
+            tokenizer: the model's.
+            window: tokens per window.
+            tokens: about how many are enough; None: all there are.
+
+        Raises:
+            SlimError: naming the data, when nothing is left to learn from.
         """
-        found = self.build(part, tokenizer, window, tokens)
-        if len(found) == 0:
+        windows = self.build(part, tokenizer, window, tokens)
+        counts = _listed(windows.counts)
+        if len(windows) == 0:
             raise SlimError(
-                f"{self.title} gives no {part} window of {window} tokens ({_shown(found.counts)}). "
+                f"{self.title} gives no {part} window of {window} tokens ({counts}). "
                 f"Give more data or a smaller tuner.window."
             )
-        if not bool((found.loss_tokens > 0).all()):
-            raise SlimError(
-                f"{self.title} has {part} windows without a token to learn ({_shown(found.counts)})."
-            )
-        return found
+        if not bool((windows.loss_tokens > 0).all()):
+            raise SlimError(f"{self.title} has {part} windows without a token to learn ({counts}).")
+        return windows
 
     def build(self, part: str, tokenizer, window: int, tokens: int | None) -> Windows:
+        """Make the windows; arguments as in :meth:`windows`."""
         raise NotImplementedError
 
 
@@ -63,6 +71,7 @@ class PlainText(TrainingData):
     """Documents, concatenated into windows; every token counts."""
 
     def documents(self, part: str) -> Iterator[str]:
+        """Yield the documents of a part."""
         raise NotImplementedError
 
     def build(self, part: str, tokenizer, window: int, tokens: int | None) -> Windows:
@@ -75,8 +84,10 @@ class PlainText(TrainingData):
 class Conversations(TrainingData):
     """Questions with answers, packed separately; only answers count.
 
-    long: what to do with a conversation longer than a window: ``"cut"`` its end off or ``"drop"``
-    it."""
+    Attributes:
+        long: what to do with a conversation longer than a window: ``"cut"`` its end off or
+            ``"drop"`` it.
+    """
 
     long: str
 
@@ -88,32 +99,35 @@ class Conversations(TrainingData):
     def conversations(self, part: str) -> Iterator[list[Message]]:
         """Yield the messages of every conversation, an answer last; an empty list where there is no
         answer."""
-        return (
-            turns(prompt, answer) if answer.strip() else [] for prompt, answer in self.pairs(part)
-        )
+        for prompt, answer in self.pairs(part):
+            yield turns(prompt, answer) if answer.strip() else []
 
     def questions(self, part: str) -> Iterator[str]:
         """Yield the prompts alone, for a model to answer."""
         return (prompt for prompt, _ in self.pairs(part))
 
     def build(self, part: str, tokenizer, window: int, tokens: int | None) -> Windows:
-        lengths, seen = array("q"), {"unanswered": 0}
-        answered = _answered(self.conversations(part), seen)
+        lengths = array("q")
+        unanswered = {"unanswered": 0}
+        answered = _answered(self.conversations(part), unanswered)
         examples = _measured(encode_conversations(tokenizer, answered), lengths)
-        kept, counts = fit_length(examples, window, self.long, tokens)
-        counts |= seen
-        if not kept:
+        fitting, counts = fit_length(examples, window, self.long, tokens)
+        counts |= unanswered
+        if not fitting:
             raise SlimError(
-                f"{self.title} has no {part} example with an answer that fits into {window} tokens ({_shown(counts)}). "
+                f"{self.title} has no {part} example with an answer that fits into {window} tokens "
+                f"({_listed(counts)}). "
                 "Check the columns of prompt and answer, or raise tuner.window."
             )
-        packed = separate(kept, window, end_token(tokenizer))
+        packed = separate(fitting, window, end_token(tokenizer))
         return replace(packed, counts={**packed.counts, **counts, **length_counts(lengths)})
 
 
-def _answered(found: Iterable[list[Message]], counts: dict[str, int]) -> Iterator[list[Message]]:
+def _answered(
+    conversations: Iterable[list[Message]], counts: dict[str, int]
+) -> Iterator[list[Message]]:
     """Yield conversations that have an answer, and count the others."""
-    for messages in found:
+    for messages in conversations:
         if messages:
             yield messages
         else:
@@ -128,13 +142,26 @@ def _measured(items: Iterable[Sized], lengths: array) -> Iterator[Sized]:
 
 
 def length_counts(lengths: array) -> dict[str, int]:
-    """Return how long documents or examples are, in tokens: median, 95th percentile (nearest rank)
-    and longest."""
+    """Return how long documents or examples are, in tokens.
+
+    Returns:
+        ``median_length``, ``p95_length`` (95th percentile, nearest rank) and ``longest``; empty
+        where there are no lengths.
+    """
     if not lengths:
         return {}
     ordered = sorted(lengths)
-    at = lambda percent: ordered[-(-percent * len(ordered) // 100) - 1]  # noqa: E731
-    return {"median_length": at(50), "p95_length": at(95), "longest": ordered[-1]}
+    return {
+        "median_length": _percentile(ordered, 50),
+        "p95_length": _percentile(ordered, 95),
+        "longest": ordered[-1],
+    }
+
+
+def _percentile(ordered: list[int], percent: int) -> int:
+    """Return the nearest-rank percentile of ascending numbers: the rank is rounded up."""
+    rank = -(-percent * len(ordered) // 100)
+    return ordered[rank - 1]
 
 
 def share_of(text: str, seed: int) -> float:
@@ -154,5 +181,6 @@ def is_test(text: str, fraction: float, seed: int) -> bool:
     return share_of(text, seed) >= 1 - fraction
 
 
-def _shown(counts: dict[str, int]) -> str:
+def _listed(counts: dict[str, int]) -> str:
+    """Return counts as text."""
     return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items())

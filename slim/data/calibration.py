@@ -7,9 +7,13 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.tokenizer import load_tokenizer
+from slim.core.console import warn
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.core.settings import require_number
+from slim.data.encoding import encode_long
 from slim.data.text import Text
 
 if TYPE_CHECKING:
@@ -17,64 +21,120 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
+SHORTEST = 8  # tokens per window at least
+SEPARATOR = "\n\n"  # between documents, as the GPTQ and AWQ papers join them
+
 
 @dataclass
 class Calibration(Text):
     """Which tokens the statistics of a method are taken over.
 
-    samples: number of windows. length: tokens per window, at most the model's context. seed: of the
-        places.
-    first_documents: number of documents from the start that are read; None for all. separator: what
-    stands between them."""
+    Attributes:
+        samples: number of windows, 1 or more.
+        length: tokens per window, 8 or more; at most the model's context counts.
+        seed: of the windows' places.
+        first_documents: number of documents from the start that are read; None: all.
+        separator: what stands between the documents.
+    """
 
     cache_name: ClassVar[str] = "Calibration"
+    # what a user types to change them; a pruner may have its own, see slim.pruning.calibrated
+    samples_setting: ClassVar[str] = "calibration.samples"
+    length_setting: ClassVar[str] = "calibration.length"
 
     samples: int = 128
     length: int = 512
     seed: int = 0
     first_documents: int | None = None
-    separator: str = "\n\n"
+    separator: str = SEPARATOR
 
     def __post_init__(self) -> None:
         require_number("calibration.samples", self.samples, 1, integer=True)
-        require_number("calibration.length", self.length, 8, integer=True)
+        require_number("calibration.length", self.length, SHORTEST, integer=True)
         if self.first_documents is not None:
             require_number("calibration.first_documents", self.first_documents, 1, integer=True)
         super().__post_init__()
 
     def cache_key(self) -> dict:
-        found = {
+        settings = {
             **self.text_identity(),
             "samples": self.samples,
             "length": self.length,
             "seed": self.seed,
         }
         if self.first_documents is not None:
-            found["first_documents"] = self.first_documents
-        return found if self.separator == "\n\n" else {**found, "separator": self.separator}
+            settings["first_documents"] = self.first_documents
+        if self.separator != SEPARATOR:
+            settings["separator"] = self.separator
+        return settings
 
     def joined(self) -> str:
         """Return the documents that count as one text."""
         return self.separator.join(itertools.islice(self.documents(), self.first_documents))
 
-    def tokens(self, tokenizer, context_length: int) -> torch.Tensor:
-        """Return int64 tokens of shape [samples, min(length, context_length)].
+    def tokens_for(self, source: Checkpoint) -> torch.Tensor:
+        """Return the samples as tokens of a checkpoint, see :meth:`tokens`."""
+        tokenizer = load_tokenizer(source.folder)
+        return self.tokens(tokenizer, source.spec.context_length, source.spec.vocab_size)
 
-        Raises ``SlimError`` if the text is shorter than one window.
+    def tokens(self, tokenizer, context_length: int, vocab_size: int | None = None) -> torch.Tensor:
+        """Return the samples as tokens.
+
+        Args:
+            tokenizer: the model's.
+            context_length: the model's, in tokens; longer windows are cut to it.
+            vocab_size: rows of the model's embedding, to check the tokens against; None: no check.
+
+        Returns:
+            int64 [samples, min(length, context_length)].
+
+        Raises:
+            SlimError: when the text is shorter than one window, or has a token that the model does
+                not know.
         """
         length = min(self.length, context_length)
         ids = torch.tensor(encode_long(tokenizer, self.joined()), dtype=torch.long)
-        if len(ids) < length:
-            raise SlimError(
-                f"The calibration text {self.text} has {len(ids)} tokens, fewer than one sample of {length}. "
-                f"Give a longer text or calibration.length={max(8, len(ids))}."
-            )
+        self._require_window(len(ids), length)
+        if vocab_size is not None and int(ids.max()) >= vocab_size:
+            raise SlimError(self._unknown_token(tokenizer, int(ids.max()), vocab_size))
         generator = torch.Generator().manual_seed(self.seed)
         starts = torch.randint(0, len(ids) - length + 1, (self.samples,), generator=generator)
+        self._warn_of_overlap(len(ids), starts.tolist(), length)
         return torch.stack([ids[start : start + length] for start in starts.tolist()])
 
+    def _require_window(self, available: int, length: int) -> None:
+        """Require at least one window of text, and say how to get one."""
+        if available >= length:
+            return
+        advice = "Give a longer text"
+        if available >= SHORTEST:
+            advice += f" or {self.length_setting}={available}"
+        raise SlimError(
+            f"The calibration text {self.text} has {available} tokens, fewer than one sample of "
+            f"{length}. {advice}."
+        )
 
-def encode_long(tokenizer, text: str) -> list[int]:
-    """Tokenise a text longer than the model's context, without the tokenizer's warning about
-    that."""
-    return tokenizer(text, verbose=False)["input_ids"]
+    def _warn_of_overlap(self, available: int, starts: list[int], length: int) -> None:
+        """Say how much of the samples is repeated, where the text is too short for all of them."""
+        drawn = len(starts) * length
+        if drawn <= available:
+            return
+        distinct, covered_to = 0, 0
+        for start in sorted(starts):
+            distinct += start + length - max(start, covered_to)
+            covered_to = start + length
+        # the number of windows that fit next to one another
+        apart = max(1, available // length)
+        warn(
+            f"The calibration text {self.text} has {available} tokens, too few for {len(starts)} "
+            f"samples of {length}: {1 - distinct / drawn:.0%} of the sampled tokens are repeats. "
+            f"Give a longer text or {self.samples_setting}={apart}."
+        )
+
+    def _unknown_token(self, tokenizer, token: int, vocab_size: int) -> str:
+        """Return the message for a token that has no row in the embedding."""
+        return (
+            f"The tokenizer writes token {token} ('{tokenizer.convert_ids_to_tokens(token)}') for "
+            f"the calibration text, but the model's embedding has {vocab_size} rows. "
+            "Use the tokenizer that the model was trained with."
+        )

@@ -22,14 +22,20 @@ Item = TypeVar("Item")
 
 @dataclass
 class Corpus(TrainingData):
-    """A file or data set, and how it is divided.
+    """A file or data set, and how it is divided. Training never reads validation or test.
 
-    text, subset, split, revision, streaming: as in :class:`slim.data.text.Text`. Streamed data is
-        read as far as the steps need, and in a random order only within ``BUFFER`` documents.
-    validation_split, test_split: splits of a data set; where there is none, ``validation_fraction``
-        and ``test_fraction`` of the documents instead, chosen by a hash of their text. Training
-        never reads either.
-    seed: of the order of the documents and of the choice of those kept apart.
+    Attributes:
+        text: as in :class:`slim.data.text.Text`, like the next four.
+        subset: configuration of a data set; None: its default.
+        split: split to train on.
+        revision: branch, tag or commit of a hub data set; None: its main branch.
+        streaming: read the data as far as the steps need, in a random order only within ``BUFFER``
+            documents.
+        validation_split: split of a data set; None: a share of the documents.
+        validation_fraction: that share, 0.001 to 0.5, chosen by a hash of the documents' text.
+        test_split: as ``validation_split``.
+        test_fraction: as ``validation_fraction``; 0 to 0.5.
+        seed: of the order of the documents and of the choice of those kept apart.
     """
 
     text: str = ""
@@ -60,26 +66,24 @@ class Corpus(TrainingData):
         """Refuse to learn from what is there to measure with."""
         if str(self.split).split("[")[0].startswith("test"):
             raise SlimError(
-                f"data.split={self.split} is there to test models, not to train them. Use another split, such as train, and "
-                "data.validation_split or data.test_split for this one."
+                f"data.split={self.split} is there to test models, not to train them. Use another "
+                "split, such as train, and data.validation_split or data.test_split for this one."
             )
         path = self.source(self.split).path
         if path is not None and path.is_file() and (self.validation_split or self.test_split):
             raise SlimError(
-                f"{self.text} is one file and has no splits. Leave data.validation_split and data.test_split at null, "
-                "or give a folder with files named train, validation and test."
+                f"{self.text} is one file and has no splits. Leave data.validation_split and "
+                "data.test_split at null, or give a folder with files named train, validation and "
+                "test."
             )
-        named = [
-            split
-            for split in (self.split, self.validation_split, self.test_split)
-            if split is not None
-        ]
-        doubled = next((split for split in named if named.count(split) > 1), None)
-        if doubled is not None:
-            raise SlimError(
-                f"data.split, data.validation_split and data.test_split must differ, and two of them are {doubled}. "
-                "Use null for a share chosen by a hash."
-            )
+        seen = {self.split}
+        for split in (self.validation_split, self.test_split):
+            if split is not None and split in seen:
+                raise SlimError(
+                    "data.split, data.validation_split and data.test_split must differ, and two "
+                    f"of them are {split}. Use null for a share chosen by a hash."
+                )
+            seen.add(split)
 
     @property
     def endless(self) -> bool:
@@ -97,69 +101,86 @@ class Corpus(TrainingData):
     def part_identity(self, *names: str) -> dict:
         """Return what the text is and how it is divided, and the settings ``names``, as plain
         values."""
-        own = {name: getattr(self, name) for name in (*names, "validation_split", "seed")}
-        own["validation_fraction"] = None if self.validation_split else self.validation_fraction
+        settings = {name: getattr(self, name) for name in names}
+        settings["validation_split"] = self.validation_split
+        settings["seed"] = self.seed
+        settings["validation_fraction"] = None
+        if not self.validation_split:
+            settings["validation_fraction"] = self.validation_fraction
         # what is held back for a test is missing in training
         if self.test_fraction and not self.test_split:
-            own["test_fraction"] = self.test_fraction
+            settings["test_fraction"] = self.test_fraction
         if self.streaming:  # another order
-            own["streaming"] = True
-        return {"class": cache_name(self), **self._text_identity, **own}
+            settings["streaming"] = True
+        return {"class": cache_name(self), **self._text_identity, **settings}
 
     @cached_property
     def _text_identity(self) -> dict:
         return self.source(self.split).text_identity()
 
+    def split_of(self, part: str) -> str | None:
+        """Return the split that holds ``part`` alone, or None where it is a share of ``split``."""
+        splits = {VALIDATION: self.validation_split, TEST: self.test_split}
+        return splits.get(part) or None
+
     def opened(self, part: str) -> Text:
         """Return the text in which ``part`` is."""
-        own = {VALIDATION: self.validation_split, TEST: self.test_split}.get(part)
-        return self.source(own or self.split)
+        return self.source(self.split_of(part) or self.split)
 
     def belongs(self, text: str, part: str) -> bool:
-        """Whether a document of :meth:`opened` belongs to ``part``; ``text`` is what it is told
-        apart by."""
-        own = {VALIDATION: self.validation_split, TEST: self.test_split}
-        if own.get(part):
+        """Whether a document of :meth:`opened` belongs to ``part``.
+
+        Args:
+            text: what the document is told apart by.
+            part: ``"train"``, ``"validation"`` or ``"test"``.
+        """
+        if self.split_of(part):
             return True
-        chosen = {
-            VALIDATION: not own[VALIDATION]
-            and is_validation(text, self.validation_fraction, self.seed),
-            TEST: not own[TEST] and is_test(text, self.test_fraction, self.seed),
-        }
-        return chosen.get(part, not any(chosen.values()))
+        in_validation = not self.validation_split and is_validation(
+            text, self.validation_fraction, self.seed
+        )
+        in_test = not self.test_split and is_test(text, self.test_fraction, self.seed)
+        if part == VALIDATION:
+            return in_validation
+        if part == TEST:
+            return in_test
+        return not in_validation and not in_test
 
     def shuffled(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield the items in random order; streamed ones in an order that is random nearby."""
         order = random.Random(f"{self.seed}/order")
         if not self.streaming:
-            found = list(items)
-            order.shuffle(found)
-            yield from found
+            everything = list(items)
+            order.shuffle(everything)
+            yield from everything
             return
-        held: list[Item] = []
+        buffer: list[Item] = []
         for item in items:
-            held.append(item)
-            if len(held) > BUFFER:
-                yield _taken(held, order)
-        while held:
-            yield _taken(held, order)
+            buffer.append(item)
+            if len(buffer) > BUFFER:
+                yield _taken(buffer, order)
+        while buffer:
+            yield _taken(buffer, order)
 
 
-def _taken(held: list[Item], order: random.Random) -> Item:
+def _taken(buffer: list[Item], order: random.Random) -> Item:
     """Remove a random item and return it; the last one takes its place."""
-    place = order.randrange(len(held))
-    held[place], held[-1] = held[-1], held[place]
-    return held.pop()
+    place = order.randrange(len(buffer))
+    item = buffer[place]
+    buffer[place] = buffer[-1]
+    buffer.pop()
+    return item
 
 
 @dataclass
 class TextData(Corpus, PlainText):
     """Plain text from a file or a data set.
 
-    column: text column of a data set or of a file with rows.
-    passage: characters; the text is joined and cut at line ends into documents of about this
-        length. 0 leaves the documents as they are. A ``.txt`` file, being one document, is always
-        cut.
+    Attributes:
+        column: text column of a data set or of a file with rows.
+        passage: the text is joined and cut at line ends into documents of about so many
+            characters; 0 leaves the documents as they are. A ``.txt`` file, being one document, is
+            always cut.
     """
 
     cache_name: ClassVar[str] = "TextData"
@@ -181,28 +202,37 @@ class TextData(Corpus, PlainText):
         return self.part_identity("passage")
 
     def documents(self, part: str) -> Iterator[str]:
-        source = self.opened(part)
-        documents: Iterable[str] = source.documents()
-        single = source.path is not None and source.path.suffix == ".txt"
-        if self.passage or single:
-            documents = passages(documents, self.passage or PASSAGE)
         return self.shuffled(
-            text for text in documents if text.strip() and self.belongs(text, part)
+            text for text in self._passages(part) if text.strip() and self.belongs(text, part)
         )
+
+    def _passages(self, part: str) -> Iterable[str]:
+        """Yield the documents of the part's split, cut where they are to be cut."""
+        source = self.opened(part)
+        is_one_document = source.path is not None and source.path.suffix == ".txt"
+        if self.passage or is_one_document:
+            return passages(source.documents(), self.passage or PASSAGE)
+        return source.documents()
 
 
 def passages(documents: Iterable[str], length: int) -> Iterator[str]:
-    """Join documents and cut them again at line ends into pieces of about ``length`` characters."""
+    """Join documents and cut them again at line ends.
+
+    Args:
+        documents: each ends a line.
+        length: characters of a piece, about.
+    """
     lines: list[str] = []
     size = 0
     for document in documents:
-        for line in (document if document.endswith("\n") else document + "\n").splitlines(
-            keepends=True
-        ):
+        if not document.endswith("\n"):
+            document += "\n"
+        for line in document.splitlines(keepends=True):
             lines.append(line)
             size += len(line)
             if size >= length:
                 yield "".join(lines)
-                lines, size = [], 0
+                lines = []
+                size = 0
     if lines:
         yield "".join(lines)

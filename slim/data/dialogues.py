@@ -3,16 +3,16 @@ about passages."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from slim.core.errors import SlimError
 from slim.core.settings import require_choice
 from slim.data.base import Conversations
+from slim.data.cells import as_records, as_text, first_text
+from slim.data.chat import Message
 from slim.data.corpus import Corpus
-from slim.data.encoding import Message
 
 # What data sets call who speaks.
 ROLES = {
@@ -30,7 +30,11 @@ NO_ANSWER = "No Answer Present."
 
 @dataclass
 class Dialogue(Corpus, Conversations):
-    """What conversations from files share. long: ``cut`` or ``drop`` what exceeds the window."""
+    """What conversations from files share.
+
+    Attributes:
+        long: ``cut`` or ``drop`` what exceeds the window.
+    """
 
     long: str = "drop"
 
@@ -42,16 +46,22 @@ class Dialogue(Corpus, Conversations):
         path = self.source(self.split).path
         if path is not None and path.is_file() and path.suffix == ".txt":
             raise SlimError(
-                f"{self.text} is plain text without answers. Use data=text for it, or give a .jsonl file."
+                f"{self.text} is plain text without answers. "
+                "Use data=text for it, or give a .jsonl file."
             )
 
     def require_columns(self, row: dict, *columns: str | None) -> None:
-        """Raise ``SlimError`` naming the first of the columns that a row lacks."""
-        for column in filter(None, columns):
-            if column not in row:
+        """Require the named columns in a row; None stands for a column that is not used.
+
+        Raises:
+            SlimError: naming the first column that is missing, and those there are.
+        """
+        for column in columns:
+            if column and column not in row:
                 names = " and ".join(f"data.{name}=..." for name in self.column_settings)
                 raise SlimError(
-                    f"{self.title} has no column '{column}' (has: {', '.join(row)}). Set {names} to the right columns."
+                    f"{self.title} has no column '{column}' (has: {', '.join(row)}). "
+                    f"Set {names} to the right columns."
                 )
 
 
@@ -59,9 +69,11 @@ class Dialogue(Corpus, Conversations):
 class Pairs(Dialogue):
     """Prompts and answers.
 
-    prompt, answer: names of the columns; without an answer (None) there are questions only. An
-        answer that is a list gives its first element.
-    context: a column that is appended to the prompt where it is not empty.
+    Attributes:
+        prompt: column of the prompt.
+        answer: column of the answer, of which the first counts if it is a list; None: there are
+            questions only.
+        context: column that is appended to the prompt where it is not empty; None: there is none.
     """
 
     cache_name: ClassVar[str] = "Pairs"
@@ -73,51 +85,67 @@ class Pairs(Dialogue):
     column_settings: ClassVar[tuple[str, ...]] = ("prompt", "answer")
 
     def cache_key(self) -> dict:
-        found = self.part_identity("answer", "context", "long")
-        return {**found, "column": self.prompt}
+        settings = self.part_identity("answer", "context", "long")
+        return {**settings, "column": self.prompt}
 
     def pairs(self, part: str) -> Iterator[tuple[str, str]]:
         if self.answer is None:
             raise SlimError(
-                f"{self.title} has no answers (data.answer=null). Use teacher=on_policy, which makes them, or name the column."
+                f"{self.title} has no answers (data.answer=null). Use teacher=on_policy, which "
+                "makes them, or name the column."
             )
-        found = self._all(part)
+        pairs: Iterable[tuple[str, str]] = self._all_pairs(part)
         if not self.streaming:  # a stream is not read twice
-            found = list(found)
-            if not any(answer.strip() for _, answer in found):
+            pairs = list(pairs)
+            if not any(answer.strip() for _, answer in pairs):
                 raise SlimError(
-                    f"{self.title} has no answers: column '{self.answer}' is empty in all {len(found)} rows."
+                    f"{self.title} has no answers: column '{self.answer}' is empty in all "
+                    f"{len(pairs)} rows."
                 )
-        return self._chosen(found, part)
+        return self._chosen(pairs, part)
 
     def questions(self, part: str) -> Iterator[str]:
-        return (prompt for prompt, _ in self._chosen(self._all(part), part))
+        return (prompt for prompt, _ in self._chosen(self._all_pairs(part), part))
 
-    def _all(self, part: str) -> Iterator[tuple[str, str]]:
+    def _all_pairs(self, part: str) -> Iterator[tuple[str, str]]:
         """Yield all prompts of the part's split with their answers, empty where there are none."""
-        return (self.pair(row) for row in self.opened(part).rows())
+        for where, row in self.opened(part).located_rows():
+            yield self.pair(row, where)
 
-    def _chosen(self, found, part: str) -> Iterator[tuple[str, str]]:
+    def _chosen(self, pairs: Iterable[tuple[str, str]], part: str) -> Iterator[tuple[str, str]]:
         """Yield those that belong to the part, in random order."""
-        return self.shuffled(pair for pair in found if self.belongs(pair[0], part))
+        return self.shuffled(pair for pair in pairs if self.belongs(pair[0], part))
 
-    def pair(self, row: dict) -> tuple[str, str]:
-        """Return prompt and answer of a row; the answer is empty where there is none."""
+    def pair(self, row: dict, where: str) -> tuple[str, str]:
+        """Return prompt and answer of a row; the answer is empty where there is none.
+
+        Args:
+            row: of the file or data set.
+            where: it stands, for messages.
+        """
         self.require_columns(row, self.prompt, self.answer, self.context)
-        prompt, answer, context = (
-            plain(row[column]) if column else ""
-            for column in (self.prompt, self.answer, self.context)
-        )
-        context = context.strip()
-        return (f"{prompt}\n\n{context}" if context else prompt), answer
+        prompt = self._cell(row, self.prompt, where)
+        context = self._cell(row, self.context, where).strip()
+        if context:
+            prompt = f"{prompt}\n\n{context}"
+        return prompt, self._cell(row, self.answer, where)
+
+    def _cell(self, row: dict, column: str | None, where: str) -> str:
+        """Return a cell as text; nothing where there is no such column."""
+        return first_text(row[column], f"{where}: column '{column}'") if column else ""
 
 
 @dataclass
 class Messages(Dialogue):
     """Dialogues of many turns; every answer counts in the loss.
 
-    messages: column with the turns, a list of objects (or its JSON). role, content: their keys for
-    who speaks and what is said. What stands behind the last answer is left out."""
+    What stands after the last answer is left out.
+
+    Attributes:
+        messages: column with the turns, a list of objects (or its JSON).
+        role: key of who speaks.
+        content: key of what is said: text, or a list of parts that are text.
+    """
 
     cache_name: ClassVar[str] = "Messages"
 
@@ -138,45 +166,51 @@ class Messages(Dialogue):
         return (first_question(turns) for turns in self._chosen(part))
 
     def _chosen(self, part: str) -> Iterator[list[Message]]:
-        found = (self.turns(row) for row in self.opened(part).rows())
+        """Yield the dialogues that belong to the part, in random order."""
         return self.shuffled(
-            turns for turns in found if turns and self.belongs(first_question(turns), part)
+            turns
+            for turns in self._all_turns(part)
+            if turns and self.belongs(first_question(turns), part)
         )
 
-    def turns(self, row: dict) -> list[Message]:
-        """Return a row's messages, empty ones left out. Raises ``SlimError`` for a role it does not
-        know."""
-        self.require_columns(row, self.messages)
-        found = row[self.messages]
-        if isinstance(found, str):
-            try:
-                found = json.loads(found)
-            except ValueError as error:
-                raise SlimError(
-                    f"{self.title}: column '{self.messages}' holds text that is no list of turns."
-                ) from error
-        if isinstance(found, dict):  # as some data sets store a list of objects
-            found = [
-                dict(zip(found, values, strict=True))
-                for values in zip(*found.values(), strict=True)
-            ]
-        return [
-            message for message in map(self._message, found or ()) if message["content"].strip()
-        ]
+    def _all_turns(self, part: str) -> Iterator[list[Message]]:
+        """Yield all dialogues of the part's split."""
+        for where, row in self.opened(part).located_rows():
+            yield self.turns(row, where)
 
-    def _message(self, turn: dict) -> Message:
+    def turns(self, row: dict, where: str) -> list[Message]:
+        """Return a row's messages, empty ones left out.
+
+        Args:
+            row: of the file or data set.
+            where: it stands, for messages.
+
+        Raises:
+            SlimError: for turns that are none, and for a role that slim does not know.
+        """
+        self.require_columns(row, self.messages)
+        where = f"{where}: column '{self.messages}'"
+        messages = []
+        for turn in as_records(row[self.messages], where):
+            message = self._message(turn, where)
+            if message["content"].strip():
+                messages.append(message)
+        return messages
+
+    def _message(self, turn: Any, where: str) -> Message:
+        """Return a turn as a message."""
         if not isinstance(turn, dict) or self.role not in turn or self.content not in turn:
             has = ", ".join(turn) if isinstance(turn, dict) else type(turn).__name__
             raise SlimError(
-                f"{self.title} has a turn without '{self.role}' and '{self.content}' in column '{self.messages}' "
-                f"(has: {has}). Set data.role=... and data.content=... to the keys of who speaks and what is said."
+                f"{where} has a turn without '{self.role}' and '{self.content}' (has: {has}). "
+                "Set data.role=... and data.content=... to the keys of who speaks and what is said."
             )
         role = ROLES.get(str(turn[self.role]).lower())
         if role is None:
             raise SlimError(
-                f"{self.title} has a turn of '{turn[self.role]}'. Roles slim knows: {', '.join(ROLES)}."
+                f"{where} has a turn of '{turn[self.role]}'. Roles slim knows: {', '.join(ROLES)}."
             )
-        return {"role": role, "content": plain(turn[self.content])}
+        return {"role": role, "content": as_text(turn[self.content], where)}
 
 
 @dataclass
@@ -185,7 +219,13 @@ class Passages(Pairs):
     follow the question.
 
     Rows whose answer is "No Answer Present.", or of whose passages none is selected, count as
-    unanswered."""
+    unanswered.
+
+    Attributes:
+        prompt: column of the question.
+        answer: column of the answers, of which the first counts; None: there are questions only.
+        context: column of the passages, each with ``passage_text`` and ``is_selected``.
+    """
 
     cache_name: ClassVar[str] = "Passages"
 
@@ -193,33 +233,38 @@ class Passages(Pairs):
     answer: str | None = "answers"
     context: str | None = "passages"
 
-    def pair(self, row: dict) -> tuple[str, str]:
+    def pair(self, row: dict, where: str) -> tuple[str, str]:
         self.require_columns(row, self.prompt, self.answer, self.context)
-        passages = row[self.context]
-        chosen = [
-            text
-            for text, use in zip(passages["passage_text"], passages["is_selected"], strict=True)
-            if use
-        ]
-        answer = plain(row[self.answer]) if self.answer else ""
-        usable = chosen and answer.strip() != NO_ANSWER
-        return "\n\n".join([plain(row[self.prompt]), *chosen]), answer if usable else ""
+        selected = self._selected(row, where)
+        question = "\n\n".join([self._cell(row, self.prompt, where), *selected])
+        answer = self._cell(row, self.answer, where)
+        if not selected or answer.strip() == NO_ANSWER:
+            answer = ""
+        return question, answer
 
-
-def plain(value: Any) -> str:
-    """Return a cell as text: that of the first element of a list, nothing for null."""
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else None
-    return "" if value is None else str(value)
+    def _selected(self, row: dict, where: str) -> list[str]:
+        """Return the texts of a row's selected passages."""
+        where = f"{where}: column '{self.context}'"
+        selected = []
+        for passage in as_records(row[self.context], where):
+            if not isinstance(passage, dict) or not {"passage_text", "is_selected"} <= set(passage):
+                raise SlimError(f"{where} has a passage without passage_text and is_selected.")
+            if passage["is_selected"]:
+                selected.append(as_text(passage["passage_text"], where))
+        return selected
 
 
 def first_question(turns: list[Message]) -> str:
     """Return what the user says first; nothing if only others speak."""
-    return next((message["content"] for message in turns if message["role"] == "user"), "")
+    for message in turns:
+        if message["role"] == "user":
+            return message["content"]
+    return ""
 
 
 def last_answer(turns: list[Message]) -> int:
-    """Return the place behind the last answer; 0 if there is none."""
-    return next(
-        (place for place in range(len(turns), 0, -1) if turns[place - 1]["role"] == "assistant"), 0
-    )
+    """Return how many turns there are up to the last answer; 0 if there is none."""
+    for place in range(len(turns), 0, -1):
+        if turns[place - 1]["role"] == "assistant":
+            return place
+    return 0

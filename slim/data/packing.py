@@ -12,11 +12,11 @@ has no prediction and never counts."""
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from slim.core.lazy import LazyModule
@@ -57,9 +57,13 @@ class Example:
 class Windows:
     """Windows of equal length, ready to be batched.
 
-    tokens, labels: int32 of shape [windows, length]. positions: the same, or None where each window
-        is one sequence.
-    counts: what went in and what did not: examples, cut, dropped, tokens left over.
+    Attributes:
+        tokens: int32 [windows, length].
+        labels: int32 [windows, length]; ``IGNORE`` where there is no loss.
+        positions: int32 [windows, length], from 0 in every sequence; None where each window is one
+            sequence.
+        counts: what went in and what did not: ``examples`` or ``documents``, ``cut``, ``dropped``,
+            ``unanswered``, ``padding`` or ``left_over`` tokens, and lengths.
     """
 
     tokens: torch.Tensor
@@ -84,16 +88,21 @@ class Windows:
 def concatenate(
     documents: Iterable[Sequence[int]], window: int, end: int, limit: int | None = None
 ) -> Windows:
-    """Join documents, each followed by the token ``end``, and cut the stream into windows without
+    """Join documents, each followed by the end token, and cut the stream into windows without
     padding.
 
     A document's rest is carried into the next window; what does not fill the last window is left
     over and counted.
-    limit: stop reading ``documents`` (which may be endless) once the windows hold this many tokens;
-    None reads all."""
+
+    Args:
+        documents: tokens of each; may be endless.
+        window: tokens per window.
+        end: the end token; a document that ends with it gets no second one.
+        limit: stop reading once the windows hold this many tokens; None: read all.
+    """
     stream = array("i")  # 4 bytes a token, where a list takes up to 36
     count = 0
-    enough = None if limit is None else -(-limit // window) * window
+    enough = None if limit is None else math.ceil(limit / window) * window
     for document in documents:
         if enough is not None and len(stream) >= enough:
             break
@@ -101,24 +110,32 @@ def concatenate(
         if not document or document[-1] != end:
             stream.append(end)
         count += 1
-    full = (len(stream) if enough is None else min(enough, len(stream))) // window
-    tokens = (
-        torch.frombuffer(stream, dtype=torch.int32)[: full * window]
-        if full
-        else torch.empty(0, dtype=torch.int32)
-    )
+    available = len(stream) if enough is None else min(enough, len(stream))
+    full = available // window
+    tokens = torch.empty(0, dtype=torch.int32)
+    if full:  # an empty buffer cannot be wrapped
+        tokens = torch.frombuffer(stream, dtype=torch.int32)[: full * window]
     tokens = tokens.view(full, window)
-    return Windows(
-        tokens, tokens, counts={"documents": count, "left_over": len(stream) - full * window}
-    )
+    counts = {"documents": count, "left_over": len(stream) - full * window}
+    return Windows(tokens, tokens, counts=counts)
 
 
 def best_fit(lengths: Sequence[int], window: int) -> list[list[int]]:
-    """Distribute items over bins of size ``window``: the longest first, each into the fullest bin
-    that has room.
+    """Distribute items over bins: the longest first, each into the fullest bin that has room.
 
     (Best fit decreasing; needs at most 11/9 of the smallest possible number of bins, plus a
-    constant.) Returns the indices in each bin. Raises ValueError for an item longer than a bin."""
+    constant.)
+
+    Args:
+        lengths: of the items.
+        window: size of every bin.
+
+    Returns:
+        The indices of the items in each bin.
+
+    Raises:
+        ValueError: for an item longer than a bin.
+    """
     if any(length > window for length in lengths):
         raise ValueError(f"an item of {max(lengths)} does not fit into {window}")
     bins: list[list[int]] = []
@@ -126,8 +143,9 @@ def best_fit(lengths: Sequence[int], window: int) -> list[list[int]]:
     spaces: list[int] = []  # the keys of with_room, sorted
     for item in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         place = bisect_left(spaces, lengths[item])
-        if place == len(spaces):
-            number, space = len(bins), window
+        if place == len(spaces):  # no bin has room
+            number = len(bins)
+            space = window
             bins.append([])
         else:
             space = spaces[place]
@@ -146,50 +164,72 @@ def best_fit(lengths: Sequence[int], window: int) -> list[list[int]]:
 def separate(examples: Sequence[Example], window: int, pad: int) -> Windows:
     """Pack examples into windows in which each has its own positions, starting at 0.
 
-    pad: token that fills what is left of a window; it forms a sequence of its own without loss.
-    Raises ValueError for an example longer than the window.
+    Args:
+        examples: none longer than the window.
+        window: tokens per window.
+        pad: token that fills what is left of a window; it forms a sequence of its own without loss.
+
+    Raises:
+        ValueError: for an example longer than the window.
     """
     bins = best_fit([len(example.tokens) for example in examples], window)
-    tokens, labels, positions = [], [], []
+    tokens: list[list[int]] = []
+    labels: list[list[int]] = []
+    positions: list[list[int]] = []
     padding = 0
     for members in bins:
-        packed = [examples[index] for index in sorted(members)]
-        free = window - sum(len(example.tokens) for example in packed)
+        row, row_labels, row_positions = [], [], []
+        for index in sorted(members):
+            example = examples[index]
+            row.extend(example.tokens)
+            # nothing predicts an example's first token
+            row_labels.extend([IGNORE, *example.labels[1:]][: len(example)])
+            row_positions.extend(range(len(example)))
+        free = window - len(row)
         padding += free
-        tokens.append(
-            [*chain.from_iterable(example.tokens for example in packed), *repeat(pad, free)]
-        )
-        first_ignored = ([IGNORE, *example.labels[1:]] for example in packed)
-        labels.append([*chain.from_iterable(first_ignored), *repeat(IGNORE, free)])
-        sizes = [len(example.tokens) for example in packed] + [free]
-        positions.append(list(chain.from_iterable(range(size) for size in sizes)))
-    as_tensor = (
-        torch.tensor(rows, dtype=torch.int32).view(-1, window)
-        for rows in (tokens, labels, positions)
+        tokens.append(row + [pad] * free)
+        labels.append(row_labels + [IGNORE] * free)
+        positions.append(row_positions + list(range(free)))
+    return Windows(
+        _as_rows(tokens, window),
+        _as_rows(labels, window),
+        _as_rows(positions, window),
+        counts={"examples": len(examples), "padding": padding},
     )
-    return Windows(*as_tensor, counts={"examples": len(examples), "padding": padding})
+
+
+def _as_rows(rows: list[list[int]], window: int) -> torch.Tensor:
+    """Return rows as int32 [rows, window], also where there is none."""
+    return torch.tensor(rows, dtype=torch.int32).view(-1, window)
 
 
 def fit_length(
     examples: Iterable[Example], window: int, long: str, limit: int | None = None
 ) -> tuple[list[Example], dict[str, int]]:
-    """Make every example fit into a window: those that are longer are cut at the end or dropped.
+    """Make every example fit into a window. What has no token with loss (left) is dropped.
 
-    long: ``"cut"`` or ``"drop"``. What has no token with loss (left) is dropped as well.
-    limit: stop reading ``examples`` (which may be endless) once those kept have this many tokens;
-    None reads all. Returns the examples and the counts of those cut and dropped."""
-    kept: list[Example] = []
+    Args:
+        examples: may be endless.
+        window: tokens per window.
+        long: ``"cut"`` or ``"drop"``: what to do with an example that is longer.
+        limit: stop reading once the examples that fit have this many tokens; None: read all.
+
+    Returns:
+        The examples, and how many were ``cut`` and ``dropped``.
+    """
+    fitting: list[Example] = []
     counts = {"cut": 0, "dropped": 0}
     tokens = 0
     for example in examples:
-        too_long = len(example.tokens) > window
-        fitting = example.cut(window) if too_long else example
-        if (too_long and long == "drop") or not fitting.has_loss():
+        is_long = len(example.tokens) > window
+        if is_long:
+            example = example.cut(window)
+        if (is_long and long == "drop") or not example.has_loss():
             counts["dropped"] += 1
-        else:
-            counts["cut"] += too_long
-            kept.append(fitting)
-            tokens += len(fitting)
-            if limit is not None and tokens >= limit:
-                break
-    return kept, counts
+            continue
+        counts["cut"] += is_long
+        fitting.append(example)
+        tokens += len(example)
+        if limit is not None and tokens >= limit:
+            break
+    return fitting, counts

@@ -3,7 +3,8 @@ not count marked."""
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from slim.core.console import say
@@ -15,32 +16,46 @@ SHOWN = 600  # characters on the terminal
 
 
 def first_examples(windows: Windows, tokenizer, count: int = 3) -> list[str]:
-    """Return the first ``count`` examples (windows, for plain text) as text, what has no loss in «
-    »."""
-    found: list[str] = []
+    """Return the first examples as text, what has no loss in « ».
+
+    Args:
+        windows: their examples, or for plain text the windows themselves, are shown.
+        tokenizer: that the tokens come from.
+        count: how many at most.
+    """
+    examples: list[str] = []
     for row in range(min(len(windows), count)):
-        tokens, labels = windows.tokens[row].tolist(), windows.labels[row].tolist()
-        positions = (
-            range(len(tokens)) if windows.positions is None else windows.positions[row].tolist()
-        )
-        starts = [place for place, position in enumerate(positions) if position == 0]
-        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        tokens = windows.tokens[row].tolist()
+        labels = windows.labels[row].tolist()
+        for start, end in _sequences(windows, row):
             # the rest of a window is no example
             if any(label != IGNORE for label in labels[start + 1 : end]):
-                found.append(marked(tokenizer, tokens[start:end], labels[start:end]))
-    return found[:count]
+                examples.append(marked(tokenizer, tokens[start:end], labels[start:end]))
+    return examples[:count]
+
+
+def _sequences(windows: Windows, row: int) -> Iterator[tuple[int, int]]:
+    """Yield first token and end of every sequence in a window."""
+    length = windows.tokens.shape[1]
+    starts = [0]
+    if windows.positions is not None:
+        positions = windows.positions[row].tolist()
+        starts = [place for place, position in enumerate(positions) if position == 0]
+    return pairwise([*starts, length])
 
 
 def marked(tokenizer, tokens: list[int], labels: list[int]) -> str:
     """Return the tokens as text, runs without a label between « and »."""
-    decode = lambda end: tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)  # noqa: E731
-    text, done, place = "", 0, 0
-    for counts, run in groupby(label != IGNORE for label in labels):
+    text = ""
+    characters = 0
+    place = 0
+    for has_loss, run in groupby(label != IGNORE for label in labels):
         place += len(list(run))
         # from the beginning: some tokenizers drop a space where decoding starts
-        whole = decode(place)
-        text += whole[done:] if counts else f"«{whole[done:]}»"
-        done = len(whole)
+        decoded = tokenizer.decode(tokens[:place], clean_up_tokenization_spaces=False)
+        new = decoded[characters:]
+        text += new if has_loss else f"«{new}»"
+        characters = len(decoded)
     return text
 
 
@@ -49,7 +64,8 @@ def show_example(windows: object, tokenizer) -> None:
     distillation)."""
     if isinstance(windows, Windows):
         text = first_examples(windows, tokenizer, 1)[0]
-        text = text if len(text) <= SHOWN else text[:SHOWN] + " ..."
+        if len(text) > SHOWN:
+            text = text[:SHOWN] + " ..."
         say(f"The first example; «this» is read, not learnt:\n{text}", dim=True)
 
 

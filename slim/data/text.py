@@ -4,7 +4,6 @@ description serves all uses."""
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,8 @@ from pathlib import Path
 
 from slim.core.errors import SlimError
 from slim.core.io import sha256
+from slim.data.cells import as_text
+from slim.data.files import Row, json_rows, parquet_rows, read_text, text_lines
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {
@@ -25,14 +26,16 @@ FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 class Text:
     """Where documents come from.
 
-    text: a file (``.txt``: one text; ``.jsonl``, ``.parquet``: one document a line or row), an
-        embedded text (``tiny:heldout``, ``tiny:calibration``), or a data set of the hub by its id
-        or a local folder in the hub's layout.
-    subset, split, column: configuration, split and text column of a data set; ``column`` also for
-        files with rows.
-    revision: branch, tag or commit of a hub data set.
-    streaming: read a data set while it is fetched and a ``.txt`` file line by line, so that memory
-        and disk need not hold all of it.
+    Attributes:
+        text: a file (``.txt``: one text; ``.jsonl``, ``.json``, ``.parquet``: one document a row),
+            an embedded text (``tiny:heldout``, ``tiny:calibration``), or a data set of the hub by
+            its id or a local folder in the hub's layout.
+        subset: configuration of a data set; None: its default.
+        split: split of a data set.
+        column: text column of a data set or of a file with rows.
+        revision: branch, tag or commit of a hub data set; None: its main branch.
+        streaming: read a data set while it is fetched and a ``.txt`` file line by line, so that
+            memory and disk need not hold all of it.
     """
 
     text: str
@@ -43,12 +46,15 @@ class Text:
     streaming: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text:
+            raise SlimError(f"text={self.text}: must be a file or the id of a hub data set.")
         path = self.path
         if path is None and (
-            str(self.text).endswith(FILE_ENDINGS) or str(self.text).startswith((".", "/", "~"))
+            self.text.endswith(FILE_ENDINGS) or self.text.startswith((".", "/", "~"))
         ):
             raise SlimError(
-                f"There is no text {self.text}. Give a .txt or .jsonl file, {', '.join(EMBEDDED)}, or a hub data set."
+                f"There is no text {self.text}. Give a .txt or .jsonl file, "
+                f"{', '.join(EMBEDDED)}, or a hub data set."
             )
         if path is not None and path.is_file() and not path.name.endswith(FILE_ENDINGS):
             raise SlimError(
@@ -58,120 +64,130 @@ class Text:
     @property
     def path(self) -> Path | None:
         """The local file or folder, or None for a data set of the hub."""
-        path = EMBEDDED.get(self.text) or Path(self.text).expanduser()
-        return path if path.exists() else None
+        try:
+            path = EMBEDDED.get(self.text) or Path(self.text).expanduser()
+            return path if path.exists() else None
+        except (OSError, RuntimeError, ValueError):  # too long, no such home, a zero byte
+            return None
 
     def text_identity(self) -> dict:
-        """What the text is: its checksum for a file, its name and split for a data set."""
+        """Return what determines the text: its checksum for a file, its name and split for a data
+        set."""
         path = self.path
         if path is not None and path.is_file():
-            return {
-                "sha256": self._checksum,
-                "column": self.column if path.suffix != ".txt" else None,
-            }
-        found = {
+            column = None if path.suffix == ".txt" else self.column
+            return {"sha256": self._checksum, "column": column}
+        identity = {
             "dataset": self.text,
             "subset": self.subset,
             "split": self.split,
             "column": self.column,
         }
         if path is not None:
-            found["sha256"] = self._folder_checksum
-        return found if self.revision is None else {**found, "revision": self.revision}
+            identity["sha256"] = self._folder_checksum
+        if self.revision is not None:
+            identity["revision"] = self.revision
+        return identity
 
     @cached_property
     def _checksum(self) -> str:
-        return sha256(self.path)
+        try:
+            return sha256(self.path)
+        except OSError as error:
+            raise SlimError(f"{self.path} cannot be read: {error.strerror or error}.") from error
 
     @cached_property
     def _folder_checksum(self) -> str:
         """The SHA-256 over names and contents of all files of a local data set, hidden ones left
         out."""
-        files = sorted(path for path in self.path.rglob("*") if path.is_file())
-        names = [path.relative_to(self.path) for path in files]
         digest = hashlib.sha256()
-        for name in names:
-            if not any(part.startswith(".") for part in name.parts):
-                digest.update(f"{name.as_posix()} {sha256(self.path / name)}\n".encode())
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path)
+            is_hidden = any(part.startswith(".") for part in name.parts)
+            if path.is_file() and not is_hidden:
+                digest.update(f"{name.as_posix()} {sha256(path)}\n".encode())
         return digest.hexdigest()
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents in their order; a streamed ``.txt`` line by line. ``SlimError`` if
-        they cannot be read."""
+        """Yield the documents in their order; a streamed ``.txt`` line by line.
+
+        Raises:
+            SlimError: when they cannot be read.
+        """
         path = self.path
-        if path is not None and path.suffix == ".txt":
-            with path.open(encoding="utf-8") as lines:
-                yield from lines if self.streaming else [lines.read()]
-        else:
+        if path is None or path.suffix != ".txt" or path.is_dir():
             yield from self._column()
+        elif self.streaming:
+            yield from text_lines(path)
+        else:
+            yield read_text(path)
 
     def joined(self) -> str:
         """Return all documents as one text, empty lines between them, as the GPTQ and AWQ papers
         do."""
         return "\n\n".join(self.documents())
 
-    def rows(self) -> Iterator[dict]:
-        """Yield the rows of the file or of the data set. Raises ``SlimError`` if they cannot be
-        read."""
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows of the file or of the data set.
+
+        Raises:
+            SlimError: when they cannot be read.
+        """
+        for _, row in self.located_rows():
+            yield row
+
+    def located_rows(self) -> Iterator[tuple[str, Row]]:
+        """Yield where a row stands, such as ``FILE, line 3``, and the row.
+
+        Raises:
+            SlimError: when they cannot be read.
+        """
         path = self.path
-        if path is None or path.is_dir():
-            name = self.text if path is None else str(path)
-            yield from load_dataset(name, self.subset, self.split, self.revision, self.streaming)
-        elif path.suffix == ".parquet":
+        if path is not None and path.is_file() and path.suffix != ".parquet":
+            for place, row in json_rows(path):
+                yield f"{self.text}, {place}", row
+            return
+        for number, row in enumerate(self._table_rows(), 1):
+            yield f"{self.text}, row {number}", row
+
+    def _table_rows(self) -> Iterator[Row]:
+        """Yield the rows of a Parquet file or of a data set."""
+        path = self.path
+        if path is not None and path.is_file():
             yield from parquet_rows(path)
-        else:
-            yield from (row for _, row in json_lines(path))
+            return
+        name = self.text if path is None else str(path)
+        table = load_dataset(name, self.subset, self.split, self.revision, self.streaming)
+        try:
+            yield from table
+        except Exception as error:  # a stream is fetched and parsed while it is read
+            raise _not_loaded(name, self.split, error) from error
 
     def _column(self) -> Iterator[str]:
-        for number, row in enumerate(self.rows(), 1):
+        """Yield the text column's cells."""
+        for where, row in self.located_rows():
             if self.column not in row:
                 raise SlimError(
-                    f"{self.text}, row {number}: no column '{self.column}' (has: {', '.join(row)}). "
+                    f"{where}: no column '{self.column}' (has: {', '.join(row)}). "
                     "Set column=... to one of them."
                 )
-            yield "" if row[self.column] is None else str(row[self.column])
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield line number and object for every line of a JSONL file, empty ones left out.
-
-    Raises ``SlimError`` naming the line that holds no JSON object.
-    """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SlimError(f"{path}, line {number}: not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise SlimError(
-                    f"{path}, line {number}: {type(row).__name__} where an object with columns is needed."
-                )
-            yield number, row
-
-
-def parquet_rows(path: Path) -> Iterator[dict]:
-    """Yield the rows of a Parquet file, some thousand of them in memory at a time; ``SlimError`` if
-    it is none."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as table:
-            for batch in table.iter_batches(4096):
-                yield from batch.to_pylist()
-    except ArrowException as error:
-        raise SlimError(f"{path}: not a Parquet file that can be read ({error}).") from error
+            yield as_text(row[self.column], f"{where}: column '{self.column}'")
 
 
 def load_dataset(
     name: str, subset: str | None, split: str, revision: str | None = None, streaming: bool = False
 ):
-    """Load a data set of the hub, or of a local folder in its layout; ``SlimError`` if that fails.
+    """Load a data set of the hub, or of a local folder in its layout.
 
-    streaming: rows come while the files are read or fetched; nothing is kept on disk.
+    Args:
+        name: id of the data set, or the folder.
+        subset: configuration; None: the default.
+        split: split.
+        revision: branch, tag or commit; None: the main branch.
+        streaming: rows come while the files are read or fetched; nothing is kept on disk.
+
+    Raises:
+        SlimError: when the data set cannot be loaded.
     """
     return _load(
         name,
@@ -184,22 +200,34 @@ def load_dataset(
 
 
 def load_dataset_files(name: str, files: str, revision: str | None = None):
-    """Load one data file of a hub data set by its path inside the set; ``SlimError`` if that
-    fails."""
+    """Load one data file of a hub data set.
+
+    Args:
+        name: id of the data set.
+        files: path of the file inside the set.
+        revision: branch, tag or commit; None: the main branch.
+
+    Raises:
+        SlimError: when the file cannot be loaded.
+    """
     return _load(name, files, data_files=files, revision=revision, split="train")
 
 
-def _load(dataset: str, shown: str, **arguments):
+def _load(dataset: str, part: str, **arguments):
+    """Call the library. ``part`` names what is loaded, for messages."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(dataset, **arguments)
-    except (
-        Exception
-    ) as error:  # the library raises some twenty kinds for what is one thing to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SlimError(
-            f"The data set {dataset} ({shown}) cannot be loaded: {reason}\n"
-            "Without a network, give a local file instead, for example text=FILE.txt."
-        ) from error
+    except Exception as error:  # the library raises some twenty kinds for one thing
+        raise _not_loaded(dataset, part, error) from error
+
+
+def _not_loaded(dataset: str, part: str, error: Exception) -> SlimError:
+    """Return the error for a data set that the library cannot read, with the first line of why."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return SlimError(
+        f"The data set {dataset} ({part}) cannot be loaded: {reason}\n"
+        "Without a network, give a local file instead, for example text=FILE.txt."
+    )

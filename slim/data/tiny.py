@@ -10,7 +10,7 @@ from typing import ClassVar
 from slim.core.errors import SlimError
 from slim.core.settings import dataclass_cache_key, require_choice, require_number
 from slim.data.base import TEST, TRAIN, VALIDATION, Conversations, PlainText
-from slim.tiny_world import GENERATOR
+from slim.tiny_world import GENERATOR, World
 
 
 @dataclass
@@ -18,9 +18,13 @@ class TinyText(PlainText):
     """Documents of the tiny world, generated as they are needed; about one in seven is a
     conversation.
 
-    world: seed of the world. seed: of the documents.
     Validation is text from the calibration split, the test text from the held-out one: wordings
-    that training never shows."""
+    that training never shows.
+
+    Attributes:
+        world: seed of the world, 0 or more.
+        seed: of the documents, 0 or more.
+    """
 
     cache_name: ClassVar[str] = "TinyText"
 
@@ -37,10 +41,8 @@ class TinyText(PlainText):
         return {**dataclass_cache_key(self), "generator": GENERATOR}
 
     def documents(self, part: str) -> Iterator[str]:
-        from slim.tiny_world import World
-
         # One document seed further, so that validation is not the very text that quantisers
-        # calibrate on.
+        # are calibrated on.
         splits = {
             TRAIN: ("train", self.seed),
             VALIDATION: ("calibration", self.seed + 1),
@@ -53,10 +55,13 @@ class TinyText(PlainText):
 class TinyChat(Conversations):
     """Questions about the tiny world with their answers.
 
-    world: seed of the world. seed: of the questions. long: ``cut`` or ``drop`` what exceeds the
-        window.
-    examples: number of questions to learn from, so that the data has an end and epochs; None for
-    ever new ones."""
+    Attributes:
+        world: seed of the world, 0 or more.
+        seed: of the questions, 0 or more.
+        long: ``cut`` or ``drop`` what exceeds the window.
+        examples: number of questions to learn from, so that the data has an end and epochs; None:
+            ever new ones.
+    """
 
     cache_name: ClassVar[str] = "TinyChat"
 
@@ -79,18 +84,17 @@ class TinyChat(Conversations):
         return self.examples is None
 
     def cache_key(self) -> dict:
-        found = {**dataclass_cache_key(self), "generator": GENERATOR}
+        settings = {**dataclass_cache_key(self), "generator": GENERATOR}
         # as before there was such a setting, so that results keep their names
         if self.examples is None:
-            del found["examples"]
-        return found
+            del settings["examples"]
+        return settings
 
     def pairs(self, part: str) -> Iterator[tuple[str, str]]:
-        from slim.tiny_world import World
-
         if part == TEST:
             raise SlimError(
-                f"{self.title} have no test part: the tasks tiny_facts, tiny_pronouns and tiny_next test them."
+                f"{self.title} have no test part: the tasks tiny_facts, tiny_pronouns and "
+                "tiny_next test them."
             )
         limit = self.examples if part == TRAIN else None
         return itertools.islice(World(self.world).conversations(part, self.seed), limit)

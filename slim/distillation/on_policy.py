@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from slim.core.errors import SlimError
-from slim.data.encoding import encode_pairs, end_token, render, turns
+from slim.data.chat import turns
+from slim.data.encoding import encode_pairs, end_token, render
 from slim.data.examples import TRAIN, VALIDATION, Conversations
 from slim.data.packing import IGNORE, Example, Windows, separate
 from slim.distillation.generate import generate

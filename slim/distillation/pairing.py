@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slim.core.errors import SlimError
+from slim.data.chat import require_chat_template
 from slim.data.encoding import encode_conversations, end_token
 from slim.data.examples import Conversations, TrainingData
 from slim.data.packing import IGNORE, Example, Windows, best_fit, separate
@@ -28,11 +29,12 @@ def paired_windows(
     student, teacher: tokenizers. tokens: about how many are enough, None for all. longest: the
     teacher's context."""
     if isinstance(data, Conversations):
-        if not getattr(teacher, "chat_template", None):
-            raise SlimError(
-                "The teacher's tokenizer has no chat template, so it cannot read conversations. Distil on plain text "
-                "(data=text data.text=FILE), or put a chat_template into its tokenizer_config.json."
-            )
+        require_chat_template(
+            teacher,
+            "Distil on plain text (data=text data.text=FILE), or put a chat_template into its "
+            "tokenizer_config.json.",
+            "The teacher's tokenizer",
+        )
         return _conversations(data, part, student, teacher, window, tokens, longest)
     windows = data.windows(part, student, window, tokens)
     return windows, [[_as_read(row, student, teacher, longest)] for row in windows.tokens.tolist()]

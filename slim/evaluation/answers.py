@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from slim.core.console import track
 from slim.core.errors import SlimError
 from slim.core.settings import require_flag, require_number
+from slim.data.chat import render_chat, require_chat_template
 from slim.data.text import ASSETS, Text
 
 if TYPE_CHECKING:
@@ -85,10 +86,12 @@ class Answers:
 
     def check_tokenizer(self, tokenizer) -> None:
         """Raise ``SlimError`` if a chat is asked for and there is no template for it."""
-        if self.chat and not tokenizer.chat_template:
-            raise SlimError(
-                "eval.answers.chat=true, but the model's tokenizer has no chat template. Ask it plainly with "
-                "eval.answers.chat=false, or add a chat_template.jinja to its folder."
+        if self.chat:
+            require_chat_template(
+                tokenizer,
+                "Ask it plainly with eval.answers.chat=false, or add a chat_template.jinja to its "
+                "folder.",
+                "eval.answers.chat=true, but the model's tokenizer",
             )
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -113,7 +116,7 @@ class Answers:
             return tokenizer(question)["input_ids"]
         said = [{"role": "system", "content": self.system}] if self.system else []
         said.append({"role": "user", "content": question})
-        text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        text = render_chat(tokenizer, said, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def measure(self, model, tokenizer, context_length: int) -> dict:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slim.core.errors import SlimError
+from slim.data.chat import has_chat_template, render_chat
 
 # answers of a server that may be better in a moment
 TEMPORARY = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -94,7 +95,7 @@ class LocalModel:
         from slim.evaluation.generation import continue_ids
 
         model, tokenizer = self._load()
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = model.config.max_position_embeddings - new_tokens
         if len(ids) > room:
@@ -109,7 +110,7 @@ class LocalModel:
 
         if self._loaded is None:
             tokenizer = load_tokenizer(self.folder)
-            if not tokenizer.chat_template:
+            if not has_chat_template(tokenizer):
                 raise Unreachable(
                     f"The judge {self.folder} has no chat template. Give a model tuned for conversation."
                 )

@@ -26,7 +26,7 @@ from slim.core.console import track
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.core.settings import require_number
-from slim.data.calibration import encode_long
+from slim.data.encoding import encode_long
 from slim.data.text import Text, load_dataset_files
 from slim.models.logits import head_logits
 from slim.models.spec import FAMILIES

@@ -18,7 +18,7 @@ from slim.core.console import track
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.core.settings import require_choice, require_flag, require_number
-from slim.data.calibration import encode_long
+from slim.data.encoding import encode_long
 from slim.evaluation.timing import Run, compiled, timed_run
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ import yaml
 
 from slim.core.errors import SlimError
 from slim.core.io import sha256
-from slim.data.text import ASSETS, json_lines
+from slim.data.files import json_rows
+from slim.data.text import ASSETS
 
 EMBEDDED = ASSETS / "tiny_world"
 ENDINGS = (".yaml", ".yml")
@@ -168,10 +169,10 @@ def read_rows(files: Iterable[Path]) -> list[dict]:
     JSON object."""
     rows: list[dict] = []
     for path in files:
-        for number, row in json_lines(path):
+        for place, row in json_rows(path):
             if rows and row.keys() != rows[0].keys():
                 raise SlimError(
-                    f"{path}, line {number}: expected a JSON object with the fields: {', '.join(rows[0])}. "
+                    f"{path}, {place}: expected a JSON object with the fields: {', '.join(rows[0])}. "
                     f"It has: {', '.join(row) or 'none'}."
                 )
             rows.append(row)

@@ -27,17 +27,21 @@ def chosen_windows(
     for name, low in (("samples", 1), ("length", 8)):
         if changes[name] is not None:
             require_number(f"pruner.{name}", changes[name], low, integer=True)
-    return dataclasses.replace(
+    windows = dataclasses.replace(
         calibration, **{name: value for name, value in changes.items() if value is not None}
     )
+    if samples is not None:
+        windows.samples_setting = "pruner.samples"
+    if length is not None:
+        windows.length_setting = "pruner.length"
+    return windows
 
 
 def load_with_tokens(source: Checkpoint, windows: Calibration, context: Context):
     """Return the loaded model and its calibration tokens, int64 [samples, length], on the CPU."""
-    from slim.checkpoints.tokenizer import load_tokenizer
     from slim.loading.load_model import load_model
 
-    tokens = windows.tokens(load_tokenizer(source.folder), source.spec.context_length)
+    tokens = windows.tokens_for(source)
     return load_model(source.folder, device=context.device), tokens
 
 

@@ -297,11 +297,10 @@ class DepthPruning(Stage):
         if not self.reconstruct:
             write_blocks(source, target, kept)
             return {}
-        from slim.checkpoints.tokenizer import load_tokenizer
         from slim.core.console import progress_bar
         from slim.pruning.bridge import Bridging
 
-        tokens = self.calibration.tokens(load_tokenizer(source.folder), source.spec.context_length)
+        tokens = self.calibration.tokens_for(source)
         bridging = Bridging(source, removed, tokens, self.damping, context.device)
         with progress_bar("Bridging gaps", total=source.spec.blocks) as advance:
             gaps = bridging.write(target, advance=advance)

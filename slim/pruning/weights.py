@@ -234,9 +234,7 @@ class CalibratedWeightPruning(WeightPruning):
     version: ClassVar[int] = 2
 
     def tokens(self, source: Checkpoint):
-        from slim.checkpoints.tokenizer import load_tokenizer
-
-        return self.calibration.tokens(load_tokenizer(source.folder), source.spec.context_length)
+        return self.calibration.tokens_for(source)
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         from slim.calibration.sequential import calibration_bytes

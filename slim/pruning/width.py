@@ -215,11 +215,10 @@ class WidthPruning(Stage):
 
     def _write(self, checkpoint: Checkpoint, target: Path, method, context: Context) -> None:
         from slim.calibration.sequential import transform_checkpoint
-        from slim.checkpoints.tokenizer import load_tokenizer
 
         spec, tokens = checkpoint.spec, None
         if self.reconstruct:
-            tokens = self.calibration.tokens(load_tokenizer(checkpoint.folder), spec.context_length)
+            tokens = self.calibration.tokens_for(checkpoint)
         # errors of weights alone are no curve
         recorded = context if self.reconstruct else Context(context.device)
         transform_checkpoint(

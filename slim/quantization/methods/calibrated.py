@@ -25,9 +25,7 @@ class CalibratedQuantization(Quantization):
     calibration: Calibration | None = None
 
     def tokens(self, source: Checkpoint) -> torch.Tensor:
-        from slim.checkpoints.tokenizer import load_tokenizer
-
-        return self.calibration.tokens(load_tokenizer(source.folder), source.spec.context_length)
+        return self.calibration.tokens_for(source)
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         from slim.calibration.sequential import calibration_bytes
