@@ -85,7 +85,9 @@ def _transposed(columns: dict[str, Any], where: str) -> list[dict]:
     if not all(isinstance(item, (list, tuple)) for item in lists):
         raise SlimError(f"{where} holds {_described(columns)} where a list of objects is needed.")
     if len({len(item) for item in lists}) > 1:
-        raise SlimError(f"{where} holds lists of different lengths, so its turns are unknown.")
+        raise SlimError(
+            f"{where} holds lists of different lengths where a list of objects is needed."
+        )
     records = []
     for values in zip(*lists, strict=True):
         records.append(dict(zip(columns, values, strict=True)))
@@ -104,7 +106,9 @@ def _joined_parts(parts: list | tuple, where: str) -> str:
 
 def _is_part(value: dict) -> bool:
     """Whether an object is part of a message: it has a type, or its text and nothing else."""
-    return isinstance(value.get("type"), str) or set(value) == {"text"}
+    if set(value) == {"text"}:
+        return isinstance(value["text"], str)
+    return isinstance(value.get("type"), str)
 
 
 def _part(part: dict, where: str) -> str:
@@ -142,9 +146,9 @@ def _described(value: Any) -> str:
         keys = ", ".join(str(key) for key in list(value)[:5])
         return f"an object ({keys or 'empty'})"
     if isinstance(value, (list, tuple)):
-        kinds = sorted({_kind(item) for item in value})
+        kinds = sorted({f"{_kind(item)}s" for item in value})
         return f"a list of {', '.join(kinds) or 'nothing'}"
-    return _kind(value)
+    return f"a {_kind(value)}" if isinstance(value, (int, float)) else _kind(value)
 
 
 def _kind(value: Any) -> str:
@@ -155,6 +159,8 @@ def _kind(value: Any) -> str:
         return "list"
     if isinstance(value, str):
         return "text"
+    if isinstance(value, (int, float)):
+        return "number"
     return type(value).__name__
 
 

@@ -131,8 +131,9 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 def _many_lines(path: Path, number: int, first_error: ValueError) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a file whose line ``number`` is the beginning of one, or of a list."""
     text = read_text(path)
-    decoder, rows = json.JSONDecoder(), []
-    place = 0
+    decoder = json.JSONDecoder()
+    rows: list[Any] = []
+    place = _next_value(text, 0)
     while place < len(text):
         try:
             value, place = decoder.raw_decode(text, place)
@@ -142,10 +143,16 @@ def _many_lines(path: Path, number: int, first_error: ValueError) -> Iterator[tu
             # most likely one object a line, of which the first is broken
             raise _not_json(path, number, first_error) from first_error
         rows.extend(value if isinstance(value, list) else [value])
-        while place < len(text) and text[place].isspace():
-            place += 1
+        place = _next_value(text, place)
     for index, row in enumerate(rows, 1):
         yield f"row {index}", _as_row(path, f"row {index}", row)
+
+
+def _next_value(text: str, place: int) -> int:
+    """Return the place of the first character from ``place`` on that is no white space."""
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place
 
 
 def _parsed(line: str) -> Any:
