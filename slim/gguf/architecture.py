@@ -1,0 +1,367 @@
+"""From a GGUF file's metadata to ``config.json``, and from its names of tensors to those of transformers' models.
+
+What the keys mean: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What is stored in another way than in the model it
+was made from, and what is not stored at all, was read from llama.cpp: ``convert_hf_to_gguf.py`` and ``src/llama-model.cpp``
+(https://github.com/ggml-org/llama.cpp). Four things differ:
+
+- Llama's and Mistral's queries and keys have their rows in another order (:func:`restore_rows`).
+- Gemma's norms hold w + 1, where transformers stores w.
+- Llama 3's stretched rotary frequencies are stored as a tensor of factors, without the settings they came from
+  (``slim/gguf/rotary.py``).
+- Where a model has no ``output.weight``, its head shares the embedding's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from slim.core.errors import SlimError, did_you_mean
+from slim.gguf.rotary import FACTORS, LONG, SHORT, rotary_settings, shortest
+from slim.models.families import FAMILIES, Family
+from slim.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from slim.gguf.reader import GgufModel
+
+# Parts of a block: name in the file -> name in transformers' model.
+LLAMA_PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GEMMA_PARTS = {
+    **LLAMA_PARTS,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+PHI3_PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Not weights: they become settings (slim/gguf/rotary.py). Early files also list the frequencies, which the settings give.
+READ_ELSEWHERE = (FACTORS, LONG, SHORT, ".attn_rot_embd.weight")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a family is written in GGUF.
+
+    Args:
+        family: ``model_type`` in ``slim.models.families``.
+        class_name: transformers' class of the model.
+        parts: Of a block, name in the file -> name in transformers' model.
+        permuted: Parts whose rows stand in the order of llama.cpp's rotary embedding.
+        norm_offset: What the file adds to the norms' weights.
+        activation: Entry of ``config.json`` for the activation, and its value.
+    """
+
+    family: str
+    class_name: str
+    parts: Mapping[str, str] = field(default_factory=lambda: LLAMA_PARTS)
+    permuted: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    activation: tuple[str, str] = ("hidden_act", "silu")
+
+
+GELU = ("hidden_activation", "gelu_pytorch_tanh")
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", permuted=("attn_q", "attn_k")),
+    "mistral": Architecture("mistral", "MistralForCausalLM", permuted=("attn_q", "attn_k")),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**LLAMA_PARTS, **HEAD_NORMS}),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", GEMMA_PARTS, norm_offset=1.0, activation=GELU),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", {**GEMMA_PARTS, **HEAD_NORMS}, norm_offset=1.0, activation=GELU
+    ),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", PHI3_PARTS),
+}  # fmt: skip
+# Blocks of the Gemma models of 27 billion parameters, whose queries are scaled by another number (llama.cpp does the same).
+LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
+
+
+class Layout:
+    """One file's architecture: its config, and where each of its tensors goes.
+
+    Args:
+        model: The file.
+
+    Raises:
+        SlimError: slim does not know the architecture, an entry is missing, or a tensor is missing or of another shape.
+    """
+
+    def __init__(self, model: GgufModel):
+        self.model = model
+        self.architecture = find_architecture(model)
+        self.prefix = model.metadata["general.architecture"]
+        self.config = self._config()
+        self._check_tensors()
+
+    @property
+    def family(self) -> Family:
+        """slim's description of the family."""
+        return FAMILIES[self.architecture.family]
+
+    def entry(self, key: str, default: Any = None) -> Any:
+        """Return an entry of the metadata that begins with the architecture's name."""
+        return self.model.metadata.get(f"{self.prefix}.{key}", default)
+
+    def required(self, key: str) -> Any:
+        """Return such an entry; one number where the file lists the same for every block.
+
+        Raises:
+            SlimError: It is missing, or differs from block to block.
+        """
+        value = self.entry(key)
+        if value is None:
+            raise SlimError(f"{self.model.path} lacks {self.prefix}.{key}: it cannot be read without. Fetch or make it again.")
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise SlimError(f"{self.model.path}: {self.prefix}.{key} differs from block to block, which slim does not import.")
+            return value[0]
+        return value
+
+    def rows(self, name: str) -> int:
+        """Return the number of rows of a tensor. Raises ``SlimError`` if the file lacks it."""
+        return self.shape(name)[0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor. Raises ``SlimError`` if the file lacks it."""
+        if name not in self.model.tensors:
+            raise SlimError(f"{self.model.path} lacks the tensor {name}, which a {self.prefix} model has. Fetch or make it again.")
+        return self.model.tensors[name].shape
+
+    def _config(self) -> dict:
+        """Return the content of ``config.json``."""
+        architecture, heads = self.architecture, self.required("attention.head_count")
+        kv_heads = self.required("attention.head_count_kv") if self.entry("attention.head_count_kv") else heads
+        config = {
+            "architectures": [architecture.class_name],
+            "model_type": architecture.family,
+            "vocab_size": self.rows("token_embd.weight"),
+            "hidden_size": self.required("embedding_length"),
+            "intermediate_size": self.required("feed_forward_length"),
+            "num_hidden_layers": self.required("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": self._head_dim(heads, kv_heads),
+            "max_position_embeddings": self.required("context_length"),
+            "rms_norm_eps": shortest(self.required("attention.layer_norm_rms_epsilon")),
+            architecture.activation[0]: architecture.activation[1],
+            "tie_word_embeddings": "output.weight" not in self.model.tensors,
+            **token_ids(self.model.metadata),
+            **self._biases(),
+        }
+        config |= self._attention_settings(config)
+        config["rope_parameters"] = rotary_settings(self.model, self.prefix, config)
+        if architecture.family == "phi3":  # in its class a head is always hidden_size / num_attention_heads
+            config.pop("head_dim")
+            length = self.entry("rope.scaling.original_context_length", config["max_position_embeddings"])
+            config["original_max_position_embeddings"] = length
+        return config
+
+    def _head_dim(self, heads: int, kv_heads: int) -> int:
+        """Return the size of a head, by the shape of the first block's projections.
+
+        Raises:
+            SlimError: Keys and values differ in size, or the rows do not divide.
+        """
+        if "attn_qkv" in self.architecture.parts:
+            size, rest = divmod(self.rows("blk.0.attn_qkv.weight"), heads + 2 * kv_heads)
+            sizes = [size]
+        else:
+            counts = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads}
+            divided = [divmod(self.rows(f"blk.0.{name}.weight"), count) for name, count in counts.items()]
+            sizes, rest = [size for size, _ in divided], sum(rest for _, rest in divided)
+        if rest or len(set(sizes)) != 1:
+            raise SlimError(f"{self.model.path}: queries, keys and values have heads of different sizes, which slim does not import.")
+        return sizes[0]
+
+    def _biases(self) -> dict[str, bool]:
+        """Return the entries of the config that say which linear layers have biases, by the tensors that are there."""
+        family, flags = self.family, {}
+        for entry, part in ((family.qkv_bias, "attn_q"), (family.o_bias, "attn_output"), (family.mlp_bias, "ffn_up")):
+            if isinstance(entry, str):
+                flags[entry] = flags.get(entry, False) or f"blk.0.{part}.bias" in self.model.tensors
+        return flags
+
+    def _attention_settings(self, config: dict) -> dict:
+        """Return windows, soft caps and the scale of the queries.
+
+        Raises:
+            SlimError: A window where the file cannot say which blocks have it.
+        """
+        family, window = config["model_type"], self.entry("attention.sliding_window") or None
+        if family in ("gemma2", "gemma3_text"):
+            return self._gemma_settings(config, window)
+        if family in ("mistral", "phi3"):
+            return {"sliding_window": window}
+        if window is not None and window < config["max_position_embeddings"]:
+            raise SlimError(
+                f"{self.model.path}: a window of {window} tokens in a {self.prefix} model, and the file does not say in which "
+                "blocks. Give the model as a checkpoint folder or hub id."
+            )
+        return {}
+
+    def _gemma_settings(self, config: dict, window: int | None) -> dict:
+        heads, head_dim = config["num_attention_heads"], config["head_dim"]
+        large = config["num_hidden_layers"] == LARGE_GEMMA[self.prefix]
+        settings = {
+            "query_pre_attn_scalar": config["hidden_size"] // heads if large else head_dim,
+            "sliding_window": window,
+            "attn_logit_softcapping": self._soft_cap("attn_logit_softcapping"),
+            "final_logit_softcapping": self._soft_cap("final_logit_softcapping"),
+        }
+        pattern = self.entry("attention.sliding_window_pattern")
+        if isinstance(pattern, list):
+            settings["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+        else:
+            listed = {"sliding_window_pattern": pattern} if pattern else {}
+            settings["layer_types"] = self.family.layer_types({**config, **listed})
+        return settings
+
+    def _soft_cap(self, key: str) -> float | None:
+        value = self.entry(key)
+        return shortest(value) if value else None
+
+    def targets(self) -> Iterator[tuple[str, str]]:
+        """Yield (name in the file, name in the checkpoint) for every tensor that is imported, block after block."""
+        family, tensors = self.family, self.model.tensors
+        yield "token_embd.weight", f"{family.embeddings}.weight"
+        for block in range(self.config["num_hidden_layers"]):
+            for part, module in self.architecture.parts.items():
+                for kind in ("weight", "bias"):
+                    name = f"blk.{block}.{part}.{kind}"
+                    if kind == "weight" or name in tensors:
+                        yield name, f"{family.blocks}.{block}.{module}.{kind}"
+        yield "output_norm.weight", f"{family.final_norm}.weight"
+        if "output.weight" in tensors:
+            yield "output.weight", f"{family.head}.weight"
+
+    def _check_tensors(self) -> None:
+        """Raise ``SlimError`` for a tensor that is missing, one that goes nowhere, and one of an unexpected shape."""
+        spec = ModelSpec(self.config, name=str(self.model.path))
+        wanted = dict(self.targets())
+        for name in sorted(set(self.model.tensors) - set(wanted)):
+            if not name.endswith(READ_ELSEWHERE):
+                raise SlimError(
+                    f"{self.model.path} has the tensor {name}, which slim does not know in a {self.prefix} model: "
+                    "without it the model would be another. Give the model as a checkpoint folder or hub id."
+                )
+        for name in wanted:
+            shape, expected = self.shape(name), self._expected_shape(name, spec)
+            if shape != expected:
+                raise SlimError(f"{self.model.path}: {name} has the shape {shape}, and the metadata ask for {expected}.")
+        for block in range(spec.blocks):
+            self._check_biases(block)
+
+    def _expected_shape(self, name: str, spec: ModelSpec) -> tuple[int, ...]:
+        """Return the shape that a tensor of the file must have."""
+        if name in ("token_embd.weight", "output.weight"):
+            return spec.vocab_size, spec.hidden_size
+        if name == "output_norm.weight":
+            return (spec.hidden_size,)
+        part, kind = name.split(".")[2:]
+        linears, module = spec.block_linears(0), self.architecture.parts[part]
+        if module in linears:
+            return linears[module] if kind == "weight" else linears[module][:1]
+        return (spec.head_dim if part in HEAD_NORMS else spec.hidden_size,)
+
+    def _check_biases(self, block: int) -> None:
+        """Raise ``SlimError`` where not all linear layers that share an entry of the config have biases, or none of them."""
+        for part, module in self.architecture.parts.items():
+            there = f"blk.{block}.{part}.bias" in self.model.tensors
+            if there != self._has_bias(module):
+                verb = "has" if there else "lacks"
+                raise SlimError(
+                    f"{self.model.path} {verb} the tensor blk.{block}.{part}.bias, unlike transformers' "
+                    f"{self.architecture.family} model with these settings. Give the model as a checkpoint folder or hub id."
+                )
+
+    def _has_bias(self, module: str) -> bool:
+        """Whether transformers' model has a bias in this part of a block."""
+        family = self.family
+        if module.endswith("norm"):
+            return False
+        entry = family.qkv_bias
+        if module.startswith(family.mlp + "."):
+            entry = family.mlp_bias
+        elif module.endswith("o_proj"):
+            entry = family.o_bias
+        return bool(self.config.get(entry)) if isinstance(entry, str) else entry
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Read a tensor as the checkpoint stores it: in the order of rows and with the norms of transformers' model."""
+        offset = -self.architecture.norm_offset if name.endswith("norm.weight") else 0.0
+        tensor = self.model.read(name, dtype, offset)
+        part = name.split(".")[2] if name.startswith("blk.") else ""
+        if part in self.architecture.permuted:
+            heads = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
+            tensor = restore_rows(tensor, self.config[heads])
+        return tensor
+
+
+def restore_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Put the rows of queries or keys into the order in which transformers rotates them.
+
+    llama.cpp rotates neighbouring rows of a head together, 0 with 1, 2 with 3; transformers rotates the first half with the
+    second. The file's rows are therefore x0 y0 x1 y1 ..., and the checkpoint's x0 x1 ... y0 y1 ...
+
+    Args:
+        tensor: Weight (heads * head_dim, in_features), or bias (heads * head_dim,).
+        heads: The number of heads in it.
+
+    Returns:
+        The same numbers in a new tensor of the same shape.
+    """
+    pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def find_architecture(model: GgufModel) -> Architecture:
+    """Return what slim knows of a file's architecture. Files of Mistral's models say ``llama``, which computes the same.
+
+    Raises:
+        SlimError: It is unknown, a mixture of experts, or no model but an adapter.
+    """
+    name, kind = model.metadata.get("general.architecture"), model.metadata.get("general.type", "model")
+    if kind != "model":
+        raise SlimError(f"{model.path} is of the type '{kind}', not a model. Give the GGUF file of the model itself.")
+    if name not in ARCHITECTURES:
+        raise SlimError(
+            f"{model.path} is of the architecture '{name}', which slim does not import. It imports {', '.join(ARCHITECTURES)}."
+            f"{did_you_mean(str(name), ARCHITECTURES)}"
+        )
+    if model.metadata.get(f"{name}.expert_count"):
+        raise SlimError(f"{model.path} is a mixture of experts ({name}.expert_count), which slim does not import.")
+    known_as = " ".join(str(model.metadata.get(f"general.{key}", "")) for key in ("name", "basename")).lower()
+    mistral = name == "llama" and ("mistral" in known_as or _needs_mistral(model))
+    return ARCHITECTURES["mistral" if mistral else name]
+
+
+def _needs_mistral(model: GgufModel) -> bool:
+    """Whether transformers' Llama refuses the model: a window, or heads that do not divide the hidden size."""
+    heads, hidden = (model.metadata.get(f"llama.{key}") for key in ("attention.head_count", "embedding_length"))
+    uneven = isinstance(heads, int) and isinstance(hidden, int) and heads > 0 and hidden % heads != 0
+    return uneven or bool(model.metadata.get("llama.attention.sliding_window"))
+
+
+def token_ids(metadata: dict) -> dict[str, int | None]:
+    """Return the ids of the special tokens as ``config.json`` names them; None where the file names none."""
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    return {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
