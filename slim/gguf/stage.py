@@ -38,6 +38,7 @@ class ImportGguf(Stage):
     """
 
     kind: ClassVar[str] = "import"
+    cache_name: ClassVar[str] = "ImportGguf"
     path: Path
     dtype: str = "bfloat16"
     name: str | None = None
@@ -69,7 +70,7 @@ class ImportGguf(Stage):
 
     def cache_key(self) -> dict:
         """The content of all parts, and the type of the result."""
-        return {"class": "ImportGguf", "files": [verified_sha256(part) for part in self.model.parts], "dtype": self.dtype}
+        return {"class": self.cache_name, "files": [verified_sha256(part) for part in self.model.parts], "dtype": self.dtype}
 
     def content_digest(self) -> str:
         """Return the name of the result, which is known before the import."""
