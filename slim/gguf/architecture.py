@@ -1,7 +1,7 @@
 """From a GGUF file's metadata to ``config.json``, and from its names of tensors to those of transformers' models.
 
-What the keys mean: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What is stored in another way than in the model it
-was made from, and what is not stored at all, was read from llama.cpp: ``convert_hf_to_gguf.py`` and ``src/llama-model.cpp``
+What the keys mean: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What is stored in another way than in the model
+it was made from, and what is not stored at all, follows llama.cpp: ``convert_hf_to_gguf.py`` and ``src/llama-model.cpp``
 (https://github.com/ggml-org/llama.cpp). Four things differ:
 
 - Llama's and Mistral's queries and keys have their rows in another order (:func:`restore_rows`).
@@ -132,7 +132,8 @@ class Layout:
             raise SlimError(f"{self.model.path} lacks {self.prefix}.{key}: it cannot be read without. Fetch or make it again.")
         if isinstance(value, list):
             if len(set(value)) != 1:
-                raise SlimError(f"{self.model.path}: {self.prefix}.{key} differs from block to block, which slim does not import.")
+                where = f"{self.model.path}: {self.prefix}.{key}"
+                raise SlimError(f"{where} differs from block to block, which slim does not import.")
             return value[0]
         return value
 
@@ -143,7 +144,9 @@ class Layout:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor. Raises ``SlimError`` if the file lacks it."""
         if name not in self.model.tensors:
-            raise SlimError(f"{self.model.path} lacks the tensor {name}, which a {self.prefix} model has. Fetch or make it again.")
+            raise SlimError(
+                f"{self.model.path} lacks the tensor {name}, which a {self.prefix} model has. Fetch or make it again."
+            )
         return self.model.tensors[name].shape
 
     def _config(self) -> dict:
@@ -189,7 +192,9 @@ class Layout:
             divided = [divmod(self.rows(f"blk.0.{name}.weight"), count) for name, count in counts.items()]
             sizes, rest = [size for size, _ in divided], sum(rest for _, rest in divided)
         if rest or len(set(sizes)) != 1:
-            raise SlimError(f"{self.model.path}: queries, keys and values have heads of different sizes, which slim does not import.")
+            raise SlimError(
+                f"{self.model.path}: queries, keys and values have heads of different sizes, which slim does not import."
+            )
         return sizes[0]
 
     def _biases(self) -> dict[str, bool]:

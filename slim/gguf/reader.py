@@ -3,8 +3,8 @@
 A GGUF file is metadata (typed key/value pairs), a list of tensors (name, shape, type, place) and their data. The layout is
 described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The numbers of types, their block sizes and the
 arithmetic of dequantization come from the ``gguf`` library. Its ``GGUFReader`` is not used: it makes several objects for each
-entry of the vocabulary, which takes two seconds for 49,000 entries where a plan should be there at once, and a file that is cut
-off ends in an error of numpy's.
+entry of the vocabulary, which takes two seconds for 49,000 entries where a plan should be there at once, and it answers a file
+that is cut off with an error of numpy's.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Header:
         if kind == ARRAY:
             item, count = self._unpack("<IQ")
             return self._array(item, count)
-        raise SlimError(f"{self.path} has a metadata value of the unknown type {kind}: the file is damaged, or newer than slim.")
+        raise SlimError(f"{self.path} has metadata of the unknown type {kind}: the file is damaged, or newer than slim.")
 
     def _array(self, kind: int, count: int) -> list:
         if count > len(self._data):  # every item takes a byte or more
@@ -163,7 +163,7 @@ def check_beginning(path: Path, beginning: bytes) -> None:
     (version,) = struct.unpack("<I", beginning[4:])
     if version & 0xFFFF == 0:  # the bytes of a small number stand in the opposite order
         raise SlimError(
-            f"{path} is big-endian; slim reads little-endian GGUF. To turn a copy of it round: gguf-convert-endian {path} little"
+            f"{path} is big-endian; slim reads little-endian GGUF. To convert a copy: gguf-convert-endian {path} little"
         )
     if version not in VERSIONS:
         shown = " and ".join(map(str, VERSIONS))

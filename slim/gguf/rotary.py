@@ -1,7 +1,8 @@
 """The settings of rotary embeddings from a GGUF file.
 
-Most are numbers in the metadata. Two kinds of stretched frequencies are stored as tensors of factors by which each frequency is
-divided: Phi-3's (two lists, which transformers takes as they are), and Llama 3's, which transformers computes from four settings.
+Most are numbers in the metadata. Two kinds of stretched frequencies are stored as tensors of factors by which each frequency
+is divided: Phi-3's (two lists, which transformers takes as they are), and Llama 3's, which transformers computes from four
+settings.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def _scaling(model: GgufModel, get, config: dict) -> dict:
 def _yarn(get, factor: float, config: dict) -> dict:
     original = get("scaling.original_context_length", config["max_position_embeddings"])
     settings = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    names = {"beta_fast": "scaling.yarn_beta_fast", "beta_slow": "scaling.yarn_beta_slow", "attention_factor": "scaling.attn_factor"}
-    given = {name: get(key) for name, key in names.items()}
+    names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "attn_factor"}
+    given = {name: get(f"scaling.{key}") for name, key in names.items()}
     return settings | {name: shortest(value) for name, value in given.items() if value is not None}
 
 
@@ -100,9 +101,9 @@ def factors(model: GgufModel, name: str) -> list[float]:
 def llama3_settings(model: GgufModel, theta: float, head_dim: int) -> dict:
     """Return the settings from which Llama 3's factors were computed.
 
-    With L the original length, a frequency f divides into three ranges by x = L f / (2 pi), the number of its turns within L: above
-    ``high`` it stays (factor 1), below ``low`` it is divided by ``factor``, and between them the reciprocal of what it is divided by
-    goes in a straight line of x from 1 / factor to 1. Only L / low and L / high matter, so ``low`` is 1 without loss.
+    With L the original length, the frequency f makes x = L f / (2 pi) turns within L. Above ``high`` turns f stays as it is
+    (factor 1), below ``low`` turns it is divided by ``factor``. Between them, the reciprocal of what f is divided by is a
+    straight line in x, from 1 / factor to 1. Only L / low and L / high matter, so ``low`` is 1 without loss.
 
     Args:
         model: The file with the tensor ``rope_freqs.weight``, (head_dim / 2,).

@@ -1,12 +1,13 @@
 """Which sources are GGUF files, and where ``model.source=smollm2`` is found.
 
-``Source`` (``slim/checkpoints/source.py``) takes folders and hub ids, which are checkpoints already. A GGUF file has to be imported
-first, so where the settings of the ``model`` group name one, a chain begins with the stage ``ImportGguf`` instead.
+``Source`` (``slim/checkpoints/source.py``) takes folders and hub ids, which are checkpoints already. A GGUF file has to be
+imported first, so where the settings of the ``model`` group name one, a chain begins with the stage ``ImportGguf`` instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from slim.checkpoints.source import HUB_ID, Source
@@ -45,7 +46,9 @@ def beginning(settings: Mapping, store: str) -> Mapping:
         path = Path(source).expanduser()
     if not path.name.endswith(ENDING):
         if dtype is not None:
-            raise SlimError(f"model.dtype={dtype} is the type in which a GGUF file is imported, and {source} is not one: leave it out.")
+            raise SlimError(
+                f"model.dtype={dtype} is the type in which a GGUF file is imported, and {source} is not one: leave it out."
+            )
         return settings
     return import_settings(path, dtype, store, label=path.name.removesuffix(ENDING))
 
@@ -72,12 +75,14 @@ def file_of(source: str, file: str, revision: str | None) -> Path:
             raise SlimError(f"{folder} has no file {file}. GGUF files there: {there}.")
         return folder / file
     if not HUB_ID.fullmatch(source):
-        raise SlimError(f"There is no folder {source}. Give model.source=FOLDER or a hub id (org/name) with model.file=NAME.gguf.")
+        raise SlimError(
+            f"There is no folder {source}. Give model.source=FOLDER or a hub id (org/name) with model.file=NAME.gguf."
+        )
     return _fetch(source, file, revision)
 
 
 def _fetch(source: str, file: str, revision: str | None) -> Path:
-    """Return the path of a hub model's file in the hub's cache, after fetching it and the other parts where it is one of several."""
+    """Return the path of a hub model's file in the hub's cache, after fetching it, and the other parts of the model with it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -85,16 +90,17 @@ def _fetch(source: str, file: str, revision: str | None) -> Path:
     if named is not None:
         count = int(named["count"])
         names = [file.replace(f"-{named['number']}-of-", f"-{number:05d}-of-") for number in range(1, count + 1)]
-    paths = []
+    hub, paths = Source(source, revision), {}
     for name in names:
+        fetch = partial(hf_hub_download, source, name, revision=revision)
         try:
-            paths.append(Path(Source(source, revision).from_hub(lambda name=name: hf_hub_download(source, name, revision=revision))))
+            paths[name] = Path(hub.from_hub(fetch))
         except SlimError as error:
-            cause = error.__cause__
+            cause = error.__cause__  # a file that is in no cache while there is no network is an "entry not found", too
             if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
                 raise SlimError(f"The hub's model {source} has no file {name}. Its page lists the files.") from cause
             raise
-    return paths[names.index(file)]
+    return paths[file]
 
 
 def _begin_smollm2(settings: Mapping, store: str) -> Mapping:
@@ -105,7 +111,9 @@ def _begin_smollm2(settings: Mapping, store: str) -> Mapping:
     """
     for key in ("file", "revision"):
         if settings.get(key) is not None:
-            raise SlimError(f"model.{key} is for models of the hub: model=hf model.source={SMOLLM2_HUB} model.{key}={settings[key]}")
+            raise SlimError(
+                f"model.{key} is for models of the hub: model=hf model.source={SMOLLM2_HUB} model.{key}={settings[key]}"
+            )
     path = packaged_smollm2()
     if path is not None:
         return import_settings(path, settings.get("dtype"), store, label=SMOLLM2)
@@ -113,11 +121,13 @@ def _begin_smollm2(settings: Mapping, store: str) -> Mapping:
         Source(SMOLLM2_HUB).describe()
     except SlimError as error:
         raise SlimError(
-            f"model=smollm2 needs the package {PACKAGE}, which carries the model, or the hub's {SMOLLM2_HUB}, and neither is at hand. "
-            f"To get the package: {GET_PACKAGE}"
+            f"model=smollm2 needs the package {PACKAGE}, which carries the model, or {SMOLLM2_HUB} of the hub, "
+            f"and neither is at hand.\nTo get the package: {GET_PACKAGE}"
         ) from error
     if settings.get("dtype") is not None:
-        raise SlimError(f"model.dtype is the type in which a GGUF file is imported, and {SMOLLM2_HUB} is not one: leave it out.")
+        raise SlimError(
+            f"model.dtype is the type in which a GGUF file is imported, and {SMOLLM2_HUB} is not one: leave it out."
+        )
     return {"_target_": "slim.checkpoints.source.Source", "source": SMOLLM2_HUB, "revision": None}
 
 
@@ -139,5 +149,6 @@ def packaged_smollm2() -> Path | None:
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     files = sorted(path for folder in folders for path in Path(folder).glob(f"*{ENDING}"))
     if len(files) != 1:
-        raise SlimError(f"{PACKAGE} {found} is installed, but holds {len(files)} GGUF files where one is expected. To repair it: {GET_PACKAGE}")
+        there = f"{PACKAGE} {found} is installed, but holds {len(files)} GGUF files where one is expected"
+        raise SlimError(f"{there}. To repair it: {GET_PACKAGE}")
     return files[0]

@@ -7,9 +7,10 @@ The file lists tokens, their kinds and scores or merges; how text is cut before 
   if what they spell is a token, the best score first. Text is not cut at all; spaces are tokens' own (``U+2581``), and what no
   token spells becomes bytes.
 
-transformers' own conversion is not used: it takes most of a minute for 49,000 entries, and for SentencePiece it takes scores where
-they are no order. Sources: llama.cpp, ``src/llama-vocab.cpp``; SentencePiece, ``src/bpe_model.cc``; the ``tokenizer.json`` of the
-models named at the rules.
+transformers' own conversion is not used: where it does not know a rule's name, it cuts text by GPT-2's without a word.
+
+Sources: llama.cpp, ``src/llama-vocab.cpp`` (names of rules, kinds of tokens); SentencePiece, ``src/bpe_model.cc`` (order of
+merges); the ``tokenizer.json`` of the models that the rules are named after.
 """
 
 from __future__ import annotations
@@ -124,9 +125,13 @@ class Vocabulary:
         """
         kind, tokens = self.entry("model"), self.entry("tokens")
         if kind in (None, "none", "no_vocab") or not tokens:
-            raise SlimError(f"{self.path} has no tokenizer ({KEY}tokens). Give a file with one, or the model's folder or hub id.")
+            raise SlimError(
+                f"{self.path} has no tokenizer ({KEY}tokens). Give a file with one, or the model's folder or hub id."
+            )
         if kind not in ("gpt2", "llama"):
-            raise SlimError(f"{self.path} has a tokenizer of the kind '{kind}', which slim does not read. It reads gpt2 and llama.")
+            raise SlimError(
+                f"{self.path} has a tokenizer of the kind '{kind}', which slim does not read. It reads gpt2 and llama."
+            )
         if kind == "gpt2":
             self.rule  # noqa: B018 - refuses an unknown one
         if kind == "gpt2" and not self.entry("merges"):
@@ -147,8 +152,8 @@ class Vocabulary:
         if name not in RULES:
             what = f"the unknown name '{name}' for" if name else "no name for"
             raise SlimError(
-                f"{self.path} has {what} the rule by which its tokenizer cuts text ({KEY}pre), and by another rule the model would "
-                f"read other tokens.\nslim knows {', '.join(RULES)}.{did_you_mean(str(name), RULES)} "
+                f"{self.path} has {what} the rule by which its tokenizer cuts text ({KEY}pre), and by another rule the model "
+                f"would read other tokens.\nslim knows {', '.join(RULES)}.{did_you_mean(str(name), RULES)} "
                 "A newer file of the model may name one, or give the model's folder or hub id."
             )
         return RULES[name]
@@ -279,7 +284,9 @@ def listed_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     for line in vocabulary.entry("merges"):
         left, _, right = line.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise SlimError(f"{vocabulary.path}: the merge {line!r} is not of two tokens to a third. Fetch or make the file again.")
+            raise SlimError(
+                f"{vocabulary.path}: the merge {line!r} is not of two tokens to a third. Fetch or make the file again."
+            )
         merges.append((left, right))
     return merges
 
@@ -290,7 +297,7 @@ def scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     A token may come from every pair of tokens that spell it. Tokens of equal score count by their ids: files made without
     SentencePiece's own model give all the same score, and ids follow the order in which merges were learned.
 
-    Only normal tokens take part. Control tokens and bytes are never spelled by text; a user-defined one is found before merging.
+    Only normal tokens take part: text never spells control tokens and bytes, and user-defined ones are found before merging.
     """
     scores, kinds, tokens = vocabulary.entry("scores"), vocabulary.kinds, vocabulary.tokens
     vocab = {token: index for index, token in enumerate(tokens) if kinds[index] == NORMAL}

@@ -76,8 +76,8 @@ def test_the_model_that_was_written_comes_back(name, tmp_path):
     assert open_checkpoint(folder).config["model_type"] in (family, "llama")
 
 
-# Where transformers does not look into the file but takes the defaults of the family's class. It also leaves all scaling of rotary
-# embeddings out, and phi3's settings.
+# Where transformers does not look into the file but takes the defaults of the family's class. It also leaves out all scaling of
+# rotary embeddings, and Phi-3's window.
 DEFAULTS = {
     "qwen3": {"head_dim": 128},
     "gemma2": {"head_dim": 256, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -185,7 +185,9 @@ def test_mistral_is_told_by_its_name_or_by_what_llama_refuses(tmp_path):
     assert (logits(load(folder)) - logits(uneven)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("settings", [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (4.0, 1.0, 8.0, 1024), (16.0, 2.0, 6.0, 4096)])
+@pytest.mark.parametrize(
+    "settings", [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (4.0, 1.0, 8.0, 1024), (16.0, 2.0, 6.0, 4096)]
+)
 @pytest.mark.parametrize("size", [64, 128])
 def test_llama3_settings_are_found_from_the_factors(settings, size):
     """The original length and the two bounds are known up to a common factor: the lower bound is taken to be 1."""

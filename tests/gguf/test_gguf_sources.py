@@ -42,7 +42,14 @@ def pipeline(*overrides, store=None):
 
 
 def test_a_chain_begins_with_the_import(path, tmp_path):
-    overrides = [f"model.source={path}", "texts=tiny", "pruner=magnitude", "pruner.blocks=1", "quant=rtn", "quant.group_size=32"]
+    overrides = [
+        f"model.source={path}",
+        "texts=tiny",
+        "pruner=magnitude",
+        "pruner.blocks=1",
+        "quant=rtn",
+        "quant.group_size=32",
+    ]
     chain = pipeline(*overrides, store=tmp_path / "store")
     planned = chain.plan()
     assert [step.cached for step in planned] == [False, False, False]
@@ -325,6 +332,10 @@ def test_smollm2_is_what_transformers_reads(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(**tokens).logits, expected(**tokens).logits)
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in ("The quick brown fox jumps over 12 lazy dogs.\n\n  It's 2024!", "<|im_start|>user\nhi<|im_end|>", "naïve 日本"):
+    for text in (
+        "The quick brown fox jumps over 12 lazy dogs.\n\n  It's 2024!",
+        "<|im_start|>user\nhi<|im_end|>",
+        "naïve 日本",
+    ):
         assert tokenizer(text).input_ids == theirs(text).input_ids
     assert open_checkpoint(tmp_path / "smollm2").spec.tied

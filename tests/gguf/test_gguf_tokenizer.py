@@ -127,7 +127,7 @@ def pieces() -> dict:
 
 
 def slowly(entries: dict, text: str) -> list[int]:
-    """SentencePiece's algorithm in its plainest form: again and again the best-scored pair of neighbours, the leftmost of equals.
+    """SentencePiece's algorithm in its plainest form: again and again the best pair of neighbours, the leftmost of equals.
 
     User-defined tokens are found first, the longest from the left; pieces that are no tokens become bytes.
     """
@@ -149,7 +149,9 @@ def _merged(normal, scores, tokens, text, prefix):
         return []
     parts = list((" " * prefix + text).replace(" ", "\u2581"))
     while True:
-        pairs = [(-scores[normal[a + b]], at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in normal]
+        pairs = [
+            (-scores[normal[a + b]], at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in normal
+        ]
         if not pairs:
             break
         at = min(pairs)[1]
