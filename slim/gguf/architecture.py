@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from slim.core.errors import SlimError, did_you_mean
 from slim.gguf.rotary import FACTORS, LONG, SHORT, rotary_settings, shortest
-from slim.models.families import FAMILIES, Family
+from slim.models.families import FAMILIES, FULL, SLIDING, Family
 from slim.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 # Blocks of the Gemma models of 27 billion parameters, whose queries are scaled by another number (llama.cpp does the same).
 LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
+SOFT_CAPS = {("gemma2", "attn_logit_softcapping"): 50.0, ("gemma2", "final_logit_softcapping"): 30.0}
 
 
 class Layout:
@@ -137,6 +138,15 @@ class Layout:
             return value[0]
         return value
 
+    def count(self, key: str) -> int:
+        """Return such an entry as a whole number above 0. Raises ``SlimError`` if it is missing or something else."""
+        value = self.required(key)
+        if not isinstance(value, int) or value < 1:
+            raise SlimError(
+                f"{self.model.path}: {self.prefix}.{key} is {value!r}, where a count belongs. Fetch or make it again."
+            )
+        return value
+
     def rows(self, name: str) -> int:
         """Return the number of rows of a tensor. Raises ``SlimError`` if the file lacks it."""
         return self.shape(name)[0]
@@ -151,19 +161,19 @@ class Layout:
 
     def _config(self) -> dict:
         """Return the content of ``config.json``."""
-        architecture, heads = self.architecture, self.required("attention.head_count")
-        kv_heads = self.required("attention.head_count_kv") if self.entry("attention.head_count_kv") else heads
+        architecture, heads = self.architecture, self.count("attention.head_count")
+        kv_heads = self.count("attention.head_count_kv") if self.entry("attention.head_count_kv") else heads
         config = {
             "architectures": [architecture.class_name],
             "model_type": architecture.family,
             "vocab_size": self.rows("token_embd.weight"),
-            "hidden_size": self.required("embedding_length"),
-            "intermediate_size": self.required("feed_forward_length"),
-            "num_hidden_layers": self.required("block_count"),
+            "hidden_size": self.count("embedding_length"),
+            "intermediate_size": self.count("feed_forward_length"),
+            "num_hidden_layers": self.count("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": self._head_dim(heads, kv_heads),
-            "max_position_embeddings": self.required("context_length"),
+            "max_position_embeddings": self.count("context_length"),
             "rms_norm_eps": shortest(self.required("attention.layer_norm_rms_epsilon")),
             architecture.activation[0]: architecture.activation[1],
             "tie_word_embeddings": "output.weight" not in self.model.tensors,
@@ -211,7 +221,7 @@ class Layout:
         Raises:
             SlimError: A window where the file cannot say which blocks have it.
         """
-        family, window = config["model_type"], self.entry("attention.sliding_window") or None
+        family, window = config["model_type"], self._window(config)
         if family in ("gemma2", "gemma3_text"):
             return self._gemma_settings(config, window)
         if family in ("mistral", "phi3"):
@@ -223,25 +233,35 @@ class Layout:
             )
         return {}
 
+    def _window(self, config: dict) -> int | None:
+        """Return the number of tokens that blocks with a window see; for early files without it, what llama.cpp assumes."""
+        assumed = {"gemma2": 4096}
+        if config["num_hidden_layers"] in (32, 40) and config["max_position_embeddings"] == 4096:
+            assumed["phi3"] = 2047
+        return self.entry("attention.sliding_window", assumed.get(config["model_type"])) or None
+
     def _gemma_settings(self, config: dict, window: int | None) -> dict:
         heads, head_dim = config["num_attention_heads"], config["head_dim"]
         large = config["num_hidden_layers"] == LARGE_GEMMA[self.prefix]
-        settings = {
+        return {
             "query_pre_attn_scalar": config["hidden_size"] // heads if large else head_dim,
             "sliding_window": window,
-            "attn_logit_softcapping": self._soft_cap("attn_logit_softcapping"),
-            "final_logit_softcapping": self._soft_cap("final_logit_softcapping"),
+            "layer_types": self._layer_types(config, window),
+            **{key: self._soft_cap(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")},
         }
+
+    def _layer_types(self, config: dict, window: int | None) -> list[str]:
+        """Return what each block of a Gemma model attends to: as the file lists it, else by the family's pattern."""
+        if window is None:
+            return [FULL] * config["num_hidden_layers"]
         pattern = self.entry("attention.sliding_window_pattern")
         if isinstance(pattern, list):
-            settings["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
-        else:
-            listed = {"sliding_window_pattern": pattern} if pattern else {}
-            settings["layer_types"] = self.family.layer_types({**config, **listed})
-        return settings
+            return [SLIDING if slides else FULL for slides in pattern]
+        return self.family.layer_types({**config, "sliding_window_pattern": pattern})
 
     def _soft_cap(self, key: str) -> float | None:
-        value = self.entry(key)
+        """Return a soft cap, or None without one; for early files without it, what llama.cpp assumes."""
+        value = self.entry(key, SOFT_CAPS.get((self.prefix, key)))
         return shortest(value) if value else None
 
     def targets(self) -> Iterator[tuple[str, str]]:

@@ -165,7 +165,5 @@ def verified_sha256(path: Path) -> str:
     """
     found, blob = sha256(path), path.resolve()
     if blob.parent.name == "blobs" and len(blob.name) == 64 and blob.name != found:
-        raise SlimError(
-            f"{path} differs from its recorded checksum (altered or damaged). Delete it there and fetch it again."
-        )
+        raise SlimError(f"{path} differs from its recorded checksum (altered or damaged). Delete it there and fetch it again.")
     return found

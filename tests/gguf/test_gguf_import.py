@@ -154,6 +154,36 @@ def test_several_parts_are_one_model(tmp_path):
         ImportGguf(tmp_path / "third.gguf").describe()
 
 
+def test_what_early_files_leave_out(tmp_path):
+    """llama.cpp's assumptions, which are the published models' settings."""
+    left_out = {
+        f"gemma2__{key}": None for key in ("attention__sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    }
+    gemma = write_gguf(random_model("gemma2", **GEMMA), tmp_path / "gemma.gguf", **left_out)
+    config = ImportGguf(gemma).describe().config
+    caps = [config[f"{name}_logit_softcapping"] for name in ("attn", "final")]
+    assert (config["sliding_window"], caps) == (4096, [50.0, 30.0])
+    sizes = dict(num_hidden_layers=32, max_position_embeddings=4096, hidden_size=32, head_dim=8, sliding_window=None)
+    phi3 = write_gguf(random_model("phi3", **sizes), tmp_path / "phi3.gguf")
+    assert ImportGguf(phi3).describe().config["sliding_window"] == 2047
+
+
+def test_blocks_with_windows_as_the_file_lists_them(tmp_path):
+    model = random_model("gemma3_text", **GEMMA, layer_types=["full_attention", "sliding_attention", "sliding_attention"])
+    listed = {"gemma3__attention__sliding_window_pattern": [False, True, True]}
+    folder = imported(write_gguf(model, tmp_path / "listed.gguf", **listed), tmp_path / "folder")
+    assert (logits(load(folder)) - logits(model)).abs().max() < 1e-5
+    by_number = write_gguf(model, tmp_path / "number.gguf", gemma3__attention__sliding_window_pattern=2)
+    types = ImportGguf(by_number).describe().config["layer_types"]
+    assert types == ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def test_large_gemma_scales_its_queries_by_hidden_size_and_heads(tmp_path):
+    large = random_model("gemma2", **{**GEMMA, "query_pre_attn_scalar": 16, "num_hidden_layers": 46})
+    folder = imported(write_gguf(large, tmp_path / "large.gguf"), tmp_path / "folder")
+    assert (logits(load(folder)) - logits(large)).abs().max() < 1e-4
+
+
 def test_the_description_is_that_of_the_result(tmp_path):
     path = write_gguf(random_model("phi3", tie_word_embeddings=False), tmp_path / "model.gguf")
     stage = ImportGguf(path, "float16")

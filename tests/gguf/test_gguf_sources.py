@@ -245,6 +245,7 @@ def test_types_that_cannot_be_read(path, tmp_path):
     ("changes", "message"),
     [
         ({"llama__embedding_length": 48}, r"has the shape \(1536, 64\), and the metadata ask for \(1536, 48\)"),
+        ({"llama__block_count": 3.0}, r"llama.block_count is 3.0, where a count belongs"),
         ({"llama__block_count": 4}, r"lacks the tensor blk.3.attn_norm.weight, which a llama model has"),
         ({"llama__block_count": 2}, r"has the tensor blk.2.attn_k.weight, which slim does not know"),
         ({"llama__attention__head_count_kv": [2, 2, 1]}, "attention.head_count_kv differs from block to block"),
