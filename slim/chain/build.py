@@ -11,6 +11,7 @@ from slim.checkpoints.result import Step
 from slim.checkpoints.stage import Stage
 from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
+from slim.gguf.sources import beginning
 
 # in the order in which they run
 STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")
@@ -23,7 +24,7 @@ def build_pipeline(config: DictConfig) -> Pipeline:
 
     from slim.core.hardware import pick_device
 
-    config = learn_from_teacher(merge_alias(config))
+    config = import_gguf(learn_from_teacher(merge_alias(config)))
     chosen = [config[group] for group in STAGES if config[group] and config[group].get("_target_")]
     # plain dicts and lists as settings
     stages = [instantiate(settings, _convert_="all") for settings in chosen]
@@ -36,6 +37,17 @@ def build_pipeline(config: DictConfig) -> Pipeline:
         device=pick_device(config.device),
         ignore_limits=config.ignore_limits,
     )
+
+
+def import_gguf(config: DictConfig) -> DictConfig:
+    """Where the model is a GGUF file, let the chain begin with its import, and a teacher that is the model with the same."""
+    settings = beginning(config.model, config.store)
+    if settings is config.model:
+        return config
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    config.model = settings
+    return config
 
 
 def merge_alias(config: DictConfig) -> DictConfig:

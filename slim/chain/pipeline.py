@@ -237,8 +237,8 @@ class Pipeline:
 
 
 def label(stage: Stage) -> str:
-    """Name a stage in tables: its kind and method."""
-    return f"{stage.kind} {cache_name(stage).lower()}"
+    """Name a stage in tables: its kind and method, or what it calls itself."""
+    return getattr(stage, "label", None) or f"{stage.kind} {cache_name(stage).lower()}"
 
 
 def stage_digest(stage: Stage, parent: str) -> str:

@@ -102,6 +102,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
             f"The folder {folder} is empty. A checkpoint has config.json, a tokenizer and *.safetensors."
         )
     if not (folder / "config.json").is_file():
+        _name_gguf_files(folder)
         raise SlimError(f"{folder} has no config.json, so it is not a checkpoint folder.")
     checkpoint = Checkpoint(folder)
     missing = [path.name for path in checkpoint.weight_files if not path.is_file()]
@@ -120,6 +121,15 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     for path in [*checkpoint.weight_files, *checkpoint.adapter_files[1:]]:
         read_header(path)
     return checkpoint
+
+
+def _name_gguf_files(folder: Path) -> None:
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
+        shown = ", ".join(files)
+        raise SlimError(
+            f"{folder} is no checkpoint folder but holds GGUF files ({shown}). Give one: model.source={folder / files[0]}"
+        )
 
 
 def _refuse_pickles(folder: Path) -> None:

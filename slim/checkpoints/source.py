@@ -4,14 +4,18 @@ with random weights."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from slim.checkpoints.checkpoint import MANIFEST, Checkpoint, checksums, open_checkpoint
+from slim.checkpoints.store import digest
 from slim.core.errors import SlimError
 from slim.core.io import read_json
 from slim.models.spec import ModelSpec
 
+T = TypeVar("T")
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {"tiny": ASSETS / "tiny"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -34,10 +38,13 @@ class Source:
     source: a checkpoint folder, ``tiny`` (the embedded model), or a model id of the hub such as
         ``org/name``.
     revision: branch, tag or commit of a hub model.
+    file, dtype: of a GGUF file, which is no checkpoint yet: a chain begins with its import (``slim/gguf/sources.py``).
     """
 
     source: str
     revision: str | None = None
+    file: str | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
@@ -58,6 +65,11 @@ class Source:
         folder = Path(self.source).expanduser()
         if folder.is_dir():
             return folder
+        if folder.is_file():
+            raise SlimError(
+                f"{self.source} is a file, and this takes a checkpoint folder or a hub id. A chain can begin with a GGUF file: "
+                f"compress.py model=hf model.source={self.source} pruner=none quant=none output=FOLDER makes a folder of it."
+            )
         if not HUB_ID.fullmatch(self.source):
             raise SlimError(
                 f"There is no folder {self.source}. Give model.source=FOLDER or a hub id (org/name)."
@@ -72,7 +84,7 @@ class Source:
             return ModelSpec(open_checkpoint(folder).config, name=self.label)
         from huggingface_hub import hf_hub_download
 
-        path = self._from_hub(
+        path = self.from_hub(
             lambda: hf_hub_download(self.source, "config.json", revision=self.revision)
         )
         return ModelSpec(read_json(Path(path)), name=self.label)
@@ -86,10 +98,15 @@ class Source:
             fetch = lambda: snapshot_download(
                 self.source, revision=self.revision, allow_patterns=WANTED_FILES
             )  # noqa: E731
-            folder = Path(self._from_hub(fetch))
+            folder = Path(self.from_hub(fetch))
         return open_checkpoint(folder)
 
-    def _from_hub(self, fetch):
+    def content_digest(self) -> str:
+        """Return the name of the checkpoint's content."""
+        return digest(verified_checksums(self.resolve()))
+
+    def from_hub(self, fetch: Callable[[], T]) -> T:
+        """Return what ``fetch`` does, with the hub's errors as ``SlimError``."""
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
@@ -112,6 +129,11 @@ class Source:
                 f"{self.source} is neither a folder here nor in the local hub cache, and the hub cannot be reached. "
                 "Check the network (and HF_HUB_OFFLINE), or give model.source=FOLDER."
             ) from error
+
+
+def has_weights(beginning: object) -> bool:
+    """Whether a chain begins with trained weights: an existing checkpoint, or a GGUF file."""
+    return hasattr(beginning, "content_digest")
 
 
 def verified_checksums(checkpoint: Checkpoint) -> dict[str, str]:

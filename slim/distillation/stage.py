@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.checkpoints.source import Source
+from slim.checkpoints.source import has_weights
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.core.settings import dataclass_cache_key, require_choice, require_number
@@ -167,7 +167,7 @@ class Distillation(tune.Tuner):
     def _check_vocabulary(self, spec: ModelSpec) -> None:
         """Compare the teacher's vocabulary with that of the chain's beginning, where both are at
         hand."""
-        if self.method == "dskd" or not isinstance(self.base, Source):
+        if self.method == "dskd" or not has_weights(self.base):
             return
         folders = self.base.local_folder(), self.teacher.source.local_folder()
         if all(folders) and not same_vocabulary(*folders):

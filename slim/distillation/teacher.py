@@ -10,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.checkpoints.source import Source, verified_checksums
+from slim.checkpoints.source import Source, has_weights
 from slim.checkpoints.stage import Context, Stage
-from slim.checkpoints.store import digest
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.errors import SlimError
 from slim.loading.load_model import load_model
@@ -49,7 +48,7 @@ class Teacher:
         """The checkpoint. Raises ``SlimError`` for a base without trained weights."""
         if self.name != BASE:
             return Source(self.name, self.revision)
-        if not isinstance(self.base, Source):
+        if not has_weights(self.base):
             raise SlimError(
                 "teacher=base is the model the chain begins with, and that has random weights: nothing to learn from it. "
                 "Use teacher.model=FOLDER or another model=..."
@@ -64,7 +63,7 @@ class Teacher:
     @cached_property
     def digest(self) -> str:
         """16 hex digits that name the content of its files."""
-        return digest(verified_checksums(self.checkpoint))
+        return self.source.content_digest()
 
     @property
     def quantizer(self) -> Stage | None:

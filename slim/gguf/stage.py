@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +122,7 @@ class ImportGguf(Stage):
         write_config(spec.config, target)
         write_generation_settings(self.vocabulary, target)
         write_tokenizer(self.vocabulary, target, self.layout.prefix)
+        write_readme(self.model.metadata, target)
         return self.facts()
 
     def tensors(self) -> Iterator[tuple]:
@@ -155,6 +156,21 @@ def write_generation_settings(vocabulary: Vocabulary, target: Path) -> None:
     if stops:
         settings["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     write_json(target / "generation_config.json", settings)
+
+
+def write_readme(metadata: Mapping, target: Path) -> None:
+    """Write ``README.md`` with the licence that the file names, where the cards of later checkpoints look for it."""
+    import yaml
+
+    name = metadata.get("general.name", "a model without a name")
+    keys = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+    stated = {entry: metadata.get(f"general.{key}") for entry, key in keys.items()}
+    stated = {entry: value for entry, value in stated.items() if value}
+    head = f"---\n{yaml.safe_dump(stated, sort_keys=False)}---\n\n" if stated else ""
+    text = (
+        f"{head}# {name}\n\nImported from GGUF by slim: weights dequantized, config and tokenizer from the file's metadata.\n"
+    )
+    (target / "README.md").write_text(text, encoding="utf-8")
 
 
 def verified_sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from slim.core.io import PARTIAL, atomic_path
 from slim.models.heterogeneous import CARD
-from slim.report.runs import without_places
+from slim.report.runs import SOURCES, without_places
 
 if TYPE_CHECKING:
     from slim.checkpoints.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ def _head(points: list[Point], source: dict) -> list[str]:
 
     label = points[0].row.label
     base = label if HUB_ID.fullmatch(label) else source.get("base_model")
-    made = [point.row for point in points if point.row.kind != "source"]
+    made = [point.row for point in points if point.row.kind not in SOURCES]
     methods = [row.method.lower() for row in made if row.method]
     tags = dict.fromkeys(["slim", *(TAGS[row.kind] for row in made if row.kind in TAGS), *methods])
     licence = {
@@ -241,7 +241,7 @@ def _samples(points: list[Point]) -> list[str]:
 
 
 def _licence(points: list[Point], source: dict) -> list[str]:
-    if points[0].row.kind != "source":
+    if points[0].row.kind not in SOURCES:
         return ["## Licence", "", "There is no base model: the weights began at random."]
     licence = "unknown: see the base model" if source["license"] == UNKNOWN else source["license"]
     said = f"Base model: `{points[0].row.label}`. Its licence: {licence}. What is made from a model is under its licence too."

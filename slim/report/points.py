@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slim.evaluation.protocol import flat
-from slim.report.runs import Chain, Row
+from slim.report.runs import SOURCES, Chain, Row
 
 # settings a name always states
 ALWAYS = ("bits", "group_size", "average_bits", "blocks", "ratio", "sparsity", "r")
@@ -42,7 +42,7 @@ def points_of(chains: list[Chain]) -> list[Point]:
     for chain in chains:
         for length, row in enumerate(chain.rows, 1):
             path = chain.rows[:length]
-            source = length == 1 and row.kind == "source"
+            source = length == 1 and row.kind in SOURCES
             role = "source" if source else "final" if _key(row) in finals else "step"
             found.setdefault(
                 _key(row), Point(row, path, chain_name(path, varying), role, chain.typed)
@@ -100,7 +100,7 @@ def chain_name(chain: tuple[Row, ...], varying: dict | None = None) -> str:
 def step_name(row: Row, varying: Iterable[str] = ()) -> str:
     """Return the name of one step: its method, the settings that matter most, and those that differ
     between runs."""
-    if row.kind == "source":
+    if row.kind in SOURCES:
         return row.label
     settings = plain_settings(row)
     stated = [

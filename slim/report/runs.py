@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 KIND, POINT, SKIPPED, PUBLISHED = "slim.kind", "slim.point", "slim.skipped", "slim.published"
-FIRST_KINDS = ("source", "initialise")  # kinds that begin a chain
+SOURCES = ("source", "import")  # kinds of checkpoints that were trained elsewhere
+FIRST_KINDS = (*SOURCES, "initialise")  # kinds that begin a chain
 # settings that do not change a result
 PLACES = re.compile(r"^[+~]*(store|output|tracking|hydra|plan|ignore_limits)\b")
 CREDENTIALS = re.compile(r"://[^/@\s]+@")

@@ -87,6 +87,21 @@ def test_the_model_teaches_itself(path, tmp_path):
     assert torch.isfinite(teacher.load("cpu").model.embed_tokens.weight).all()
 
 
+def test_the_card_names_the_model_and_its_licence(tmp_path):
+    from slim.report.card import write_card
+
+    named = {"general__license": "apache-2.0", "general__name": "Small One"}
+    path = write_gguf(random_model("llama"), tmp_path / "small.gguf", **named)
+    results = pipeline(
+        f"model.source={path}", "pruner=magnitude", "pruner.blocks=1", "texts=tiny", store=tmp_path / "store"
+    ).run()
+    card = write_card(results, []).read_text()
+    assert "license: apache-2.0" in card
+    assert "Base model: `small`. Its licence: apache-2.0" in card
+    assert "# small → magnitude blocks 1" in card
+    assert "# Small One" in (results[0].checkpoint.folder / "README.md").read_text()
+
+
 def test_evaluate_takes_gguf_and_folders_together(path, tmp_path):
     from slim.chain.build import plan_chains
 
