@@ -40,7 +40,10 @@ def build_pipeline(config: DictConfig) -> Pipeline:
 
 
 def import_gguf(config: DictConfig) -> DictConfig:
-    """Where the model is a GGUF file, let the chain begin with its import, and a teacher that is the model with the same."""
+    """Where the model is a GGUF file, let the chain begin with its import.
+
+    A teacher that is the model begins with the same import.
+    """
     settings = beginning(config.model, config.store)
     if settings is config.model:
         return config

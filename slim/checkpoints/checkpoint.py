@@ -128,7 +128,8 @@ def _name_gguf_files(folder: Path) -> None:
     if files:
         shown = ", ".join(files)
         raise SlimError(
-            f"{folder} is no checkpoint folder but holds GGUF files ({shown}). Give one: model.source={folder / files[0]}"
+            f"{folder} is no checkpoint folder but holds GGUF files ({shown}). "
+            f"Give one: model.source={folder / files[0]}"
         )
 
 

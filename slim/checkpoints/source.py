@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,7 +39,8 @@ class Source:
     source: a checkpoint folder, ``tiny`` (the embedded model), or a model id of the hub such as
         ``org/name``.
     revision: branch, tag or commit of a hub model.
-    file, dtype: of a GGUF file, which is no checkpoint yet: a chain begins with its import (``slim/gguf/sources.py``).
+    file, dtype: of a GGUF file, which is no checkpoint yet: a chain begins with its import
+        (``slim/gguf/sources.py``).
     """
 
     source: str
@@ -67,8 +69,9 @@ class Source:
             return folder
         if folder.is_file():
             raise SlimError(
-                f"{self.source} is a file, and this takes a checkpoint folder or a hub id. A chain can begin with a GGUF file: "
-                f"compress.py model=hf model.source={self.source} pruner=none quant=none output=FOLDER makes a folder of it."
+                f"{self.source} is a file, and this takes a checkpoint folder or a hub id. "
+                "To make a folder of a GGUF file: compress.py model=hf "
+                f"model.source={self.source} pruner=none quant=none output=FOLDER"
             )
         if not HUB_ID.fullmatch(self.source):
             raise SlimError(
@@ -95,9 +98,9 @@ class Source:
         if folder is None:
             from huggingface_hub import snapshot_download
 
-            fetch = lambda: snapshot_download(
-                self.source, revision=self.revision, allow_patterns=WANTED_FILES
-            )  # noqa: E731
+            fetch = partial(
+                snapshot_download, self.source, revision=self.revision, allow_patterns=WANTED_FILES
+            )
             folder = Path(self.from_hub(fetch))
         return open_checkpoint(folder)
 

@@ -1,13 +1,15 @@
-"""From a GGUF file's metadata to ``config.json``, and from its names of tensors to those of transformers' models.
+"""From a GGUF file's metadata to ``config.json``, and from its names of tensors to those of
+transformers' models.
 
-What the keys mean: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What is stored in another way than in the model
-it was made from, and what is not stored at all, follows llama.cpp: ``convert_hf_to_gguf.py`` and ``src/llama-model.cpp``
-(https://github.com/ggml-org/llama.cpp). Four things differ:
+What the keys mean: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What is stored in
+another way than in the model it was made from, and what is not stored at all, follows llama.cpp:
+``convert_hf_to_gguf.py`` and ``src/llama-model.cpp`` (https://github.com/ggml-org/llama.cpp). Four
+things differ:
 
 - Llama's and Mistral's queries and keys have their rows in another order (:func:`restore_rows`).
 - Gemma's norms hold w + 1, where transformers stores w.
-- Llama 3's stretched rotary frequencies are stored as a tensor of factors, without the settings they came from
-  (``slim/gguf/rotary.py``).
+- Llama 3's stretched rotary frequencies are stored as a tensor of factors, without the settings
+  they came from (``slim/gguf/rotary.py``).
 - Where a model has no ``output.weight``, its head shares the embedding's weights.
 """
 
@@ -54,7 +56,8 @@ PHI3_PARTS = {
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Not weights: they become settings (slim/gguf/rotary.py). Early files also list the frequencies, which the settings give.
+# Not weights: they become settings (slim/gguf/rotary.py). Early files also list the frequencies,
+# which the settings give.
 READ_ELSEWHERE = (FACTORS, LONG, SHORT, ".attn_rot_embd.weight")
 
 
@@ -85,15 +88,25 @@ ARCHITECTURES = {
     "mistral": Architecture("mistral", "MistralForCausalLM", permuted=("attn_q", "attn_k")),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**LLAMA_PARTS, **HEAD_NORMS}),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", GEMMA_PARTS, norm_offset=1.0, activation=GELU),
+    "gemma2": Architecture(
+        "gemma2", "Gemma2ForCausalLM", GEMMA_PARTS, norm_offset=1.0, activation=GELU
+    ),
     "gemma3": Architecture(
-        "gemma3_text", "Gemma3ForCausalLM", {**GEMMA_PARTS, **HEAD_NORMS}, norm_offset=1.0, activation=GELU
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        {**GEMMA_PARTS, **HEAD_NORMS},
+        norm_offset=1.0,
+        activation=GELU,
     ),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", PHI3_PARTS),
-}  # fmt: skip
-# Blocks of the Gemma models of 27 billion parameters, whose queries are scaled by another number (llama.cpp does the same).
+}
+# Blocks of the Gemma models of 27 billion parameters, whose queries are scaled by another number
+# (llama.cpp does the same).
 LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
-SOFT_CAPS = {("gemma2", "attn_logit_softcapping"): 50.0, ("gemma2", "final_logit_softcapping"): 30.0}
+SOFT_CAPS = {
+    ("gemma2", "attn_logit_softcapping"): 50.0,
+    ("gemma2", "final_logit_softcapping"): 30.0,
+}
 
 
 class Layout:
@@ -103,7 +116,8 @@ class Layout:
         model: The file.
 
     Raises:
-        SlimError: slim does not know the architecture, an entry is missing, or a tensor is missing or of another shape.
+        SlimError: slim does not know the architecture, an entry is missing, or a tensor is missing
+            or of another shape.
     """
 
     def __init__(self, model: GgufModel):
@@ -130,7 +144,10 @@ class Layout:
         """
         value = self.entry(key)
         if value is None:
-            raise SlimError(f"{self.model.path} lacks {self.prefix}.{key}: it cannot be read without. Fetch or make it again.")
+            raise SlimError(
+                f"{self.model.path} lacks {self.prefix}.{key}: it cannot be read without. Fetch or "
+                "make it again."
+            )
         if isinstance(value, list):
             if len(set(value)) != 1:
                 where = f"{self.model.path}: {self.prefix}.{key}"
@@ -139,11 +156,14 @@ class Layout:
         return value
 
     def count(self, key: str) -> int:
-        """Return such an entry as a whole number above 0. Raises ``SlimError`` if it is missing or something else."""
+        """Return such an entry as a whole number above 0. Raises ``SlimError`` if it is missing or
+        something else.
+        """
         value = self.required(key)
         if not isinstance(value, int) or value < 1:
             raise SlimError(
-                f"{self.model.path}: {self.prefix}.{key} is {value!r}, where a count belongs. Fetch or make it again."
+                f"{self.model.path}: {self.prefix}.{key} is {value!r}, where a count belongs. "
+                "Fetch or make it again."
             )
         return value
 
@@ -155,14 +175,17 @@ class Layout:
         """Return the shape of a tensor. Raises ``SlimError`` if the file lacks it."""
         if name not in self.model.tensors:
             raise SlimError(
-                f"{self.model.path} lacks the tensor {name}, which a {self.prefix} model has. Fetch or make it again."
+                f"{self.model.path} lacks the tensor {name}, which a {self.prefix} model has. "
+                "Fetch or make it again."
             )
         return self.model.tensors[name].shape
 
     def _config(self) -> dict:
         """Return the content of ``config.json``."""
         architecture, heads = self.architecture, self.count("attention.head_count")
-        kv_heads = self.count("attention.head_count_kv") if self.entry("attention.head_count_kv") else heads
+        kv_heads = heads
+        if self.entry("attention.head_count_kv"):
+            kv_heads = self.count("attention.head_count_kv")
         config = {
             "architectures": [architecture.class_name],
             "model_type": architecture.family,
@@ -182,9 +205,11 @@ class Layout:
         }
         config |= self._attention_settings(config)
         config["rope_parameters"] = rotary_settings(self.model, self.prefix, config)
-        if architecture.family == "phi3":  # in its class a head is always hidden_size / num_attention_heads
-            config.pop("head_dim")
-            length = self.entry("rope.scaling.original_context_length", config["max_position_embeddings"])
+        if architecture.family == "phi3":
+            config.pop("head_dim")  # in its class always hidden_size / num_attention_heads
+            length = self.entry(
+                "rope.scaling.original_context_length", config["max_position_embeddings"]
+            )
             config["original_max_position_embeddings"] = length
         return config
 
@@ -199,18 +224,28 @@ class Layout:
             sizes = [size]
         else:
             counts = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads}
-            divided = [divmod(self.rows(f"blk.0.{name}.weight"), count) for name, count in counts.items()]
-            sizes, rest = [size for size, _ in divided], sum(rest for _, rest in divided)
+            sizes, rest = [], 0
+            for name, count in counts.items():
+                rows = self.rows(f"blk.0.{name}.weight")
+                sizes.append(rows // count)
+                rest += rows % count
         if rest or len(set(sizes)) != 1:
             raise SlimError(
-                f"{self.model.path}: queries, keys and values have heads of different sizes, which slim does not import."
+                f"{self.model.path}: queries, keys and values have heads of different sizes, which "
+                "slim does not import."
             )
         return sizes[0]
 
     def _biases(self) -> dict[str, bool]:
-        """Return the entries of the config that say which linear layers have biases, by the tensors that are there."""
+        """Return the entries of the config that say which linear layers have biases, by the tensors
+        that are there.
+        """
         family, flags = self.family, {}
-        for entry, part in ((family.qkv_bias, "attn_q"), (family.o_bias, "attn_output"), (family.mlp_bias, "ffn_up")):
+        for entry, part in (
+            (family.qkv_bias, "attn_q"),
+            (family.o_bias, "attn_output"),
+            (family.mlp_bias, "ffn_up"),
+        ):
             if isinstance(entry, str):
                 flags[entry] = flags.get(entry, False) or f"blk.0.{part}.bias" in self.model.tensors
         return flags
@@ -228,13 +263,16 @@ class Layout:
             return {"sliding_window": window}
         if window is not None and window < config["max_position_embeddings"]:
             raise SlimError(
-                f"{self.model.path}: a window of {window} tokens in a {self.prefix} model, and the file does not say in which "
+                f"{self.model.path}: a window of {window} tokens in a {self.prefix} model, and the "
+                "file does not say in which "
                 "blocks. Give the model as a checkpoint folder or hub id."
             )
         return {}
 
     def _window(self, config: dict) -> int | None:
-        """Return the number of tokens that blocks with a window see; for early files without it, what llama.cpp assumes."""
+        """Return the number of tokens that blocks with a window see; for early files without it,
+        what llama.cpp assumes.
+        """
         assumed = {"gemma2": 4096}
         if config["num_hidden_layers"] in (32, 40) and config["max_position_embeddings"] == 4096:
             assumed["phi3"] = 2047
@@ -247,11 +285,14 @@ class Layout:
             "query_pre_attn_scalar": config["hidden_size"] // heads if large else head_dim,
             "sliding_window": window,
             "layer_types": self._layer_types(config, window),
-            **{key: self._soft_cap(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")},
+            "attn_logit_softcapping": self._soft_cap("attn_logit_softcapping"),
+            "final_logit_softcapping": self._soft_cap("final_logit_softcapping"),
         }
 
     def _layer_types(self, config: dict, window: int | None) -> list[str]:
-        """Return what each block of a Gemma model attends to: as the file lists it, else by the family's pattern."""
+        """Return what each block of a Gemma model attends to: as the file lists it, else by the
+        family's pattern.
+        """
         if window is None:
             return [FULL] * config["num_hidden_layers"]
         pattern = self.entry("attention.sliding_window_pattern")
@@ -260,12 +301,16 @@ class Layout:
         return self.family.layer_types({**config, "sliding_window_pattern": pattern})
 
     def _soft_cap(self, key: str) -> float | None:
-        """Return a soft cap, or None without one; for early files without it, what llama.cpp assumes."""
+        """Return a soft cap, or None without one; for early files without it, what llama.cpp
+        assumes.
+        """
         value = self.entry(key, SOFT_CAPS.get((self.prefix, key)))
         return shortest(value) if value else None
 
     def targets(self) -> Iterator[tuple[str, str]]:
-        """Yield (name in the file, name in the checkpoint) for every tensor that is imported, block after block."""
+        """Yield (name in the file, name in the checkpoint) for every tensor that is imported, block
+        after block.
+        """
         family, tensors = self.family, self.model.tensors
         yield "token_embd.weight", f"{family.embeddings}.weight"
         for block in range(self.config["num_hidden_layers"]):
@@ -279,19 +324,26 @@ class Layout:
             yield "output.weight", f"{family.head}.weight"
 
     def _check_tensors(self) -> None:
-        """Raise ``SlimError`` for a tensor that is missing, one that goes nowhere, and one of an unexpected shape."""
+        """Raise ``SlimError`` for a tensor that is missing, one that goes nowhere, and one of an
+        unexpected shape.
+        """
         spec = ModelSpec(self.config, name=str(self.model.path))
         wanted = dict(self.targets())
         for name in sorted(set(self.model.tensors) - set(wanted)):
             if not name.endswith(READ_ELSEWHERE):
                 raise SlimError(
-                    f"{self.model.path} has the tensor {name}, which slim does not know in a {self.prefix} model: "
-                    "without it the model would be another. Give the model as a checkpoint folder or hub id."
+                    f"{self.model.path} has the tensor {name}, which slim does not know in a "
+                    f"{self.prefix} model: "
+                    "without it the model would be another. Give the model as a checkpoint folder "
+                    "or hub id."
                 )
         for name in wanted:
             shape, expected = self.shape(name), self._expected_shape(name, spec)
             if shape != expected:
-                raise SlimError(f"{self.model.path}: {name} has the shape {shape}, and the metadata ask for {expected}.")
+                raise SlimError(
+                    f"{self.model.path}: {name} has the shape {shape}, and the metadata ask for "
+                    f"{expected}."
+                )
         for block in range(spec.blocks):
             self._check_biases(block)
 
@@ -308,14 +360,18 @@ class Layout:
         return (spec.head_dim if part in HEAD_NORMS else spec.hidden_size,)
 
     def _check_biases(self, block: int) -> None:
-        """Raise ``SlimError`` where not all linear layers that share an entry of the config have biases, or none of them."""
+        """Raise ``SlimError`` where not all linear layers that share an entry of the config have
+        biases, or none of them.
+        """
         for part, module in self.architecture.parts.items():
             there = f"blk.{block}.{part}.bias" in self.model.tensors
             if there != self._has_bias(module):
                 verb = "has" if there else "lacks"
                 raise SlimError(
-                    f"{self.model.path} {verb} the tensor blk.{block}.{part}.bias, unlike transformers' "
-                    f"{self.architecture.family} model with these settings. Give the model as a checkpoint folder or hub id."
+                    f"{self.model.path} {verb} the tensor blk.{block}.{part}.bias, unlike "
+                    "transformers' "
+                    f"{self.architecture.family} model with these settings. Give the model as a "
+                    "checkpoint folder or hub id."
                 )
 
     def _has_bias(self, module: str) -> bool:
@@ -331,7 +387,9 @@ class Layout:
         return bool(self.config.get(entry)) if isinstance(entry, str) else entry
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Read a tensor as the checkpoint stores it: in the order of rows and with the norms of transformers' model."""
+        """Read a tensor as the checkpoint stores it: in the order of rows and with the norms of
+        transformers' model.
+        """
         offset = -self.architecture.norm_offset if name.endswith("norm.weight") else 0.0
         tensor = self.model.read(name, dtype, offset)
         part = name.split(".")[2] if name.startswith("blk.") else ""
@@ -344,8 +402,9 @@ class Layout:
 def restore_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """Put the rows of queries or keys into the order in which transformers rotates them.
 
-    llama.cpp rotates neighbouring rows of a head together, 0 with 1, 2 with 3; transformers rotates the first half with the
-    second. The file's rows are therefore x0 y0 x1 y1 ..., and the checkpoint's x0 x1 ... y0 y1 ...
+    llama.cpp rotates neighbouring rows of a head together, 0 with 1, 2 with 3; transformers rotates
+    the first half with the second. The file's rows are therefore x0 y0 x1 y1 ..., and the
+    checkpoint's x0 x1 ... y0 y1 ...
 
     Args:
         tensor: Weight (heads * head_dim, in_features), or bias (heads * head_dim,).
@@ -359,34 +418,54 @@ def restore_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def find_architecture(model: GgufModel) -> Architecture:
-    """Return what slim knows of a file's architecture. Files of Mistral's models say ``llama``, which computes the same.
+    """Return what slim knows of a file's architecture. Files of Mistral's models say ``llama``,
+    which computes the same.
 
     Raises:
         SlimError: It is unknown, a mixture of experts, or no model but an adapter.
     """
-    name, kind = model.metadata.get("general.architecture"), model.metadata.get("general.type", "model")
+    name = model.metadata.get("general.architecture")
+    kind = model.metadata.get("general.type", "model")
     if kind != "model":
-        raise SlimError(f"{model.path} is of the type '{kind}', not a model. Give the GGUF file of the model itself.")
+        raise SlimError(
+            f"{model.path} is of the type '{kind}', not a model. Give the GGUF file of the model "
+            "itself."
+        )
     if name not in ARCHITECTURES:
         raise SlimError(
-            f"{model.path} is of the architecture '{name}', which slim does not import. It imports {', '.join(ARCHITECTURES)}."
+            f"{model.path} is of the architecture '{name}', which slim does not import. It imports "
+            f"{', '.join(ARCHITECTURES)}."
             f"{did_you_mean(str(name), ARCHITECTURES)}"
         )
     if model.metadata.get(f"{name}.expert_count"):
-        raise SlimError(f"{model.path} is a mixture of experts ({name}.expert_count), which slim does not import.")
-    known_as = " ".join(str(model.metadata.get(f"general.{key}", "")) for key in ("name", "basename")).lower()
+        raise SlimError(
+            f"{model.path} is a mixture of experts ({name}.expert_count), which slim does not "
+            "import."
+        )
+    known_as = " ".join(
+        str(model.metadata.get(f"general.{key}", "")) for key in ("name", "basename")
+    ).lower()
     mistral = name == "llama" and ("mistral" in known_as or _needs_mistral(model))
     return ARCHITECTURES["mistral" if mistral else name]
 
 
 def _needs_mistral(model: GgufModel) -> bool:
-    """Whether transformers' Llama refuses the model: a window, or heads that do not divide the hidden size."""
-    heads, hidden = (model.metadata.get(f"llama.{key}") for key in ("attention.head_count", "embedding_length"))
-    uneven = isinstance(heads, int) and isinstance(hidden, int) and heads > 0 and hidden % heads != 0
+    """Whether transformers' Llama refuses the model: a window, or heads that do not divide the
+    hidden size.
+    """
+    heads = model.metadata.get("llama.attention.head_count")
+    hidden = model.metadata.get("llama.embedding_length")
+    counts = isinstance(heads, int) and isinstance(hidden, int) and heads > 0
+    uneven = counts and hidden % heads != 0
     return uneven or bool(model.metadata.get("llama.attention.sliding_window"))
 
 
 def token_ids(metadata: dict) -> dict[str, int | None]:
-    """Return the ids of the special tokens as ``config.json`` names them; None where the file names none."""
+    """Return the ids of the special tokens as ``config.json`` names them; None where the file names
+    none.
+    """
     keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    return {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {
+        f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for name, key in keys.items()
+    }

@@ -1,10 +1,11 @@
 """Reading GGUF: the header of a file, and its tensors one at a time.
 
-A GGUF file is metadata (typed key/value pairs), a list of tensors (name, shape, type, place) and their data. The layout is
-described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The numbers of types, their block sizes and the
-arithmetic of dequantization come from the ``gguf`` library. Its ``GGUFReader`` is not used: it makes several objects for each
-entry of the vocabulary, which takes two seconds for 49,000 entries where a plan should be there at once, and it answers a file
-that is cut off with an error of numpy's.
+A GGUF file is metadata (typed key/value pairs), a list of tensors (name, shape, type, place) and
+their data. The layout is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+The numbers of types, their block sizes and the arithmetic of dequantization come from the ``gguf``
+library. Its ``GGUFReader`` is not used: it makes several objects for each entry of the vocabulary,
+which takes two seconds for 49,000 entries where a plan should be there at once, and it answers a
+file that is cut off with an error of numpy's.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     import torch
 
 MAGIC = b"GGUF"
-OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # ggml, ggmf, ggjt, ggla: formats before GGUF, as they stand in the file
+# The formats before GGUF (ggml, ggmf, ggjt, ggla), as their names stand in the file.
+OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # of the data, where the metadata names no other
-# Types of metadata values -> their struct codes. Besides these: 7 is a bool, 8 a string, 9 an array.
+# Types of metadata values -> their struct codes. Besides these: 7 is a bool, 8 a string, 9 an
+# array.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 BOOL, STRING, ARRAY = 7, 8, 9
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -42,7 +45,8 @@ class TensorEntry:
 
     Args:
         path: The file that holds it.
-        shape: As torch counts, rows first: (out_features, in_features). The file lists it the other way round.
+        shape: As torch counts, rows first: (out_features, in_features). The file lists it the other
+            way round.
         type: Number of its type, as in ``gguf.GGMLQuantizationType``.
         start: Its first byte in the file.
         size: Its length in bytes.
@@ -69,7 +73,8 @@ class Header:
         tensors: Name -> :class:`TensorEntry`.
 
     Raises:
-        SlimError: The file is not GGUF, is big-endian, has another version, is cut off, or holds a tensor of unknown type.
+        SlimError: The file is not GGUF, is big-endian, has another version, is cut off, or holds a
+            tensor of unknown type.
     """
 
     def __init__(self, path: Path):
@@ -87,7 +92,9 @@ class Header:
                 except (struct.error, IndexError, OverflowError) as error:
                     raise _cut_off(path, size) from error
                 except UnicodeDecodeError as error:
-                    raise SlimError(f"{path} has a damaged header. Fetch or make it again.") from error
+                    raise SlimError(
+                        f"{path} has a damaged header. Fetch or make it again."
+                    ) from error
                 finally:
                     del self._data
 
@@ -102,7 +109,10 @@ class Header:
             name = self._string()
             dimensions = self._unpack("<I")[0]
             if dimensions > 4:
-                raise SlimError(f"{self.path} is damaged: tensor {name} has {dimensions} dimensions. Fetch or make it again.")
+                raise SlimError(
+                    f"{self.path} is damaged: tensor {name} has {dimensions} dimensions. Fetch or "
+                    "make it again."
+                )
             shape = self._unpack(f"<{dimensions}Q")
             number, offset = self._unpack("<IQ")
             entries.append((name, tuple(reversed(shape)), number, offset))
@@ -138,7 +148,10 @@ class Header:
         if kind == ARRAY:
             item, count = self._unpack("<IQ")
             return self._array(item, count)
-        raise SlimError(f"{self.path} has metadata of the unknown type {kind}: the file is damaged, or newer than slim.")
+        raise SlimError(
+            f"{self.path} has metadata of the unknown type {kind}: the file is damaged, or newer "
+            "than slim."
+        )
 
     def _array(self, kind: int, count: int) -> list:
         if count > len(self._data):  # every item takes a byte or more
@@ -149,25 +162,35 @@ class Header:
 
 
 def check_beginning(path: Path, beginning: bytes) -> None:
-    """Look at the first eight bytes of a file: the magic, and the version, which also tells the byte order.
+    """Look at the first eight bytes of a file: the magic, and the version, which also tells the
+    byte order.
 
     Raises:
         SlimError: It is not GGUF, big-endian, or of another version.
     """
     if beginning[:4] in OLD_MAGICS:
-        raise SlimError(f"{path} is of a format before GGUF, which slim does not read. Fetch the model as GGUF.")
+        raise SlimError(
+            f"{path} is of a format before GGUF, which slim does not read. Fetch the model as GGUF."
+        )
     if beginning[:4] != MAGIC:
-        raise SlimError(f"{path} is not a GGUF file: it does not begin with 'GGUF'. Fetch it again, or give another file.")
+        raise SlimError(
+            f"{path} is not a GGUF file: it does not begin with 'GGUF'. Fetch it again, or give "
+            "another file."
+        )
     if len(beginning) < 8:
         raise _cut_off(path, len(beginning))
     (version,) = struct.unpack("<I", beginning[4:])
     if version & 0xFFFF == 0:  # the bytes of a small number stand in the opposite order
         raise SlimError(
-            f"{path} is big-endian; slim reads little-endian GGUF. To convert a copy: gguf-convert-endian {path} little"
+            f"{path} is big-endian; slim reads little-endian GGUF. To convert a copy: "
+            f"gguf-convert-endian {path} little"
         )
     if version not in VERSIONS:
         shown = " and ".join(map(str, VERSIONS))
-        raise SlimError(f"{path} is GGUF version {version}; slim reads versions {shown}. Convert the model again.")
+        raise SlimError(
+            f"{path} is GGUF version {version}; slim reads versions {shown}. Convert the model "
+            "again."
+        )
 
 
 def _cut_off(path: Path, size: int, needed: int | None = None) -> SlimError:
@@ -176,10 +199,14 @@ def _cut_off(path: Path, size: int, needed: int | None = None) -> SlimError:
 
 
 def type_name(number: int) -> str:
-    """Return the name of a tensor type, such as ``Q4_1``, or its number where the ``gguf`` library does not know it."""
+    """Return the name of a tensor type, such as ``Q4_1``, or its number where the ``gguf`` library
+    does not know it.
+    """
     from gguf import GGMLQuantizationType
 
-    return GGMLQuantizationType(number).name if number in set(GGMLQuantizationType) else f"number {number}"
+    if number in set(GGMLQuantizationType):
+        return GGMLQuantizationType(number).name
+    return f"number {number}"
 
 
 def readable_types() -> list[str]:
@@ -218,7 +245,10 @@ def stored_bytes(path: Path, name: str, shape: tuple[int, ...], number: int) -> 
         )
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
     if not shape or shape[-1] % block:
-        raise SlimError(f"{path} is damaged: tensor {name} has the shape {shape} and the type {type_name(number)}.")
+        raise SlimError(
+            f"{path} is damaged: tensor {name} has the shape {shape} and the type "
+            f"{type_name(number)}."
+        )
     return math.prod(shape) // block * size
 
 
@@ -241,7 +271,10 @@ class GgufModel:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """Key -> value. The first part holds what is common to all."""
-        return {key: value for header in reversed(self.headers) for key, value in header.metadata.items()}
+        metadata: dict[str, Any] = {}
+        for header in reversed(self.headers):
+            metadata |= header.metadata
+        return metadata
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -249,7 +282,8 @@ class GgufModel:
         return {name: entry for header in self.headers for name, entry in header.tensors.items()}
 
     def read(self, name: str, dtype: torch.dtype, offset: float = 0.0) -> torch.Tensor:
-        """Read one tensor, dequantized some rows at a time, so that only the result is in memory as a whole.
+        """Read one tensor, dequantized some rows at a time, so that only the result is in memory as
+        a whole.
 
         Args:
             name: As in the file.
@@ -281,8 +315,10 @@ class GgufModel:
             file.seek(entry.start)
             for first in range(0, entry.elements // columns, step):
                 count = min(step, entry.elements // columns - first)
-                data = numpy.frombuffer(file.read(count * row_bytes), dtype=numpy.uint8).reshape(count, row_bytes)
-                yield dequantize(data, GGMLQuantizationType(entry.type)).reshape(count, columns).astype(numpy.float32)
+                data = numpy.frombuffer(file.read(count * row_bytes), dtype=numpy.uint8)
+                data = data.reshape(count, row_bytes)
+                values = dequantize(data, GGMLQuantizationType(entry.type))
+                yield values.reshape(count, columns).astype(numpy.float32)
 
 
 def find_parts(path: Path) -> list[Path]:
@@ -292,12 +328,17 @@ def find_parts(path: Path) -> list[Path]:
         SlimError: A part is missing; the message names it.
     """
     if not path.is_file():
-        raise SlimError(f"There is no file {path}. Give model.source=FILE.gguf, a folder or a hub id.")
+        raise SlimError(
+            f"There is no file {path}. Give model.source=FILE.gguf, a folder or a hub id."
+        )
     named = PART.fullmatch(path.name)
     if named is None:
         return [path]
     count = int(named["count"])
-    parts = [path.with_name(f"{named['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    parts = [
+        path.with_name(f"{named['stem']}-{number:05d}-of-{count:05d}.gguf")
+        for number in range(1, count + 1)
+    ]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise SlimError(
@@ -312,9 +353,13 @@ def _check_count(path: Path, headers: list[Header]) -> None:
     count = headers[0].metadata.get("split.count", 0)
     if count > 1 and count != len(headers):
         raise SlimError(
-            f"{path} is part {headers[0].metadata.get('split.no', 0) + 1} of {count}, and its name does not tell the others. "
+            f"{path} is part {headers[0].metadata.get('split.no', 0) + 1} of {count}, and its name "
+            "does not tell the others.\n"
             f"Name the parts NAME-00001-of-{count:05d}.gguf and so on, in one folder."
         )
     numbers = [header.metadata.get("split.no", index) for index, header in enumerate(headers)]
     if numbers != list(range(len(headers))):
-        raise SlimError(f"{path}: the parts say they are numbers {numbers} of the model. Fetch all parts of one model again.")
+        raise SlimError(
+            f"{path}: the parts say they are numbers {numbers} of the model. Fetch all parts of "
+            "one model again."
+        )

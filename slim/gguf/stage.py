@@ -26,7 +26,8 @@ TOKENIZER_BYTES = 2**11  # of memory for each token while the tokenizer is built
 
 @dataclass
 class ImportGguf(Stage):
-    """The model of a GGUF file as a plain checkpoint: weights dequantized, config and tokenizer from the metadata.
+    """The model of a GGUF file as a plain checkpoint: weights dequantized, config and tokenizer
+    from the metadata.
 
     The result is named by the content of the file, not by where it is.
 
@@ -34,7 +35,8 @@ class ImportGguf(Stage):
         path: The file; of several parts any one.
         dtype: Type to store the weights in.
         name: What to call the model in tables; by default the file's name.
-        store: Folder of results, where the imported checkpoint is found by whoever else needs it (a teacher).
+        store: Folder of results, where the imported checkpoint is found by whoever else needs it (a
+            teacher).
     """
 
     kind: ClassVar[str] = "import"
@@ -60,17 +62,23 @@ class ImportGguf(Stage):
 
     @cached_property
     def layout(self) -> Layout:
-        """Its config and tensors. Raises ``SlimError`` for an architecture that slim does not import."""
+        """Its config and tensors. Raises ``SlimError`` for an architecture that slim does not
+        import.
+        """
         return Layout(self.model)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Its tokenizer. Raises ``SlimError`` where there is none, or one that slim does not read."""
+        """Its tokenizer. Raises ``SlimError`` where there is none, or an unknown one."""
         return Vocabulary.of(self.model)
 
     def cache_key(self) -> dict:
         """The content of all parts, and the type of the result."""
-        return {"class": self.cache_name, "files": [verified_sha256(part) for part in self.model.parts], "dtype": self.dtype}
+        return {
+            "class": self.cache_name,
+            "files": [verified_sha256(part) for part in self.model.parts],
+            "dtype": self.dtype,
+        }
 
     def content_digest(self) -> str:
         """Return the name of the result, which is known before the import."""
@@ -85,32 +93,47 @@ class ImportGguf(Stage):
         """Return the imported checkpoint.
 
         Raises:
-            SlimError: It is not imported yet. In a chain it is, since the import is the chain's first stage.
+            SlimError: It is not imported yet. In a chain it is, since the import is the chain's
+                first stage.
         """
         folder = self.local_folder()
         if folder is None:
-            raise SlimError(f"{self.label} is not imported yet: begin the chain with it (model=hf model.source={self.path}).")
+            raise SlimError(
+                f"{self.label} is not imported yet: begin the chain with it (model=hf "
+                f"model.source={self.path})."
+            )
         return open_checkpoint(folder)
 
     def _folder(self) -> Path | None:
-        return None if self.store is None else Store(self.store).stage_folder(self.kind, self.content_digest())
+        if self.store is None:
+            return None
+        return Store(self.store).stage_folder(self.kind, self.content_digest())
 
     def describe(self) -> ModelSpec:
-        """Describe the result by the header of the file. Raises ``SlimError`` for whatever cannot be imported."""
+        """Describe the result by the header of the file. Raises ``SlimError`` for whatever cannot
+        be imported.
+        """
         config = {**self.layout.config, "dtype": self.dtype}
         self.vocabulary  # noqa: B018 - looked at before any work
         return ModelSpec(config, name=self.label)
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
-        """Estimate the peak memory: the largest tensor twice, some rows in float32, and the tokenizer."""
+        """Estimate the peak memory: the largest tensor twice, some rows in float32, and the
+        tokenizer.
+        """
         largest = max(entry.elements for entry in self.model.tensors.values())
-        return 2 * largest * DTYPE_BYTES[self.dtype] + 16 * CHUNK_ELEMENTS + TOKENIZER_BYTES * spec.vocab_size
+        return (
+            2 * largest * DTYPE_BYTES[self.dtype]
+            + 16 * CHUNK_ELEMENTS
+            + TOKENIZER_BYTES * spec.vocab_size
+        )
 
     def run(self, source: Path | None, target: Path, context: Context) -> dict:
         """Write the checkpoint; there is no parent.
 
         Returns:
-            Facts: the file's names, its architecture, how many tensors are of which type, and its licence where it names one.
+            Facts: the file's names, its architecture, how many tensors are of which type, and its
+                licence where it names one.
         """
         from slim.checkpoints.shards import ShardWriter
         from slim.checkpoints.writer import write_config
@@ -126,7 +149,9 @@ class ImportGguf(Stage):
         return self.facts()
 
     def tensors(self) -> Iterator[tuple]:
-        """Yield (name, tensor) in the checkpoint's names and order of rows, one at a time, with a bar of progress."""
+        """Yield (name, tensor) in the checkpoint's names and order of rows, one at a time, with a
+        bar of progress.
+        """
         import torch
 
         from slim.core.console import track
@@ -137,7 +162,10 @@ class ImportGguf(Stage):
 
     def facts(self) -> dict:
         """Return what the manifest keeps of where the model comes from."""
-        metadata, counts = self.model.metadata, Counter(entry.type for entry in self.model.tensors.values())
+        metadata, counts = (
+            self.model.metadata,
+            Counter(entry.type for entry in self.model.tensors.values()),
+        )
         named = {key: metadata.get(f"general.{key}") for key in ("architecture", "name", "license")}
         return {
             "files": [part.name for part in self.model.parts],
@@ -147,7 +175,9 @@ class ImportGguf(Stage):
 
 
 def write_generation_settings(vocabulary: Vocabulary, target: Path) -> None:
-    """Write ``generation_config.json``: begin and padding token, and the tokens at which a text or a turn ends."""
+    """Write ``generation_config.json``: begin and padding token, and the tokens at which a text or
+    a turn ends.
+    """
     from slim.core.io import write_json
 
     stops = vocabulary.stops()
@@ -159,7 +189,9 @@ def write_generation_settings(vocabulary: Vocabulary, target: Path) -> None:
 
 
 def write_readme(metadata: Mapping, target: Path) -> None:
-    """Write ``README.md`` with the licence that the file names, where the cards of later checkpoints look for it."""
+    """Write ``README.md`` with the licence that the file names, where the cards of later
+    checkpoints look for it.
+    """
     import yaml
 
     name = metadata.get("general.name", "a model without a name")
@@ -167,19 +199,22 @@ def write_readme(metadata: Mapping, target: Path) -> None:
     stated = {entry: metadata.get(f"general.{key}") for entry, key in keys.items()}
     stated = {entry: value for entry, value in stated.items() if value}
     head = f"---\n{yaml.safe_dump(stated, sort_keys=False)}---\n\n" if stated else ""
-    text = (
-        f"{head}# {name}\n\nImported from GGUF by slim: weights dequantized, config and tokenizer from the file's metadata.\n"
-    )
+    what = "weights dequantized, config and tokenizer from the file's metadata"
+    text = f"{head}# {name}\n\nImported from GGUF by slim: {what}.\n"
     (target / "README.md").write_text(text, encoding="utf-8")
 
 
 def verified_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, compared with the name of its blob where it lies in the hub's cache.
+    """Return the SHA-256 of a file, compared with the name of its blob where it lies in the hub's
+    cache.
 
     Raises:
         SlimError: They differ: the file is damaged.
     """
     found, blob = sha256(path), path.resolve()
     if blob.parent.name == "blobs" and len(blob.name) == 64 and blob.name != found:
-        raise SlimError(f"{path} differs from its recorded checksum (altered or damaged). Delete it there and fetch it again.")
+        raise SlimError(
+            f"{path} differs from its recorded checksum (altered or damaged). Delete it there and "
+            "fetch it again."
+        )
     return found

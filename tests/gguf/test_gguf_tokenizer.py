@@ -1,4 +1,6 @@
-"""Tokenizers from GGUF: byte-level ones against the tokenizer they were taken from, SentencePiece's against a slow version."""
+"""Tokenizers from GGUF: byte-level ones against the tokenizer they were taken from, SentencePiece's
+against a slow version.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +15,45 @@ from slim.gguf.tokenizer import RULES, Vocabulary, build_tokenizer, write_tokeni
 from tests.support.gguf_files import ASSETS, KINDS, tiny_tokenizer
 
 TEXTS = [
-    "Anna has a red ball. It's hers!", "  two  spaces\n\n and lines\t", " leading", "trailing ", "", "naïve 日本 😀 čaj",
-    "In 2024, 12,345.67 of them'll go", "<|user|>\nhello<|end|>", "A B  C   D    E",
-]  # fmt: skip
+    "Anna has a red ball. It's hers!",
+    "  two  spaces\n\n and lines\t",
+    " leading",
+    "trailing ",
+    "",
+    "naïve 日本 😀 čaj",
+    "In 2024, 12,345.67 of them'll go",
+    "<|user|>\nhello<|end|>",
+    "A B  C   D    E",
+]
 
 
 def vocabulary_of(entries: dict, **others) -> Vocabulary:
-    return Vocabulary(Path("FILE.gguf"), {**{f"tokenizer.ggml.{key}": value for key, value in entries.items()}, **others})
+    return Vocabulary(
+        Path("FILE.gguf"),
+        {**{f"tokenizer.ggml.{key}": value for key, value in entries.items()}, **others},
+    )
 
 
-# Byte-level ------------------------------------------------------------------------------------------------------------
+# Byte-level ---------------------------------------------------------------------------------------
 
 
 def test_a_byte_level_tokenizer_comes_back(tmp_path):
     original = load_tokenizer(ASSETS)
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    vocabulary = vocabulary_of(tiny_tokenizer(), **{"tokenizer.chat_template": template, "llama.context_length": 77})
+    vocabulary = vocabulary_of(
+        tiny_tokenizer(), **{"tokenizer.chat_template": template, "llama.context_length": 77}
+    )
     write_tokenizer(vocabulary, tmp_path, "llama")
     found = load_tokenizer(tmp_path)
     assert found.get_vocab() == original.get_vocab()
     for text in TEXTS:
         assert found(text).input_ids == original(text).input_ids, text
         assert found.decode(found(text).input_ids) == text
-    assert (found.bos_token, found.eos_token, found.pad_token) == (original.bos_token, original.eos_token, original.pad_token)
+    assert (found.bos_token, found.eos_token, found.pad_token) == (
+        original.bos_token,
+        original.eos_token,
+        original.pad_token,
+    )
     assert found.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     assert found.model_max_length == 77
     assert found.decode(found("<|end|>a").input_ids, skip_special_tokens=True) == "a"
@@ -63,7 +81,12 @@ def test_rules_cut_text(rule):
 def test_every_rule_loses_nothing(rule):
     tokenizer = build_tokenizer(vocabulary_of(tiny_tokenizer(rule)), "llama")
     for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
+        assert (
+            tokenizer.decode(
+                tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
+            )
+            == text
+        )
 
 
 def test_rules_differ_in_what_else_they_say():
@@ -71,41 +94,70 @@ def test_rules_differ_in_what_else_they_say():
     assert composed.encode("e\u0301").ids == composed.encode("\u00e9").ids
     plain = build_tokenizer(vocabulary_of(tiny_tokenizer("gpt-2")), "llama")
     assert plain.encode("e\u0301").ids != plain.encode("\u00e9").ids
-    begins = {key: value for key, value in tiny_tokenizer("llama-bpe").items() if key != "add_bos_token"}
+    begins = {
+        key: value for key, value in tiny_tokenizer("llama-bpe").items() if key != "add_bos_token"
+    }
     assert build_tokenizer(vocabulary_of(begins), "llama").encode("a").ids[0] == 0
-    assert build_tokenizer(vocabulary_of({**begins, "add_bos_token": False}), "llama").encode("a").ids[0] != 0
-    both = build_tokenizer(vocabulary_of({**begins, "add_eos_token": True, "eos_token_id": 2}), "llama").encode("a").ids
+    assert (
+        build_tokenizer(vocabulary_of({**begins, "add_bos_token": False}), "llama")
+        .encode("a")
+        .ids[0]
+        != 0
+    )
+    both = (
+        build_tokenizer(
+            vocabulary_of({**begins, "add_eos_token": True, "eos_token_id": 2}), "llama"
+        )
+        .encode("a")
+        .ids
+    )
     assert (both[0], both[-1]) == (0, 2)
 
 
 def test_whole_words_are_taken_as_they_are():
     entries = tiny_tokenizer("llama-bpe")
-    entries |= {"tokens": [*entries["tokens"], "zqxj"], "token_type": [*entries["token_type"], KINDS["normal"]]}
-    assert build_tokenizer(vocabulary_of(entries), "llama").encode("zqxj", add_special_tokens=False).ids == [1536]
-    assert len(build_tokenizer(vocabulary_of({**entries, "pre": "qwen2"}), "llama").encode("zqxj").ids) > 1
+    entries |= {
+        "tokens": [*entries["tokens"], "zqxj"],
+        "token_type": [*entries["token_type"], KINDS["normal"]],
+    }
+    assert build_tokenizer(vocabulary_of(entries), "llama").encode(
+        "zqxj", add_special_tokens=False
+    ).ids == [1536]
+    assert (
+        len(build_tokenizer(vocabulary_of({**entries, "pre": "qwen2"}), "llama").encode("zqxj").ids)
+        > 1
+    )
 
 
 def test_padding_of_the_embedding_is_no_token():
     entries = tiny_tokenizer()
-    entries |= {"tokens": [*entries["tokens"], "[PAD1536]"], "token_type": [*entries["token_type"], KINDS["unused"]]}
+    entries |= {
+        "tokens": [*entries["tokens"], "[PAD1536]"],
+        "token_type": [*entries["token_type"], KINDS["unused"]],
+    }
     assert build_tokenizer(vocabulary_of(entries), "llama").get_vocab_size() == 1536
 
 
 def test_user_defined_tokens_are_found_first_and_not_special():
     entries = tiny_tokenizer()
-    entries |= {"tokens": [*entries["tokens"], "<think>"], "token_type": [*entries["token_type"], KINDS["user"]]}
+    entries |= {
+        "tokens": [*entries["tokens"], "<think>"],
+        "token_type": [*entries["token_type"], KINDS["user"]],
+    }
     tokenizer = build_tokenizer(vocabulary_of(entries), "llama")
     ids = tokenizer.encode("a<think>b").ids
     assert 1536 in ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
 
 
-# SentencePiece ---------------------------------------------------------------------------------------------------------
+# SentencePiece ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def pieces() -> dict:
-    """A small SentencePiece vocabulary: special tokens, bytes, merged pieces with falling scores, single characters."""
+    """A small SentencePiece vocabulary: special tokens, bytes, merged pieces with falling scores,
+    single characters.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     from slim.tiny_world import World
@@ -116,24 +168,45 @@ def pieces() -> dict:
     documents = World(0).documents("train", 0)
     trained.train_from_iterator((next(documents) for _ in range(300)), trainer)
     learned = sorted(trained.get_vocab(), key=trained.get_vocab().get)
-    merged, letters = [token for token in learned if len(token) > 1], [token for token in learned if len(token) == 1]
-    special = [("<unk>", "unknown"), ("<s>", "control"), ("</s>", "control"), ("<mark>", "user"), ("  ", "user")]
+    merged, letters = (
+        [token for token in learned if len(token) > 1],
+        [token for token in learned if len(token) == 1],
+    )
+    special = [
+        ("<unk>", "unknown"),
+        ("<s>", "control"),
+        ("</s>", "control"),
+        ("<mark>", "user"),
+        ("  ", "user"),
+    ]
     rows = [(token, KINDS[kind], 0.0 if kind != "user" else -1000.0) for token, kind in special]
     rows += [(f"<0x{byte:02X}>", KINDS["byte"], 0.0) for byte in range(256)]
     rows += [(token, KINDS["normal"], -float(rank)) for rank, token in enumerate(merged + letters)]
     ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
-    columns = dict(zip(("tokens", "token_type", "scores"), (list(column) for column in zip(*rows, strict=True)), strict=True))
+    columns = dict(
+        zip(
+            ("tokens", "token_type", "scores"),
+            (list(column) for column in zip(*rows, strict=True)),
+            strict=True,
+        )
+    )
     return {"model": "llama", "pre": "default", **columns, **ids}
 
 
 def slowly(entries: dict, text: str) -> list[int]:
-    """SentencePiece's algorithm in its plainest form: again and again the best pair of neighbours, the leftmost of equals.
+    """SentencePiece's algorithm in its plainest form: again and again the best pair of neighbours,
+    the leftmost of equals.
 
-    User-defined tokens are found first, the longest from the left; pieces that are no tokens become bytes.
+    User-defined tokens are found first, the longest from the left; pieces that are no tokens become
+    bytes.
     """
     tokens, kinds, scores = entries["tokens"], entries["token_type"], entries["scores"]
     normal = {token: index for index, token in enumerate(tokens) if kinds[index] == KINDS["normal"]}
-    whole = sorted((token for token, kind in zip(tokens, kinds, strict=True) if kind in (2, 3, 4)), key=len, reverse=True)
+    whole = sorted(
+        (token for token, kind in zip(tokens, kinds, strict=True) if kind in (2, 3, 4)),
+        key=len,
+        reverse=True,
+    )
     ids, rest = [], text
     while rest:
         places = [(rest.find(token), -len(token), token) for token in whole if token in rest]
@@ -150,7 +223,9 @@ def _merged(normal, scores, tokens, text, prefix):
     parts = list((" " * prefix + text).replace(" ", "\u2581"))
     while True:
         pairs = [
-            (-scores[normal[a + b]], at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in normal
+            (-scores[normal[a + b]], at)
+            for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            if a + b in normal
         ]
         if not pairs:
             break
@@ -158,7 +233,11 @@ def _merged(normal, scores, tokens, text, prefix):
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     ids = []
     for part in parts:
-        ids += [normal[part]] if part in normal else [tokens.index(f"<0x{byte:02X}>") for byte in part.encode()]
+        ids += (
+            [normal[part]]
+            if part in normal
+            else [tokens.index(f"<0x{byte:02X}>") for byte in part.encode()]
+        )
     return ids
 
 
@@ -191,29 +270,43 @@ def test_sentence_piece_decodes_without_the_space_it_put_before(pieces, tmp_path
 def test_tokens_of_equal_score_count_by_their_ids(pieces):
     """Files made without SentencePiece's own model give every token the same score."""
     flat = {**pieces, "scores": [-1000.0] * len(pieces["scores"])}
-    expected, found = (build_tokenizer(vocabulary_of(entries), "llama") for entries in (pieces, flat))
+    expected, found = (
+        build_tokenizer(vocabulary_of(entries), "llama") for entries in (pieces, flat)
+    )
     assert found.encode(TEXTS[0]).ids == expected.encode(TEXTS[0]).ids
 
 
 def test_marks_of_phi3_take_white_space_along(pieces):
-    entries = {**pieces, "tokens": ["<|stop|>" if token == "</s>" else token for token in pieces["tokens"]]}
-    for architecture, ids in (("phi3", [2, 2]), ("llama", [2, *slowly({**pieces, "add_space_prefix": True}, "\n"), 2])):
+    entries = {
+        **pieces,
+        "tokens": ["<|stop|>" if token == "</s>" else token for token in pieces["tokens"]],
+    }
+    for architecture, ids in (
+        ("phi3", [2, 2]),
+        ("llama", [2, *slowly({**pieces, "add_space_prefix": True}, "\n"), 2]),
+    ):
         tokenizer = build_tokenizer(vocabulary_of(entries), architecture)
         assert tokenizer.encode("<|stop|>\n<|stop|>", add_special_tokens=False).ids == ids
 
 
-# Where generation stops ------------------------------------------------------------------------------------------------
+# Where generation stops ---------------------------------------------------------------------------
 
 
 def test_stops(pieces):
     assert vocabulary_of(pieces).stops() == [2]
     assert vocabulary_of({**pieces, "eot_token_id": 3}).stops() == [2, 3]
-    renamed = {**pieces, "tokens": ["<|im_end|>" if token == "<s>" else token for token in pieces["tokens"]]}
+    renamed = {
+        **pieces,
+        "tokens": ["<|im_end|>" if token == "<s>" else token for token in pieces["tokens"]],
+    }
     assert vocabulary_of(renamed).stops() == [2]
-    assert vocabulary_of(renamed, **{"tokenizer.chat_template": "{{ x }}<|im_end|>"}).stops() == [1, 2]
+    assert vocabulary_of(renamed, **{"tokenizer.chat_template": "{{ x }}<|im_end|>"}).stops() == [
+        1,
+        2,
+    ]
 
 
-# What is refused -------------------------------------------------------------------------------------------------------
+# What is refused ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -221,7 +314,10 @@ def test_stops(pieces):
     [
         ({"model": None}, r"has no tokenizer"),
         ({"tokens": None}, r"has no tokenizer \(tokenizer.ggml.tokens\)"),
-        ({"model": "bert"}, r"a tokenizer of the kind 'bert', which slim does not read. It reads gpt2 and llama"),
+        (
+            {"model": "bert"},
+            r"a tokenizer of the kind 'bert', which slim does not read. It reads gpt2 and llama",
+        ),
         ({"pre": None}, r"no name for the rule .*\(tokenizer.ggml.pre\)"),
         ({"pre": "smolm"}, r"(?s)unknown name 'smolm' for the rule.* Did you mean smollm\?"),
         ({"merges": None}, r"lists no merges"),

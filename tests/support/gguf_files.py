@@ -1,6 +1,7 @@
 """Writes transformers models as GGUF, with the ``gguf`` library's writer and its own map of names.
 
-Nothing of slim's is used: what llama.cpp's ``convert_hf_to_gguf.py`` changes is done here in its direction.
+Nothing of slim's is used: what llama.cpp's ``convert_hf_to_gguf.py`` changes is done here in its
+direction.
 """
 
 from __future__ import annotations
@@ -16,16 +17,31 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 ASSETS = Path(__file__).parents[2] / "slim" / "assets" / "tiny"
 SIZES = dict(
-    vocab_size=1536, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
-    bos_token_id=0, eos_token_id=0, pad_token_id=1, rms_norm_eps=1e-5,
-)  # fmt: skip
-ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}  # where GGUF names a family in another way
+    vocab_size=1536,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=1,
+    rms_norm_eps=1e-5,
+)
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+}  # where GGUF names a family in another way
 KINDS = {"normal": 1, "unknown": 2, "control": 3, "user": 4, "unused": 5, "byte": 6}
 
 
 def random_model(family: str, **changes):
-    """A random model of a family in float32, with norms and biases that are not what they are when made."""
+    """A random model of a family in float32, with norms and biases that are not what they are when
+    made.
+    """
     config = AutoConfig.for_model(family, **{**SIZES, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -37,7 +53,10 @@ def random_model(family: str, **changes):
             elif name.endswith("bias"):
                 weight.normal_(generator=generator)
             else:  # what the norm multiplies by is positive; Gemma stores one less
-                weight.copy_((torch.randn(weight.shape, generator=generator) / 2).exp() - int("gemma" in family))
+                weight.copy_(
+                    (torch.randn(weight.shape, generator=generator) / 2).exp()
+                    - int("gemma" in family)
+                )
     return model
 
 
@@ -52,7 +71,10 @@ def tiny_tokenizer(rule: str = "gpt-2") -> dict:
         "pre": rule,
         "tokens": tokens,
         "token_type": [KINDS["control" if token in marks else "normal"] for token in tokens],
-        "merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in content["model"]["merges"]],
+        "merges": [
+            " ".join(pair) if isinstance(pair, list) else pair
+            for pair in content["model"]["merges"]
+        ],
         "bos_token_id": 0,
         "eos_token_id": 0,
         "padding_token_id": 1,
@@ -61,8 +83,14 @@ def tiny_tokenizer(rule: str = "gpt-2") -> dict:
 
 
 def permuted(weight: numpy.ndarray, heads: int) -> numpy.ndarray:
-    """The order of rows in which llama.cpp rotates queries and keys (``LlamaModel.permute`` in its converter)."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    """The order of rows in which llama.cpp rotates queries and keys (``LlamaModel.permute`` in its
+    converter).
+    """
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
 
 
 def stored_tensors(model) -> dict[str, numpy.ndarray]:
@@ -82,7 +110,9 @@ def stored_tensors(model) -> dict[str, numpy.ndarray]:
             values = permuted(values, config.num_key_value_heads)
         if "gemma" in architecture and name.endswith("norm.weight"):
             values = values + 1
-        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = numpy.ascontiguousarray(values)
+        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = numpy.ascontiguousarray(
+            values
+        )
     return tensors
 
 
@@ -98,7 +128,9 @@ def metadata_of(model) -> dict:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": config.head_dim if hasattr(config, "head_dim") else None,
-        "attention.sliding_window": getattr(config, "sliding_window", None) if config.model_type in WINDOWED else None,
+        "attention.sliding_window": getattr(config, "sliding_window", None)
+        if config.model_type in WINDOWED
+        else None,
         "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
     }
@@ -106,7 +138,11 @@ def metadata_of(model) -> dict:
     rope = rope.get("full_attention", rope)
     entries["rope.freq_base"] = float(rope["rope_theta"])
     if config.model_type in ("llama", "mistral", "phi3"):
-        size = config.hidden_size // config.num_attention_heads if config.model_type == "phi3" else config.head_dim
+        size = (
+            config.hidden_size // config.num_attention_heads
+            if config.model_type == "phi3"
+            else config.head_dim
+        )
         entries["rope.dimension_count"] = int(size * rope.get("partial_rotary_factor", 1))
     if rope["rope_type"] in ("linear", "yarn"):
         entries["rope.scaling.type"] = rope["rope_type"]
@@ -127,11 +163,16 @@ def rotary_tensors(model) -> dict[str, numpy.ndarray]:
         plain = 1 / rope["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
         return {"rope_freqs.weight": (plain / model.model.rotary_emb.inv_freq).numpy()}
     if rope.get("rope_type") == "longrope":
-        return {f"rope_factors_{kind}.weight": numpy.float32(rope[f"{kind}_factor"]) for kind in ("long", "short")}
+        return {
+            f"rope_factors_{kind}.weight": numpy.float32(rope[f"{kind}_factor"])
+            for kind in ("long", "short")
+        }
     return {}
 
 
-def write_gguf(model, path: Path, kind: str = "F32", tokenizer: dict | None = None, endianess=None, **changes) -> Path:
+def write_gguf(
+    model, path: Path, kind: str = "F32", tokenizer: dict | None = None, endianess=None, **changes
+) -> Path:
     """Write a model.
 
     Args:
@@ -181,7 +222,9 @@ def close(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def llama3_factors(size: int, theta: float, factor: float, low: float, high: float, length: int) -> list[float]:
+def llama3_factors(
+    size: int, theta: float, factor: float, low: float, high: float, length: int
+) -> list[float]:
     """Llama 3's factors, frequency by frequency as in llama.cpp's converter."""
     result = []
     for index in range(0, size, 2):
