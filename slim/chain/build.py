@@ -28,7 +28,9 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     chosen = [config[group] for group in STAGES if config[group] and config[group].get("_target_")]
     # plain dicts and lists as settings
     stages = [instantiate(settings, _convert_="all") for settings in chosen]
-    evaluation = instantiate(config.eval) if config.eval and config.eval.get("_target_") else None
+    evaluation = None
+    if config.eval and config.eval.get("_target_"):
+        evaluation = instantiate(config.eval, _convert_="all")
     return Pipeline(
         model=instantiate(config.model),
         stages=[stage for stage in stages if isinstance(stage, Stage)],

@@ -8,7 +8,7 @@ keeps their results."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slim.core.errors import SlimError
 from slim.core.hardware import fingerprint
@@ -36,6 +36,8 @@ class Evaluation:
 
     perplexity: per token. documents: per word and byte. tasks: accuracies. answers: to questions
         with a reference.
+    extra: further parts by name: objects with ``measure(model, tokenizer, context_length)``
+        (docs/extending/metric.md).
     judge: compares the answers of every checkpoint with those of the first one. speed: also the
         name of a preset.
     energy: country whose electricity the machine uses, three letters, to measure energy and CO2;
@@ -58,6 +60,7 @@ class Evaluation:
     judge: Judge | None = None
     energy: str | None = None
     local_data: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
     # Raised whenever the same settings begin to give different figures, so that kept results are
     # not reused.
@@ -93,6 +96,7 @@ class Evaluation:
             "documents": self.documents,
             "tasks": self.tasks if self.tasks and self.tasks.names else None,
             "answers": self.answers,
+            **self.extra,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

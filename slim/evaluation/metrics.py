@@ -1,8 +1,9 @@
 """What is known of every metric: its names, its unit, which way is better, what measures it.
 
 Tables, the report, charts, search, differences and protocols read it here. To add a metric, write
-one more ``Metric`` into ``METRICS`` (its place is its place in tables) and return its value under
-its name from the part of the evaluation that measures it.
+one more ``Metric`` into ``METRICS`` (its place is its place in tables), or :func:`register` it from
+a module of one's own, and return its value under its name from the part of the evaluation that
+measures it (docs/extending/metric.md).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Metric:
         digits: digits after the point.
         better: ``"low"``, ``"high"``, or None where neither is.
         part: the part of the evaluation that measures it, whose protocol it depends on: a field of
-            :class:`slim.evaluation.evaluation.Evaluation`, ``"generation"`` for what is said of
-            all answers, ``"max_length"`` for what only ``eval.speed.max_length`` gives; None for
-            what the checkpoint's own files say.
+            :class:`slim.evaluation.evaluation.Evaluation` or a name in its ``extra``,
+            ``"generation"`` for what is said of all answers, ``"max_length"`` for what only
+            ``eval.speed.max_length`` gives; None for what the checkpoint's own files say.
         level: ``"headline"``: shown everywhere; ``"detail"``: not in a terminal; ``"record"``:
             only in ``results.json`` and MLflow.
         change: how two checkpoints differ: by a ``"percent"`` of the first, by a ``"factor"``, or
@@ -110,7 +111,7 @@ TASK_PERPLEXITY = Metric(
 MEAN_ACCURACY = replace(ACCURACY, name="tasks/acc", title="mean accuracy", level=RECORD)
 
 # In the order of tables. Metrics of tasks come after the perplexities: see metrics_of.
-METRICS = (
+METRICS = [
     Metric("parameters", "parameters", "", "M", 1e-6, 2, level=HEADLINE),
     Metric("bytes_on_disk", "disk", "size on disk", "MB", 1e-6, 2, "low", level=HEADLINE),
     Metric("macs_per_token", "multiplications per token", "", "M", 1e-6, 2, "low"),
@@ -165,7 +166,7 @@ METRICS = (
     Metric("prefill_peak_bytes", "prefill peak", "", "MB", 1e-6, 1, "low", "speed"),
     Metric("decode_peak_bytes", "decode peak", "", "MB", 1e-6, 1, "low", "speed"),
     Metric("cache_bytes_per_token", "cache per token", "", "MB", 1e-6, 3, "low", "speed"),
-)  # fmt: skip
+]  # fmt: skip
 BY_NAME = {metric.name: metric for metric in METRICS}
 # where tables show what tasks measured
 AFTER_TASKS = METRICS.index(MEAN_ACCURACY)
@@ -173,6 +174,26 @@ AFTER_TASKS = METRICS.index(MEAN_ACCURACY)
 SPREADS = ("_stderr", "_iqr")
 # what a task of lm-eval may measure that is better low
 LOSSES = ("perplexity", "bits_per_byte", "brier_score")
+
+
+def register(metric: Metric) -> Metric:
+    """Make a metric known; it comes last in tables.
+
+    Args:
+        metric: one whose name no other has, unless it is the same (a module imported twice).
+
+    Returns:
+        ``metric``.
+
+    Raises:
+        ValueError: when another metric has its name.
+    """
+    known = BY_NAME.setdefault(metric.name, metric)
+    if known != metric:
+        raise ValueError(f"there is a metric '{metric.name}' already: {known}")
+    if metric not in METRICS:
+        METRICS.append(metric)
+    return metric
 
 
 def metric_of(name: str) -> Metric:

@@ -44,6 +44,7 @@ def measured_parts(evaluation: Evaluation | None) -> set[str]:
         "speed": speed,
         "max_length": speed and speed.max_length,
         "energy": speed and evaluation.energy,
+        **evaluation.extra,
     }
     return {part for part, measured in parts.items() if measured}
 

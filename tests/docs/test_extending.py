@@ -15,7 +15,9 @@ from slim.chain.compose import compose, config_dirs
 from slim.chain.explain import explain
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.core.io import read_json
+from slim.evaluation import metrics
 from slim.models import families
+from slim.report.table import markdown_table
 from tests.conftest import ROOT, build_small
 from tests.models import test_families
 from tests.support.pages import commands, fences, files
@@ -60,10 +62,12 @@ def run_tests(project: Path, tmp_path: Path) -> int:
 
 
 def run_command(words: list[str], project: Path, store: Path, *further: str) -> list:
-    """Run the chain of a command with choices of one's own, without measuring."""
+    """Run the chain of a command with choices of one's own; without ``eval=`` measure nothing."""
     overrides = [word for word in words[1:] if "=" in word]
+    if not any(word.startswith("eval=") for word in overrides):
+        overrides.append("eval=none")
     folders = [project / folder for folder in config_dirs(words)]
-    config = compose("compress", [*overrides, "eval=none", f"store={store}", *further], folders)
+    config = compose("compress", [*overrides, f"store={store}", *further], folders)
     return build_pipeline(config).run()
 
 
@@ -163,3 +167,26 @@ def test_mistake_in_a_setting_of_ones_own(project, monkeypatch):
     with pytest.raises(ConfigCompositionException) as raised:
         compose("compress", arguments[2:], config_dirs(arguments))
     assert f"slim: {explain(raised.value, 'compress', arguments)}\n" in text
+
+
+@pytest.fixture
+def own_metrics(monkeypatch):
+    """Metrics that a test registers are forgotten after it."""
+    monkeypatch.setattr(metrics, "METRICS", list(metrics.METRICS))
+    monkeypatch.setattr(metrics, "BY_NAME", dict(metrics.BY_NAME))
+
+
+def test_metric(project, tmp_path, own_metrics):
+    text = type_in("docs/extending/metric.md", project)
+    assert run_tests(project, tmp_path) == 2
+    (words,) = own_commands(text)
+    quick = (
+        "eval.tasks=null",
+        "eval.prompts=[]",
+        "eval.perplexity.limit=2",
+        "eval.extra.next_token.limit=4",
+    )
+    source, pruned = run_command(words, project, tmp_path / "store", *quick)
+    assert 0.5 < source.metrics["next_token"] < 1
+    assert pruned.metrics["next_token"] < source.metrics["next_token"]
+    assert "next token" in markdown_table([source, pruned])
