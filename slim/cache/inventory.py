@@ -12,6 +12,7 @@ from slim.checkpoints.checkpoint import MANIFEST, checksums, open_checkpoint
 from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
 from slim.core.io import read_json
+from slim.tracking.connection import database_uri
 
 DATABASE = "mlflow.db"
 OUTBOX = "outbox"
@@ -136,7 +137,7 @@ def tracked_runs(store: Store, uris: list[str], needed: bool = False) -> list[Ru
 
     needed: raise ``SlimError`` where there is no place to read runs from, since everything would
     count as unused."""
-    own = [f"sqlite:///{store.root / DATABASE}"] if (store.root / DATABASE).is_file() else []
+    own = [database_uri(store.root / DATABASE)] if (store.root / DATABASE).is_file() else []
     if needed and not own and not uris:
         raise SlimError(
             f"{store.root} has no {DATABASE}, so nothing tells which results are in use. "

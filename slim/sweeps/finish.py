@@ -58,7 +58,8 @@ def finish(sweep: OpenSweep, error: BaseException | None) -> int:
         "points_skipped": sum(bool(p.get("skipped")) for p in points),
     }
     tracker.close(kind, counts, {point["run_id"] for point in points} if whole else None)
-    print(f"browse the runs:  {tracker.ui_command}")
+    for line in tracker.browse_lines():
+        print(line)
     return (
         130
         if kind == "KILLED"

@@ -9,8 +9,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from slim.core.errors import SlimError
-from slim.tracking.connection import children, tracking_uri, ui_command
-from slim.tracking.offline_queue import TrackingClient, is_gone, now
+from slim.tracking.connection import browse_lines, children, tracking_uri
+from slim.tracking.liveness import PROCESS, process_tag
+from slim.tracking.offline_queue import TrackingClient, is_gone, now, open_experiment
 from slim.tracking.tracker import VALUE_LIMIT, published_tag
 
 FINAL = "final.json"  # artifact of a run: the figures of its last checkpoint, with their protocols
@@ -30,7 +31,12 @@ class SweepRun:
         self._tracking = TrackingClient(root, self.uri)
         self.client = self._tracking.client
         self._lock = self._hold()
-        found = self._find(config.tracking.experiment)
+        self._tracking.close_dead_runs()
+        # a deleted experiment is a mistake that is said before anything is searched
+        self.experiment = open_experiment(
+            self.client, config.tracking.experiment, self._tracking.place
+        )
+        found = self._find()
         self.finished: dict[tuple[str, str], str] = {}
         if found is None:
             tags = {
@@ -46,6 +52,7 @@ class SweepRun:
         else:
             self.run_id = found.info.run_id
             self.client.update_run(self.run_id, status="RUNNING")
+            self.client.set_tag(self.run_id, PROCESS, process_tag())
             self._clear_up()
 
     def _hold(self):
@@ -63,19 +70,15 @@ class SweepRun:
             ) from None
         return lock
 
-    def _find(self, experiment: str):
+    def _find(self):
         """Return the sweep's run of an earlier start, None if there is none."""
-        found = self.client.get_experiment_by_name(experiment)
-        if found is None:
-            return None
         wanted = f"tags.`slim.sweep` = '{self.sweep}' and tags.`slim.kind` = 'sweep'"
-        runs = self.client.search_runs([found.experiment_id], wanted, max_results=1)
+        runs = self.client.search_runs([self.experiment], wanted, max_results=1)
         return runs[0] if runs else None
 
     def children(self, run_id: str | None = None) -> list:
         """Return the runs below the sweep's run, or below another one."""
-        experiment = self.client.get_run(self.run_id).info.experiment_id
-        return children(self.client, experiment, run_id or self.run_id)
+        return children(self.client, self.experiment, run_id or self.run_id)
 
     def _clear_up(self) -> None:
         """Note which points are finished, and end the runs that a killed process left open."""
@@ -105,10 +108,9 @@ class SweepRun:
         except (MlflowException, OSError, ValueError):
             return None
 
-    @property
-    def ui_command(self) -> str:
-        """The one command that opens the browser's view of the runs."""
-        return ui_command(self.uri)
+    def browse_lines(self) -> list[str]:
+        """Return what to type and to open to see the runs of the experiment."""
+        return browse_lines(self.uri, self.experiment)
 
     def log_text(self, text: str, name: str) -> None:
         """Put a file beside the sweep's run."""

@@ -1,16 +1,19 @@
 """Where runs are recorded: the address of the tracking store, a client for it, and what it holds.
 
-The default store is a SQLite file with an artifact folder beside it; any tracking server serves by
-its address."""
+The default store is a SQLite file with an artifact folder next to it; any tracking server serves by
+its address.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sqlite3
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
 
 from slim.core.errors import SlimError
 
@@ -18,15 +21,64 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+SQLITE = "sqlite:///"
+SPECIAL = "?#%"  # characters that mean something in an address
+LOCAL_SERVER = "http://127.0.0.1:5000"  # what "mlflow ui" starts
 PARENT = "mlflow.parentRunId"
 PAGE = 1000  # runs asked for at a time
 # by address: connecting checks the tables' schema, once per process is enough
 _clients: dict[str, MlflowClient] = {}
 
 
+def tracking_uri(root: Path, uri: str | None) -> str:
+    """Return where to track.
+
+    Args:
+        root: the store.
+        uri: address of a tracking server or database; None for the SQLite file of the store.
+    """
+    return uri or database_uri(root / "mlflow.db")
+
+
+def database_uri(path: Path) -> str:
+    """Return the address of a SQLite file, with the characters escaped that mean something in an
+    address."""
+    text = str(path)
+    if any(character in text for character in SPECIAL):
+        # everything else is left as it is, so that an address stays the same between versions
+        text = "".join(quote(letter) if letter in SPECIAL else letter for letter in text)
+    return SQLITE + text
+
+
+def database_path(uri: str) -> Path | None:
+    """Return the file of a SQLite address, None for any other address."""
+    if not uri.startswith(SQLITE):
+        return None
+    return Path(unquote(uri.removeprefix(SQLITE)))
+
+
+def browse_lines(uri: str, experiment_id: str | None = None) -> list[str]:
+    """Return what to type and to open to see the runs, a line each.
+
+    Args:
+        uri: where they are tracked.
+        experiment_id: the experiment whose runs are to be seen; None where no server has given it
+            one yet.
+    """
+    page = f"/#/experiments/{experiment_id}/runs" if experiment_id else ""
+    if uri.startswith("http"):
+        return [f"browse the runs:  {uri.rstrip('/')}{page}"]
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    return [f"browse the runs:  {shlex.join(command)}", f"then open:        {LOCAL_SERVER}{page}"]
+
+
 def connect(uri: str) -> MlflowClient:
-    """Return a client whose store exists and answers. Raises ``SlimError`` if it does not."""
-    path = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    """Return a client whose store exists and answers.
+
+    Raises:
+        SlimError: when it does not.
+    """
+    path = database_path(uri)
     if uri in _clients and path is not None and path.exists():
         return _clients[uri]
     _clients[uri] = _connect(uri, path)
@@ -38,29 +90,55 @@ def _connect(uri: str, path: Path | None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    from filelock import FileLock
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        if path is None:
-            client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
-            return client
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # two processes creating the tables at once kill one another
-            _use_write_ahead_log(path)
-            client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
-            return client
+        return _answering_client(uri) if path is None else _database_client(uri, path)
     except (MlflowException, OSError, sqlite3.Error) as error:
         reason = str(error).splitlines()[0]
         raise SlimError(
             f"The tracking store {uri} cannot be used: {reason}\n"
             "Start the server, or leave tracking.uri out to track into a local file."
         ) from error
+
+
+def _answering_client(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    client.search_experiments(max_results=1)
+    return client
+
+
+def _database_client(uri: str, path: Path) -> MlflowClient:
+    from filelock import FileLock
+
+    _require_unescaping(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # two processes creating the tables at once kill one another
+        _use_write_ahead_log(path)
+        escaped = Path(uri.removeprefix(SQLITE)).parent
+        was_there = escaped.exists()
+        client = _answering_client(uri)
+        if not was_there and escaped.is_dir() and not any(escaped.iterdir()):
+            escaped.rmdir()  # MLflow makes the folder of the address as it is written
+        return client
+
+
+def _require_unescaping(path: Path) -> None:
+    """Raise ``SlimError`` where the database library takes escapes in an address literally (below
+    SQLAlchemy 2.1), and the path needs some."""
+    if not any(character in str(path) for character in SPECIAL):
+        return
+    from sqlalchemy.engine import make_url
+
+    if make_url(f"{SQLITE}%25").database != "%":
+        raise SlimError(
+            f"MLflow cannot keep its database in {path.parent}: a path with {' '.join(SPECIAL)} "
+            "needs SQLAlchemy 2.1.\nUse store=FOLDER without these characters."
+        )
 
 
 def _use_write_ahead_log(path: Path) -> None:
@@ -73,9 +151,15 @@ def _use_write_ahead_log(path: Path) -> None:
 
 
 def search_runs(client: MlflowClient, experiments: list[str], query: str = "") -> list[Run]:
-    """Return all runs of some experiments that ``query`` finds, the oldest first, however many
-    pages they fill."""
-    runs, token = [], None
+    """Return all runs of some experiments, the oldest first, however many pages they fill.
+
+    Args:
+        client: of the tracking store.
+        experiments: ids of the experiments.
+        query: which runs, in MLflow's own words; all by default.
+    """
+    runs = []
+    token = None
     while experiments:
         page = client.search_runs(
             experiments,
@@ -84,26 +168,19 @@ def search_runs(client: MlflowClient, experiments: list[str], query: str = "") -
             order_by=["attributes.start_time"],
             page_token=token,
         )
-        runs, token = [*runs, *page], page.token
+        runs.extend(page)
+        token = page.token
         if not token:
             break
     return runs
 
 
 def children(client: MlflowClient, experiment: str, run_id: str) -> list[Run]:
-    """Return the runs of an experiment whose parent is the run ``run_id``, the oldest first."""
+    """Return the runs below another one, the oldest first.
+
+    Args:
+        client: of the tracking store.
+        experiment: id of the experiment.
+        run_id: the run whose children are wanted.
+    """
     return search_runs(client, [experiment], f"tags.`{PARENT}` = '{run_id}'")
-
-
-def tracking_uri(root: Path, uri: str | None) -> str:
-    """Return where to track: ``uri``, or the SQLite file of the store."""
-    return uri or f"sqlite:///{root / 'mlflow.db'}"
-
-
-def ui_command(uri: str) -> str:
-    """Return the one command that opens the browser's view of the runs."""
-    return (
-        uri
-        if uri.startswith("http")
-        else f"{sys.executable} -m mlflow ui --backend-store-uri {uri}"
-    )

@@ -9,26 +9,39 @@ place sends it."""
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slim.core.console import say, warn
 from slim.core.errors import SlimError
 from slim.core.io import write_json
 from slim.tracking import connection
 from slim.tracking.connection import PARENT
+from slim.tracking.liveness import PROCESS, close_dead_runs, process_tag
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 BATCH = 1000  # the most metrics MLflow takes in one call
 PARAMS = 100  # the most parameters
+# What MLflow's page of an experiment shows first: runs, or the traces of an agent.
+EXPERIMENT_KIND = "mlflow.experimentKind"
+MODEL_DEVELOPMENT = "custom_model_development"
 
 
-def apply(client, call: str, arguments: dict, ids: dict[str, str]) -> str | None:
+def apply(client: MlflowClient, call: str, arguments: dict, ids: dict[str, str]) -> str | None:
     """Make one call to MLflow; of ``create_run`` return the run's id.
 
-    ids: run that began without a server -> the server's run.
+    Args:
+        client: of the tracking store.
+        call: ``create_run`` or a key of ``CALLS``.
+        arguments: plain JSON values, ``run`` among them.
+        ids: run that began without a server -> the server's run.
     """
     arguments = {**arguments, "run": ids.get(arguments["run"], arguments["run"])}
     if call == "create_run":
@@ -41,25 +54,42 @@ def apply(client, call: str, arguments: dict, ids: dict[str, str]) -> str | None
     return None
 
 
-def open_experiment(client, name: str, place: str | None) -> str:
-    """Return the id of the experiment ``name``, made if it is not there, with its artifacts in
-    ``place``."""
+def open_experiment(client: MlflowClient, name: str, place: str | None = None) -> str:
+    """Return the id of an experiment, made if it is not there.
+
+    Args:
+        client: of the tracking store.
+        name: the experiment's name.
+        place: address for the artifacts of a new experiment; None for the server's own choice.
+
+    Raises:
+        SlimError: when an experiment of that name was deleted: MLflow keeps the name.
+    """
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    try:
-        return client.create_experiment(name, artifact_location=place)
-    except MlflowException:  # another process was faster, or the server refuses
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return found.experiment_id
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name, place, {EXPERIMENT_KIND: MODEL_DEVELOPMENT})
+        except MlflowException:  # another process was faster, or the server refuses
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    number = experiment.experiment_id
+    if experiment.lifecycle_stage == "deleted":
+        restore = [sys.executable, "-m", "mlflow", "experiments", "restore", "-x", number]
+        address = f"MLFLOW_TRACKING_URI={shlex.quote(client.tracking_uri)}"
+        raise SlimError(
+            f"The MLflow experiment '{name}' was deleted. Use another: tracking.experiment=NAME\n"
+            f"or restore it: {address} {shlex.join(restore)}"
+        )
+    if EXPERIMENT_KIND not in experiment.tags:  # without it MLflow's page opens on traces
+        client.set_experiment_tag(number, EXPERIMENT_KIND, MODEL_DEVELOPMENT)
+    return number
 
 
-def _log(client, run: str, params: dict, metrics: list, tags: dict) -> None:
-    """metrics: (name, value, time in ms, step)."""
+def _log(client: MlflowClient, run: str, params: dict, metrics: list, tags: dict) -> None:
+    """Log in portions that MLflow takes. metrics: (name, value, time in ms, step)."""
     from mlflow.entities import Metric, Param, RunTag
 
     named = list(params.items())
@@ -74,20 +104,28 @@ def _log(client, run: str, params: dict, metrics: list, tags: dict) -> None:
         client.log_batch(run, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def _end(client, run: str, status: str, time: int) -> None:
+def _text(client: MlflowClient, run: str, text: str, name: str) -> None:
+    client.log_text(run, text, name)
+
+
+def _files(client: MlflowClient, run: str, folder: str) -> None:
+    client.log_artifacts(run, folder)
+
+
+def _end(client: MlflowClient, run: str, status: str, time: int) -> None:
     client.set_terminated(run, status, time)
 
 
-CALLS = {
-    "log": _log,
-    "text": lambda client, run, text, name: client.log_text(run, text, name),
-    "files": lambda client, run, folder: client.log_artifacts(run, folder),
-    "end": _end,
-}
+CALLS = {"log": _log, "text": _text, "files": _files, "end": _end}
 
 
 class OfflineQueue:
-    """Calls kept for later, in a folder of their own."""
+    """Calls kept for later, in a folder of their own.
+
+    Args:
+        root: the store.
+        uri: the server that they are for.
+    """
 
     def __init__(self, root: Path, uri: str):
         from filelock import FileLock
@@ -100,7 +138,12 @@ class OfflineQueue:
         write_json(self.folder / "state.json", {"uri": uri, "sent": 0, "ids": {}})
 
     def add(self, call: str, arguments: dict) -> None:
-        """Keep a call, with a copy of the files it names."""
+        """Keep a call, with a copy of the files it names.
+
+        Args:
+            call: ``create_run`` or a key of ``CALLS``.
+            arguments: plain JSON values.
+        """
         self._count += 1
         if call == "files":
             copy = self.folder / f"files-{self._count}"
@@ -114,9 +157,14 @@ class OfflineQueue:
         self._lock.release()
 
 
-def send(root: Path, uri: str, client) -> None:
-    """Send what earlier runs had to keep for the place ``uri``, in the order in which they kept it,
-    and say so."""
+def send(root: Path, uri: str, client: MlflowClient) -> None:
+    """Send what earlier runs had to keep, in the order in which they kept it, and say so.
+
+    Args:
+        root: the store, where it was kept.
+        uri: the server; what was kept for another one stays.
+        client: of that server.
+    """
     from filelock import FileLock, Timeout
 
     boxes = sorted((root / "outbox").glob("*/state.json"), key=lambda path: path.stat().st_mtime)
@@ -131,7 +179,7 @@ def send(root: Path, uri: str, client) -> None:
         say(f"Sent to {uri} what was kept while it did not answer: {sent} run(s).")
 
 
-def _send_one(path: Path, uri: str, client) -> int:
+def _send_one(path: Path, uri: str, client: MlflowClient) -> int:
     """Send the calls of one outbox, remove it, and return how many runs they began."""
     state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if state.get("uri") != uri:
@@ -139,8 +187,8 @@ def _send_one(path: Path, uri: str, client) -> int:
     calls = path.parent / "calls.jsonl"
     text = calls.read_text(encoding="utf-8") if calls.exists() else ""
     # a process that was killed may have left half a line
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    for line in whole[state["sent"] :]:
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    for line in lines[state["sent"] :]:
         call, arguments = json.loads(line)
         run = apply(client, call, arguments, state["ids"])
         if run is not None:
@@ -154,8 +202,14 @@ def _send_one(path: Path, uri: str, client) -> int:
 class TrackingClient:
     """Everything that is told to MLflow goes through here.
 
-    root: the store. uri: database or server. patient: a server that is down does not keep the work
-    from beginning."""
+    Args:
+        root: the store.
+        uri: database or server.
+        patient: whether the work may begin while the server is down.
+
+    Raises:
+        SlimError: when the store or server does not answer.
+    """
 
     def __init__(self, root: Path, uri: str, patient: bool = False):
         self.root, self.uri = root, uri
@@ -174,27 +228,72 @@ class TrackingClient:
     def remote(self) -> bool:
         return self.uri.startswith("http")
 
+    @property
+    def place(self) -> str | None:
+        """Address for the artifacts of a new experiment; None where a server knows."""
+        return None if self.remote else (self.root / "artifacts").as_uri()
+
     def create_run(self, experiment: str, name: str | None, tags: dict[str, str]) -> str:
-        place = None if self.remote else (self.root / "artifacts").as_uri()
-        arguments = {
-            "experiment": experiment,
-            "place": place,
-            "name": name,
-            "tags": tags,
-            "time": now(),
-        }
-        return self._call("create_run", run=f"kept-{uuid.uuid4().hex[:12]}", **arguments)
+        """Begin a run of this process and return its id.
+
+        Args:
+            experiment: name of the experiment, made if it is not there.
+            name: the run's name, None for one that MLflow makes up.
+            tags: tags of the run.
+        """
+        return self._call(
+            "create_run",
+            run=f"kept-{uuid.uuid4().hex[:12]}",
+            experiment=experiment,
+            place=self.place,
+            name=name,
+            tags={PROCESS: process_tag(), **tags},
+            time=now(),
+        )
+
+    def experiment_id(self, run: str) -> str | None:
+        """Return the id of a run's experiment, None where no server has given it one yet."""
+        if self._box is not None:
+            return None
+        try:
+            return self.client.get_run(run).info.experiment_id
+        except Exception as error:
+            self._keep_or_raise(error)
+            return None
+
+    def close_dead_runs(self) -> None:
+        """Close the runs here whose process is gone as killed, and say how many they were."""
+        if self._box is not None:
+            return
+        try:
+            closed = close_dead_runs(self.client)
+        except Exception as error:
+            self._keep_or_raise(error)
+            return
+        if closed:
+            say(f"MLflow: {closed} run(s) whose process is gone are now marked as killed.")
 
     def log(self, run: str, params: dict[str, str], metrics: list, tags: dict[str, str]) -> None:
+        """Record what is known of a run.
+
+        Args:
+            run: its id.
+            params: name -> value.
+            metrics: (name, value, time in ms, step).
+            tags: name -> value.
+        """
         self._call("log", run=run, params=params, metrics=metrics, tags=tags)
 
     def text(self, run: str, text: str, name: str) -> None:
+        """Put ``text`` next to a run as the file ``name``."""
         self._call("text", run=run, text=text, name=name)
 
     def files(self, run: str, folder: Path) -> None:
+        """Put the files of ``folder`` next to a run."""
         self._call("files", run=run, folder=str(folder))
 
     def end(self, run: str, status: str) -> None:
+        """End a run with a ``status`` of MLflow: ``FINISHED``, ``FAILED`` or ``KILLED``."""
         self._call("end", run=run, status=status, time=now())
 
     def close(self) -> None:
@@ -226,8 +325,8 @@ class TrackingClient:
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """Whether an error means that the server is not there, rather than that it refuses what it was
-    told."""
+    """Whether an error means that the server does not answer, rather than that it refuses what it
+    was told."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import ConnectionError, Timeout
 
