@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, ListConfig
 
-from slim.chain.build import one_by_one
+from slim.chain.build import build_pipeline, one_by_one
 from slim.checkpoints.result import Result
+from slim.cli import execute as chain
 from slim.core.errors import SlimError
 
 
 def execute(config: DictConfig) -> list[Result]:
-    """Measure one checkpoint, or all of ``model.source=[A,B,C]`` and compare them in one table."""
-    from slim.cli import execute as run
+    """Measure one checkpoint, or all of ``model.source=[A,B,C]`` and compare them in one table.
 
+    Raises:
+        SlimError: when something is asked for that takes one checkpoint only.
+    """
     if not isinstance(config.model.get("source"), ListConfig):
-        return run.execute(config)
-    run.quiet_libraries()
+        return chain.execute(config)
+    chain.quiet_libraries()
     if config.plan or config.output is not None:
         raise SlimError(
-            "plan=true and output= take one checkpoint. Leave them out, or give model.source=FOLDER."
+            "plan=true and output= take one checkpoint. "
+            "Leave them out, or give model.source=FOLDER."
         )
-    pipelines = [run.build_pipeline(single) for single in one_by_one(config)]
+    pipelines = [build_pipeline(single) for single in one_by_one(config)]
     if any(pipeline.stages for pipeline in pipelines):
         raise SlimError(
-            "Several checkpoints are measured as they are. Leave out pruner, tuner, teacher and quantizer."
+            "Several checkpoints are measured as they are. "
+            "Leave out pruner, tuner, teacher and quantizer."
         )
-    for pipeline in pipelines:
-        pipeline.plan()
-    return run.run_compared(pipelines, config)
+    # all plans come before the first measurement, since a plan finds mistakes
+    plans = [pipeline.plan() for pipeline in pipelines]
+    return chain.run_tracked(pipelines, plans, config)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from slim.chain.build import build_pipeline
+from slim.chain.naming import NAME_LIMIT, chain_name
 from slim.chain.pipeline import Pipeline
 from slim.chain.worker import run_worker
-from slim.checkpoints.result import Result
+from slim.checkpoints.result import Result, Step
 from slim.checkpoints.store import reraise_full_disk
 from slim.core import processes
 from slim.core.console import results_console
@@ -26,21 +27,35 @@ from slim.sweeps import point as sweeps
 from slim.sweeps.names import point_name, typed
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slim.evaluation.compare import Comparison
     from slim.tracking.tracker import Tracker
 
 
 def execute(config: DictConfig) -> list[Result]:
-    """Plan, check, run, track and report one configuration. Of several processes, process zero does
-    so, and others help."""
+    """Plan, check, run, track and report one configuration. Of several processes that torchrun
+    started, process zero does so, and the others help with the stages that all run.
+
+    Args:
+        config: the composed configuration.
+
+    Returns:
+        The source and the result of every stage in order; nothing where only the plan was asked
+        for, and in the other processes.
+
+    Raises:
+        SlimError: when something in the configuration cannot work; before any work.
+    """
     quiet_libraries()
     if not processes.is_main_process():
         run_worker(lambda: build_pipeline(config))
         return []
     with processes.main_process():
-        return lead(config)
+        return run_chain(config)
 
 
-def lead(config: DictConfig) -> list[Result]:
+def run_chain(config: DictConfig) -> list[Result]:
     """Do what :func:`execute` does, in the process that writes."""
     pipeline = build_pipeline(config)
     output = check_output(config.output)
@@ -49,116 +64,156 @@ def lead(config: DictConfig) -> list[Result]:
         show_plan(pipeline, steps)
         return []
     pipeline.check_limits(steps)
-    return run_tracked(pipeline, config, output)
+    return run_tracked([pipeline], [steps], config, output)
 
 
-def run_tracked(pipeline: Pipeline, config: DictConfig, output: Path | None) -> list[Result]:
-    """Run the pipeline inside an MLflow run and print the table."""
-    return _run([pipeline], config, output)
+def run_tracked(
+    pipelines: list[Pipeline],
+    chains: list[list[Step]],
+    config: DictConfig,
+    output: Path | None = None,
+) -> list[Result]:
+    """Run chains inside one MLflow run: run, compare, record, print.
 
+    Args:
+        pipelines: one chain, or several sources that are measured and compared in one table.
+        chains: their plans.
+        config: the composed configuration.
+        output: folder to copy the final checkpoint to, None for no copy.
 
-def run_compared(pipelines: list[Pipeline], config: DictConfig) -> list[Result]:
-    """Measure the sources of several pipelines inside one MLflow run and print one table with the
-    best in bold."""
-    return _run(pipelines, config, None)
-
-
-def _run(pipelines: list[Pipeline], config: DictConfig, output: Path | None) -> list[Result]:
+    Returns:
+        All checkpoints in order.
+    """
+    # local: these load torch, and a mistake is answered before
     from slim.evaluation.compare import compare, name_apart
     from slim.report.card import write_card
-    from slim.report.side_by_side import comparison_files
-    from slim.report.table import json_table, markdown_table, samples_text
 
-    pipeline, compared, point = pipelines[0], len(pipelines) > 1, sweeps.active()
+    first = pipelines[0]
+    compared = len(pipelines) > 1
     try:
-        with start_tracker(pipelines, config) as tracker:
-            resolved = OmegaConf.to_container(config, resolve=True)
-            tracker.log_settings(resolved, OmegaConf.to_yaml(config, resolve=True), overrides())
-            results = [result for each in pipelines for result in each.run(tracker)]
+        with start_tracker(first.store.root, chains, config) as tracker:
+            log_settings(tracker, config)
+            results = []
+            for pipeline in pipelines:
+                results.extend(pipeline.run(tracker))
             name_apart(results)
-            comparison = compare(results, pipeline.evaluation, pipeline.store, pipeline.device)
-            files = {
-                "results.md": markdown_table(results, compared),
-                "results.json": json_table(results),
-            }
-            if results[0].quality.get("samples"):
-                files["samples.md"] = samples_text(results)
-            summary = {} if compared else results[-1].metrics
-            if point is not None:
-                files["final.json"] = point.keep(results[-1])
-            tags = {"slim.folder": str(results[-1].checkpoint.folder)}
-            tracker.log_summary(
-                {**summary, **comparison.metrics()},
-                {**files, **comparison_files(comparison, results)},
-                tags,
-            )
+            comparison = compare(results, first.evaluation, first.store, first.device)
+            record_results(tracker, results, comparison, compared)
             if not compared:
                 draw_chain(results, tracker)
                 write_card(results, overrides(), script())
             if output is not None:
                 copy_result(results[-1], output)
-            if point is None:  # a sweep ends in one table over its points
+            if sweeps.active() is None:  # a sweep ends in one table over its points
                 print_results(results, tracker, output, comparison, compared)
-            if comparison.error is not None:
+            if comparison.error is not None:  # the table comes first: it is what was asked for
                 raise comparison.error
     except OSError as error:
-        reraise_full_disk(error, pipeline.store.root)
+        reraise_full_disk(error, first.store.root)
         raise
     return results
 
 
+def start_tracker(root: Path, chains: list[list[Step]], config: DictConfig) -> Tracker:
+    """Return the tracker of a run: by itself, or below that of the sweep it is a point of.
+
+    Args:
+        root: the store.
+        chains: the plans of what is run.
+        config: the composed configuration.
+    """
+    from slim.tracking.tracker import Tracker, published_tag  # local: MLflow
+
+    point = sweeps.active()
+    if point is not None:
+        return point.tracker(config, point_name(chains, config))
+    settings = config.tracking
+    name = settings.run_name or run_name(chains)
+    return Tracker(root, settings.experiment, name, settings.uri, published_tag(config))
+
+
+def run_name(chains: list[list[Step]]) -> str:
+    """Name a run by its chain, or by the checkpoints that it compares."""
+    return ", ".join(chain_name(steps) for steps in chains)[:NAME_LIMIT]
+
+
+def log_settings(tracker: Tracker, config: DictConfig) -> None:
+    """Record the resolved settings and what was typed."""
+    resolved = OmegaConf.to_container(config, resolve=True)
+    tracker.log_settings(resolved, OmegaConf.to_yaml(config, resolve=True), overrides())
+
+
+def record_results(
+    tracker: Tracker, results: list[Result], comparison: Comparison, compared: bool
+) -> None:
+    """Record tables, sample answers and figures of the whole run.
+
+    Args:
+        tracker: of the run.
+        results: all checkpoints in order.
+        comparison: what was found between them.
+        compared: whether they are checkpoints side by side instead of a chain.
+    """
+    from slim.report.side_by_side import comparison_files
+    from slim.report.table import json_table, markdown_table, samples_text
+
+    final = results[-1]
+    files = {"results.md": markdown_table(results, compared), "results.json": json_table(results)}
+    if results[0].quality.get("samples"):
+        files["samples.md"] = samples_text(results)
+    point = sweeps.active()
+    if point is not None:
+        files["final.json"] = point.keep(final)
+    files.update(comparison_files(comparison, results))
+    metrics = {} if compared else dict(final.metrics)
+    metrics.update(comparison.metrics())
+    tracker.log_summary(metrics, files, {"slim.folder": str(final.checkpoint.folder)})
+
+
 def draw_chain(results: list[Result], tracker: Tracker) -> None:
-    """Put the picture of perplexity and tasks before and after every step beside the run."""
-    from slim.report.chain_plot import plot_chain
+    """Record the picture of perplexity and tasks before and after every step."""
+    from slim.report.chain_plot import plot_chain  # local: matplotlib
 
     with TemporaryDirectory() as scratch:
         if plot_chain(Path(scratch) / "chain.png", results):
             tracker.log_files(Path(scratch))
 
 
-def start_tracker(pipelines: list[Pipeline], config: DictConfig) -> Tracker:
-    """Return the tracker of a run: by itself, or below that of the sweep it is a point of."""
-    from slim.tracking.tracker import Tracker, published_tag
-
-    point, settings = sweeps.active(), config.tracking
-    if point is not None:
-        return point.tracker(
-            config, point_name([pipeline.plan() for pipeline in pipelines], config)
-        )
-    tags = published_tag(config)
-    return Tracker(
-        pipelines[0].store.root,
-        settings.experiment,
-        settings.run_name or run_name(),
-        settings.uri,
-        tags,
-    )
-
-
 def overrides() -> list[str]:
     """Return what was typed, or an empty list outside a Hydra job."""
     from hydra.core.hydra_config import HydraConfig
 
-    return typed(HydraConfig.get()) if HydraConfig.initialized() else []
+    if not HydraConfig.initialized():
+        return []
+    return typed(HydraConfig.get())
 
 
 def script() -> str:
     """Return the file of the command that runs."""
     from hydra.core.hydra_config import HydraConfig
 
-    return f"{HydraConfig.get().job.config_name if HydraConfig.initialized() else 'compress'}.py"
-
-
-def run_name() -> str | None:
-    """Name a run by what was typed."""
-    return " ".join(overrides())[:200] or None
+    if not HydraConfig.initialized():
+        return "compress.py"
+    return f"{HydraConfig.get().job.config_name}.py"
 
 
 def print_results(
-    results: list[Result], tracker, output: Path | None, comparison, compared: bool
+    results: list[Result],
+    tracker: Tracker,
+    output: Path | None,
+    comparison: Comparison,
+    compared: bool,
 ) -> None:
     """Print the table, what it cannot show, where the final checkpoint is, and how to browse the
-    runs."""
+    runs.
+
+    Args:
+        results: all checkpoints in order.
+        tracker: of the run.
+        output: where the final checkpoint was copied to, None for nowhere.
+        comparison: what was found between the checkpoints.
+        compared: whether they are checkpoints side by side instead of a chain.
+    """
     from slim.report.side_by_side import differences_table, notes
     from slim.report.table import terminal_table
 
@@ -167,25 +222,30 @@ def print_results(
     if compared and any(comparison.differences.values()):
         out.print(differences_table(comparison, results[0].label))
     for note in notes(results, comparison):
-        out.print(note, highlight=False, markup=False, soft_wrap=True)
+        show_line(out, note)
     if not compared:
-        out.print(
-            f"final checkpoint: {output or results[-1].checkpoint.folder}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    out.print(f"browse the runs:  {tracker.ui_command}", highlight=False, soft_wrap=True)
+        show_line(out, f"final checkpoint: {output or results[-1].checkpoint.folder}")
+    for line in tracker.browse_lines():
+        show_line(out, line)
+
+
+def show_line(out: Console, text: str) -> None:
+    """Print plain text as one line, however long: what is to be copied must not be broken."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def check_output(output: str | None) -> Path | None:
-    """Return the folder to copy the result to. Raises ``SlimError`` if it exists, before any
-    work."""
+    """Return the folder to copy the result to.
+
+    Raises:
+        SlimError: when it exists; before any work.
+    """
     if output is None:
         return None
     path = Path(output).expanduser().absolute()
     if path.exists():
         raise SlimError(
-            f"output={output} exists already. Give a folder that does not, or remove it first."
+            f"output={output} exists already. Give a new folder, or remove this one first."
         )
     return path
 

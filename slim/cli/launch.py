@@ -1,7 +1,7 @@
 """From the command line to the pipeline: ``quant`` for ``quantizer``, short errors, exit codes.
 
 Exit codes: 0 done, 1 an error inside slim (with its traceback), 2 a mistake in the command or a
-limit of the machine, 130 interrupted."""
+limit of the machine, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from omegaconf import DictConfig
 from slim.chain.compose import CONF, expand_alias
 from slim.chain.explain import explain
 from slim.cli.experiments import check_experiments
-from slim.core.console import fail
+from slim.cli.signals import end_in_order, exit_code
+from slim.core.console import fail, never_fail_on_a_character
+from slim.core.errors import Terminated
 
 
 def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Run ``task`` with the configuration of this process' command line and end the process with
-    the exit code."""
-    import hydra
+    """Run a task with the configuration of this process' command line and end the process with the
+    exit code.
+
+    Args:
+        config_name: the command: ``compress``, ``train`` or ``evaluate``.
+        task: what to do with the composed configuration.
+    """
+    never_fail_on_a_character()
+    end_in_order()
+    import hydra  # local: importing takes a while, and a signal may come meanwhile
 
     sys.argv[1:] = expand_alias(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to us
@@ -46,7 +55,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except KeyboardInterrupt as error:
         close_sweep(error)
-        fail("Interrupted. Finished stages are kept; the same command goes on from there.", 130)
+        word = "Terminated" if isinstance(error, Terminated) else "Interrupted"
+        fail(f"{word}. Finished stages are kept; the same command resumes there.", exit_code(error))
     except Exception as error:
         close_sweep(error)
         message = explain(error, config_name, arguments)

@@ -19,3 +19,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal that asks the process to end (SIGTERM, SIGHUP). It ends like Ctrl-C: state is saved,
+    the run is closed as killed.
+
+    Attributes:
+        signal: the signal's number; the exit code is 128 more.
+    """
+
+    def __init__(self, signal: int):
+        super().__init__(f"signal {signal}")
+        self.signal = signal

@@ -145,15 +145,15 @@ def replay(outcome: Outcome, step: int, metric: Callable, advance: Callable) -> 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt: Lightning turns it into ``sys.exit(1)`` and leaves the
-    signal ignored."""
+    """Let Ctrl-C and SIGTERM be what they were raised as: Lightning turns a KeyboardInterrupt into
+    ``sys.exit(1)`` and leaves the signal ignored."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if main else None
     try:
         yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+            raise error.__context__ from None
         raise
     finally:
         if main and handler is not None:
