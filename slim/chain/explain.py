@@ -7,7 +7,7 @@ import re
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from slim.chain.compose import CONF, compose, config_dirs
+from slim.chain.compose import CONF, compose
 from slim.core.errors import SlimError, did_you_mean
 
 PLUGINS = {  # choices that optional packages bring: package, extra of ours
@@ -15,34 +15,53 @@ PLUGINS = {  # choices that optional packages bring: package, extra of ours
     "submitit_slurm": ("hydra-submitit-launcher", "cluster"),
     "optuna": ("hydra-optuna-sweeper", "search"),
 }
+# settings outside all groups that a user may have meant
+GENERAL = ("seed", "device", "plan", "store", "output", "ignore_limits", "tracking")
+# settings that the choices of another group bring
+BROUGHT_BY = {"budget": "hparams_search", "search": "hparams_search"}
+SETS = re.compile(r"^[+~]{0,2}[A-Za-z_]")  # how an override begins
+
+
+def check_form(arguments: list[str]) -> None:
+    """Raise ``SlimError`` for an argument that names no setting, which Hydra answers with a
+    traceback."""
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-") and not SETS.match(argument):
+            raise SlimError(f"'{argument}' names no setting. Type it as group.setting=value.")
 
 
 def explain(error: BaseException, config_name: str, arguments: list[str]) -> str | None:
-    """Return one or two lines for a mistake of the user, or None for an error of slim's own."""
-    from hydra.errors import (
+    """Return one or two lines for a mistake of the user, or None for an error of slim's own.
+
+    Args:
+        error: what was raised.
+        config_name: the command: ``compress``, ``train`` or ``evaluate``.
+        arguments: what was typed.
+    """
+    from hydra.errors import (  # local: Hydra is not needed to import this file
         ConfigCompositionException,
         HydraException,
         InstantiationException,
         MissingConfigException,
+        OverrideParseException,
     )
 
-    chain = _causes(error)
-    for link in chain:
-        if isinstance(link, SlimError):
-            return str(link)
+    causes = _causes(error)
+    for cause in causes:
+        if isinstance(cause, SlimError):
+            return str(cause)
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        if choice in PLUGINS and choice not in error.options:
-            package, extra = PLUGINS[choice]
-            return f"{group}={choice} needs the package {package}, which is not installed: pip install -e '.[{extra}]'"
-        return f"{group}={choice} is not possible. Allowed: {', '.join(error.options)}.{did_you_mean(choice, error.options)}"
+        return _explain_choice(str(error.missing_cfg_file), error.options)
+    if isinstance(error, OverrideParseException):
+        return _explain_form(error.override)
     if isinstance(error, ConfigCompositionException):
         return _explain_override(error, config_name, arguments)
-    if isinstance(error, InstantiationException) and isinstance(chain[-1], TypeError):
-        return f"{_first_line(chain[-1])} (in {error.args[0].splitlines()[-1]})"
-    if isinstance(error, (HydraException, OmegaConfBaseException)) and not isinstance(
-        error, InstantiationException
-    ):
+    if isinstance(error, InstantiationException):
+        # a setting that the class does not have; what else a class raises is an error of its own
+        if isinstance(causes[-1], TypeError):
+            return f"{_first_line(causes[-1])} (in {error.args[0].splitlines()[-1]})"
+        return None
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _first_line(error)
     return None
 
@@ -59,28 +78,81 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
+def _explain_choice(path: str, options: list[str]) -> str:
+    """Say which choices a group has, or which package brings the one that was meant."""
+    group, _, choice = path.rpartition("/")
+    if choice in PLUGINS and choice not in options:
+        package, extra = PLUGINS[choice]
+        return (
+            f"{group}={choice} needs the package {package}, which is not installed.\n"
+            f"Install it: pip install -e '.[{extra}]'"
+        )
+    shown = [option for option in options if not option.startswith("_")]
+    return f"{group}={choice}: must be one of {', '.join(shown)}.{did_you_mean(choice, shown)}"
+
+
+def _explain_form(override: str) -> str:
+    """Say how to type a value with characters that mean something to Hydra."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"'{override}' sets nothing. Type it as group.setting=value."
+    if not re.fullmatch(r"[+~]{0,2}[\w/@.-]+", key) or ".." in key:
+        return f"'{key}' is no name of a setting. Type it as group.setting=value."
+    if value.startswith("="):
+        return f"{override} has '=' twice. Type {key}={value.lstrip('=')}"
+    if value.startswith(("[", "{")):
+        return f"{override}: the list or mapping is not closed or has an unquoted character in it."
+    return f"{override}: the value has characters that need quotes. Type {quoted(key, value)}"
+
+
+def quoted(key: str, value: str) -> str:
+    """Return an override as it is typed in a shell where its value has special characters.
+
+    Args:
+        key: the setting.
+        value: any text; quotes around it or in it are kept as they are meant.
+    """
+    text = value.strip("'\"").replace("\\", "\\\\").replace('"', '\\"')
+    for_shell = f'{key}="{text}"'.replace("'", "'\\''")
+    return f"'{for_shell}'"
+
+
 def _explain_override(error: BaseException, config_name: str, arguments: list[str]) -> str:
     """Name the setting or group that does not exist, what there is instead, and the nearest
     name."""
-    found = re.search(r"Could not (?:override|find|delete|append) '([^']+)'", str(error))
-    key = found.group(1).split("@")[0] if found else None
-    if key is None:
+    several = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", str(error))
+    if several is not None:
+        return _explain_commas(*several.groups())
+    swept = re.search(r"Sweep parameters '([^']+)' requires --multirun", str(error))
+    if swept is not None:
+        return f"{swept.group(1)} is a sweep over several values: add -m to the command."
+    missing = re.search(r"Could not (?:override|find|delete|append) '([^']+)'", str(error))
+    if missing is None:
         return _first_line(error)
+    key = missing.group(1).split("@")[0]
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    if key in groups:
+        return _first_line(error)
     if "." not in key:
-        known = [*groups, "seed", "device", "plan", "store", "output", "ignore_limits", "tracking"]
-        if key in groups:
-            return _first_line(error)
-        return f"There is no group or setting '{key}'. There are: {', '.join(known)}.{did_you_mean(key, known)}"
+        known = [*groups, *GENERAL]
+        hint = did_you_mean(key, known)
+        return f"There is no group or setting '{key}'. There are: {', '.join(known)}.{hint}"
     parent, _, name = key.rpartition(".")
     known = _settings_below(parent, config_name, arguments)
     if not known:
-        group = {"budget": "hparams_search", "search": "hparams_search"}.get(
-            parent, parent.split(".")[0]
-        )
+        group = BROUGHT_BY.get(parent, parent.split(".")[0])
         return f"There is no setting '{key}': {parent} has no settings. Choose one with {group}=..."
+    hint = did_you_mean(name, known)
+    return f"{parent} has no setting '{name}'. It has: {', '.join(known)}.{hint}"
+
+
+def _explain_commas(key: str, value: str) -> str:
+    """Say what a value with commas may mean."""
+    if "." not in key:  # a group has one choice
+        return f"{key}={value} are several choices. Add -m to the command to run one after another."
     return (
-        f"{parent} has no setting '{name}'. It has: {', '.join(known)}.{did_you_mean(name, known)}"
+        f"{key}={value} are several values. Add -m to the command to run one after another;\n"
+        f"a list is {key}=[{value}], a text with a comma {quoted(key, value)}"
     )
 
 
@@ -89,11 +161,9 @@ def _settings_below(node: str, config_name: str, arguments: list[str]) -> list[s
     command line."""
     choices = [argument for argument in arguments if re.match(r"^\+?[a-z_/]+=[\w/]+$", argument)]
     try:
-        settings = OmegaConf.select(compose(config_name, choices, config_dirs(arguments)), node)
+        settings = OmegaConf.select(compose(config_name, choices), node)
     except Exception:
         return []
-    return (
-        [str(key) for key in settings if not str(key).startswith("_")]
-        if isinstance(settings, DictConfig)
-        else []
-    )
+    if not isinstance(settings, DictConfig):
+        return []
+    return [str(key) for key in settings if not str(key).startswith("_")]

@@ -132,7 +132,7 @@ class ExperimentFile:
         if choice is None or any(self.files(f"{group}/{INTERPOLATION.sub('*', str(choice))}")):
             return
         known = sorted(path.stem for path in self.files(f"{group}/*"))
-        self.fail(f"{group}: {choice} is not possible", known, str(choice).rpartition("/")[2])
+        self.fail(f"there is no {group}={choice}", known, str(choice).rpartition("/")[2])
 
     def check_setting(self, group: str, name: str, known: list[str]) -> None:
         """Check that some choice of a group has a setting."""

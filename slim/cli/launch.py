@@ -13,10 +13,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from slim.chain.compose import CONF, expand_alias
-from slim.chain.explain import explain
+from slim.chain.explain import check_form, explain
 from slim.cli.experiments import check_experiments
+from slim.cli.help import help_page, is_asked_for
 from slim.cli.signals import end_in_order, exit_code
-from slim.core.console import fail, never_fail_on_a_character
+from slim.core.console import fail, never_fail_on_a_character, output_may_be_cut
 from slim.core.errors import Terminated
 
 
@@ -52,6 +53,11 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     try:
         check_experiments(arguments, CONF, config_name)
+        if is_asked_for(arguments):
+            with output_may_be_cut():
+                print(help_page(config_name, arguments), end="")
+            sys.exit(0)
+        check_form(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except KeyboardInterrupt as error:
         close_sweep(error)
@@ -70,7 +76,9 @@ def close_sweep(error: BaseException | None = None) -> int:
     """End the sweep that this process was started for, if any; return the exit code for its
     points."""
     sweep = sys.modules.get("slim.sweeps.sweep")  # not imported where there is no sweep
-    return sweep.close_current(error) if sweep is not None else 0
+    if sweep is None:
+        return 0
+    return sweep.close_current(error)
 
 
 def is_sweep() -> bool:

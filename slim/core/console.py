@@ -9,13 +9,14 @@ never ends a run.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -65,15 +66,40 @@ def never_fail_on_a_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def output_may_be_cut() -> Iterator[None]:
+    """Let the body end without an error where whoever reads standard output has seen enough, as
+    ``| head`` does. Nothing more is written then."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _write_nowhere(sys.stdout)
+
+
+def _write_nowhere(stream: TextIO) -> None:
+    """Let what is still written to a closed stream go nowhere, also at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def console():
     """Return the rich console on standard error. Messages go through :func:`say` and
     :func:`warn`."""
     global _console
     if _console is None:
-        from rich.console import Console  # local: --help does without rich
-
-        _console = Console(stderr=True)
+        _console = _make_console(stderr=True)
     return _console
+
+
+def _make_console(**settings):
+    from rich.console import Console  # local: --help does without rich
+
+    class PatientConsole(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process, with its work
+            self.quiet = True
+            _write_nowhere(self.file)
+
+    return PatientConsole(**settings)
 
 
 _console = None
@@ -85,12 +111,10 @@ def results_console(width: int = 160):
     Args:
         width: characters per line where standard output is a file; a terminal has its own width.
     """
-    from rich.console import Console  # local: --help does without rich
-
     never_fail_on_a_character()
     if sys.stdout.isatty():
-        return Console()
-    return Console(width=width)
+        return _make_console()
+    return _make_console(width=width)
 
 
 def _log(level: int, message: str, head: str, head_style: str, style: str) -> None:

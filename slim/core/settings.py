@@ -11,28 +11,62 @@ from slim.core.errors import SlimError, did_you_mean
 
 
 def require_choice(setting: str, value: Any, allowed: Collection) -> None:
-    """Require ``value`` to be one of ``allowed``."""
+    """Require a setting to have one of the allowed values.
+
+    Args:
+        setting: its name as the user types it, such as ``quant.bits``.
+        value: what it was set to.
+        allowed: the values that it may have.
+
+    Raises:
+        SlimError: when it has another one.
+    """
     if value not in allowed:
         shown = ", ".join(str(choice) for choice in allowed)
         hint = did_you_mean(str(value), [str(choice) for choice in allowed])
-        raise SlimError(f"{setting}={value} is not possible. Allowed: {shown}.{hint}")
+        raise SlimError(f"{setting}={value}: must be one of {shown}.{hint}")
 
 
 def require_number(
     setting: str, value: Any, low: float, high: float = float("inf"), integer: bool = False
 ) -> None:
-    """Require ``low <= value <= high`` (both included), and a whole number where ``integer``."""
-    kind = "a whole number" if integer else "a number"
-    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+    """Require a setting to be a number within limits.
+
+    Args:
+        setting: its name as the user types it.
+        value: what it was set to.
+        low: the least that it may be.
+        high: the most that it may be.
+        integer: whether it must be a whole number.
+
+    Raises:
+        SlimError: when it is something else.
+    """
+    kind = "a number"
+    types = (int, float)
+    if integer:
+        kind = "a whole number"
+        types = int
+    number = isinstance(value, types) and not isinstance(value, bool)
     if not number or not low <= value <= high:
-        limit = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
-        raise SlimError(f"{setting}={value} is not possible. It takes {kind} {limit}.")
+        limit = f"from {low} to {high}"
+        if high == float("inf"):
+            limit = f"of at least {low}"
+        raise SlimError(f"{setting}={value}: must be {kind} {limit}.")
 
 
 def require_flag(setting: str, value: Any) -> None:
-    """Require true or false."""
+    """Require a setting to be true or false.
+
+    Args:
+        setting: its name as the user types it.
+        value: what it was set to.
+
+    Raises:
+        SlimError: when it is something else.
+    """
     if not isinstance(value, bool):
-        raise SlimError(f"{setting}={value} is not possible. Allowed: true, false.")
+        raise SlimError(f"{setting}={value}: must be true or false.")
 
 
 def cache_key(value: Any) -> Any:

@@ -91,7 +91,7 @@ class DepthPruning(Stage):
     def __post_init__(self) -> None:
         if isinstance(self.blocks, float) and not is_share(self.blocks):
             raise SlimError(
-                f"pruner.blocks={self.blocks} is not possible. It takes a whole number of at least 1, or a share of the blocks "
+                f"pruner.blocks={self.blocks}: must be a whole number of at least 1, or a share of the blocks "
                 "above 0 and below 1."
             )
         for name, low in (("blocks", 1), ("protect_first", 0), ("protect_last", 0)):

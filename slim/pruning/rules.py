@@ -66,7 +66,7 @@ def block_list(setting: str, value: Any) -> list[int] | None:
         return None
     if isinstance(value, (str, int)) or not isinstance(value, Collection):
         raise SlimError(
-            f"{setting}={value} is not possible. It takes a list of block numbers, such as {setting}=[3,4]."
+            f"{setting}={value}: must be a list of block numbers, such as {setting}=[3,4]."
         )
     for block in value:
         require_number(f"{setting} with block", block, 0, integer=True)

@@ -126,7 +126,7 @@ class WeightPruning(Stage):
         number = isinstance(self.sparsity, (int, float)) and not isinstance(self.sparsity, bool)
         if self.sparsity is not None and not (number and 0 < self.sparsity < 1):
             raise SlimError(
-                f"pruner.sparsity={self.sparsity} is not possible. It takes a number between 0 and 1, such as 0.5: the "
+                f"pruner.sparsity={self.sparsity}: must be a number between 0 and 1, such as 0.5: the "
                 "share of weights that become zero. Use pruner=none to leave the model as it is."
             )
         if (self.n is None) != (self.m is None):

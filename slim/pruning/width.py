@@ -70,7 +70,7 @@ class WidthPruning(Stage):
         number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
         if not number or not 0 < self.ratio < 1:
             raise SlimError(
-                f"pruner.ratio={self.ratio} is not possible. It takes a number between 0 and 1, such as 0.25: the "
+                f"pruner.ratio={self.ratio}: must be a number between 0 and 1, such as 0.25: the "
                 "share of heads and MLP channels that goes. Use pruner=none to leave the model as it is."
             )
         for name in ("first_block", "last_block"):

@@ -37,7 +37,7 @@ def check_overrides(overrides: Mapping) -> None:
     has."""
     if not isinstance(overrides, Mapping):
         raise SlimError(
-            f"quant.overrides={overrides} is not possible. It maps layer names to settings, such as "
+            f"quant.overrides={overrides}: must map layer names to settings, such as "
             "'quant.overrides={*.down_proj:{bits:8}}'."
         )
     for pattern, settings in overrides.items():

@@ -36,7 +36,7 @@ class Search:
             self.objectives
         ):
             raise SlimError(
-                f"search.objectives={self.objectives} is not possible. It takes one to {MOST} different metrics, "
+                f"search.objectives={self.objectives}: must be one to {MOST} different metrics, "
                 "such as [perplexity,bytes_on_disk]."
             )
 

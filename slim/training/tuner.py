@@ -101,7 +101,7 @@ class Tuner(Stage):
         self.betas = tuple(self.betas)
         if len(self.betas) != 2:
             shown = f"{self.setting('betas')}={list(self.betas)}"
-            raise SlimError(f"{shown} is not possible. It takes two numbers from 0 to 0.9999.")
+            raise SlimError(f"{shown}: must be two numbers from 0 to 0.9999.")
         for beta in self.betas:
             require_number(self.setting("betas"), beta, 0, 0.9999)
         require_number(self.setting("validate_every"), self.validate_every, 1, integer=True)

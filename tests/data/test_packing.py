@@ -324,7 +324,7 @@ def test_empty_text_is_refused(tmp_path, tokenizer):
     [
         (lambda: TextData(), "needs data.text="),
         (lambda: TextData(text="missing.txt"), "There is no text missing.txt"),
-        (lambda: TinyChat(long="split"), "data.long=split is not possible. Allowed: cut, drop"),
+        (lambda: TinyChat(long="split"), "data.long=split: must be one of cut, drop"),
         (lambda: Pairs(text="org/name", validation_fraction=0.9), "from 0.001 to 0.5"),
         (lambda: TinyText(seed=-1), "data.seed=-1"),
     ],

@@ -310,7 +310,7 @@ def test_a_teacher_that_cannot_teach_is_refused(teacher, student):
         Lora(**by(teacher, match=Matching(hidden=1, layers=[0, 7]))).check(spec)
     with pytest.raises(SlimError, match="not ascending"):
         Matching(layers=[2, 1])
-    with pytest.raises(SlimError, match="teacher.train=both is not possible"):
+    with pytest.raises(SlimError, match="teacher.train=both: must be"):
         distill(train="both", data=TinyText(), base=Source("tiny"))
 
 

@@ -284,7 +284,7 @@ def test_evaluate_measures_several_checkpoints_in_one_table(small_llama, tmp_pat
         (["model.source=[tiny]", "plan=true"], "take one checkpoint"),
         (["model.source=[tiny]", "quant=rtn"], "measured as they are"),
         (["eval=judged", "eval.judge.model=m"], "is no checkpoint folder"),
-        (["eval.speed=fast"], "eval.speed=fast is not possible"),
+        (["eval.speed=fast"], "eval.speed=fast: must be"),
         (["eval.local_data=/no/folder", "eval.tasks.names=[piqa]"], "is not a folder"),
     ],
 )

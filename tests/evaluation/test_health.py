@@ -199,6 +199,6 @@ def test_the_prompts_of_the_thesis(small_llama):
     seconds = first + steps / found["decode_tokens_per_second"]
     assert found["whole_length_tokens_per_second"] == pytest.approx(200 / seconds, rel=1e-6)
     with pytest.raises(
-        SlimError, match="eval.speed=thesys is not possible. Allowed: thesis. Did you mean thesis"
+        SlimError, match="eval.speed=thesys: must be one of thesis. Did you mean thesis"
     ):
         Evaluation(speed="thesys")

@@ -290,7 +290,7 @@ def test_zeros_come_back_after_training(small_llama, tmp_path):
     ("settings", "message"),
     [
         *(
-            ({"sparsity": value}, f"pruner.sparsity={value} is not possible")
+            ({"sparsity": value}, f"pruner.sparsity={value}: must be")
             for value in (0, 1, -0.5, "x", True)
         ),
         ({"n": 2}, "belong together"),

@@ -571,7 +571,7 @@ def test_identity_holds_what_counts_and_nothing_else(calibration):
     ("settings", "message"),
     [
         *(
-            ({"ratio": ratio}, f"pruner.ratio={ratio} is not possible")
+            ({"ratio": ratio}, f"pruner.ratio={ratio}: must be")
             for ratio in (0, 1, -0.1, 1.5, "half", True)
         ),
         ({"first_block": -1}, "pruner.first_block=-1"),

@@ -138,7 +138,7 @@ def test_a_point_that_cannot_be_is_recorded_and_the_others_run(sweep, tmp_path):
     assert states.pop("quantizer=rtn quantizer.bits=4") == ("FINISHED", "")
     assert states["quantizer=rtn quantizer.bits=5"] == (
         "FAILED",
-        "quant.bits=5 is not possible. Allowed: 2, 3, 4, 8, auto.",
+        "quant.bits=5: must be one of 2, 3, 4, 8, auto.",
     )
     assert all(states[f"quantizer=none quantizer.bits={bits}"][0] == "FAILED" for bits in (4, 5))
     assert "has no settings" in states["quantizer=none quantizer.bits=4"][1]

@@ -489,7 +489,7 @@ def test_blocks_of_different_sizes_are_tuned(small_llama, tmp_path, tuner):
             "batch_tokens=1000 is no multiple .* = 256. Use for example tuner.batch_tokens=768",
         ),
         (dict(learning_rate=0), "tuner.learning_rate=0"),
-        (dict(schedule="cosin"), "tuner.schedule=cosin is not possible.*Did you mean cosine"),
+        (dict(schedule="cosin"), "tuner.schedule=cosin: must be.*Did you mean cosine"),
         (dict(warmup=2), "tuner.warmup=2"),
         (dict(betas=[0.9]), "tuner.betas"),
         (dict(r=0), "tuner.r=0"),
