@@ -11,6 +11,7 @@ import os
 import shlex
 import sqlite3
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
@@ -119,11 +120,13 @@ def _database_client(uri: str, path: Path) -> MlflowClient:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # two processes creating the tables at once kill one another
         _use_write_ahead_log(path)
-        escaped = Path(uri.removeprefix(SQLITE)).parent
-        was_there = escaped.exists()
+        # MLflow makes the folders of the address as it is written, also where it has escapes
+        written = Path(uri.removeprefix(SQLITE))
+        new = [folder for folder in written.parents if not folder.exists()]
         client = _answering_client(uri)
-        if not was_there and escaped.is_dir() and not any(escaped.iterdir()):
-            escaped.rmdir()  # MLflow makes the folder of the address as it is written
+        for folder in new:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
         return client
 
 

@@ -440,7 +440,7 @@ def test_same_call_twice_gives_the_same_file(small_llama, calibration, tmp_path)
 
 
 def test_refusals():
-    with pytest.raises(SlimError, match=r"quant\.damping=2 .* from 0\.0 to 1\.0"):
+    with pytest.raises(SlimError, match=r"quant\.damping=2: .* from 0\.0 to 1\.0"):
         GPTQ(damping=2)
     with pytest.raises(SlimError, match=r"quant\.scaling=smooth: must be one of none, awq"):
         GPTQ(scaling="smooth")

@@ -14,7 +14,12 @@ from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
 from slim.tracking import connection
 from slim.tracking import offline_queue as outbox
-from slim.tracking.offline_queue import OfflineQueue, TrackingClient
+from slim.tracking.offline_queue import (
+    EXPERIMENT_KIND,
+    MODEL_DEVELOPMENT,
+    OfflineQueue,
+    TrackingClient,
+)
 from slim.tracking.tracker import Tracker
 from tests.support.stages import Scale
 from tests.support.tracked import client, fresh_store
@@ -93,12 +98,15 @@ def content(root: Path) -> list:
 def test_whenever_the_server_goes_the_next_run_sends_all_there_is_to_know(
     small_llama, tmp_path, server
 ):
+    kind = {EXPERIMENT_KIND: MODEL_DEVELOPMENT}
     healthy = server(fresh_store(tmp_path / "healthy"), None)
+    place = (tmp_path / "healthy" / "artifacts").as_uri()
+    client(tmp_path / "healthy").create_experiment("test", place, kind)
     track(tmp_path / "healthy", small_llama)
     expected = content(tmp_path / "healthy")
     assert len(expected) == 3 and healthy.calls > 15
     root = fresh_store(tmp_path / "runs")
-    client(root).create_experiment("test", (root / "artifacts").as_uri())
+    client(root).create_experiment("test", (root / "artifacts").as_uri(), kind)
     for lasts in range(1, healthy.calls, 8):
         before = len(content(root))
         fragile = server(root, lasts)
@@ -156,7 +164,7 @@ def test_sending_goes_on_where_it_was_broken_off(tmp_path, server):
         )
     box.close()
     fragile = server(fresh_store(tmp_path), None)
-    client(tmp_path).create_experiment("test")
+    client(tmp_path).create_experiment("test", tags={EXPERIMENT_KIND: MODEL_DEVELOPMENT})
     fragile.lasts = 2  # asks for the experiment, makes a run, and no more
     TrackingClient(tmp_path, SERVER).close()
     assert json.loads((box.folder / "state.json").read_text())["sent"] == 1
