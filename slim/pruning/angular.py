@@ -35,8 +35,14 @@ else:
 
 
 def angular_distance(states: torch.Tensor) -> torch.Tensor:
-    """Return the angle over pi between every two states: [..., n, hidden] -> float64 [..., n, n],
-    from 0 to 1."""
+    """Return the angle over pi between every two states, from 0 to 1.
+
+    Args:
+        states: [..., n, hidden].
+
+    Returns:
+        float64 [..., n, n].
+    """
     unit = torch.nn.functional.normalize(states.double(), dim=-1)
     return torch.arccos((unit @ unit.mT).clamp(-1, 1)) / torch.pi
 
@@ -44,8 +50,12 @@ def angular_distance(states: torch.Tensor) -> torch.Tensor:
 def choose_run(distances: Iterable[Sequence[float]]) -> tuple[int, int]:
     """Return (start, end) of the smallest distance; of equal ones the first.
 
-    distances: rows (start, end, distance), blocks ``start`` to ``end - 1`` being the run. Raises
-    ``SlimError`` for NaN."""
+    Args:
+        distances: rows (start, end, distance), blocks ``start`` to ``end - 1`` being the run.
+
+    Raises:
+        SlimError: for a distance that is not a number.
+    """
     rows = list(distances)
     require_numbers([distance for _, _, distance in rows])
     start, end, _ = min(rows, key=lambda row: row[2])  # min returns the first of equal rows
@@ -55,19 +65,34 @@ def choose_run(distances: Iterable[Sequence[float]]) -> tuple[int, int]:
 def candidate_runs(
     blocks: int, length: int, protected: Iterable[int] = ()
 ) -> list[tuple[int, int]]:
-    """Return (start, end) of every run of ``length`` blocks without a protected one."""
-    forbidden = set(protected)
-    runs = ((start, start + length) for start in range(blocks - length + 1))
-    return [run for run in runs if forbidden.isdisjoint(range(*run))]
+    """Return (start, end) of every run without a protected block.
+
+    Args:
+        blocks: depth of the model.
+        length: blocks in a run.
+        protected: blocks that stay.
+    """
+    protected = set(protected)
+    runs = []
+    for start in range(blocks - length + 1):
+        if protected.isdisjoint(range(start, start + length)):
+            runs.append((start, start + length))
+    return runs
 
 
 def state_distances(
     model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None
 ) -> torch.Tensor:
-    """Return the mean angular distance between the inputs of blocks i and j at the last token,
-    float64 [L + 1, L + 1].
+    """Return the mean angular distance between the inputs of every two blocks at the last token.
 
-    tokens: int64 [samples, length]. Row and column L stand for the output of the last block.
+    Args:
+        model: loaded.
+        family: of the model.
+        tokens: int64 [samples, length].
+        advance: called after every batch.
+
+    Returns:
+        float64 [L + 1, L + 1]; the last row and column stand for the output of the last block.
     """
     chain = BlockChain(model, family)
     total = torch.zeros(len(chain) + 1, len(chain) + 1, dtype=torch.float64)
@@ -79,8 +104,15 @@ def state_distances(
 
 
 def last_states(chain: BlockChain, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the inputs of all blocks and the output of the last at the last token, [samples, L +
-    1, hidden]."""
+    """Return the inputs of all blocks and the output of the last, at the last token.
+
+    Args:
+        chain: the model's blocks.
+        tokens: int64 [samples, length].
+
+    Returns:
+        [samples, L + 1, hidden].
+    """
     hidden = chain.enter(tokens)
     states = [hidden[:, -1]]
     for index in range(len(chain)):
@@ -106,11 +138,10 @@ class Angular(CalibratedDepthPruning):
 
     def removable(self, blocks: int) -> int:
         protected = self.protected(blocks)
-        return max(
-            length
-            for length in range(blocks)
-            if length == 0 or candidate_runs(blocks, length, protected)
-        )
+        for length in range(blocks - 1, 0, -1):
+            if candidate_runs(blocks, length, protected):
+                return length
+        return 0
 
     def choose(self, source: Checkpoint, context: Context) -> Choice:
         model, tokens = self.load(source, context)
@@ -118,17 +149,19 @@ class Angular(CalibratedDepthPruning):
             distances = state_distances(model, source.spec.family, tokens, advance).tolist()
         depth = source.spec.blocks
         length = self.wanted(depth)
-        runs = [
-            (start, end, distances[start][end])
-            for start, end in candidate_runs(depth, length, self.protected(depth))
-        ]
+        runs = []
+        for start, end in candidate_runs(depth, length, self.protected(depth)):
+            runs.append((start, end, distances[start][end]))
         start, end = choose_run(runs)
-        scores = [distances[first][first + length] for first in range(depth - length + 1)]
+        distances_by_length = by_length(distances)
         return Choice(
-            list(range(start, end)), scores, {"runs": runs, "distances": by_length(distances)}
+            removed=list(range(start, end)),
+            scores=distances_by_length[length - 1],
+            details={"runs": runs, "distances": distances_by_length},
         )
 
     def plot(self, path: Path, choice: Choice, depth: int) -> None:
+        # imports matplotlib
         from slim.core.figures import run_distances
 
         starts = [start for start, _, _ in choice.details["runs"]]
@@ -139,10 +172,16 @@ class Angular(CalibratedDepthPruning):
 
 
 def by_length(distances: list[list[float]]) -> list[list[float]]:
-    """Rearrange a matrix over two inputs into one row per run length 1 to L, each over the starts 0
-    to L - length."""
+    """Rearrange a matrix over two inputs by the length of the run between them.
+
+    Args:
+        distances: [L + 1, L + 1].
+
+    Returns:
+        A row per length from 1 to L, each over the starts from 0 to L - length.
+    """
     depth = len(distances) - 1
-    return [
-        [distances[start][start + length] for start in range(depth - length + 1)]
-        for length in range(1, depth + 1)
-    ]
+    rows = []
+    for length in range(1, depth + 1):
+        rows.append([distances[start][start + length] for start in range(depth - length + 1)])
+    return rows

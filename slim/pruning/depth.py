@@ -2,7 +2,7 @@
 choice, report.
 
 A criterion gives every block (or every run of blocks) a score; this file turns scores into the
-blocks that go, writes the shorter model and leaves scores and a picture beside it. Criteria:
+blocks that go, writes the shorter model and a table and a picture of the scores. Criteria:
 ``taylor.py``, ``magnitude.py``, ``ppl.py`` (Kim et al., "Shortened LLaMA", arXiv:2402.02834) and
 ``angular.py`` (Gromov et al., arXiv:2403.17887)."""
 
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from slim.calibration.loaded_blocks import batch_samples
+from slim.calibration.sequential import calibration_bytes
 from slim.checkpoints.checkpoint import REPORT, Checkpoint, open_checkpoint
 from slim.checkpoints.stage import Context, Stage
 from slim.checkpoints.writer import write_blocks
+from slim.core.console import progress_bar
 from slim.core.errors import SlimError
 from slim.core.settings import cache_key, dataclass_cache_key, require_flag, require_number
 from slim.data.calibration import Calibration
@@ -31,6 +33,7 @@ from slim.pruning.calibrated import (
     load_with_tokens,
     shard_bytes,
 )
+from slim.pruning.masks import inherited_mask
 from slim.pruning.rules import (
     block_list,
     default_blocks,
@@ -45,9 +48,10 @@ from slim.pruning.rules import (
 class Choice:
     """What a criterion decided.
 
-    removed: the blocks to remove, ascending. scores: one number per block (for runs: per start), or
-        empty.
-    details: further entries for the score file, plain JSON values.
+    Attributes:
+        removed: the blocks to remove, ascending.
+        scores: one number per block (for runs: per start), or empty.
+        details: further entries for the score file, plain JSON values.
     """
 
     removed: list[int]
@@ -59,17 +63,19 @@ class Choice:
 class DepthPruning(Stage):
     """Settings and steps of every depth criterion. Blocks are numbered from 0.
 
-    blocks: how many to remove, or which share of all blocks (above 0 and below 1), half rounded up,
-        at least 1; None: 6 of 32 in proportion to the depth.
-    protect_first, protect_last: this many blocks at the input and at the output are never removed;
-        None: 4 and 2 at 32 blocks and more, in proportion below, at least 1.
-    protect: the protected blocks as a list, in place of the two numbers.
-    remove: the blocks to remove as a list: nothing is scored.
-    reconstruct: fit a linear map over each gap on calibration text and fold it into the projection
-        in front of it.
-    damping: ridge of that fit, in means of the Gram matrix's diagonal.
-    macs_tokens: length of the forward whose multiply-accumulates are reported.
-    calibration: the text for ``reconstruct``.
+    Attributes:
+        blocks: how many to remove, or which share of all blocks (above 0 and below 1), half rounded
+            up, at least 1; None: 6 of 32 in proportion to the depth.
+        protect_first: so many blocks at the input are never removed; None: 4 at 32 blocks and more,
+            in proportion below, at least 1.
+        protect_last: the same at the output; None: 2.
+        protect: the protected blocks as a list, instead of the two numbers; None: the two count.
+        remove: the blocks to remove as a list: nothing is scored. None: the criterion chooses.
+        reconstruct: fit a linear map over each gap on calibration text and fold it into the
+            projection before it.
+        damping: ridge of that fit, 0 or more, in means of the Hessian's diagonal.
+        macs_tokens: tokens of the forward pass whose multiply-accumulates are reported.
+        calibration: the text for ``reconstruct``.
     """
 
     blocks: int | float | None = None
@@ -83,7 +89,7 @@ class DepthPruning(Stage):
     calibration: Calibration | None = None
 
     kind: ClassVar[str] = "prune"
-    criterion: ClassVar[str]  # name in facts and plots
+    criterion: ClassVar[str]  # name in metadata and plots
     score_label: ClassVar[str] = "score"  # what a score is, with its unit
     # why no more blocks can be removed, where protection alone does not tell
     limit_note: ClassVar[str] = ""
@@ -91,12 +97,14 @@ class DepthPruning(Stage):
     def __post_init__(self) -> None:
         if isinstance(self.blocks, float) and not is_share(self.blocks):
             raise SlimError(
-                f"pruner.blocks={self.blocks}: must be a whole number of at least 1, or a share of the blocks "
-                "above 0 and below 1."
+                f"pruner.blocks={self.blocks}: must be a whole number of at least 1, or a share of "
+                "the blocks above 0 and below 1."
             )
-        for name, low in (("blocks", 1), ("protect_first", 0), ("protect_last", 0)):
-            if getattr(self, name) is not None and not (name == "blocks" and is_share(self.blocks)):
-                require_number(f"pruner.{name}", getattr(self, name), low, integer=True)
+        if self.blocks is not None and not is_share(self.blocks):
+            require_number("pruner.blocks", self.blocks, 1, integer=True)
+        for name in ("protect_first", "protect_last"):
+            if getattr(self, name) is not None:
+                require_number(f"pruner.{name}", getattr(self, name), 0, integer=True)
         require_flag("pruner.reconstruct", self.reconstruct)
         require_number("pruner.damping", self.damping, 0)
         require_number("pruner.macs_tokens", self.macs_tokens, 1, integer=True)
@@ -111,7 +119,8 @@ class DepthPruning(Stage):
     def _check_lists(self) -> None:
         if self.protect is not None and (self.protect_first, self.protect_last) != (None, None):
             raise SlimError(
-                "pruner.protect names all protected blocks: leave pruner.protect_first and protect_last out."
+                "pruner.protect names all protected blocks: leave pruner.protect_first and "
+                "protect_last out."
             )
         if self.remove is None:
             return
@@ -121,12 +130,14 @@ class DepthPruning(Stage):
             )
         if self.blocks not in (None, len(self.remove)):
             raise SlimError(
-                f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. Give one of them."
+                f"pruner.remove names {len(self.remove)} blocks but pruner.blocks={self.blocks}. "
+                "Give one of them."
             )
         both = sorted(set(self.remove) & set(self.protect or ()))
         if both:
             raise SlimError(
-                f"pruner.remove and pruner.protect both name block {both[0]}. Take it out of one of them."
+                f"pruner.remove and pruner.protect both name block {both[0]}. "
+                "Take it out of one of them."
             )
 
     def cache_key(self) -> dict:
@@ -138,16 +149,15 @@ class DepthPruning(Stage):
                 "remove": self.remove,
                 "macs_tokens": self.macs_tokens,
             }
-        fitted = (
-            {"damping": self.damping, "calibration": cache_key(self.calibration)}
-            if self.reconstruct
-            else {}
-        )
-        unused = ("reconstruct", "damping", "calibration")
-        return {**{key: value for key, value in settings.items() if key not in unused}, **fitted}
+        for name in ("reconstruct", "damping", "calibration"):
+            settings.pop(name, None)
+        if self.reconstruct:
+            settings["damping"] = self.damping
+            settings["calibration"] = cache_key(self.calibration)
+        return settings
 
     def scoring_identity(self) -> dict:
-        """Return what determines the scores beside the fields."""
+        """Return what determines the scores besides the fields."""
         return {}
 
     def protected(self, blocks: int) -> list[int]:
@@ -155,8 +165,10 @@ class DepthPruning(Stage):
         if self.protect is not None:
             return self.protect
         first, last = self.default_ends(blocks)
-        first = first if self.protect_first is None else self.protect_first
-        last = last if self.protect_last is None else self.protect_last
+        if self.protect_first is not None:
+            first = self.protect_first
+        if self.protect_last is not None:
+            last = self.protect_last
         return [block for block in range(blocks) if block < first or block >= blocks - last]
 
     def default_ends(self, blocks: int) -> tuple[int, int]:
@@ -170,55 +182,57 @@ class DepthPruning(Stage):
 
     def wanted(self, blocks: int) -> int:
         """Return how many blocks of a model of ``blocks`` blocks are to be removed."""
-        return (
-            share_of_blocks(self.blocks, blocks)
-            if is_share(self.blocks)
-            else self.blocks or default_blocks(blocks)
-        )
+        if is_share(self.blocks):
+            return share_of_blocks(self.blocks, blocks)
+        return self.blocks or default_blocks(blocks)
 
     def check(self, spec: ModelSpec) -> None:
-        depth, family = spec.blocks, spec.family  # the family raises where it is unknown
+        depth = spec.blocks
+        spec.family  # noqa: B018 - raises where the family is unknown
         spec.require_plain("Prune first, quantize afterwards.")
-        if self.reconstruct and family.norms_outputs:
-            possible = ", ".join(
-                name for name, other in FAMILIES.items() if not other.norms_outputs
-            )
+        if self.reconstruct:
+            self._require_foldable(spec)
+        for setting, blocks in (("protect", self.protect), ("remove", self.remove)):
+            for block in blocks or ():
+                if block >= depth:
+                    raise SlimError(
+                        f"pruner.{setting} names block {block}: {spec.name} has blocks 0 to "
+                        f"{depth - 1}."
+                    )
+        if self.remove is None:
+            if self.wanted(depth) > self.removable(depth):
+                raise SlimError(self._too_many(spec))
+        elif len(self.remove) == depth:
             raise SlimError(
-                f"pruner.reconstruct=true cannot fold its map into a projection of {spec.name}: a norm follows it. "
-                f"Leave it out; it works for {possible}."
+                f"pruner.remove names all {depth} blocks of {spec.name}. At least one has to stay."
             )
-        for setting, named in (("protect", self.protect), ("remove", self.remove)):
-            outside = [block for block in named or () if block >= depth]
-            if outside:
-                raise SlimError(
-                    f"pruner.{setting} names block {outside[0]}: {spec.name} has blocks 0 to {depth - 1}."
-                )
-        if self.remove is not None:
-            if len(self.remove) == depth:
-                raise SlimError(
-                    f"pruner.remove names all {depth} blocks of {spec.name}. At least one has to stay."
-                )
-        elif self.wanted(depth) > self.removable(depth):
-            raise SlimError(self._too_many(spec))
+
+    def _require_foldable(self, spec: ModelSpec) -> None:
+        """Require that nothing but an addition follows the projection a map is folded into."""
+        if not spec.family.norms_outputs:
+            return
+        possible = ", ".join(name for name, family in FAMILIES.items() if not family.norms_outputs)
+        raise SlimError(
+            f"pruner.reconstruct=true cannot fold its map into a projection of {spec.name}: a norm "
+            f"follows it. Leave it out; it works for {possible}."
+        )
 
     def _too_many(self, spec: ModelSpec) -> str:
-        protected, most = self.protected(spec.blocks), self.removable(spec.blocks)
-        advice = (
-            f"Set pruner.blocks to at most {most}, or protect fewer"
-            if most > 0
-            else "Protect fewer"
-        )
+        """Return the message for more blocks than can be removed."""
+        protected = self.protected(spec.blocks)
+        most = max(0, self.removable(spec.blocks))
+        advice = "Protect fewer"
+        if most > 0:
+            advice = f"Set pruner.blocks to at most {most}, or protect fewer"
         return (
-            f"pruner.blocks={self.wanted(spec.blocks)} is too many: {spec.name} has {spec.blocks} blocks, protected "
-            f"{protected or 'none'}, so {max(0, most)} can be removed{self.limit_note}.\n"
+            f"pruner.blocks={self.wanted(spec.blocks)} is too many: {spec.name} has {spec.blocks} "
+            f"blocks, protected {protected or 'none'}, so {most} can be removed{self.limit_note}.\n"
             f"{advice} (pruner.protect_first=0 pruner.protect_last=0 protects none)."
         )
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
         if self.remove is not None:
-            return spec.with_blocks(
-                [block for block in range(spec.blocks) if block not in self.remove]
-            )
+            return spec.with_blocks(kept_blocks(spec.blocks, self.remove))
         return spec.with_blocks(list(range(spec.blocks - self.wanted(spec.blocks))))
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
@@ -227,33 +241,36 @@ class DepthPruning(Stage):
         return max(scoring, LIBRARY_BYTES + shard_bytes(spec) + fitting)
 
     def fitting_bytes(self, spec: ModelSpec) -> int:
-        """Estimate the peak memory of ``reconstruct``: a block, both hidden states, a projection's
-        inputs, the fit."""
-        from slim.calibration.sequential import calibration_bytes
-
-        samples, length = (
-            self.calibration.samples,
-            min(self.calibration.length, spec.context_length),
-        )
+        """Estimate the peak memory of ``reconstruct``, in bytes: a block, both hidden states, a
+        projection's inputs, the fit."""
+        samples = self.calibration.samples
+        length = min(self.calibration.length, spec.context_length)
+        block = 2 * 4 * spec.block_parameters()
+        states = calibration_bytes(spec, samples, length)
         inputs = 4 * samples * length * (spec.intermediate_size + spec.hidden_size)
         fit = 3 * 8 * spec.intermediate_size**2
-        return (
-            2 * 4 * spec.block_parameters()
-            + calibration_bytes(spec, samples, length)
-            + inputs
-            + fit
-        )
+        return block + states + inputs + fit
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         """Estimate the peak memory of scoring, in bytes."""
         raise NotImplementedError
 
     def choose(self, source: Checkpoint, context: Context) -> Choice:
-        """Score the blocks of ``source`` and choose which to remove."""
+        """Score the blocks of ``source`` and choose which to remove.
+
+        Args:
+            source: the model.
+            context: device and progress of the stage.
+        """
         return self.choose_by(self.scores(source, context), source.spec.blocks)
 
     def choose_by(self, scores: list[float], depth: int) -> Choice:
-        """Choose the blocks with the smallest of ``scores``, one score per block."""
+        """Choose the blocks with the smallest scores.
+
+        Args:
+            scores: one per block.
+            depth: number of blocks.
+        """
         order = removal_order(scores, self.protected(depth))
         return Choice(sorted(order[: self.wanted(depth)]), scores, {"order": order})
 
@@ -264,56 +281,68 @@ class DepthPruning(Stage):
     def run(self, source: Path, target: Path, context: Context) -> dict:
         checkpoint = open_checkpoint(source)
         self.check(checkpoint.spec)
-        choice = (
-            Choice(self.remove) if self.remove is not None else self.choose(checkpoint, context)
-        )
-        depth = checkpoint.spec.blocks
-        kept = [block for block in range(depth) if block not in choice.removed]
-        fitted = self._write(checkpoint, target, choice.removed, kept, context)
-        facts = {
-            "criterion": self.criterion if self.remove is None else "list",
+        criterion = self.criterion
+        if self.remove is None:
+            choice = self.choose(checkpoint, context)
+        else:
+            choice = Choice(self.remove)
+            criterion = "list"
+
+        gaps = self._write(checkpoint, target, choice.removed, context)
+        result = open_checkpoint(target)
+        metadata = {
+            "criterion": criterion,
             "removed_blocks": choice.removed,
-            "kept_blocks": kept,
+            "kept_blocks": kept_blocks(checkpoint.spec.blocks, choice.removed),
             "scores": choice.scores,
-            **fitted,
+            **gaps,
+            **inherited_mask(checkpoint, result, self._refitted(gaps)),
         }
-        account = before_and_after(checkpoint.spec, open_checkpoint(target).spec, self.macs_tokens)
+        account = before_and_after(checkpoint.spec, result.spec, self.macs_tokens)
         if choice.scores:
-            self._report(target / REPORT, {**facts, **account}, choice, depth)
-        return {
-            **facts,
-            **{key: value for key, value in account.items() if not key.startswith("blocks_")},
-        }
+            report = {**metadata, **account}
+            self._report(target / REPORT, report, choice, checkpoint.spec.blocks)
+        for key, value in account.items():
+            if not key.startswith("blocks_"):  # said by kept_blocks
+                metadata[key] = value
+        return metadata
 
     def _write(
-        self,
-        source: Checkpoint,
-        target: Path,
-        removed: list[int],
-        kept: list[int],
-        context: Context,
+        self, source: Checkpoint, target: Path, removed: list[int], context: Context
     ) -> dict:
-        """Write the shorter model; with ``reconstruct`` return facts about its gaps."""
+        """Write the shorter model.
+
+        Returns:
+            Empty; with ``reconstruct`` ``gaps`` (the fields of each ``Gap``) and
+            ``unbridged_blocks``, the removed ones that nothing comes before.
+        """
         if not self.reconstruct:
-            write_blocks(source, target, kept)
+            write_blocks(source, target, kept_blocks(source.spec.blocks, removed))
             return {}
-        from slim.core.console import progress_bar
-        from slim.pruning.bridge import Bridging
+        # imports torch
+        from slim.pruning.reconstruction import Reconstruction
 
         tokens = self.calibration.tokens_for(source)
-        bridging = Bridging(source, removed, tokens, self.damping, context.device)
+        reconstruction = Reconstruction(source, removed, tokens, self.damping, context.device)
         with progress_bar("Bridging gaps", total=source.spec.blocks) as advance:
-            gaps = bridging.write(target, advance=advance)
-        bridged = [block for gap in gaps for block in gap.removed]
+            gaps = reconstruction.write(target, advance=advance)
+        bridged: set[int] = set()
+        for gap in gaps:
+            bridged.update(gap.removed)
         return {
             "gaps": [dataclasses.asdict(gap) for gap in gaps],
-            # nothing is in front of them
             "unbridged_blocks": [block for block in removed if block not in bridged],
         }
 
-    def _report(self, folder: Path, facts: dict, choice: Choice, depth: int) -> None:
+    def _refitted(self, gaps: dict) -> str:
+        """Say which layers ``reconstruct`` has refitted; nothing without."""
+        blocks = ", ".join(str(gap["block"]) for gap in gaps.get("gaps", ()))
+        return f"the last projection of block {blocks}, which was refitted" if blocks else ""
+
+    def _report(self, folder: Path, content: dict, choice: Choice, depth: int) -> None:
+        """Write the table and the picture of the scores."""
         folder.mkdir(parents=True, exist_ok=True)
-        content = {**facts, "protected_blocks": self.protected(depth), **choice.details}
+        content = {**content, "protected_blocks": self.protected(depth), **choice.details}
         (folder / "block_scores.json").write_text(
             json.dumps(content, indent=1) + "\n", encoding="utf-8"
         )
@@ -321,21 +350,33 @@ class DepthPruning(Stage):
 
     def plot(self, path: Path, choice: Choice, depth: int) -> None:
         """Draw the scores."""
+        # imports matplotlib
         from slim.core.figures import bar_scores
 
         bar_scores(
-            path, choice.scores, choice.removed, self.protected(depth), score=self.score_label,
+            path,
+            choice.scores,
+            choice.removed,
+            self.protected(depth),
+            score=self.score_label,
             title=f"{self.criterion}: {len(choice.removed)} of {depth} blocks removed",
             reference=choice.details.get("unpruned"),
-        )  # fmt: skip
+        )
+
+
+def kept_blocks(depth: int, removed: list[int]) -> list[int]:
+    """Return the blocks of ``depth`` that are not in ``removed``, ascending."""
+    return [block for block in range(depth) if block not in removed]
 
 
 @dataclass(kw_only=True)
 class CalibratedDepthPruning(DepthPruning):
     """A depth criterion that looks at calibration samples.
 
-    samples, length: windows and tokens per window for the scores, in place of the calibration's
-        own; None: the calibration's, which ``reconstruct`` always uses.
+    Attributes:
+        samples: windows for the scores, 1 or more; None: the calibration's number, which
+            ``reconstruct`` always uses.
+        length: tokens per window for the scores, 8 or more; None: the calibration's.
     """
 
     samples: int | None = None
@@ -360,6 +401,6 @@ class CalibratedDepthPruning(DepthPruning):
         return load_with_tokens(source, self.windows, context)
 
     def batch_bytes(self, spec: ModelSpec, device: str) -> int:
-        """Estimate the peak of a forward, batch by batch."""
+        """Estimate the peak memory of a forward pass, batch by batch, in bytes."""
         samples = min(self.windows.samples, batch_samples(self.windows.length))
         return forward_bytes(spec, device, samples, self.windows.length)

@@ -13,34 +13,53 @@ else:
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return G + damping * mean(diag G) * I in float64."""
+    """Return H + damping * mean(diag H) * I in float64.
+
+    Args:
+        hessian: H, [n, n].
+        damping: 0 or more.
+    """
     hessian = hessian.double()
+    # the smallest number keeps an all-zero H invertible
     ridge = damping * hessian.diagonal().mean() + torch.finfo(torch.float32).tiny
     return hessian + ridge * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
 
 
 def solve(hessian: torch.Tensor, right: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return (G + damping)^-1 B for symmetric G [n, n] and B [n, k], float64."""
+    """Return (H + damping)^-1 B, float64 [n, k].
+
+    Args:
+        hessian: symmetric H, [n, n].
+        right: B, [n, k].
+        damping: 0 or more, in means of H's diagonal.
+    """
     return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped(hessian, damping)))
 
 
 def refit_columns(
     weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor, damping: float
 ) -> torch.Tensor:
-    """Return the weights [out, kept] of the kept inputs that best repeat the layer's output without
-    the others.
+    """Return the weights of the kept inputs that best repeat a layer's output without the others.
 
         W' = argmin |X W^T - X[:, keep] W'^T|^2 + damping |W' - W[:, keep]|^2
-           = W[:, keep] + W[:, gone] G[gone, keep] (G[keep, keep] + damping)^-1
+           = W[:, keep] + W[:, drop] H[drop, keep] (H[keep, keep] + damping)^-1
 
-    which without damping is W G[:, keep] G[keep, keep]^-1. Damping holds on to the weights as they
-    were, in place of pulling them to zero, and is counted in means of G's diagonal.
+    which without damping is W H[:, keep] H[keep, keep]^-1. Damping holds on to the weights as they
+    were, instead of pulling them to zero.
 
-    weight: [out, in]. gram: G = X^T X, [in, in]. kept: int64 [kept], ascending.
+    Args:
+        weight: W, [out, in].
+        hessian: H = X^T X, [in, in].
+        kept: int64 [kept], ascending.
+        damping: 0 or more, in means of H's diagonal.
+
+    Returns:
+        W', [out, kept].
     """
-    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    gone[kept] = False
-    if not gone.any():
+    dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    dropped[kept] = False
+    if not dropped.any():
         return weight.clone()
-    change = solve(hessian[kept][:, kept], hessian[kept][:, gone] @ weight[:, gone].T, damping)
+    lost = hessian[kept][:, dropped] @ weight[:, dropped].T
+    change = solve(hessian[kept][:, kept], lost, damping)
     return weight[:, kept] + change.T.to(weight.dtype)

@@ -24,9 +24,15 @@ if TYPE_CHECKING:
 
 
 def magnitude_score(weight: torch.Tensor, offset: float = 0.0) -> float:
-    """Return sum |w + offset| of a tensor of any shape and floating type: rows in float32, their
-    total in float64."""
-    values = weight.float() + offset if offset else weight.float()
+    """Return sum |w + offset|: rows in float32, their total in float64.
+
+    Args:
+        weight: of any shape and floating type.
+        offset: added to the weight, as a norm does that stores its factor minus 1.
+    """
+    values = weight.float()
+    if offset:
+        values = values + offset
     return values.abs().sum(dim=-1).double().sum().item()
 
 
@@ -40,14 +46,15 @@ class Magnitude(DepthPruning):
     score_label: ClassVar[str] = "sum of |w|"
 
     def scores(self, source: Checkpoint, context: Context) -> list[float]:
-        reader, family = TensorReader(source), source.spec.family
-        return [
-            sum(
-                magnitude_score(reader.read(name), family.offset(name))
-                for name in weight_names(source, f"{family.blocks}.{block}.")
-            )
-            for block in track(range(source.spec.blocks), "Magnitude of blocks")
-        ]
+        reader = TensorReader(source)
+        family = source.spec.family
+        scores = []
+        for block in track(range(source.spec.blocks), "Magnitude of blocks"):
+            score = 0.0
+            for name in weight_names(source, f"{family.blocks}.{block}."):
+                score += magnitude_score(reader.read(name), family.offset(name))
+            scores.append(score)
+        return scores
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         largest = max(rows * columns for rows, columns in spec.block_linears().values())
@@ -55,8 +62,11 @@ class Magnitude(DepthPruning):
 
 
 def weight_names(source: Checkpoint, prefix: str) -> list[str]:
-    """Return the sorted names of the weight tensors under ``prefix`` (with its dot), biases left
-    out."""
-    return sorted(
-        name for name in source.tensors if name.startswith(prefix) and name.endswith(".weight")
-    )
+    """Return the sorted names of weight tensors, biases left out.
+
+    Args:
+        source: the model.
+        prefix: that the names begin with, its dot included.
+    """
+    names = [name for name in source.tensors if name.startswith(prefix)]
+    return sorted(name for name in names if name.endswith(".weight"))

@@ -3,10 +3,12 @@ are trained."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.reader import TensorReader
+from slim.core.console import warn
 from slim.core.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -17,59 +19,125 @@ else:
 
 
 def largest_kept(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Return where a weight stays, bool like ``scores``: in every row all but the int(columns *
-    sparsity) smallest.
+    """Return where a weight stays: in every row all but the smallest. Of equal scores the first go.
 
-    scores: [rows, columns], at least 0. Of equal scores the first go.
+    Args:
+        scores: [rows, columns], at least 0.
+        sparsity: int(columns * sparsity) of every row go.
+
+    Returns:
+        bool [rows, columns].
     """
-    gone = int(scores.shape[1] * sparsity)
-    if gone == 0:
+    count = int(scores.shape[1] * sparsity)
+    if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(gone, dim=1, keepdim=True).values
-    below, equal = scores < threshold, scores == threshold
-    wanted = gone - below.sum(1, keepdim=True)
-    return ~(below | (equal & (equal.cumsum(1) <= wanted)))
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    below = scores < threshold
+    equal = scores == threshold
+    # of those equal to the threshold only as many go as are needed to make up the count
+    missing = count - below.sum(1, keepdim=True)
+    return ~(below | (equal & (equal.cumsum(1) <= missing)))
 
 
 def n_of_m_kept(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Return where a weight stays, bool like ``scores``: the ``n`` largest of every ``m``
-    successive ones of a row.
+    """Return where a weight stays: the ``n`` largest of every ``m`` successive ones of a row. Of
+    equal scores the first stay.
 
-    scores: [rows, columns], ``m`` divides the columns. Of equal scores the first stay. Every weight
-    counts the others of its group that go before it, which for the small groups of hardware is
-    faster than sorting."""
+    Every weight counts the rivals in its group that go before it, which for the small groups of
+    hardware is faster than sorting.
+
+    Args:
+        scores: [rows, columns].
+        n: how many of a group stay.
+        m: size of a group; divides the columns.
+
+    Returns:
+        bool [rows, columns].
+    """
     groups = scores.unflatten(1, (-1, m))
     kept = torch.empty_like(groups, dtype=torch.bool)
     columns = groups.unbind(-1)
-    for one, score in enumerate(columns):
-        before = torch.zeros_like(score, dtype=torch.int16)
-        for other, rival in enumerate(columns):
-            if other != one:
-                before += rival >= score if other < one else rival > score
-        kept[..., one] = before < n
+    for place, score in enumerate(columns):
+        rank = torch.zeros_like(score, dtype=torch.int16)
+        for rival_place, rival in enumerate(columns):
+            if rival_place < place:
+                rank += rival >= score
+            elif rival_place > place:
+                rank += rival > score
+        kept[..., place] = rank < n
     return kept.flatten(1)
 
 
 def mask_of(source: Checkpoint) -> dict | None:
-    """Return what the manifest of a checkpoint says of its zeros: ``{"kind", "n", "m"}``, or None
-    for a dense one."""
+    """Return what the manifest of a checkpoint says of its zeros.
+
+    Returns:
+        ``kind`` ("n:m" or "unstructured"), ``n`` and ``m``; None for a dense model.
+    """
     return (source.manifest.get("facts") or {}).get("mask")
 
 
-def restore_zeros(model: nn.Module, source: Checkpoint) -> int:
-    """Set the weights of a model's linear layers to zero where those of ``source`` are; return how
-    many were not.
+def inherited_mask(source: Checkpoint, target: Checkpoint, dense: str = "") -> dict:
+    """Return what a stage that removes parts of a model says of the zeros in what is left.
 
-    model: with the names of ``source``, for example after training it or after merging adapters
-    into it."""
-    reader, spec = TensorReader(source), source.spec
+    Later stages keep the zeros of a model whose manifest has a mask, so none may lose it silently.
+
+    Args:
+        source: the model before the stage.
+        target: the model it has written.
+        dense: which layers have no zeros, or no n:m pattern, any more; said to the user.
+
+    Returns:
+        ``mask`` and ``sparsity`` (share of zeros in the blocks' linear layers); empty for a model
+        without a mask.
+    """
+    mask = mask_of(source)
+    if mask is None:
+        return {}
+    if dense:
+        warn(f"The mask of {source.folder.name} ends in {dense}; all other zeros stay.")
+        mask = {"kind": "unstructured", "n": None, "m": None}
+    return {"mask": mask, "sparsity": share_of_zeros(target)}
+
+
+def share_of_zeros(source: Checkpoint) -> float:
+    """Return the share of zeros in the linear layers of all blocks; one layer in memory at a
+    time."""
+    reader = TensorReader(source)
+    zeros = 0
+    weights = 0
+    for name in linear_weights(source):
+        weight = reader.read(name)
+        zeros += weight.numel() - int(torch.count_nonzero(weight))
+        weights += weight.numel()
+    return zeros / weights
+
+
+def linear_weights(source: Checkpoint) -> Iterator[str]:
+    """Yield the names of the weights of all blocks' linear layers."""
+    spec = source.spec
+    for block in range(spec.blocks):
+        for name in spec.block_linears(block):
+            yield f"{spec.family.blocks}.{block}.{name}.weight"
+
+
+def restore_zeros(model: nn.Module, source: Checkpoint) -> int:
+    """Set the weights of a model's linear layers to zero where those of a checkpoint are.
+
+    Args:
+        model: with the names of ``source``, for example after training it or after merging adapters
+            into it.
+        source: the pruned model.
+
+    Returns:
+        How many of them were not zero.
+    """
+    reader = TensorReader(source)
     restored = 0
     with torch.no_grad():
-        for block in range(spec.blocks):
-            for name in spec.block_linears(block):
-                full = f"{spec.family.blocks}.{block}.{name}.weight"
-                weight = model.get_parameter(full)
-                zero = (reader.read(full) == 0).to(weight.device)
-                restored += int(torch.count_nonzero(weight[zero]))
-                weight[zero] = 0
+        for name in linear_weights(source):
+            weight = model.get_parameter(name)
+            zero = (reader.read(name) == 0).to(weight.device)
+            restored += int(torch.count_nonzero(weight[zero]))
+            weight[zero] = 0
     return restored

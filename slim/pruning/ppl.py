@@ -5,13 +5,13 @@ removed.
 
 Kim et al., "Shortened LLaMA" (arXiv:2402.02834), section 2.1 ("PPL").
 
-Removing block l changes nothing before it, so its input is computed once and only the blocks behind
+Removing block l changes nothing before it, so its input is computed once and only the blocks after
 l run again: L + (L-1) + ... + 0 = L(L+1)/2 block calls per sample with the full model's own pass,
-which is (L+1)/2 forwards.
+which is (L+1)/2 forward passes.
 
 Greedy removal (``iterative``) scores again after each removed block, on what is left of the model.
-The inputs of all blocks stay where they are valid, in front of the removed block, and only those
-behind it are computed anew."""
+The inputs of all blocks stay where they are valid, before the removed block, and only those after
+it are computed anew."""
 
 from __future__ import annotations
 
@@ -43,8 +43,12 @@ def perplexities_without(
 ) -> tuple[list[float], float]:
     """Return the perplexity without block 0, 1, ..., L-1, and that of the whole model.
 
-    tokens: int64 [samples, length]; every token but the first of a sample is predicted. ``advance``
-    is called ``L + 1`` times per batch."""
+    Args:
+        model: loaded.
+        family: of the model.
+        tokens: int64 [samples, length]; every token but the first of a sample is predicted.
+        advance: called ``L + 1`` times per batch.
+    """
     chain = BlockChain(model, family)
     total = torch.zeros(len(chain) + 1, dtype=torch.float64)
     with torch.no_grad():
@@ -56,14 +60,22 @@ def perplexities_without(
                 advance()
             total[-1] += loss_through(chain, hidden, (), batch)
             advance()
-    *without, whole = torch.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist()
-    return without, whole
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    perplexities = torch.exp(total / predicted).tolist()
+    return perplexities[:-1], perplexities[-1]
 
 
 def loss_through(
     chain: BlockChain, hidden: torch.Tensor, blocks: Iterable[int], tokens: torch.Tensor
 ) -> float:
-    """Return the summed loss (nats) of ``tokens`` when ``hidden`` goes through ``blocks``."""
+    """Return the summed loss of tokens, in nats.
+
+    Args:
+        chain: the model's blocks.
+        hidden: the input of the first of ``blocks``, [samples, length, hidden].
+        blocks: that it goes through, in order.
+        tokens: int64 [samples, length].
+    """
     for index in blocks:
         hidden = chain.step(index, hidden)
     return sum(loss.item() for loss in chain.losses(hidden, tokens))
@@ -73,12 +85,21 @@ class Greedy:
     """Removal of one block after the other, each time the one without which the perplexity is
     smallest.
 
-    model: loaded. tokens: int64 [samples, length].
-    kept: the blocks that are left. inputs: per batch the inputs of all of them, on the CPU.
+    Attributes:
+        kept: the blocks that are left, ascending.
+        inputs: per batch the inputs of all of them, on the CPU.
     """
 
     def __init__(self, model, family: Family, tokens: torch.Tensor):
-        self.chain, self.batches = BlockChain(model, family), batches(tokens)
+        """Compute the inputs of all blocks.
+
+        Args:
+            model: loaded.
+            family: of the model.
+            tokens: int64 [samples, length].
+        """
+        self.chain = BlockChain(model, family)
+        self.batches = batches(tokens)
         self.predicted = tokens.shape[0] * (tokens.shape[1] - 1)
         self.kept = list(range(len(self.chain)))
         self.inputs: list[list[torch.Tensor]] = []
@@ -88,19 +109,23 @@ class Greedy:
 
     def _inputs_from(self, hidden: torch.Tensor, blocks: list[int]) -> list[torch.Tensor]:
         """Return the inputs of ``blocks`` when ``hidden`` enters the first of them."""
-        found = []
+        inputs = []
         for position, block in enumerate(blocks):
-            found.append(hidden.cpu())
-            if position + 1 < len(blocks):
+            inputs.append(hidden.cpu())
+            if position + 1 < len(blocks):  # nobody reads the last one's output
                 hidden = self.chain.step(block, hidden)
-        return found
+        return inputs
 
     def scores(
         self, candidates: Collection[int], advance: Callable[[], object] = lambda: None
     ) -> dict[int, float]:
-        """Return candidate -> perplexity of what is left without it. ``advance`` is called once per
-        batch."""
-        total = dict.fromkeys((block for block in self.kept if block in candidates), 0.0)
+        """Return candidate -> perplexity of what is left without it.
+
+        Args:
+            candidates: blocks that may go.
+            advance: called once per batch.
+        """
+        total = {block: 0.0 for block in self.kept if block in candidates}
         with torch.no_grad():
             for batch, inputs in zip(self.batches, self.inputs, strict=True):
                 self.chain.enter(batch)  # how blocks are called depends on the batch
@@ -114,7 +139,7 @@ class Greedy:
         return {block: math.exp(loss / self.predicted) for block, loss in total.items()}
 
     def remove(self, block: int) -> None:
-        """Take a block out; inputs in front of it stay, those behind it are computed anew."""
+        """Take a block out; inputs before it stay, those after it are computed anew."""
         position = self.kept.index(block)
         del self.kept[position]
         with torch.no_grad():
@@ -126,10 +151,13 @@ class Greedy:
 
 @dataclass(kw_only=True)
 class Perplexity(CalibratedDepthPruning):
-    """``pruner=ppl``. iterative: score again after each removed block, in place of once for all.
+    """``pruner=ppl``. Other settings: see :class:`CalibratedDepthPruning`.
 
-    Other settings: see :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in Shortened
-    LLaMA."""
+    Attributes:
+        iterative: score again after each removed block, instead of once for all.
+        samples: windows for the scores; 10 as in Shortened LLaMA.
+        length: tokens per window for the scores; 128 as in Shortened LLaMA.
+    """
 
     cache_name: ClassVar[str] = "Perplexity"
 
@@ -158,25 +186,29 @@ class Perplexity(CalibratedDepthPruning):
 
     def choose_greedily(self, greedy: Greedy, depth: int) -> Choice:
         """Remove the wanted number of blocks one by one; the scores of all blocks are those of the
-        first step."""
-        protected, steps = self.protected(depth), []
-        with progress_bar(
-            "Greedy removal", total=self.wanted(depth) * len(greedy.batches)
-        ) as advance:
+        first step.
+
+        Args:
+            greedy: with all blocks.
+            depth: their number.
+        """
+        protected = self.protected(depth)
+        steps = []
+        total = self.wanted(depth) * len(greedy.batches)
+        with progress_bar("Greedy removal", total=total) as advance:
             for step in range(self.wanted(depth)):
-                candidates = [block for block in greedy.kept if step == 0 or block not in protected]
-                scores = greedy.scores(candidates, advance)
+                removable = [block for block in greedy.kept if block not in protected]
+                # the first step scores the protected blocks as well, for the picture
+                scores = greedy.scores(greedy.kept if step == 0 else removable, advance)
                 require_numbers(list(scores.values()))
-                block = min(
-                    (block for block in scores if block not in protected), key=scores.__getitem__
-                )
+                block = min(removable, key=scores.__getitem__)
                 greedy.remove(block)
                 steps.append(
                     {"removed": block, "perplexity": scores[block], "scores": list(scores.items())}
                 )
-        first = [score for _, score in steps[0]["scores"]]
+        first_scores = [score for _, score in steps[0]["scores"]]
         order = [step["removed"] for step in steps]
-        return Choice(sorted(order), first, {"order": order, "steps": steps})
+        return Choice(sorted(order), first_scores, {"order": order, "steps": steps})
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         kept = 0

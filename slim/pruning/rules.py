@@ -15,15 +15,19 @@ def removal_order(scores: Sequence[float], protected: Collection[int] = ()) -> l
     """Return the blocks in the order in which they are removed: smallest score first, protected
     ones left out.
 
-    scores: one number per block. Equal scores go in the order of the blocks (a stable sort over all
-    blocks, the protected skipped afterwards, as in Shortened LLaMA). Raises ``SlimError`` for a
-    score that is not a number."""
+    Equal scores go in the order of the blocks (a stable sort over all blocks, the protected skipped
+    afterwards, as in Shortened LLaMA).
+
+    Args:
+        scores: one number per block.
+        protected: blocks that stay.
+
+    Raises:
+        SlimError: for a score that is not a number.
+    """
     require_numbers(scores)
-    return [
-        block
-        for block in sorted(range(len(scores)), key=scores.__getitem__)
-        if block not in protected
-    ]
+    order = sorted(range(len(scores)), key=scores.__getitem__)
+    return [block for block in order if block not in protected]
 
 
 def require_numbers(scores: Sequence[float]) -> None:
@@ -33,7 +37,8 @@ def require_numbers(scores: Sequence[float]) -> None:
     if broken:
         raise SlimError(
             f"The score of block {broken[0]} is NaN ({len(broken)} of {len(scores)} scores are). "
-            "The model's weights or its half-precision activations overflow; evaluate it before pruning."
+            "The model's weights or its half-precision activations overflow; evaluate it before "
+            "pruning."
         )
 
 
@@ -61,16 +66,25 @@ def default_ends(blocks: int) -> tuple[int, int]:
 
 
 def block_list(setting: str, value: Any) -> list[int] | None:
-    """Return ``value`` as an ascending list of block numbers. ``SlimError`` for anything else."""
+    """Return a setting's value as an ascending list of block numbers, or None.
+
+    Args:
+        setting: as the user types it.
+        value: of the setting.
+
+    Raises:
+        SlimError: for anything but a list of different whole numbers.
+    """
     if value is None:
         return None
     if isinstance(value, (str, int)) or not isinstance(value, Collection):
         raise SlimError(
             f"{setting}={value}: must be a list of block numbers, such as {setting}=[3,4]."
         )
+    blocks: set[int] = set()
     for block in value:
         require_number(f"{setting} with block", block, 0, integer=True)
-    twice = [block for block in set(value) if list(value).count(block) > 1]
-    if twice:
-        raise SlimError(f"{setting} names block {twice[0]} twice. Name every block once.")
-    return sorted(value)
+        if block in blocks:
+            raise SlimError(f"{setting} names block {block} twice. Name every block once.")
+        blocks.add(block)
+    return sorted(blocks)

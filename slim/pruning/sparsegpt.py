@@ -1,7 +1,7 @@
-"""SparseGPT: one row's weights become zero column by column, the columns behind make up for it.
+"""SparseGPT: one row's weights become zero column by column, the columns after them make up for it.
 
-With H = G + damping (G = X^T X) and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for column
-j of some columns:
+With H = X^T X + damping and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for column j of
+some columns:
 
     score    w_j^2 / U_jj^2            the smallest of the block go (or all but n of every m)
     error    e = (w_j - 0) / U_jj      where w_j goes, 0 where it stays
@@ -27,7 +27,15 @@ BLOCK = 128  # columns whose mask is chosen together, as in the paper
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return U, the upper Cholesky factor of (G + damping mean(diag G))^-1, float32 [in, in]."""
+    """Return U, the upper Cholesky factor of (H + damping mean(diag H))^-1.
+
+    Args:
+        hessian: H = X^T X, [in, in].
+        damping: above 0.
+
+    Returns:
+        [in, in], of the type of ``hessian``.
+    """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
     return torch.linalg.cholesky(inverse, upper=True).to(hessian.dtype)
 
@@ -41,10 +49,18 @@ def sparsegpt(
 ) -> torch.Tensor:
     """Return pruned and updated weights, [out, in].
 
-    weight: float32 [out, in]. gram: G, [in, in]. sparsity: share that goes of every block of
-    columns; with ``n_of_m`` n of every m successive weights of a row stay instead."""
-    weight, factor = weight.clone(), inverse_factor(hessian, damping)
-    width = BLOCK if n_of_m is None else max(1, BLOCK // n_of_m[1]) * n_of_m[1]
+    Args:
+        weight: float32 [out, in].
+        hessian: H = X^T X, [in, in].
+        damping: ridge, above 0, in means of H's diagonal.
+        sparsity: share that goes of every block of columns.
+        n_of_m: n of every m successive weights of a row stay instead.
+    """
+    weight = weight.clone()
+    factor = inverse_factor(hessian, damping)
+    width = BLOCK
+    if n_of_m is not None:  # whole groups
+        width = max(1, BLOCK // n_of_m[1]) * n_of_m[1]
     for start in range(0, weight.shape[1], width):
         stop = min(start + width, weight.shape[1])
         errors = prune_columns(
@@ -57,19 +73,29 @@ def sparsegpt(
 def prune_columns(
     weight: torch.Tensor, factor: torch.Tensor, sparsity: float, n_of_m: tuple[int, int] | None
 ) -> torch.Tensor:
-    """Prune a block of columns in place and return its errors e, both [out, columns]. factor: U of
-    the block."""
+    """Prune a block of columns in place.
+
+    Args:
+        weight: [out, columns].
+        factor: U of these columns, [columns, columns].
+        sparsity: share of the block's weights that goes.
+        n_of_m: n of every m successive weights of a row stay instead.
+
+    Returns:
+        The errors e, [out, columns].
+    """
     diagonal = factor.diagonal()
     kept = torch.ones_like(weight, dtype=torch.bool)
     if n_of_m is None:
         kept = largest_kept((weight / diagonal).square().flatten()[None], sparsity).view_as(weight)
     errors = torch.zeros_like(weight)
     for column in range(weight.shape[1]):
+        # the mask of a group is chosen once the columns before it have updated its weights
         if n_of_m is not None and column % n_of_m[1] == 0:
             group = slice(column, column + n_of_m[1])
             kept[:, group] = n_of_m_kept((weight[:, group] / diagonal[group]).square(), *n_of_m)
-        gone = ~kept[:, column]
-        errors[:, column] = torch.where(gone, weight[:, column] / diagonal[column], 0)
+        dropped = ~kept[:, column]
+        errors[:, column] = torch.where(dropped, weight[:, column] / diagonal[column], 0)
         weight[:, column:] -= errors[:, column, None] * factor[column, column:]
-        weight[gone, column] = 0
+        weight[dropped, column] = 0
     return errors

@@ -41,8 +41,13 @@ CHUNK = 2**20  # numbers per product, so that scoring a tensor needs no further 
 
 
 def taylor_score(weight: torch.Tensor, grad: torch.Tensor, offset: float = 0.0) -> float:
-    """Return sum |(w + offset) g| for a weight and its gradient of equal shape: products in
-    float32, total in float64."""
+    """Return sum |(w + offset) g|: products in float32, total in float64.
+
+    Args:
+        weight: of any shape.
+        grad: its gradient, of the same shape.
+        offset: added to the weight, as a norm does that stores its factor minus 1.
+    """
     total = 0.0
     with torch.no_grad():
         for w, g in zip(weight.flatten().split(CHUNK), grad.flatten().split(CHUNK), strict=True):
@@ -53,11 +58,14 @@ def taylor_score(weight: torch.Tensor, grad: torch.Tensor, offset: float = 0.0) 
 def block_taylor_scores(
     model, family: Family, tokens: torch.Tensor, advance: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """Return the Taylor score of every block of a loaded model for int64 ``tokens`` [samples,
-    length].
+    """Return the Taylor score of every block.
 
-    ``advance`` is called after every block, forward and backward. The model's weights are left as
-    they were."""
+    Args:
+        model: loaded; its weights are left as they were.
+        family: of the model.
+        tokens: int64 [samples, length].
+        advance: called after every block, forward and backward.
+    """
     model.requires_grad_(False)
     chain = BlockChain(model, family)
     states = block_inputs(chain, tokens, advance)
@@ -72,8 +80,16 @@ def block_taylor_scores(
 def block_inputs(
     chain: BlockChain, tokens: torch.Tensor, advance: Callable[[], object]
 ) -> list[torch.Tensor]:
-    """Return the inputs of all blocks and the output of the last, each [samples, length, hidden],
-    on the CPU."""
+    """Return the inputs of all blocks and the output of the last.
+
+    Args:
+        chain: the model's blocks.
+        tokens: int64 [samples, length].
+        advance: called after every block.
+
+    Returns:
+        [samples, length, hidden] each, on the CPU.
+    """
     hidden = chain.enter(tokens)
     states = [hidden.cpu()]
     with torch.no_grad():
@@ -85,8 +101,17 @@ def block_inputs(
 
 
 def output_gradient(chain: BlockChain, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return dL/d(output of the last block), [samples, length, hidden], L the mean over all
-    predicted tokens."""
+    """Return the gradient of the loss, the mean over all predicted tokens, with respect to the
+    output of the last block.
+
+    Args:
+        chain: the model's blocks.
+        output: [samples, length, hidden].
+        tokens: int64 [samples, length].
+
+    Returns:
+        [samples, length, hidden].
+    """
     output = output.to(chain.model.device).requires_grad_()
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     for loss in chain.losses(output, tokens):  # each has its own logits, freed by its backward
@@ -97,22 +122,26 @@ def output_gradient(chain: BlockChain, output: torch.Tensor, tokens: torch.Tenso
 def block_backward(
     chain: BlockChain, index: int, state: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
-    """Return block ``index``'s score and its input's gradient, given its input and its output's
-    gradient."""
-    block = chain.blocks[index]
-    weights = {
-        parameter: chain.family.offset(name)
-        for name, parameter in block.named_parameters()
-        if name.endswith("weight")
-    }
+    """Return a block's score and its input's gradient.
+
+    Args:
+        chain: the model's blocks.
+        index: of the block.
+        state: its input, [samples, length, hidden].
+        gradient: its output's gradient, [samples, length, hidden].
+    """
+    offsets: dict[torch.Tensor, float] = {}  # of the weight tensors
+    for name, parameter in chain.blocks[index].named_parameters():
+        if name.endswith("weight"):
+            offsets[parameter] = chain.family.offset(name)
     scores = []
 
     def score(weight: torch.Tensor) -> None:
-        scores.append(taylor_score(weight, weight.grad, weights[weight]))
+        scores.append(taylor_score(weight, weight.grad, offsets[weight]))
         weight.grad = None
 
     state = state.to(gradient.device).requires_grad_()
-    with called_with_gradients(weights, score):
+    with called_with_gradients(offsets, score):
         chain.step(index, state).backward(gradient)
     return sum(scores), state.grad
 
@@ -121,12 +150,17 @@ def block_backward(
 def called_with_gradients(
     weights: Iterable[torch.Tensor], use: Callable[[torch.Tensor], None]
 ) -> Iterator[None]:
-    """Make ``weights`` require gradients meanwhile and call ``use(weight)`` as soon as a gradient
-    is complete."""
+    """Make weights require gradients for a while.
+
+    Args:
+        weights: of the model.
+        use: called with a weight as soon as its gradient is complete.
+    """
     weights = list(weights)
-    handles = [
-        weight.requires_grad_().register_post_accumulate_grad_hook(use) for weight in weights
-    ]
+    handles = []
+    for weight in weights:
+        weight.requires_grad_()
+        handles.append(weight.register_post_accumulate_grad_hook(use))
     try:
         yield
     finally:
@@ -137,8 +171,12 @@ def called_with_gradients(
 
 @dataclass(kw_only=True)
 class Taylor(CalibratedDepthPruning):
-    """``pruner=taylor``. Settings: :class:`CalibratedDepthPruning`; 10 samples of 128 tokens as in
-    Shortened LLaMA."""
+    """``pruner=taylor``. Other settings: see :class:`CalibratedDepthPruning`.
+
+    Attributes:
+        samples: windows for the scores; 10 as in Shortened LLaMA.
+        length: tokens per window for the scores; 128 as in Shortened LLaMA.
+    """
 
     cache_name: ClassVar[str] = "Taylor"
 
@@ -160,18 +198,21 @@ class Taylor(CalibratedDepthPruning):
 
 
 def backward_bytes(spec: ModelSpec, device: str, samples: int, together: int, length: int) -> int:
-    """Estimate the peak of a block by block backward: inputs of all blocks, one block's graph, the
-    largest gradient.
+    """Estimate the peak memory of a backward pass block by block, in bytes: inputs of all blocks,
+    one block's graph, the largest gradient.
 
-    samples: of ``length`` tokens, in all. together: how many go back through a block at once.
+    Args:
+        spec: the model.
+        device: torch device, which decides the type of the weights.
+        samples: windows in all.
+        together: windows that go back through a block at once.
+        length: tokens per window.
     """
     width = DTYPE_BYTES.get(resolve_dtype(spec, "auto", device), 4)
-    states = (
-        (spec.blocks + 1) * samples * min(length, spec.context_length) * spec.hidden_size * width
-    )
+    tokens = samples * min(length, spec.context_length)
+    states = (spec.blocks + 1) * tokens * spec.hidden_size * width
     largest = max(rows * columns for rows, columns in spec.block_linears().values())
     # all samples go forward at once; one block's graph and gradients take about twice what its
-    # plain forward holds
-    return (
-        forward_bytes(spec, device, max(samples, 2 * together), length) + states + largest * width
-    )
+    # plain forward pass holds
+    forward = forward_bytes(spec, device, max(samples, 2 * together), length)
+    return forward + states + largest * width

@@ -16,19 +16,25 @@ if TYPE_CHECKING:
 def write_report(
     target: Path, criterion: str, wanted: float, zeros: list[dict], errors: list[LayerError]
 ) -> None:
-    """Write ``layer_sparsity.json`` and ``layer_sparsity.png`` below ``target``.
+    """Write ``layer_sparsity.json`` and ``layer_sparsity.png``.
 
-    zeros: ``zeros`` and ``weights`` of every layer. errors: its relative output error, in the same
-    order."""
-    table = [
-        {
-            "block": item.block,
-            "layer": item.layer,
-            "sparsity": row["zeros"] / row["weights"],
-            "error": item.error,
-        }
-        for row, item in zip(zeros, errors, strict=True)
-    ]
+    Args:
+        target: the result's folder.
+        criterion: name of the method.
+        wanted: share of weights that were to become zero.
+        zeros: ``zeros`` and ``weights`` of every layer.
+        errors: its relative output error, in the same order.
+    """
+    table = []
+    for layer, error in zip(zeros, errors, strict=True):
+        table.append(
+            {
+                "block": error.block,
+                "layer": error.layer,
+                "sparsity": layer["zeros"] / layer["weights"],
+                "error": error.error,
+            }
+        )
     folder = target / REPORT
     folder.mkdir(exist_ok=True)
     (folder / "layer_sparsity.json").write_text(
@@ -40,27 +46,32 @@ def write_report(
 
 
 def plot_layers(path: Path, table: list[dict], title: str) -> None:
-    """Draw sparsity and output error of every layer over the blocks."""
+    """Draw sparsity and output error of every layer over the blocks.
+
+    Args:
+        path: of the picture.
+        table: ``block``, ``layer``, ``sparsity`` and ``error`` of every layer.
+        title: above it.
+    """
     figure = new_figure(11.0, 4.0)
-    layers = list(dict.fromkeys(row["layer"] for row in table))
-    for axes, key, label in zip(
-        figure.subplots(1, 2),
-        ("sparsity", "error"),
-        ("share of zeros", "relative output error"),
-        strict=True,
+    left, right = figure.subplots(1, 2)
+    for axes, key, label in (
+        (left, "sparsity", "share of zeros"),
+        (right, "error", "relative output error"),
     ):
-        for layer in layers:
-            rows = [row for row in table if row["layer"] == layer]
-            axes.plot(
-                [row["block"] for row in rows],
-                [row[key] for row in rows],
-                "o-",
-                markersize=3,
-                label=layer,
-            )
+        _draw_lines(axes, table, key)
         axes.set(xlabel="block", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[1].legend(fontsize="x-small", frameon=False)
     figure.suptitle(title, fontsize="medium")
     save_figure(figure, path)
+
+
+def _draw_lines(axes, table: list[dict], key: str) -> None:
+    """Draw a column of the table over the blocks, a line per kind of layer."""
+    for layer in dict.fromkeys(row["layer"] for row in table):
+        rows = [row for row in table if row["layer"] == layer]
+        blocks = [row["block"] for row in rows]
+        values = [row[key] for row in rows]
+        axes.plot(blocks, values, "o-", markersize=3, label=layer)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slim.calibration.loaded_blocks import batch_samples
+from slim.calibration.sequential import calibration_bytes, transform_checkpoint
 from slim.checkpoints.checkpoint import REPORT, Checkpoint, open_checkpoint
 from slim.checkpoints.stage import Context, Stage
+from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.core.settings import dataclass_cache_key, require_choice, require_flag, require_number
 from slim.data.calibration import Calibration
@@ -24,31 +26,33 @@ from slim.models.accounting import MACS_TOKENS, before_and_after
 from slim.models.families import FAMILIES
 from slim.models.spec import DTYPE_BYTES, ModelSpec
 from slim.pruning import calibrated
+from slim.pruning.masks import inherited_mask, mask_of
 from slim.pruning.rules import default_ends
 from slim.pruning.width_scores import FOLDINGS, OWN, UnitScores
 from slim.pruning.width_sizes import LLM_PRUNER, Width, pruned_width, width_of, with_widths
 
 if TYPE_CHECKING:
-    from slim.pruning.width_visitor import Kept
+    from slim.pruning.width_method import KeptUnits, WidthMethod
 
 
 @dataclass(kw_only=True)
 class WidthPruning(Stage):
     """Settings and steps of every width criterion. Blocks are numbered from 0.
 
-    ratio: share of the heads and of the MLP channels that goes, between 0 and 1.
-    first_block, last_block: the pruned blocks, both included; None: all but the protected ends of
-        depth pruning.
-    rounding: the kept MLP channels (and the attention's output, where it can be) are a multiple of
-        this; ``llm_pruner``: exactly its counts.
-    uniform: prune all blocks to the same sizes, so that a stock config describes the result.
-    reconstruct: refit ``o_proj`` and ``down_proj`` by least squares to what they gave before, on
-        calibration text.
-    damping: ridge of that fit, in means of the Gram matrix's diagonal.
-    folding: which key/value head a query head's score is credited to: ``own``, or ``llm_pruner`` to
-        compare.
-    macs_tokens: length of the forward whose multiply-accumulates are reported.
-    calibration: the text for ``reconstruct`` and for criteria that look at data.
+    Attributes:
+        ratio: share of the heads and of the MLP channels that goes, between 0 and 1.
+        first_block: the first pruned block; None: the first that depth pruning does not protect.
+        last_block: the last pruned block, included; None: the last that is not protected.
+        rounding: the kept MLP channels (and the attention's output, where it can be) are a multiple
+            of this, 1 or more; ``llm_pruner``: exactly its counts.
+        uniform: prune all blocks to the same sizes, so that a stock config describes the result.
+        reconstruct: refit ``o_proj`` and ``down_proj`` by least squares to what they gave before,
+            on calibration text.
+        damping: ridge of that fit, 0 or more, in means of the Hessian's diagonal.
+        folding: which key/value head a query head's score is credited to: ``own``, or
+            ``llm_pruner`` to compare.
+        macs_tokens: tokens of the forward pass whose multiply-accumulates are reported.
+        calibration: the text for ``reconstruct`` and for criteria that look at data.
     """
 
     ratio: float = 0.25
@@ -64,15 +68,12 @@ class WidthPruning(Stage):
 
     kind: ClassVar[str] = "prune"
     version: ClassVar[int] = 2
-    criterion: ClassVar[str]  # name in facts and pictures
+    criterion: ClassVar[str]  # name in metadata and pictures
 
     def __post_init__(self) -> None:
-        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if not number or not 0 < self.ratio < 1:
-            raise SlimError(
-                f"pruner.ratio={self.ratio}: must be a number between 0 and 1, such as 0.25: the "
-                "share of heads and MLP channels that goes. Use pruner=none to leave the model as it is."
-            )
+        calibrated.require_share(
+            "pruner.ratio", self.ratio, 0.25, "the share of heads and MLP channels that goes"
+        )
         for name in ("first_block", "last_block"):
             if getattr(self, name) is not None:
                 require_number(f"pruner.{name}", getattr(self, name), 0, integer=True)
@@ -95,7 +96,7 @@ class WidthPruning(Stage):
             )
         if first is not None and last is not None and first > last:
             raise SlimError(
-                f"pruner.first_block={first} lies behind pruner.last_block={last}. "
+                f"pruner.first_block={first} comes after pruner.last_block={last}. "
                 f"Use pruner.first_block={last} pruner.last_block={first}."
             )
 
@@ -110,9 +111,13 @@ class WidthPruning(Stage):
         """Return the blocks to prune."""
         if self.uniform:
             return range(spec.blocks)
-        before, behind = default_ends(spec.blocks)
-        first = before if self.first_block is None else self.first_block
-        last = spec.blocks - 1 - behind if self.last_block is None else self.last_block
+        protected_first, protected_last = default_ends(spec.blocks)
+        first = self.first_block
+        if first is None:
+            first = protected_first
+        last = self.last_block
+        if last is None:
+            last = spec.blocks - 1 - protected_last
         return range(first, last + 1)
 
     def widths(self, spec: ModelSpec) -> dict[int, Width]:
@@ -123,12 +128,14 @@ class WidthPruning(Stage):
         }
 
     def check(self, spec: ModelSpec) -> None:
-        depth, family = spec.blocks, spec.family  # the family raises where it is unknown
+        depth = spec.blocks
+        family = spec.family  # raises where it is unknown
         if family.fused:
-            possible = ", ".join(name for name, other in FAMILIES.items() if not other.fused)
+            possible = ", ".join(name for name, known in FAMILIES.items() if not known.fused)
             raise SlimError(
-                f"{spec.name} keeps several projections in one matrix ({family.fused[0]}), which width pruning cannot cut. "
-                f"It works for {possible}. Depth and weight pruning work for this model."
+                f"{spec.name} keeps several projections in one matrix ({family.fused[0]}), which "
+                f"width pruning cannot cut. It works for {possible}. "
+                "Depth and weight pruning work for this model."
             )
         spec.require_plain("Prune first, quantize afterwards.")
         for name in ("first_block", "last_block"):
@@ -138,8 +145,9 @@ class WidthPruning(Stage):
                 )
         if not self.block_range(spec):
             raise SlimError(
-                f"No block is left to prune between pruner.first_block and pruner.last_block in the {depth} blocks of "
-                f"{spec.name}. Give both, such as pruner.first_block=0 pruner.last_block={depth - 1}."
+                "No block is left to prune between pruner.first_block and pruner.last_block in the "
+                f"{depth} blocks of {spec.name}. Give both, such as pruner.first_block=0 "
+                f"pruner.last_block={depth - 1}."
             )
         self._check_widths(spec)
 
@@ -149,7 +157,8 @@ class WidthPruning(Stage):
             if width.kv_heads < 1 or width.channels < 1:
                 what = "key/value heads" if width.kv_heads < 1 else "MLP channels"
                 raise SlimError(
-                    f"pruner.ratio={self.ratio} removes all {what} of block {block}. Use a smaller ratio."
+                    f"pruner.ratio={self.ratio} removes all {what} of block {block}. "
+                    "Use a smaller ratio."
                 )
         if self.uniform and len(set(widths.values())) > 1:
             raise SlimError(
@@ -157,17 +166,15 @@ class WidthPruning(Stage):
             )
         if all(width == width_of(spec, block) for block, width in widths.items()):
             raise SlimError(
-                f"pruner.ratio={self.ratio} removes nothing from {spec.name} with pruner.rounding={self.rounding}. "
-                "Use a larger ratio, or a smaller rounding."
+                f"pruner.ratio={self.ratio} removes nothing from {spec.name} with "
+                f"pruner.rounding={self.rounding}. Use a larger ratio, or a smaller rounding."
             )
-        with_widths(spec, widths)
+        with_widths(spec, widths)  # raises where no config can hold the result
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
         return with_widths(spec, self.widths(spec))
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
-        from slim.calibration.sequential import calibration_bytes
-
         block = (
             calibrated.LIBRARY_BYTES
             + 2 * 4 * spec.block_parameters()
@@ -185,65 +192,85 @@ class WidthPruning(Stage):
         return calibrated.LIBRARY_BYTES + largest * (DTYPE_BYTES.get(spec.dtype, 4) + 3 * 4)
 
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
-        """Return the scores of the units of every block in ``blocks``; the smallest go."""
+        """Return the scores of the units of every block in ``blocks``; the smallest go.
+
+        Args:
+            source: the model.
+            blocks: that are pruned.
+            context: device and progress of the stage.
+        """
         raise NotImplementedError
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        from slim.pruning.width_visitor import Kept, WidthMethod
+        # imports torch
+        from slim.pruning.width_method import KeptUnits, WidthMethod
 
         checkpoint = open_checkpoint(source)
         spec = checkpoint.spec
         self.check(spec)
         widths = self.widths(spec)
-        self._say_if_heads_stay(spec, widths)
+        if heads_stay(spec, widths):
+            say(
+                f"pruner.ratio={self.ratio} removes no whole key/value group of the "
+                f"{spec.kv_heads} in a block: only MLP channels are pruned."
+            )
         scores = self.scores(checkpoint, self.block_range(spec), context)
-        kept = {
-            block: Kept.of(spec, block, widths[block], found) for block, found in scores.items()
-        }
+        kept = {}
+        for block, block_scores in scores.items():
+            kept[block] = KeptUnits.of(spec, block, widths[block], block_scores)
         method = WidthMethod(spec, kept, self.damping if self.reconstruct else None)
         self._write(checkpoint, target, method, context)
-        return self._report(target, spec, kept, scores, method)
+        metadata = self._report(target, spec, kept, scores)
+        return {
+            **metadata,
+            **method.metadata(),
+            **inherited_mask(checkpoint, open_checkpoint(target), self._dense_layers(checkpoint)),
+        }
 
-    def _say_if_heads_stay(self, spec: ModelSpec, widths: dict[int, Width]) -> None:
-        if heads_stay(spec, widths):
-            from slim.core.console import say
-
-            say(
-                f"pruner.ratio={self.ratio} removes no whole key/value group of the {spec.kv_heads} in a block: "
-                "only MLP channels are pruned."
-            )
-
-    def _write(self, checkpoint: Checkpoint, target: Path, method, context: Context) -> None:
-        from slim.calibration.sequential import transform_checkpoint
-
-        spec, tokens = checkpoint.spec, None
+    def _write(
+        self, checkpoint: Checkpoint, target: Path, method: WidthMethod, context: Context
+    ) -> None:
+        """Write the narrower model."""
+        tokens = None
+        # without a fit the errors are those of weights alone, which are no curve to record
+        recorded = Context(context.device)
         if self.reconstruct:
             tokens = self.calibration.tokens_for(checkpoint)
-        # errors of weights alone are no curve
-        recorded = context if self.reconstruct else Context(context.device)
-        transform_checkpoint(
-            checkpoint, target, method, self.output_spec(spec).config, recorded, tokens
-        )
+            recorded = context
+        config = self.output_spec(checkpoint.spec).config
+        transform_checkpoint(checkpoint, target, method, config, recorded, tokens)
+
+    def _dense_layers(self, source: Checkpoint) -> str:
+        """Say where the mask of a pruned model ends."""
+        if self.reconstruct:
+            return "the refitted layers o_proj and down_proj"
+        if (mask_of(source) or {}).get("kind") == "n:m":
+            return "the n:m pattern of o_proj and down_proj, which lose columns"
+        return ""
 
     def _report(
-        self, target: Path, model, kept: dict[int, Kept], scores: dict[int, UnitScores], method
-    ) -> dict:
-        """Write scores and pictures for people and return the facts for the manifest."""
+        self, target: Path, spec: ModelSpec, kept: dict[int, KeptUnits],
+        scores: dict[int, UnitScores],
+    ) -> dict:  # fmt: skip
+        """Write scores and pictures for people and return what the manifest says of the result."""
+        # imports matplotlib
         from slim.pruning.width_report import write_report
 
-        result = self.output_spec(model)
-        account = before_and_after(model, result, self.macs_tokens)
-        write_report(target / REPORT, self.criterion, model, result, kept, scores, account)
-        widths = self.widths(model)
-        facts = {
+        result = self.output_spec(spec)
+        account = before_and_after(spec, result, self.macs_tokens)
+        write_report(target / REPORT, self.criterion, spec, result, kept, scores, account)
+        widths = self.widths(spec)
+        metadata = {
             "criterion": self.criterion,
             "ratio": self.ratio,
             "pruned_blocks": list(widths),
             "sizes": {str(block): dataclasses.asdict(width) for block, width in widths.items()},
-            "heads_pruned": not heads_stay(model, widths),
-            **{key: value for key, value in account.items() if not key.startswith("blocks_")},
+            "heads_pruned": not heads_stay(spec, widths),
         }
-        return {**facts, **method.facts()}
+        for key, value in account.items():
+            if not key.startswith("blocks_"):  # their number stays
+                metadata[key] = value
+        return metadata
 
 
 def heads_stay(spec: ModelSpec, widths: dict[int, Width]) -> bool:
@@ -255,8 +282,10 @@ def heads_stay(spec: ModelSpec, widths: dict[int, Width]) -> bool:
 class CalibratedWidthPruning(WidthPruning):
     """A width criterion that looks at calibration samples.
 
-    samples, length: windows and tokens per window for the scores, in place of the calibration's
-        own; None: the calibration's, which ``reconstruct`` always uses.
+    Attributes:
+        samples: windows for the scores, 1 or more; None: the calibration's number, which
+            ``reconstruct`` always uses.
+        length: tokens per window for the scores, 8 or more; None: the calibration's.
     """
 
     samples: int | None = None

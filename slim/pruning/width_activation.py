@@ -1,9 +1,9 @@
-"""Width scores by activation: how large the values are that a unit gives to the layer behind it.
+"""Width scores by activation: how large the values are that a unit gives to the layer after it.
 
-    score(channel) = mean over calibration tokens of |x|,   x: the input of o_proj (heads), of down_proj (MLP channels)
+    score(channel) = mean over calibration tokens of |x|
 
-summed over the channels of a key/value group. A unit that is hardly active hardly matters, however
-large its weights."""
+with x the input of o_proj for heads and of down_proj for MLP channels, summed over the channels of
+a key/value group. A unit that is hardly active hardly matters, however large its weights."""
 
 from __future__ import annotations
 
@@ -34,25 +34,27 @@ def mean_absolute_inputs(
     blocks: Sequence[int],
     advance: Callable[[], object] = lambda: None,
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Return block -> layer that reads units -> mean |x| of its inputs, float64 [in].
+    """Return the mean |x| of what units give to the layers that read them.
 
-    tokens: int64 [samples, length].
+    Args:
+        model: loaded.
+        family: of the model.
+        tokens: int64 [samples, length].
+        blocks: that are scored.
+        advance: called after every batch.
+
+    Returns:
+        Block -> name of the layer within it -> float64 [in].
     """
     chain = BlockChain(model, family)
     readers = [tensor.name for tensor in coupled_tensors(family) if not tensor.rows]
-    sums: dict[int, dict[str, torch.Tensor]] = {
-        block: dict.fromkeys(readers, 0.0) for block in blocks
-    }
+    sums: dict[int, dict[str, torch.Tensor]] = {}
     hooks = []
     for block in blocks:
+        sums[block] = dict.fromkeys(readers, 0.0)
         for name in readers:
-
-            def add(module, inputs, block=block, name=name):
-                sums[block][name] = (
-                    sums[block][name] + inputs[0].float().abs().flatten(0, -2).sum(0).double().cpu()
-                )
-
-            hooks.append(chain.blocks[block].get_submodule(name).register_forward_pre_hook(add))
+            layer = chain.blocks[block].get_submodule(name)
+            hooks.append(layer.register_forward_pre_hook(_adding_to(sums[block], name)))
     try:
         with torch.no_grad():
             for batch in batches(tokens):
@@ -63,10 +65,20 @@ def mean_absolute_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return {
-        block: {name: total / tokens.numel() for name, total in found.items()}
-        for block, found in sums.items()
-    }
+    means = {}
+    for block, totals in sums.items():
+        means[block] = {name: total / tokens.numel() for name, total in totals.items()}
+    return means
+
+
+def _adding_to(totals: dict[str, torch.Tensor], name: str) -> Callable:
+    """Return a hook that adds |x|, summed over tokens, to ``totals[name]``."""
+
+    def add(module, inputs):
+        total = inputs[0].float().abs().flatten(0, -2).sum(0)
+        totals[name] = totals[name] + total.double().cpu()
+
+    return add
 
 
 @dataclass(kw_only=True)
@@ -80,10 +92,10 @@ class WidthActivation(CalibratedWidthPruning):
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
         model, tokens = self.load(source, context)
         spec = source.spec
-        with progress_bar(
-            "Activations of heads and channels", total=len(batches(tokens))
-        ) as advance:
-            found = mean_absolute_inputs(model, spec.family, tokens, blocks, advance)
-        return {
-            block: unit_scores(sizes, spec, block, self.folding) for block, sizes in found.items()
-        }
+        title = "Activations of heads and channels"
+        with progress_bar(title, total=len(batches(tokens))) as advance:
+            inputs = mean_absolute_inputs(model, spec.family, tokens, blocks, advance)
+        scores = {}
+        for block, channels in inputs.items():
+            scores[block] = unit_scores(channels, spec, block, self.folding)
+        return scores

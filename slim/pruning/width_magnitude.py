@@ -29,7 +29,13 @@ else:
 
 
 def weight_sizes(weight: torch.Tensor, power: int, rows: bool) -> torch.Tensor:
-    """Return sum |w|^power per row or per column of a weight [out, in], float32."""
+    """Return sum |w|^power per row or per column, float32 [out] or [in].
+
+    Args:
+        weight: [out, in].
+        power: 1 or 2.
+        rows: a sum per row, not per column.
+    """
     return sum_per_unit(lambda w: w.abs().pow(power), rows, weight)
 
 
@@ -40,18 +46,16 @@ class WidthMagnitude(WidthPruning):
     power: ClassVar[int]
 
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
-        reader, spec = TensorReader(source), source.spec
-        found = {}
+        reader = TensorReader(source)
+        spec = source.spec
+        scores = {}
         for block in track(blocks, "Sizes of heads and channels"):
-            prefix = f"{spec.family.blocks}.{block}"
-            sizes = {
-                tensor.name: weight_sizes(
-                    reader.read(f"{prefix}.{tensor.name}.weight"), self.power, tensor.rows
-                )
-                for tensor in coupled_tensors(spec.family)
-            }
-            found[block] = unit_scores(sizes, spec, block, self.folding)
-        return found
+            sizes = {}
+            for tensor in coupled_tensors(spec.family):
+                weight = reader.read(f"{spec.family.blocks}.{block}.{tensor.name}.weight")
+                sizes[tensor.name] = weight_sizes(weight, self.power, tensor.rows)
+            scores[block] = unit_scores(sizes, spec, block, self.folding)
+        return scores
 
 
 @dataclass(kw_only=True)
@@ -76,7 +80,11 @@ class WidthL2(WidthMagnitude):
 
 @dataclass(kw_only=True)
 class WidthRandom(WidthPruning):
-    """``pruner=width_random``. seed: of the draw. Other settings: see :class:`WidthPruning`."""
+    """``pruner=width_random``. Other settings: see :class:`WidthPruning`.
+
+    Attributes:
+        seed: of the draw, 0 or more.
+    """
 
     cache_name: ClassVar[str] = "WidthRandom"
 
@@ -90,12 +98,13 @@ class WidthRandom(WidthPruning):
 
     def scores(self, source: Checkpoint, blocks: range, context: Context) -> dict[int, UnitScores]:
         generator = torch.Generator().manual_seed(self.seed)
-        found = {}
+        scores = {}
         for block in blocks:
             width = width_of(source.spec, block)
             groups = torch.rand(width.kv_heads, generator=generator)
-            found[block] = UnitScores(groups, torch.rand(width.channels, generator=generator))
-        return found
+            channels = torch.rand(width.channels, generator=generator)
+            scores[block] = UnitScores(groups, channels)
+        return scores
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         return 0

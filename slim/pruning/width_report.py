@@ -13,25 +13,39 @@ from slim.models.spec import ModelSpec
 from slim.pruning.width_sizes import width_of
 
 if TYPE_CHECKING:
+    from slim.pruning.width_method import KeptUnits
     from slim.pruning.width_scores import UnitScores
-    from slim.pruning.width_visitor import Kept
 
 
 def write_report(
-    folder: Path, criterion: str, before: ModelSpec, after: ModelSpec, kept: Mapping[int, Kept],
-    scores: Mapping[int, UnitScores], account: dict,
-) -> None:  # fmt: skip
-    """Write ``width_scores.json``, ``width_kept.png`` and ``head_scores.png`` into ``folder``."""
+    folder: Path,
+    criterion: str,
+    before: ModelSpec,
+    after: ModelSpec,
+    kept: Mapping[int, KeptUnits],
+    scores: Mapping[int, UnitScores],
+    account: dict,
+) -> None:
+    """Write ``width_scores.json``, ``width_kept.png`` and ``head_scores.png``.
+
+    Args:
+        folder: is made where it is missing.
+        criterion: name of the criterion.
+        before: the model before pruning.
+        after: the model after it.
+        kept: block -> units that stay.
+        scores: block -> scores of its units.
+        account: sizes and multiply-accumulates before and after.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = {
-        str(block): {
-            "groups_kept": found.groups,
-            "channels_kept": found.channels,
+    blocks = {}
+    for block, units in sorted(kept.items()):
+        blocks[str(block)] = {
+            "groups_kept": units.groups,
+            "channels_kept": units.channels,
             "group_scores": scores[block].groups.tolist(),
             "channel_scores": scores[block].channels.tolist(),
         }
-        for block, found in sorted(kept.items())
-    }
     content = {"criterion": criterion, **account, "blocks": blocks}
     (folder / "width_scores.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     plot_kept(folder / "width_kept.png", before, after, criterion)
@@ -39,23 +53,18 @@ def write_report(
 
 
 def plot_kept(path: Path, before: ModelSpec, after: ModelSpec, title: str) -> None:
-    """Draw query heads and MLP channels of every block, what went on top in another colour."""
+    """Draw query heads and MLP channels of every block, the removed ones on top in another colour.
+
+    Args:
+        path: of the picture.
+        before: the model before pruning.
+        after: the model after it.
+        title: above the picture.
+    """
     figure = new_figure(max(6.0, 2 + 0.24 * before.blocks), 4.6)
-    blocks = range(before.blocks)
-    for axes, name, label in zip(
-        figure.subplots(2, 1, sharex=True),
-        ("heads", "channels"),
-        ("query heads", "MLP channels"),
-        strict=True,
-    ):
-        left = [getattr(width_of(after, block), name) for block in blocks]
-        gone = [
-            getattr(width_of(before, block), name) - count
-            for block, count in zip(blocks, left, strict=True)
-        ]
-        axes.bar(blocks, left, color=KEPT, label="kept")
-        axes.bar(blocks, gone, bottom=left, color=REMOVED, label="removed")
-        axes.set(ylabel=label)
+    upper, axes = figure.subplots(2, 1, sharex=True)
+    _draw_counts(upper, before, after, "heads", "query heads")
+    _draw_counts(axes, before, after, "channels", "MLP channels")
     axes.set(xlabel="block")
     axes.xaxis.get_major_locator().set_params(integer=True)
     share = after.parameters() / before.parameters()
@@ -66,20 +75,40 @@ def plot_kept(path: Path, before: ModelSpec, after: ModelSpec, title: str) -> No
     save_figure(figure, path)
 
 
+def _draw_counts(axes, before: ModelSpec, after: ModelSpec, name: str, label: str) -> None:
+    """Draw how many units of every block stay, and on top how many go."""
+    blocks = range(before.blocks)
+    kept = [getattr(width_of(after, block), name) for block in blocks]
+    removed = []
+    for block in blocks:
+        removed.append(getattr(width_of(before, block), name) - kept[block])
+    axes.bar(blocks, kept, color=KEPT, label="kept")
+    axes.bar(blocks, removed, bottom=kept, color=REMOVED, label="removed")
+    axes.set(ylabel=label)
+
+
 def plot_heads(
-    path: Path, kept: Mapping[int, Kept], scores: Mapping[int, UnitScores], title: str
+    path: Path, kept: Mapping[int, KeptUnits], scores: Mapping[int, UnitScores], title: str
 ) -> None:
     """Draw the share of every key/value group in its block's score as a map; removed groups are
-    crossed out."""
+    crossed out.
+
+    Args:
+        path: of the picture.
+        kept: block -> units that stay.
+        scores: block -> scores of its units.
+        title: above the picture.
+    """
     blocks = sorted(kept)
     widest = max(len(scores[block].groups) for block in blocks)
     grid = [[float("nan")] * len(blocks) for _ in range(widest)]
     figure = new_figure(max(5.0, 2 + 0.3 * len(blocks)), max(2.6, 1.2 + 0.25 * widest))
     axes = figure.subplots()
     for column, block in enumerate(blocks):
-        values = scores[block].groups.double()
-        share = (values / values.sum()).tolist() if values.sum() > 0 else values.tolist()
-        for group, value in enumerate(share):
+        shares = scores[block].groups.double()
+        if shares.sum() > 0:
+            shares = shares / shares.sum()
+        for group, value in enumerate(shares.tolist()):
             grid[group][column] = value
             if group not in kept[block].groups:
                 axes.plot(column, group, "x", color=REMOVED, markersize=9, markeredgewidth=2.5)

@@ -56,11 +56,16 @@ class FirstOrder:
         self.scores: dict[str, torch.Tensor] = {}
 
     def add(self, tensor: Coupled, weight: torch.Tensor, grad: torch.Tensor) -> None:
-        """Take the gradient of the whole loss."""
+        """Take the gradient of the whole loss.
+
+        Args:
+            tensor: which coupled tensor.
+            weight: w, [out, in].
+            grad: g, [out, in].
+        """
         if self.order == VECTORISED:
-            self.scores[tensor.name] = sum_per_unit(
-                lambda w, g: w * g, tensor.rows, weight, grad
-            ).abs()
+            total = sum_per_unit(lambda w, g: w * g, tensor.rows, weight, grad)
+            self.scores[tensor.name] = total.abs()
         else:
             self.scores[tensor.name] = sum_per_unit(
                 lambda w, g: (w * g).abs(), tensor.rows, weight, grad
@@ -80,11 +85,15 @@ class SecondOrder:
         self.scores: dict[str, torch.Tensor] = {}
 
     def add(self, tensor: Coupled, weight: torch.Tensor, grad: torch.Tensor) -> None:
-        """Take one sample's share g_s / samples of the gradient."""
-        found = (
-            sum_per_unit(lambda w, g: (w * g).square(), tensor.rows, weight, grad) * self.samples
-        )
-        self.scores[tensor.name] = self.scores.get(tensor.name, 0) + found
+        """Take one sample's share of the gradient.
+
+        Args:
+            tensor: which coupled tensor.
+            weight: w, [out, in].
+            grad: g_s / samples, [out, in].
+        """
+        squares = sum_per_unit(lambda w, g: (w * g).square(), tensor.rows, weight, grad)
+        self.scores[tensor.name] = self.scores.get(tensor.name, 0) + squares * self.samples
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Return the scores per channel of every coupled tensor."""
@@ -99,25 +108,28 @@ class Mixed:
         self.sums: dict[Coupled, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def add(self, tensor: Coupled, weight: torch.Tensor, grad: torch.Tensor) -> None:
-        """Take one sample's share g_s / samples of the gradient."""
+        """Take one sample's share of the gradient.
+
+        Args:
+            tensor: which coupled tensor.
+            weight: w, [out, in].
+            grad: g_s / samples, [out, in].
+        """
         if tensor not in self.sums:
-            self.sums[tensor] = (
-                weight,
-                torch.zeros_like(weight).float(),
-                torch.zeros_like(weight).float(),
-            )
+            zeros = torch.zeros_like(weight).float()
+            self.sums[tensor] = (weight, zeros, zeros.clone())
         _, gradient, fisher = self.sums[tensor]
         gradient.add_(grad)
         fisher.addcmul_(grad.float(), grad.float(), value=self.samples)
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Return the scores per channel of every coupled tensor."""
-        return {
-            tensor.name: sum_per_unit(
+        scores = {}
+        for tensor, sums in self.sums.items():
+            scores[tensor.name] = sum_per_unit(
                 lambda w, g, f: (w * g - 0.5 * w * f * w).abs(), tensor.rows, *sums
             )
-            for tensor, sums in self.sums.items()
-        }
+        return scores
 
 
 RULES = {FIRST: FirstOrder, VECTORISED: FirstOrder, SECOND: SecondOrder, MIXED: Mixed}
@@ -127,10 +139,19 @@ def channel_taylor_scores(
     model, family: Family, tokens: torch.Tensor, blocks: Sequence[int], order: str,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[int, dict[str, torch.Tensor]]:  # fmt: skip
-    """Return block -> coupled tensor -> score per channel, for int64 ``tokens`` [samples, length].
+    """Return the scores per channel of every coupled tensor.
 
-    ``advance`` is called after every block, forward and backward. The model's weights are left as
-    they were."""
+    Args:
+        model: loaded; its weights are left as they were.
+        family: of the model.
+        tokens: int64 [samples, length].
+        blocks: that are scored.
+        order: one of ``ORDERS``.
+        advance: called after every block, forward and backward.
+
+    Returns:
+        Block -> name of the tensor within it -> float32 [channels], on the CPU.
+    """
     model.requires_grad_(False)
     chain = BlockChain(model, family)
     states = block_inputs(chain, tokens, advance)
@@ -138,26 +159,36 @@ def channel_taylor_scores(
     together = len(tokens) if order in (FIRST, VECTORISED) else 1
     # so that blocks are called as for as many samples as go back together
     chain.enter(tokens[:together])
-    found = {}
+    scores = {}
     for index in reversed(range(min(blocks), len(chain))):
         rule = RULES[order](order, len(tokens)) if index in blocks else None
         gradient = block_backward(chain, index, states.pop(), gradient, together, rule)
         if rule is not None:
-            found[index] = {name: score.cpu() for name, score in rule.finish().items()}
+            scores[index] = {name: score.cpu() for name, score in rule.finish().items()}
         advance()
-    return found
+    return scores
 
 
 def block_backward(
     chain: BlockChain, index: int, state, gradient, together: int, rule
 ) -> torch.Tensor:
-    """Go back through a block, ``together`` samples at a time; return its input's gradient,
-    [samples, length, hidden].
+    """Go back through a block, some samples at a time.
 
-    state: its input. gradient: its output's gradient. rule: gets the gradients of the block's
-    coupled weights, or None."""
-    coupled = list(coupled_tensors(chain.family)) if rule is not None else []
-    weights = {chain.blocks[index].get_submodule(tensor.name).weight: tensor for tensor in coupled}
+    Args:
+        chain: the model's blocks.
+        index: of the block.
+        state: its input, [samples, length, hidden].
+        gradient: its output's gradient, [samples, length, hidden].
+        together: samples that go back at once.
+        rule: gets the gradients of the block's coupled weights; None: they are not needed.
+
+    Returns:
+        Its input's gradient, [samples, length, hidden].
+    """
+    weights: dict[torch.Tensor, Coupled] = {}
+    if rule is not None:
+        for tensor in coupled_tensors(chain.family):
+            weights[chain.blocks[index].get_submodule(tensor.name).weight] = tensor
 
     def use(weight: torch.Tensor) -> None:
         rule.add(weights[weight], weight.detach(), weight.grad)
@@ -174,9 +205,12 @@ def block_backward(
 
 @dataclass(kw_only=True)
 class WidthTaylor(CalibratedWidthPruning):
-    """``pruner=width_taylor``. order: first, second, mixed or vectorised, see above.
+    """``pruner=width_taylor``. Other settings: see :class:`CalibratedWidthPruning`.
 
-    Other settings: see :class:`CalibratedWidthPruning`; 10 samples of 64 tokens as in LLM-Pruner.
+    Attributes:
+        order: ``first``, ``second``, ``mixed`` or ``vectorised``, see above.
+        samples: windows for the scores; 10 as in LLM-Pruner.
+        length: tokens per window for the scores; 64 as in LLM-Pruner.
     """
 
     cache_name: ClassVar[str] = "WidthTaylor"
@@ -196,10 +230,13 @@ class WidthTaylor(CalibratedWidthPruning):
         spec = source.spec
         steps = 2 * spec.blocks - min(blocks)
         with progress_bar("Taylor scores of heads and channels", total=steps) as advance:
-            found = channel_taylor_scores(model, spec.family, tokens, blocks, self.order, advance)
-        return {
-            block: unit_scores(sizes, spec, block, self.folding) for block, sizes in found.items()
-        }
+            channels = channel_taylor_scores(
+                model, spec.family, tokens, blocks, self.order, advance
+            )
+        scores = {}
+        for block, sizes in channels.items():
+            scores[block] = unit_scores(sizes, spec, block, self.folding)
+        return scores
 
     def scoring_bytes(self, spec: ModelSpec, device: str) -> int:
         together = self.windows.samples if self.order in (FIRST, VECTORISED) else 1

@@ -17,7 +17,7 @@ from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.errors import SlimError
 from slim.data.calibration import Calibration
 from slim.loading.load_model import load_model
-from slim.pruning.bridge import find_gaps
+from slim.pruning.reconstruction import find_gaps
 from slim.pruning.magnitude import Magnitude
 from slim.pruning.ppl import Greedy, Perplexity
 from slim.pruning.taylor import Taylor

@@ -290,13 +290,13 @@ def test_zeros_come_back_after_training(small_llama, tmp_path):
     ("settings", "message"),
     [
         *(
-            ({"sparsity": value}, f"pruner.sparsity={value}: must be")
+            ({"sparsity": value}, f"pruner.sparsity={value}: must be a number between 0 and 1")
             for value in (0, 1, -0.5, "x", True)
         ),
         ({"n": 2}, "belong together"),
         ({"m": 4}, "belong together"),
         ({"n": 5, "m": 4}, "n must be smaller than m, from 1 to 3"),
-        ({"n": 4, "m": 4}, "nothing would go"),
+        ({"n": 4, "m": 4}, "none would go"),
         ({"n": 0, "m": 4}, "pruner.n=0"),
         ({"n": 1.5, "m": 4}, "pruner.n=1.5"),
         ({"n": 2, "m": 4, "sparsity": 0.6}, "gives a sparsity of 0.5"),

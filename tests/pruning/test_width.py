@@ -571,11 +571,11 @@ def test_identity_holds_what_counts_and_nothing_else(calibration):
     ("settings", "message"),
     [
         *(
-            ({"ratio": ratio}, f"pruner.ratio={ratio}: must be")
+            ({"ratio": ratio}, f"pruner.ratio={ratio}: must be a number between 0 and 1")
             for ratio in (0, 1, -0.1, 1.5, "half", True)
         ),
         ({"first_block": -1}, "pruner.first_block=-1"),
-        ({"first_block": 4, "last_block": 2}, "lies behind pruner.last_block=2"),
+        ({"first_block": 4, "last_block": 2}, "comes after pruner.last_block=2"),
         ({"uniform": True, "first_block": 2}, "pruner.uniform=true prunes all blocks"),
         ({"rounding": 0}, "pruner.rounding=0"),
         ({"rounding": "llm-pruner"}, "Did you mean llm_pruner"),

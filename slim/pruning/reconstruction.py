@@ -1,11 +1,12 @@
-"""Repair of removed blocks: a linear map over the gap, folded into the projection in front of it.
+"""Repair of removed blocks: a linear map over the gap, folded into the projection before it.
 
 Without blocks l to l+n-1, block l-1 hands its output straight to block l+n. With z the input of
-block l-1's down projection and r the residual stream beside it, that output is r + z W^T; block l+n
-was trained on x, the dense model's hidden state there. So W is refitted to give what the gap lacks:
+block l-1's down projection and r the residual stream it is added to, that output is r + z W^T;
+block l+n was trained on x, the dense model's hidden state there. So W is refitted to give what the
+gap lacks:
 
-    W' = argmin |r + z W'^T - x|^2 + damping |W' - W|^2 = W + (x - r - z W^T)^T Z (Z^T Z +
-    damping)^-1
+    W' = argmin |r + z W'^T - x|^2 + damping |W' - W|^2
+       = W + (x - r - z W^T)^T Z (Z^T Z + damping)^-1
 
 in sums over the calibration tokens. r and z are taken from the model with all earlier gaps already
 closed, x from the dense one, so each gap also makes up for what the ones before it left. Nothing is
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slim.calibration.capture import CapturedInputs, capture_inputs
+from slim.calibration.capture import CapturedInputs, capture_inputs, run_block
 from slim.calibration.hessian import Hessian
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.meta_model import MetaModel, stored_dtype
@@ -34,7 +35,12 @@ from slim.pruning.least_squares import solve
 class Gap:
     """A run of removed blocks.
 
-    block: the kept one in front. error_cut, error_bridged: |x' - x| / |x| behind the gap, without and with the fit.
+    Attributes:
+        block: the kept block before it.
+        removed: the blocks of the run, ascending.
+        error_cut: |x' - x| / |x| after the gap without the fit, x' the hidden states of the pruned
+            model and x those of the dense one.
+        error_bridged: the same with the fit.
     """
 
     block: int
@@ -45,9 +51,11 @@ class Gap:
 
 @dataclass
 class Pending:
-    """The block in front of a gap, until the gap's end is known.
+    """The block before a gap, until the gap's end is known.
 
-    tensors: of the block. inputs: z of its last projection, one tensor per batch, on the CPU.
+    Attributes:
+        tensors: of the block.
+        inputs: z, the inputs of its last projection, one tensor per batch, on the CPU.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -55,8 +63,7 @@ class Pending:
 
 
 def find_gaps(removed: list[int]) -> list[Gap]:
-    """Return the runs of successive blocks in ``removed`` (ascending) that have a block in front of
-    them."""
+    """Return the runs of successive blocks in ``removed`` (ascending) that a block comes before."""
     gaps: list[Gap] = []
     for block in removed:
         if gaps and block == gaps[-1].removed[-1] + 1:
@@ -66,12 +73,9 @@ def find_gaps(removed: list[int]) -> list[Gap]:
     return [gap for gap in gaps if gap.block >= 0]
 
 
-class Bridging:
+class Reconstruction:
     """Writes a checkpoint without some blocks, gaps bridged; one block in memory at a time, hidden
-    states on the CPU.
-
-    removed: blocks, ascending. tokens: int64 [samples, length]. damping: in means of the Gram
-    matrix's diagonal."""
+    states on the CPU."""
 
     def __init__(
         self,
@@ -81,14 +85,27 @@ class Bridging:
         damping: float,
         device: str,
     ):
-        self.source, self.removed, self.damping, self.device = source, removed, damping, device
+        """Capture what enters the first block.
+
+        Args:
+            source: the model with all blocks.
+            removed: blocks, ascending.
+            tokens: int64 [samples, length].
+            damping: ridge of the fits, in means of the Hessian's diagonal.
+            device: torch device that blocks run on.
+        """
+        self.source = source
+        self.removed = removed
+        self.damping = damping
+        self.device = device
         self.meta_model = MetaModel(source, device)
         self.family = self.meta_model.family
         self.last = self.family.linear_groups[-1].linears[0]
-        self.captured: CapturedInputs = capture_inputs(self.meta_model, tokens)
-        self.pruned = list(self.captured.hidden)  # hidden states of the model without the blocks
+        # hidden states of the dense model, and of the one without the blocks
+        self.dense: CapturedInputs = capture_inputs(self.meta_model, tokens)
+        self.pruned = list(self.dense.hidden)
         self.gaps = {gap.removed[-1]: gap for gap in find_gaps(removed)}
-        self.in_front = {gap.block for gap in self.gaps.values()}
+        self.before_gaps = {gap.block for gap in self.gaps.values()}
         self.pending: Pending | None = None
 
     def write(
@@ -97,25 +114,33 @@ class Bridging:
         shard_bytes: int = SHARD_BYTES,
         advance: Callable[[], object] = lambda: None,
     ) -> list[Gap]:
-        """Write the checkpoint into ``target`` and return the gaps with their errors. ``advance``:
-        after each block."""
+        """Write the checkpoint.
+
+        Args:
+            target: folder.
+            shard_bytes: size of a weight file, about.
+            advance: called after each block of the source.
+
+        Returns:
+            The gaps with their errors.
+        """
         writer = ShardWriter(target, shard_bytes)
-        prefix, depth = self.family.blocks, self.source.spec.blocks
-        kept = [block for block in range(depth) if block not in self.removed]
+        prefix = self.family.blocks
+        kept = [block for block in range(self.source.spec.blocks) if block not in self.removed]
         for name in self.source.tensors:
             if not name.startswith(prefix + "."):
                 writer.add(name, self.meta_model.reader.read(name))
-        for block in range(depth):
-            for done, tensors in self._block(block):
+        for block in range(self.source.spec.blocks):
+            for finished, tensors in self._process(block):
                 for name, tensor in tensors.items():
-                    writer.add(f"{prefix}.{kept.index(done)}.{name}", tensor)
+                    writer.add(f"{prefix}.{kept.index(finished)}.{name}", tensor)
             advance()
         writer.close()
         write_config(self.source.spec.with_blocks(kept).config, target)
         copy_companions(self.source.folder, target)
         return list(self.gaps.values())
 
-    def _block(self, index: int) -> list[tuple[int, dict[str, torch.Tensor]]]:
+    def _process(self, index: int) -> list[tuple[int, dict[str, torch.Tensor]]]:
         """Pass both hidden states through a block; return (block, tensors) of what is ready to be
         written."""
         name = f"{self.family.blocks}.{index}"
@@ -123,7 +148,7 @@ class Bridging:
         ready = []
         if index not in self.removed:
             tensors = dict(self.meta_model.reader.read_module(name))
-            if index in self.in_front:
+            if index in self.before_gaps:  # to be refitted when the end of its gap is known
                 self.pending = Pending(tensors)
             else:
                 ready.append((index, tensors))
@@ -135,8 +160,10 @@ class Bridging:
         return ready
 
     def _advance(self, block: nn.Module, index: int) -> None:
+        """Replace the hidden states by the block's output: the dense model's always, the pruned
+        one's if the block is kept."""
         hook = None
-        if index in self.in_front:
+        if index in self.before_gaps:
             keep = self.pending.inputs.append
             hook = block.get_submodule(self.last).register_forward_pre_hook(
                 lambda _, args: keep(args[0].cpu())
@@ -145,30 +172,26 @@ class Bridging:
             self.pruned = [self._run(block, index, hidden) for hidden in self.pruned]
         if hook is not None:
             hook.remove()
-        self.captured.hidden = [self._run(block, index, hidden) for hidden in self.captured.hidden]
+        self.dense.hidden = [self._run(block, index, hidden) for hidden in self.dense.hidden]
 
     def _run(self, block: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        args, kwargs = self.captured.calls[len(hidden)][index]
+        """Return a block's output for a batch, on the CPU."""
+        call = self.dense.calls[len(hidden)][index]
         with torch.no_grad():
-            output = block(hidden.to(self.device), *args, **kwargs)
-        return (output[0] if isinstance(output, tuple) else output).cpu()
+            return run_block(block, hidden.to(self.device), call).cpu()
 
     def _close(self, gap: Gap) -> dict[str, torch.Tensor]:
         """Fit the map over a gap, pass it to the hidden states, and return the tensors of the block
-        in front."""
-        inputs, tensors, self.pending = self.pending.inputs, self.pending.tensors, None
+        before it."""
+        inputs = self.pending.inputs
+        tensors = self.pending.tensors
+        self.pending = None
         weight = f"{self.last}.weight"
-        hessian, cross = Hessian(inputs[0].shape[-1], self.device), 0
-        for z, there, here in zip(inputs, self.captured.hidden, self.pruned, strict=True):
-            z, missing = (
-                z.to(self.device).flatten(0, 1),
-                (there - here).to(self.device).flatten(0, 1),
-            )
-            hessian.add(z)
-            cross = cross + z.T @ missing
-        stored = stored_dtype(self.source.tensors[f"{self.family.blocks}.{gap.block}.{weight}"][1])
         old = tensors[weight].float().to(self.device)
-        tensors[weight] = (old + solve(hessian.matrix(), cross, self.damping).T.float()).to(stored)
+        stored = stored_dtype(self.source.tensors[f"{self.family.blocks}.{gap.block}.{weight}"][1])
+        tensors[weight] = (old + self._fit(inputs)).to(stored)
+
+        # what is stored counts, rounding included
         change = tensors[weight].float() - old
         gap.error_cut = self._error()
         for batch, z in enumerate(inputs):
@@ -176,9 +199,23 @@ class Bridging:
         gap.error_bridged = self._error()
         return tensors
 
+    def _fit(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Return W' - W, float32 [hidden, in], for the projection with these inputs."""
+        hessian = Hessian(inputs[0].shape[-1], self.device)
+        cross = 0
+        for z, dense, pruned in zip(inputs, self.dense.hidden, self.pruned, strict=True):
+            z = z.to(self.device).flatten(0, 1)
+            missing = (dense - pruned).to(self.device).flatten(0, 1)
+            hessian.add(z)
+            cross = cross + z.T @ missing
+        return solve(hessian.matrix(), cross, self.damping).T.float()
+
     def _error(self) -> float:
         """Return |x' - x| / |x| over all calibration tokens: x' of the pruned model, x of the dense
         one."""
-        pairs = list(zip(self.pruned, self.captured.hidden, strict=True))
-        difference = sum((here - there).double().square().sum() for here, there in pairs)
-        return float((difference / sum(there.double().square().sum() for _, there in pairs)).sqrt())
+        difference = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64)
+        for pruned, dense in zip(self.pruned, self.dense.hidden, strict=True):
+            difference += (pruned - dense).double().square().sum()
+            total += dense.double().square().sum()
+        return float((difference / total).sqrt())
