@@ -1,4 +1,4 @@
-"""Time, memory and perplexity of quantisation, beside llm-compressor's, and the speed of packed
+"""Time, memory and perplexity of quantisation, next to llm-compressor's, and the speed of packed
 models.
 
     python benchmarks/quantize.py compare MODEL CALIBRATION_TEXT TEST_TEXT --other-python PATH

@@ -66,12 +66,12 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def least_bytes(spec: ModelSpec, tokens: int) -> dict[str, int]:
-    """Return the bytes, in float32, of one block, of its Gram matrices, and of the hidden states of
+    """Return the bytes, in float32, of one block, of its Hessians, and of the hidden states of
     all tokens."""
     hessians = sum(width**2 for width in input_widths(spec))
     return {
         "block": 4 * spec.block_parameters(),
-        "Gram": 4 * hessians,
+        "Hessians": 4 * hessians,
         "hidden": 4 * tokens * spec.hidden_size,
     }
 

@@ -1,6 +1,6 @@
 """The least a calibrated pass through a model's blocks can take, each part measured by itself.
 
-The weights once from disk, one forward per block, one Gram matrix and one factorisation per
+The weights once from disk, one forward pass per block, one Hessian and one factorisation per
 distinct input (q/k/v; o; gate/up; down). Only shapes matter, so forwards run with random weights
 and inputs."""
 
@@ -38,7 +38,7 @@ class Floor:
         return self.read + self.forward + self.hessian + self.factor
 
     def __str__(self) -> str:
-        parts = f"read {self.read:.2f}, forward {self.forward:.2f}, Gram {self.hessian:.2f}, factor {self.factor:.2f}"
+        parts = f"read {self.read:.2f}, forward {self.forward:.2f}, Hessian {self.hessian:.2f}, factor {self.factor:.2f}"
         return f"{self.total:.2f} s ({parts})"
 
 

@@ -11,8 +11,13 @@ WHOLE_ROW = -1
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits per code, weights per group along a row (-1: the whole row), and whether the grid is
-    symmetric around 0."""
+    """The grid of a layer's weights.
+
+    Attributes:
+        bits: per code.
+        group_size: weights along a row that share a scale; -1: the whole row.
+        symmetric: whether the grid is symmetric around 0.
+    """
 
     bits: int
     group_size: int
@@ -20,6 +25,7 @@ class Scheme:
 
     @property
     def levels(self) -> int:
+        """The number of codes."""
         return 2**self.bits
 
     @property

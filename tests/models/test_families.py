@@ -212,23 +212,23 @@ def test_pattern_of_windows_where_the_config_leaves_it_out(model_type, given):
     assert found == ([types[block] for block in kept] if "sliding_attention" in types else None)
 
 
-# The walk
+# Sequential calibration
 # -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache_bytes", [2**30, 0], ids=["inputs kept", "inputs computed twice"])
-def test_walk_sees_and_writes_what_the_model_is(folder, cache_bytes, tmp_path, monkeypatch):
+def test_calibration_sees_and_writes_what_the_model_is(folder, cache_bytes, tmp_path, monkeypatch):
     # batches of 2, 2 and 1 samples
     monkeypatch.setattr("slim.calibration.capture.BATCH_BYTES", 64 * 4 * 128)
     source = open_checkpoint(folder)
     expected, last = hessians_by_hooks(reloaded(folder), TOKENS)
     spy = Spy()
-    walk = SequentialCalibration(source, spy, None, TOKENS, cache_bytes=cache_bytes)
-    walk.run()
+    calibration = SequentialCalibration(source, spy, None, TOKENS, cache_bytes=cache_bytes)
+    calibration.run()
     assert spy.hessians.keys() == expected.keys()
     for name, hessian in expected.items():
         assert relative(spy.hessians[name].double(), hessian) < 1e-4, name
-    torch.testing.assert_close(torch.cat(walk.captured.hidden), last, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(calibration.captured.hidden), last, rtol=1e-4, atol=1e-4)
     (tmp_path / "copy").mkdir()
     transform_checkpoint(source, tmp_path / "copy", Spy(), source.config, Context(), TOKENS)
     before, after = (
@@ -259,12 +259,12 @@ class Unrounded(ScaledMethod):
         super().__init__(dict.fromkeys(linears, Scheme(8, 32, False)), dtype)
         self.alphas, self.folds = [0.7, 0.7], {}
 
-    def solve(self, weights, hessian, schemes, where):
-        return {name: exact(weight) for name, weight in weights.items()}
+    def solve(self, problem):
+        return {name: exact(weight) for name, weight in problem.weights.items()}
 
-    def _store_fold(self, view, scales):
-        self.folds[view.block, view.scale_into] = scales
-        super()._store_fold(view, scales)
+    def _store_fold(self, group, scales):
+        self.folds[group.block, group.scale_into] = scales
+        super()._store_fold(group, scales)
 
     def block_tensors(self, block, module):
         dense = {f"{name}.weight": layer.dequantize() for name, layer in self.done.items()}
@@ -317,10 +317,10 @@ def test_scales_of_channels_in_the_middle():
     torch.testing.assert_close(scales, torch.tensor([1, 1, 2 / root, 1, 5**0.5 / root]))
     scale_module, method = nn.Linear(3, 7), ScaledMethod({}, "float32")
     method.done["up"] = exact(scale_module.weight.detach())
-    view = LinearGroup(
+    group = LinearGroup(
         0, "model.layers.0", LinearGroupSpec(("down",), "up"), {}, scale_module, channel_map
     )
-    torch.testing.assert_close(method._fold(view, scales), torch.cat([scales, torch.ones(2)]))
+    torch.testing.assert_close(method._rounded_fold(group, scales), torch.cat([scales, torch.ones(2)]))
 
 
 def test_norms_that_store_one_less_are_rounded_before_weights_are(tmp_path):

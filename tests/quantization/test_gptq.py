@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from slim.calibration.errors import layer_loss
 from slim.calibration.sequential import SequentialCalibration
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.stage import Context
@@ -16,16 +17,16 @@ from slim.data.calibration import Calibration
 from slim.quantization.methods.gptq import GPTQ, ErrorFeedback
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
+from slim.quantization.solvers.coordinate_descent import refine
 from slim.quantization.solvers.error_feedback import (
     by_rows,
-    feedback,
+    cholesky_factor,
     gptq,
     permuted,
     refit_scales,
     reverse,
 )
-from slim.quantization.solvers.grid import Quantized, layer_loss, minmax, search, shrink_factors
-from slim.quantization.solvers.refine import refine
+from slim.quantization.solvers.grid import Quantized, minmax, search, shrink_factors
 from tests.conftest import build_small
 
 INPUTS, ROWS = 96, 11
@@ -33,7 +34,7 @@ INPUTS, ROWS = 96, 11
 
 @pytest.fixture(scope="module")
 def problem():
-    """Weights and the Gram matrix of inputs that depend on one another, of very different size."""
+    """Weights and the Hessian of inputs that depend on one another, of very different size."""
     generator = torch.Generator().manual_seed(3)
     mixing = torch.randn(INPUTS, INPUTS, generator=generator) * torch.logspace(0, -2, INPUTS)
     inputs = torch.randn(900, INPUTS, generator=generator) @ mixing
@@ -85,7 +86,7 @@ def test_codes_are_those_of_the_paper(problem, bits, symmetric, group, order):
     weight, hessian = problem
     scheme, order = Scheme(bits, group, symmetric), orders(hessian)[order]
     fixed = search(weight, scheme, torch.float32, hessian.diagonal(), shrink_factors(5))
-    found = gptq(weight, feedback(hessian, 0.01, order), scheme, torch.float32, [1.0], fixed)
+    found = gptq(weight, cholesky_factor(hessian, 0.01, order), scheme, torch.float32, [1.0], fixed)
     expected = paper_gptq(weight, hessian, 0.01, order, fixed)
     same = (found.dequantize().double() - expected).abs() < 1e-5
     # a tie in float32 may fall the other way, and changes what follows in its row
@@ -103,7 +104,9 @@ def test_grids_chosen_on_the_way_are_those_the_codes_use(problem, order):
     same codes."""
     weight, hessian = problem
     scheme, order = Scheme(3, 32, False), orders(hessian)[order]
-    found = gptq(weight, feedback(hessian, 0.01, order), scheme, torch.float32, shrink_factors(5))
+    found = gptq(
+        weight, cholesky_factor(hessian, 0.01, order), scheme, torch.float32, shrink_factors(5)
+    )
     place = torch.empty_like(order)
     place[order] = torch.arange(INPUTS)
     if found.group_index is None:
@@ -118,23 +121,23 @@ def test_grids_chosen_on_the_way_are_those_the_codes_use(problem, order):
     # through the columns.
     first = order[:32]
     direct = search(weight[:, first], Scheme(3, -1, False), torch.float32, None, [1.0])
-    spans = gptq(weight, feedback(hessian, 0.01, order), scheme, torch.float32, [1.0])
+    spans = gptq(weight, cholesky_factor(hessian, 0.01, order), scheme, torch.float32, [1.0])
     assert torch.equal(spans.scale[:, 0], direct.scale[:, 0])
 
 
 def test_rows_do_not_depend_on_one_another(problem, monkeypatch):
     weight, hessian = problem
-    feed, scheme = feedback(hessian, 0.01, torch.arange(INPUTS)), Scheme(3, 32, False)
-    whole = gptq(weight, feed, scheme, torch.float32, [1.0, 0.8])
+    cholesky, scheme = cholesky_factor(hessian, 0.01, torch.arange(INPUTS)), Scheme(3, 32, False)
+    whole = gptq(weight, cholesky, scheme, torch.float32, [1.0, 0.8])
     monkeypatch.setattr("slim.quantization.solvers.error_feedback.ROW_WEIGHTS", 3 * INPUTS)
-    parts = by_rows(weight, lambda rows: gptq(rows, feed, scheme, torch.float32, [1.0, 0.8]))
+    parts = by_rows(weight, lambda rows: gptq(rows, cholesky, scheme, torch.float32, [1.0, 0.8]))
     assert torch.equal(parts.codes, whole.codes)
     # products of other shapes may round otherwise
     assert torch.allclose(parts.scale, whole.scale, rtol=1e-6, atol=0)
 
 
 def descend(weight, layer, hessian, rounds=1, **settings):
-    """Refine with G in the order of the groups, as the function wants it."""
+    """Refine with H in the order of the groups, as the function wants it."""
     order = None if layer.group_index is None else hessian.diagonal().argsort(descending=True)
     return refine(
         weight,
@@ -155,7 +158,7 @@ def test_coordinate_descent_ends_where_no_single_number_can_be_improved(
     weight, hessian = problem
     scheme = Scheme(2, group, False)
     layer = gptq(
-        weight, feedback(hessian, 0.01, orders(hessian)[order]), scheme, torch.float32, [1.0]
+        weight, cholesky_factor(hessian, 0.01, orders(hessian)[order]), scheme, torch.float32, [1.0]
     )
     losses = [float(layer_loss(layer.dequantize() - weight, hessian).sum())]
     for _ in range(30):
@@ -230,7 +233,7 @@ def test_refitted_scales_are_the_least_squares_solution(problem, order):
     weight, hessian = problem
     layer = gptq(
         weight,
-        feedback(hessian, 0.01, orders(hessian)[order]),
+        cholesky_factor(hessian, 0.01, orders(hessian)[order]),
         Scheme(2, 32, False),
         torch.float32,
         [1.0],
@@ -263,15 +266,15 @@ def test_damping_grows_until_the_factorisation_succeeds():
     inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     hessian = inputs.T @ inputs
     hessian[0, 0] -= 1e-2 * hessian.diagonal().mean()  # rounding can leave it slightly indefinite
-    found = feedback(hessian, 0.0, torch.arange(64))
+    found = cholesky_factor(hessian, 0.0, torch.arange(64))
     assert 1e-4 <= found.damping <= 1.0
-    factor = found.upper * found.pivots
+    factor = found.unit * found.diagonal
     hessian = hessian + found.damping * hessian.diagonal().mean() * torch.eye(64)
     torch.testing.assert_close(factor @ factor.T, hessian, rtol=1e-3, atol=1e-3)
-    assert torch.equal(found.upper.tril(-1), torch.zeros(64, 64))
-    assert feedback(-hessian, 0.01, torch.arange(64)) is None
+    assert torch.equal(found.unit.tril(-1), torch.zeros(64, 64))
+    assert cholesky_factor(-hessian, 0.01, torch.arange(64)) is None
     hopeless = torch.ones(64, 64) - 100 * torch.eye(64).roll(1, 0) - 100 * torch.eye(64).roll(-1, 0)
-    assert feedback(hopeless, 0.01, torch.arange(64)) is None
+    assert cholesky_factor(hopeless, 0.01, torch.arange(64)) is None
 
 
 def test_columns_without_input_are_rounded_by_themselves(problem):
@@ -281,7 +284,12 @@ def test_columns_without_input_are_rounded_by_themselves(problem):
     scheme = Scheme(4, 32, False)
     fixed = minmax(weight, scheme, torch.float32)
     found = gptq(
-        weight, feedback(hessian, 0.01, torch.arange(INPUTS)), scheme, torch.float32, [1.0], fixed
+        weight,
+        cholesky_factor(hessian, 0.01, torch.arange(INPUTS)),
+        scheme,
+        torch.float32,
+        [1.0],
+        fixed,
     )
     assert torch.equal(found.codes[:, 5], fixed.codes[:, 5])
     assert torch.equal(descend(weight, found, hessian).codes[:, 5], fixed.codes[:, 5])
@@ -319,22 +327,22 @@ def calibration(tmp_path_factory):
 
 
 class Recording(ErrorFeedback):
-    """GPTQ that remembers the losses of its layers and of round to nearest, and the Gram matrices
+    """GPTQ that remembers the losses of its layers and of round to nearest, and the Hessians
     it was given."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.losses, self.hessians = [], []
 
-    def quantize(self, view):
-        before = {name: linear.weight.clone() for name, linear in view.linears.items()}
-        self.hessians.append(view.hessian.clone())
-        result = super().quantize(view)
+    def quantize(self, group):
+        before = {name: linear.weight.clone() for name, linear in group.linears.items()}
+        self.hessians.append(group.hessian.clone())
+        result = super().quantize(group)
         for name, weight in before.items():
-            rounded = minmax(weight, self.scheme(view, name), self.scale_dtype).dequantize()
+            rounded = minmax(weight, self.scheme(group, name), self.scale_dtype).dequantize()
             self.losses.append(
                 [
-                    float(layer_loss(item - weight, view.hessian).sum())
+                    float(layer_loss(item - weight, group.hessian).sum())
                     for item in (result[name], rounded)
                 ]
             )
@@ -373,8 +381,8 @@ def test_without_true_sequential_a_block_is_seen_as_it_was(small_llama, calibrat
         return method.hessians
 
     class Blind(ErrorFeedback):
-        def quantize(self, view):
-            seen.append(view.hessian.clone())
+        def quantize(self, group):
+            seen.append(group.hessian.clone())
             return {}
 
     seen: list = []
@@ -411,18 +419,42 @@ def test_layers_that_calibration_never_reaches_are_rounded_and_named(calibration
 def test_failed_factorisations_fall_back_to_rounding_and_say_so(
     small_llama, calibration, tmp_path, monkeypatch
 ):
-    original = feedback
+    original = cholesky_factor
 
     def fails_for_wide(hessian, damping, order):
         return None if len(hessian) == 128 else original(hessian, damping, order)
 
-    monkeypatch.setattr("slim.quantization.methods.gptq.feedback", fails_for_wide)
+    monkeypatch.setattr("slim.quantization.methods.gptq.cholesky_factor", fails_for_wide)
     (tmp_path / "q").mkdir()
     facts = GPTQ(4, 32, calibration=calibration).run(small_llama, tmp_path / "q", Context())
     assert len(facts["notes"]) == 6
-    assert all(
-        "down_proj: the Gram matrix could not be factored" in note for note in facts["notes"]
-    )
+    assert all("down_proj: the Hessian could not be factored" in note for note in facts["notes"])
+
+
+@pytest.mark.parametrize("scaling_pays", [True, False])
+def test_scaling_solves_the_unscaled_problem_once(scaling_pays, small_llama, calibration):
+    solved, scaled = [], []
+
+    class Counting(ErrorFeedback):
+        def solve(self, problem):
+            solved.append(problem.name)
+            return super().solve(problem)
+
+        def _search_alpha(self, *args):
+            return 0.5
+
+        def unscaled_if_better(self, problem, layers, scales):
+            scaled.append(problem.name)
+            unscaled = super().unscaled_if_better(problem, layers, scales)
+            return None if scaling_pays else unscaled or layers
+
+    source = open_checkpoint(small_llama)
+    stage = GPTQ(4, 32, calibration=calibration, scaling="awq", grid=2, refine=0)
+    method = Counting(stage, stage.schemes(source.spec), "float32")
+    SequentialCalibration(source, method, None, stage.tokens(source)).run()
+    assert len(scaled) == 6 * 4
+    # once with scaled channels and once as they are
+    assert sorted(solved) == sorted(2 * scaled)
 
 
 def test_same_call_twice_gives_the_same_file(small_llama, calibration, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slim.calibration.errors import layer_loss
 from slim.quantization.methods.awq import diagonal_blocks
 from slim.quantization.methods.scaling import channel_scales
 from slim.quantization.scheme import Scheme
@@ -14,7 +15,6 @@ from slim.quantization.solvers.grid import (
     decode,
     encode,
     group_errors,
-    layer_loss,
     limits,
     minmax,
     search,
@@ -135,7 +135,7 @@ def test_refit_solves_least_squares_row_by_row(weight, hessian, bits):
     after = layer_loss(refitted.dequantize() - weight, hessian)
     assert (after <= before * 1.0001).all()
     assert torch.equal(refitted.codes, layer.codes)
-    root = torch.linalg.cholesky(hessian.double() + 1e-9 * torch.eye(48)).T  # |root e|^2 = e G e
+    root = torch.linalg.cholesky(hessian.double() + 1e-9 * torch.eye(48)).T  # |root e|^2 = e H e
     for row in range(6):
         steps = (
             layer.codes[row].view(3, 16).double() - layer.zero[row].double().unsqueeze(1)

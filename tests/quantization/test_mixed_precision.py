@@ -1,4 +1,4 @@
-"""Layers with schemes of their own, bits chosen under a budget, and walks that go on where they
+"""Layers with schemes of their own, bits chosen under a budget, and runs that resume where they
 were interrupted."""
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def test_a_budget_in_bytes_is_kept(small_llama, tmp_path):
     written = sum(
         tensor.nbytes for tensor in load_file(tmp_path / "q" / "model.safetensors").values()
     )
-    assert 0.93 * budget * 1e9 < written <= budget * 1e9 + 16 * 42  # the shapes beside each layer
+    assert 0.93 * budget * 1e9 < written <= budget * 1e9 + 16 * 42  # the shapes next to each layer
     assert 2 < facts["bits"] < 8
     with pytest.raises(SlimError, match=r"quant\.budget_gb=0\.0001 is too little.* at 2 bits"):
         RTN("auto", 32, budget_gb=1e-4).check(plain)
@@ -276,14 +276,14 @@ class Interrupted(Exception):
 
 
 def interrupted_at(monkeypatch, kind, block):
-    """Make a visitor fail when it reaches ``block`` for the first time."""
+    """Make a method fail when it reaches ``block`` for the first time."""
     original, armed = kind.process, [True]
 
-    def process(self, view):
-        if view.block == block and armed:
+    def process(self, group):
+        if group.block == block and armed:
             armed.clear()
             raise Interrupted
-        return original(self, view)
+        return original(self, group)
 
     monkeypatch.setattr(kind, "process", process)
 
@@ -322,7 +322,7 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_files(
     assert len(left) == 1 and left[0].endswith(".work")
     original = method.process
     monkeypatch.setattr(
-        method, "process", lambda self, view: seen.append(view.block) or original(self, view)
+        method, "process", lambda self, group: seen.append(group.block) or original(self, group)
     )
     result = Pipeline(Source(str(small_llama)), [stage], None, store).run()[-1].checkpoint
     assert sorted(set(seen)) == [4, 5]
@@ -343,11 +343,11 @@ def test_progress_made_elsewhere_is_not_taken_up(small_llama, tmp_path, monkeypa
     seen = []
 
     class Counting(RoundToNearest):
-        def process(self, view):
-            seen.append(view.block)
-            return super().process(view)
+        def process(self, group):
+            seen.append(group.block)
+            return super().process(group)
 
-    def walk(target):
+    def transform(target):
         target.mkdir()
         method = Counting(stage.schemes(source.spec), "float32")
         transform_checkpoint(
@@ -358,12 +358,12 @@ def test_progress_made_elsewhere_is_not_taken_up(small_llama, tmp_path, monkeypa
             Context(work=tmp_path / "work"),
         )
 
-    walk(tmp_path / "a")
+    transform(tmp_path / "a")
     seen.clear()
     record = json.loads((tmp_path / "work" / "progress.json").read_text())
     record["setting"]["versions"]["torch"] = "1.0"
     (tmp_path / "work" / "progress.json").write_text(json.dumps(record))
-    walk(tmp_path / "b")
+    transform(tmp_path / "b")
     assert sorted(set(seen)) == list(range(6))
     assert (
         load_file(tmp_path / "b" / "model.safetensors").keys()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from slim.calibration.errors import layer_loss
 from slim.calibration.sequential import SequentialCalibration
 from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from slim.checkpoints.stage import Context
@@ -26,7 +27,7 @@ from slim.quantization.kernels.packing import unpack, unpack_columns
 from slim.quantization.methods.awq import AWQ, ActivationAware
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
-from slim.quantization.solvers.grid import decode, layer_loss, minmax
+from slim.quantization.solvers.grid import decode, minmax
 from slim.quantization.storage import packed_bits, weight_bytes
 from tests.conftest import build_small
 
@@ -260,28 +261,28 @@ def test_no_dense_copy_is_held(tmp_path):
 
 
 class Recording(ActivationAware):
-    """AWQ that remembers, per layer, its loss and that of round to nearest under the same Gram
-    matrix."""
+    """AWQ that remembers, per layer, its loss and that of round to nearest under the same
+    Hessian."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.losses, self.folds = {}, set()
 
-    def quantize(self, view):
-        before = {name: linear.weight.clone() for name, linear in view.linears.items()}
-        result = super().quantize(view)
+    def quantize(self, group):
+        before = {name: linear.weight.clone() for name, linear in group.linears.items()}
+        result = super().quantize(group)
         for name, weight in before.items():
-            rounded = minmax(weight, self.scheme(view, name), self.scale_dtype).dequantize()
+            rounded = minmax(weight, self.scheme(group, name), self.scale_dtype).dequantize()
             pair = [
-                layer_loss(item - weight, view.hessian).sum().item()
+                layer_loss(item - weight, group.hessian).sum().item()
                 for item in (result[name], rounded)
             ]
-            self.losses[f"{view.prefix}.{name}"] = pair
+            self.losses[f"{group.prefix}.{name}"] = pair
         return result
 
-    def _store_fold(self, view, scales):
-        self.folds.add(view.scale_into)
-        super()._store_fold(view, scales)
+    def _store_fold(self, group, scales):
+        self.folds.add(group.scale_into)
+        super()._store_fold(group, scales)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -308,12 +309,12 @@ class FoldOnly(ActivationAware):
     def _search_alpha(self, *args):
         return 0.7
 
-    def _pays(self, *args):
-        return True
+    def unscaled_if_better(self, *args):
+        return None
 
-    def _store_fold(self, view, scales):
+    def _store_fold(self, group, scales):
         self.folds.append(scales.max().item() / scales.min().item())
-        super()._store_fold(view, scales)
+        super()._store_fold(group, scales)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -352,17 +353,17 @@ def test_norms_are_rounded_before_weights_are_quantised(tmp_path):
     rounding."""
     source = open_checkpoint(small("llama", tmp_path / "source"))
     method = FoldOnly(source.spec.with_config(dtype="bfloat16"))
-    original, checked = method._fold, []
+    original, checked = method._rounded_fold, []
 
-    def fold(view, scales):
-        exact = original(view, scales)
-        if "norm" in view.scale_into:
-            stored = (view.scale_module.weight / scales).to(torch.bfloat16).float()
-            torch.testing.assert_close(stored * exact, view.scale_module.weight, rtol=1e-6, atol=0)
-            checked.append(view.scale_into)
+    def fold(group, scales):
+        exact = original(group, scales)
+        if "norm" in group.scale_into:
+            stored = (group.scale_module.weight / scales).to(torch.bfloat16).float()
+            torch.testing.assert_close(stored * exact, group.scale_module.weight, rtol=1e-6, atol=0)
+            checked.append(group.scale_into)
         return exact
 
-    method._fold = fold
+    method._rounded_fold = fold
     SequentialCalibration(source, method, None, tokens_of(1024)).run()
     assert len(checked) == 4
 

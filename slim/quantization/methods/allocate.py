@@ -1,19 +1,20 @@
 """Mixed precision: more bits for the layers that need them, fewer for the others, under a budget.
 
-The walk measures for every layer l and every width b what rounding to b bits would cost, as a share
-of the layer's output:
+A first pass over the blocks measures for every layer l and every width b what rounding to b bits
+would cost, as a share of the layer's output:
 
-    e_l(b) = tr(D_b G D_b^T) / tr(W G W^T),    D_b = Q_b(W) - W
+    e_l(b) = tr(D_b H D_b^T) / tr(W H W^T),    D_b = Q_b(W) - W
 
 and the bits are chosen to make the sum of n_l e_l(b_l) small under sum n_l b_l <= budget, n_l the
 number of weights. Without the share, layers with large outputs would take all bits: what follows
 them (a norm, a residual stream) does not care for absolute size. All layers begin with the fewest
 bits; the step with the largest gain per bit comes next, along each layer's lower convex hull, so
-that only steps that fit no more can be missed (Shoham & Gersho 1988)."""
+that only steps that fit no more can be missed (Shoham & Gersho 1988).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from slim.calibration.errors import relative_error
@@ -28,60 +29,80 @@ FACTORS = shrink_factors(6)
 
 
 class Sensitivity(BlockMethod):
-    """Measures e_l(b) on the walk and changes nothing. errors: full layer name -> bits -> e_l(b).
+    """Measures e_l(b) and changes nothing.
 
-    scheme: whose group size and symmetry hold. dtype: of scales. calibrated: whether G is looked
-    at; without it D and W are compared as they are."""
+    Attributes:
+        errors: full layer name -> bits -> e_l(b).
+    """
 
     resumable = True
 
     def __init__(self, scheme: Scheme, dtype: torch.dtype, calibrated: bool):
-        self.scheme, self.dtype, self.needs_hessian = scheme, dtype, calibrated
+        """Take the settings.
+
+        Args:
+            scheme: its group size and symmetry hold for every width.
+            dtype: type scales are stored in.
+            calibrated: whether H is looked at; without it D and W are compared as they are.
+        """
+        self.scheme = scheme
+        self.dtype = dtype
+        self.needs_hessian = calibrated
         self.errors: dict[str, dict[int, float]] = {}
 
     def state(self) -> dict:
-        return {"errors": {name: list(found.items()) for name, found in self.errors.items()}}
+        # JSON has no integer keys: pairs instead
+        return {"errors": {name: list(errors.items()) for name, errors in self.errors.items()}}
 
     def resume(self, state: dict) -> None:
-        self.errors = {name: dict(map(tuple, found)) for name, found in state["errors"].items()}
+        self.errors = {name: dict(map(tuple, pairs)) for name, pairs in state["errors"].items()}
 
-    def process(self, view: LinearGroup) -> dict[str, float]:
-        importance = None if view.hessian is None else view.hessian.diagonal()
-        for name, linear in view.linears.items():
-            found = {}
+    def process(self, group: LinearGroup) -> dict[str, float]:
+        importance = None if group.hessian is None else group.hessian.diagonal()
+        for name, linear in group.linears.items():
+            errors = {}
             for bits in BITS:
                 scheme = Scheme(bits, self.scheme.group_size, self.scheme.symmetric)
                 rounded = search(
                     linear.weight, scheme, self.dtype, importance, FACTORS, each_end=False
-                ).dequantize()
-                found[bits] = (
-                    relative_error(rounded - linear.weight, linear.weight, view.hessian) ** 2
                 )
-            self.errors[f"{view.prefix}.{name}"] = found
+                change = rounded.dequantize() - linear.weight
+                errors[bits] = relative_error(change, linear.weight, group.hessian) ** 2
+            self.errors[f"{group.prefix}.{name}"] = errors
         return {}
 
 
 def allocate(
     errors: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], average: float
 ) -> dict[str, int]:
-    """Return layer -> bits with a small sum of n_l e_l(b_l) and at most ``average`` bits per
-    weight.
+    """Return layer -> bits with a small sum of n_l e_l(b_l).
 
-    errors: layer -> bits -> e_l(b). sizes: layer -> number of weights n_l.
+    Args:
+        errors: layer -> bits -> e_l(b).
+        sizes: layer -> number of weights n_l.
+        average: the most bits per weight there may be on average.
     """
-    chosen = {name: min(found) for name, found in errors.items()}
-    left = average * sum(sizes.values()) - sum(sizes[name] * bits for name, bits in chosen.items())
+    chosen = {name: min(widths) for name, widths in errors.items()}
+    spent = sum(sizes[name] * bits for name, bits in chosen.items())
+    left = average * sum(sizes.values()) - spent
     while True:
-        steps = [
-            ((errors[name][now] - error) / (bits - now), name, bits)
-            for name, now in chosen.items()
-            for bits, error in errors[name].items()
-            if bits > now
-            and error < errors[name][now]
-            and sizes[name] * (bits - now) <= left + 1e-6
-        ]
+        steps = list(_steps(errors, sizes, chosen, left))
         if not steps:
             return chosen
         _, name, bits = max(steps)  # of equal gains the last name: the same choice every time
         left -= sizes[name] * (bits - chosen[name])
         chosen[name] = bits
+
+
+def _steps(
+    errors: Mapping[str, Mapping[int, float]],
+    sizes: Mapping[str, int],
+    chosen: Mapping[str, int],
+    left: float,
+) -> Iterator[tuple[float, str, int]]:
+    """Yield (gain per bit, layer, bits) of every step to more bits that fits what is left."""
+    for name, now in chosen.items():
+        for bits, error in errors[name].items():
+            fits = sizes[name] * (bits - now) <= left + 1e-6
+            if bits > now and fits and error < errors[name][now]:
+                yield (errors[name][now] - error) / (bits - now), name, bits

@@ -1,14 +1,16 @@
-"""Activation-aware weight quantisation: scale input channels, clip, refit. Lin et al.,
-arXiv:2306.00978.
+"""Activation-aware weight quantization: scale input channels, clip, refit.
 
-1. Channels are scaled where that lowers the loss tr(D G D^T): see scaling.py.
-2. Every group of weights is clipped to the interval with the smallest loss of that group, e G_gg
-e^T. 3. Beyond the paper, scales are refitted by least squares under G for the codes as they are,
-weights are rounded again,
+Lin et al., arXiv:2306.00978, with a third step beyond the paper:
+
+1. Channels are scaled where that lowers the loss tr(D H D^T) (``scaling.py``).
+2. Every group of weights is clipped to the interval with the smallest loss of that group, e H_gg
+e^T. 3. Scales are refitted by least squares under H for the codes as they are, weights are rounded
+again,
    and so on; each row keeps its best state.
 
 alpha = 0 with the plain grid is round to nearest and always among the candidates, so no layer's
-loss is above RTN's."""
+loss is above RTN's.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from slim.core.lazy import LazyModule
 from slim.core.settings import require_flag, require_number
 from slim.quantization.formats import Format, get_format
 from slim.quantization.methods.calibrated import CalibratedQuantization
-from slim.quantization.methods.scaling import ScaledMethod
+from slim.quantization.methods.scaling import RoundingProblem, ScaledMethod
 from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.error_feedback import better_rows, by_rows, refit_scales
 from slim.quantization.solvers.grid import Quantized, encode, minmax, search, shrink_factors
@@ -37,11 +39,12 @@ REFITS = 2  # rounds of refitting scales and rounding again
 
 @dataclass
 class AWQ(CalibratedQuantization):
-    """Settings of AWQ, beside those of every method.
+    """Settings of AWQ, besides those of every calibrated method.
 
-    grid: how many values of alpha from 0 to 1 are tried; 1: no scaling. clip: how many intervals
-        are tried per group;
-    1: none is clipped. refit: whether scales are refitted after rounding.
+    Attributes:
+        grid: how many values of alpha from 0 to 1 are tried, 1 (no scaling) to 200.
+        clip: how many intervals are tried per group, 1 (none is clipped) to 100.
+        refit: whether scales are refitted after rounding.
     """
 
     cache_name: ClassVar[str] = "AWQ"
@@ -59,13 +62,12 @@ class AWQ(CalibratedQuantization):
         require_flag("quant.refit", self.refit)
 
     def method(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> ActivationAware:
-        return ActivationAware(
-            schemes, spec.dtype, get_format(self.format), self.grid, self.clip, self.refit
-        )
+        form = get_format(self.format)
+        return ActivationAware(schemes, spec.dtype, form, self.grid, self.clip, self.refit)
 
 
 class ActivationAware(ScaledMethod):
-    """AWQ on the walk; settings as in :class:`AWQ`."""
+    """AWQ applied to one linear group after another."""
 
     def __init__(
         self,
@@ -76,40 +78,50 @@ class ActivationAware(ScaledMethod):
         clip: int = 10,
         refit: bool = True,
     ):
-        super().__init__(schemes, dtype, form, grid)
-        self.factors, self.refits = shrink_factors(clip), REFITS if refit else 0
+        """Take the settings: grid, clip and refit as in :class:`AWQ`.
 
-    def solve(
-        self,
-        weights: dict[str, torch.Tensor],
-        hessian: torch.Tensor,
-        schemes: dict[str, Scheme],
-        where: str,
-    ) -> dict[str, Quantized]:
-        return {
-            name: by_rows(
-                weight, lambda part, scheme=schemes[name]: self._clipped(part, hessian, scheme)
-            )
-            for name, weight in weights.items()
-        }
+        Args:
+            schemes: full layer name -> scheme.
+            dtype: type of the model, such as ``"bfloat16"``.
+            form: the format written; None: compressed-tensors.
+            grid: values of alpha.
+            clip: intervals per group.
+            refit: whether scales are refitted.
+        """
+        super().__init__(schemes, dtype, form, grid)
+        self.factors = shrink_factors(clip)
+        self.refits = REFITS if refit else 0
+
+    def solve(self, problem: RoundingProblem) -> dict[str, Quantized]:
+        layers = {}
+        for name, weight in problem.weights.items():
+            scheme = problem.schemes[name]
+
+            def clip_rows(rows: torch.Tensor, scheme: Scheme = scheme) -> Quantized:
+                return self._clipped(rows, problem.hessian, scheme)
+
+            layers[name] = by_rows(weight, clip_rows)
+        return layers
 
     def _clipped(self, weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> Quantized:
         """Return, row by row, the best of round to nearest, clipped, and refitted."""
         blocks = diagonal_blocks(hessian, scheme.group(weight.shape[-1]))
-        candidates = [search(weight, scheme, self.scale_dtype, blocks, self.factors)]
+        nearest = minmax(weight, scheme, self.scale_dtype)
+        candidates = [nearest, search(weight, scheme, self.scale_dtype, blocks, self.factors)]
         for _ in range(self.refits):
             last = candidates[-1]
             codes = encode(weight, last.scale, last.zero, scheme.levels)
             candidates.append(refit_scales(weight, replace(last, codes=codes), hessian))
-        return better_rows(weight, hessian, [minmax(weight, scheme, self.scale_dtype), *candidates])
+        return better_rows(weight, hessian, candidates)
 
 
 def diagonal_blocks(hessian: torch.Tensor, group: int) -> torch.Tensor:
-    """Return the blocks G_gg on the diagonal, [groups, group, group]."""
+    """Return the blocks H_gg on the diagonal, [groups, group, group].
+
+    Args:
+        hessian: H, float32 [in, in].
+        group: columns in a group; it divides ``in``.
+    """
     groups = hessian.shape[0] // group
-    return (
-        hessian.view(groups, group, groups, group)
-        .diagonal(dim1=0, dim2=2)
-        .permute(2, 0, 1)
-        .contiguous()
-    )
+    blocks = hessian.view(groups, group, groups, group).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1).contiguous()

@@ -1,5 +1,4 @@
-"""Base of the stages that quantise: settings they share, checks before any work, the walk, and the
-report."""
+"""Base of the stages that quantise: shared settings, checks before any work, run, report."""
 
 from __future__ import annotations
 
@@ -39,17 +38,21 @@ AUTO = "auto"
 class Quantization(Stage):
     """Settings of every method.
 
-    bits: per weight: 2, 3, 4 or 8, or ``"auto"``: chosen per layer under ``average_bits`` (of the
-        codes, over the layers whose bits no override sets) or ``budget_gb`` (of all weight files,
-        in 10^9 bytes).
-    group_size: weights that share a scale: 32, 64, 128, 256, or -1 for a whole row.
-    symmetric: whether the grid is symmetric around 0 (no zero points: smaller, understood by more
-        engines, less exact).
-    overrides: layer name with ``*`` -> {bits, group_size, symmetric} of its own; bits 16 leave it
-        as it is.
-    lm_head, embeddings: whether these are quantised too: 8 bits, symmetric, a scale per row, unless
-        overrides say else.
-    format: ``compressed-tensors``, ``gptq`` or ``awq``.
+    Attributes:
+        bits: per weight: 2, 3, 4 or 8, or ``"auto"``: chosen per layer under ``average_bits`` or
+            ``budget_gb``.
+        group_size: weights that share a scale: 32, 64, 128, 256, or -1 for a whole row.
+        symmetric: whether the grid is symmetric around 0 (no zero points: smaller, understood by
+            more engines, less exact).
+        average_bits: with ``bits=auto``, the most bits per weight on average, 2 to 8, of the codes,
+            over the layers whose bits no override sets.
+        budget_gb: with ``bits=auto``, the most that all weight files may take, in 10^9 bytes.
+        overrides: layer name with ``*`` for anything -> {bits, group_size, symmetric} of its own;
+            bits 16 leave the layer as it is.
+        lm_head: whether the head is quantised too: 8 bits, symmetric, a scale per row, unless
+            overrides say otherwise.
+        embeddings: whether the embedding is, likewise.
+        format: of the files: ``compressed-tensors``, ``gptq`` or ``awq``.
     """
 
     bits: int | str = 4
@@ -80,11 +83,13 @@ class Quantization(Stage):
         limits = [name for name in ("average_bits", "budget_gb") if getattr(self, name) is not None]
         if self.bits != AUTO and limits:
             raise SlimError(
-                f"quant.{limits[0]} belongs to quant.bits=auto; with quant.bits={self.bits} leave it out."
+                f"quant.{limits[0]} belongs to quant.bits=auto; with quant.bits={self.bits} "
+                "leave it out."
             )
         if self.bits == AUTO and len(limits) != 1:
             raise SlimError(
-                "quant.bits=auto needs one of quant.average_bits=3.25 (say) and quant.budget_gb=2.5 (say)."
+                "quant.bits=auto needs either quant.average_bits or quant.budget_gb, such as "
+                "quant.average_bits=3.25 or quant.budget_gb=2.5."
             )
         if self.average_bits is not None:
             require_number("quant.average_bits", self.average_bits, min(BITS), max(BITS))
@@ -94,11 +99,14 @@ class Quantization(Stage):
     def schemes(
         self, spec: ModelSpec, bits: Mapping[str, int] | int | None = None
     ) -> dict[str, Scheme]:
-        """Return full layer name -> scheme. bits: of the blocks' layers, all or by name; None:
-        those of the settings.
+        """Return full layer name -> scheme.
 
-        With ``bits=auto`` the default is what the budget allows at most, the same for all layers:
-        an upper bound."""
+        Args:
+            spec: the model.
+            bits: of the blocks' layers, of all or by full name. None: those of the settings; with
+                ``bits=auto`` then what the budget allows at most, the same for all layers: an upper
+                bound.
+        """
         shapes = layer_shapes(spec)
         if bits is None:
             bits = self.bits
@@ -110,41 +118,49 @@ class Quantization(Stage):
         return assign(spec, blocks, self.overrides, self.lm_head, self.embeddings)
 
     def allowed_bits(self, spec: ModelSpec) -> float:
-        """Return the bits per weight of the blocks' layers that the budget allows. Raises
-        ``SlimError`` for too few."""
+        """Return the bits per weight of the blocks' layers that the budget allows.
+
+        Raises:
+            SlimError: if they are fewer than the fewest there are.
+        """
         if self.average_bits is not None:
             return self.average_bits
-        least, most = (
-            weight_bytes(self.described(spec, self.schemes(spec, bits)))
-            for bits in (min(BITS), max(BITS))
+        fewest, most = min(BITS), max(BITS)
+        smallest = weight_bytes(self.described(spec, self.schemes(spec, fewest)))
+        largest = weight_bytes(self.described(spec, self.schemes(spec, most)))
+        # file size is linear in the bits per weight
+        average = fewest + (most - fewest) * (1e9 * self.budget_gb - smallest) / max(
+            1, largest - smallest
         )
-        average = min(BITS) + (max(BITS) - min(BITS)) * (1e9 * self.budget_gb - least) / max(
-            1, most - least
-        )
-        if average < min(BITS):
+        if average < fewest:
             raise SlimError(
-                f"quant.budget_gb={self.budget_gb:g} is too little: {spec.name} takes {least / 1e9:.3g} GB with all "
-                f"layers at {min(BITS)} bits (embeddings, head, scales included)."
+                f"quant.budget_gb={self.budget_gb:g} is too little: {spec.name} takes "
+                f"{smallest / 1e9:.3g} GB with all layers at {fewest} bits (embeddings, head, "
+                "scales included)."
             )
-        return min(average, max(BITS))
+        return min(average, most)
 
     def check(self, spec: ModelSpec) -> None:
         check_plain(spec)
         get_format(self.format).check(self.schemes(spec), self.ordered, layer_shapes(spec))
 
     def described(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> ModelSpec:
-        """Describe ``spec`` once it is quantised to ``schemes``."""
+        """Describe a model once it is quantised.
+
+        Args:
+            spec: the model before.
+            schemes: full layer name -> scheme.
+        """
         family = spec.family
         linears = [*layer_shapes(spec), family.head]
         config = get_format(self.format).config(
             schemes, linears, self.ordered, **self.format_settings()
         )
-        untied = (
-            {"tie_word_embeddings": False}
-            if family.head in schemes and family.embeddings not in schemes
-            else {}
-        )
-        return spec.with_config(quantization_config=config, **(untied if spec.tied else {}))
+        changes = {"quantization_config": config}
+        if spec.tied and family.head in schemes and family.embeddings not in schemes:
+            # the quantised head gets weights of its own, next to the plain embedding
+            changes["tie_word_embeddings"] = False
+        return spec.with_config(**changes)
 
     def format_settings(self) -> dict:
         """Return settings of the method that some formats record, under the formats' names."""
@@ -154,41 +170,46 @@ class Quantization(Stage):
         return self.described(spec, self.schemes(spec))
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
-        """One block in float32 and packed, working copies of some rows, and the embedding; no
-        activations."""
+        # one block in float32 and packed, working copies of some rows, the embedding; no
+        # activations
         largest = max(rows * columns for rows, columns in spec.block_linears().values())
         embeddings = spec.vocab_size * spec.hidden_size * (4 + DTYPE_BYTES.get(spec.dtype, 4))
         return 5 * spec.block_parameters() + 3 * 4 * largest + embeddings
 
     def method(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> QuantizationMethod:
-        """Return the method as a visitor of the walk."""
+        """Return what sequential calibration applies to every block.
+
+        Args:
+            spec: the model.
+            schemes: full layer name -> scheme.
+        """
         raise NotImplementedError
 
     def tokens(self, source: Checkpoint) -> torch.Tensor | None:
-        """Return calibration tokens, int64 [samples, length], or None for methods without
-        calibration."""
+        """Return calibration tokens, int64 [samples, length]; None where none are needed."""
         return None
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        from slim.calibration.sequential import transform_checkpoint
+        from slim.calibration.sequential import transform_checkpoint  # loads torch
         from slim.core.console import warn
 
         checkpoint = open_checkpoint(source)
         spec = checkpoint.spec
         self.check(spec)
         tokens = self.tokens(checkpoint)
-        schemes = self.schemes(spec)
+        bits = None
         if self.bits == AUTO:
-            schemes = self.schemes(spec, self._allocate(checkpoint, tokens, target, context))
+            bits = self._allocate(checkpoint, tokens, target, context)
+        schemes = self.schemes(spec, bits)
         method = self.method(spec, schemes)
         result = self.described(spec, schemes)
         errors = transform_checkpoint(checkpoint, target, method, result.config, context, tokens)
+        metadata = self._metadata(target, result, schemes, errors)
+        if method.notes:
+            metadata["notes"] = method.notes
         for note in method.notes:
             warn(note)
-        return {
-            **self._facts(target, result, schemes, errors),
-            **({"notes": method.notes} if method.notes else {}),
-        }
+        return metadata
 
     def _allocate(
         self, source: Checkpoint, tokens: torch.Tensor | None, target: Path, context: Context
@@ -201,43 +222,41 @@ class Quantization(Stage):
         from slim.quantization.methods.allocate import Sensitivity, allocate
         from slim.quantization.report import write_allocation
 
+        # Measure: a pass of its own over the blocks, which changes nothing.
         spec = source.spec
         scale_dtype = getattr(torch, get_format(self.format).scale_dtype(spec.dtype))
-        method = Sensitivity(
-            Scheme(4, self.group_size, self.symmetric), scale_dtype, tokens is not None
-        )
-        progress = (
-            CalibrationProgress(context.work / "sensitivity", context.device)
-            if context.work
-            else None
-        )
-        walk = SequentialCalibration(
+        scheme = Scheme(4, self.group_size, self.symmetric)
+        method = Sensitivity(scheme, scale_dtype, tokens is not None)
+        progress = None
+        if context.work:
+            progress = CalibrationProgress(context.work / "sensitivity", context.device)
+        SequentialCalibration(
             source, method, None, tokens, context.device, title="Sensitivity", progress=progress
-        )
-        walk.run()
-        schemes, pinned = self.schemes(spec), pinned_layers(layer_shapes(spec), self.overrides)
-        free = {name: found for name, found in method.errors.items() if name not in pinned}
-        sizes = {
-            name: rows * columns
-            for name, (rows, columns) in layer_shapes(spec).items()
-            if name in free
-        }
-        bits = allocate(free, sizes, self.allowed_bits(spec))
-        bits.update(
-            {name: schemes[name].bits if name in schemes else PLAIN_BITS for name in pinned}
-        )
+        ).run()
+
+        # Choose: layers whose bits an override sets take no part.
+        schemes = self.schemes(spec)
+        pinned = pinned_layers(layer_shapes(spec), self.overrides)
+        errors, sizes = {}, {}
+        for name, (rows, columns) in layer_shapes(spec).items():
+            if name not in pinned:
+                errors[name] = method.errors[name]
+                sizes[name] = rows * columns
+        bits = allocate(errors, sizes, self.allowed_bits(spec))
+        for name in pinned:
+            bits[name] = schemes[name].bits if name in schemes else PLAIN_BITS
         write_allocation(target / REPORT, spec, method.errors, bits)
         return bits
 
-    def _facts(
+    def _metadata(
         self,
         target: Path,
         result: ModelSpec,
         schemes: Mapping[str, Scheme],
         errors: list[LayerError],
     ) -> dict:
-        """Write the table and picture of layer errors and return the facts for the manifest."""
-        from slim.quantization.report import plot_layer_errors
+        """Write the table and picture of layer errors and return the metadata for the manifest."""
+        from slim.quantization.report import plot_layer_errors  # loads matplotlib
 
         table = [{"block": item.block, "layer": item.layer, "error": item.error} for item in errors]
         (target / REPORT).mkdir(exist_ok=True)
@@ -245,17 +264,13 @@ class Quantization(Stage):
             json.dumps(table, indent=1) + "\n", encoding="utf-8"
         )
         plot_layer_errors(target / REPORT / "layer_errors.png", errors)
-        sizes = {
-            name: rows * columns
-            for name, (rows, columns) in layer_shapes(result).items()
-            if name in schemes
-        }
+        code_bits = weights = 0
+        for name, (rows, columns) in layer_shapes(result).items():
+            if name in schemes:
+                code_bits += schemes[name].bits * rows * columns
+                weights += rows * columns
         return {
-            "bits": round(
-                sum(schemes[name].bits * size for name, size in sizes.items())
-                / sum(sizes.values()),
-                4,
-            ),
+            "bits": round(code_bits / weights, 4),
             "bits_per_weight": round(packed_bits(result), 4),
             "layer_error_mean": sum(item.error for item in errors) / len(errors),
             "layer_error_max": max(item.error for item in errors),

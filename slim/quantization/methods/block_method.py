@@ -1,5 +1,4 @@
-"""What all quantisation methods share on the walk: schemes by layer, packed results, errors, and
-what is written."""
+"""What all quantization methods share: schemes by layer, packed results, errors, output."""
 
 from __future__ import annotations
 
@@ -27,25 +26,34 @@ HEAD_FACTORS = shrink_factors(10)
 
 
 class QuantizationMethod(BlockMethod):
-    """Base of the methods: subclasses turn a segment's weights into :class:`Quantized` ones.
+    """Base of the methods: subclasses turn a linear group's weights into :class:`Quantized` ones.
 
-    schemes: full layer name -> scheme; layers that are not in it stay as they are.
-    dtype: type of the model, such as ``"bfloat16"``: what is not quantised is stored in it. form:
-    the format written."""
+    Attributes:
+        done: finished layers of the block at hand, by name within it.
+        plain: its other tensors that folding has changed, by name within it.
+        scaled: layer -> s, float32 [in], what its input channels are multiplied by, where they are.
+        unfolded: layer -> its scales, [out, groups], before 1/s was folded into them.
+        notes: what the user should know, such as layers that had to fall back.
+    """
 
     resumable = True
 
     def __init__(self, schemes: Mapping[str, Scheme], dtype: str, form: Format | None = None):
+        """Take the settings that all methods share.
+
+        Args:
+            schemes: full layer name -> scheme; layers that are not in it stay as they are.
+            dtype: type of the model, such as ``"bfloat16"``: what is not quantised is stored in it.
+            form: the format written; None: compressed-tensors.
+        """
         self.form = form or get_format("compressed-tensors")
-        self.schemes, self.dtype = schemes, getattr(torch, dtype)
+        self.schemes = schemes
+        self.dtype = getattr(torch, dtype)
         self.scale_dtype = getattr(torch, self.form.scale_dtype(dtype))
-        self.done: dict[str, Quantized] = {}  # of the block at hand, by name within it
-        self.plain: dict[str, torch.Tensor] = {}  # its other tensors that folding has changed
-        # what the channels of its layers are multiplied by, where they are
+        self.done: dict[str, Quantized] = {}
+        self.plain: dict[str, torch.Tensor] = {}
         self.scaled: dict[str, torch.Tensor] = {}
-        # scales of its layers before 1/s was folded into them
         self.unfolded: dict[str, torch.Tensor] = {}
-        # what the user should know, such as layers that had to fall back
         self.notes: list[str] = []
 
     def state(self) -> dict:
@@ -54,27 +62,39 @@ class QuantizationMethod(BlockMethod):
     def resume(self, state: dict) -> None:
         self.notes = state["notes"]
 
-    def scheme(self, view: LinearGroup, name: str) -> Scheme | None:
-        """Return the scheme of a layer of ``view`` by its name within the block."""
-        return self.schemes.get(f"{view.prefix}.{name}")
+    def scheme(self, group: LinearGroup, name: str) -> Scheme | None:
+        """Return the scheme of a layer, or None where it stays as it is.
 
-    def weights(self, view: LinearGroup) -> dict[str, torch.Tensor]:
-        """Return the weights of the segment that are to be quantised, by name within the block."""
-        return {
-            name: linear.weight for name, linear in view.linears.items() if self.scheme(view, name)
-        }
+        Args:
+            group: its linear group.
+            name: the layer within the block.
+        """
+        return self.schemes.get(f"{group.prefix}.{name}")
 
-    def quantize(self, view: LinearGroup) -> dict[str, torch.Tensor]:
-        """Fill ``self.done`` for the layers of ``view``; return the weights they stand for, on the
-        unscaled input."""
+    def weights(self, group: LinearGroup) -> dict[str, torch.Tensor]:
+        """Return the weights to be quantised: name within the block -> float32 [out, in]."""
+        weights = {}
+        for name, linear in group.linears.items():
+            if self.scheme(group, name):
+                weights[name] = linear.weight
+        return weights
+
+    def quantize(self, group: LinearGroup) -> dict[str, torch.Tensor]:
+        """Fill ``self.done`` for the layers of a group.
+
+        Returns:
+            Name within the block -> the weights they stand for on the unscaled input, [out, in].
+        """
         raise NotImplementedError
 
-    def process(self, view: LinearGroup) -> dict[str, float]:
-        weights = self.quantize(view)
-        return {
-            name: exchange_weight(view.linears[name], weights.pop(name), view.hessian)
-            for name in list(weights)
-        }
+    def process(self, group: LinearGroup) -> dict[str, float]:
+        weights = self.quantize(group)
+        errors = {}
+        for name in list(weights):
+            # popped, so that only one layer's old and new weights exist together
+            linear, weight = group.linears[name], weights.pop(name)
+            errors[name] = exchange_weight(linear, weight, group.hessian)
+        return errors
 
     def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors = {}
@@ -93,32 +113,35 @@ class QuantizationMethod(BlockMethod):
         layer = self.done.get(name)
         if layer is None:
             return None
+        # The block still runs on the unscaled input and with the unfolded outputs of this layer.
         dense = replace(layer, scale=self.unfolded.get(name, layer.scale)).dequantize()
         return dense / self.scaled[name] if name in self.scaled else dense
 
     def other_tensors(
         self, name: str, tensor: torch.Tensor, family: Family, tied: bool
     ) -> dict[str, torch.Tensor]:
-        """Pack the head and the embedding where they have a scheme. Tied ones are packed once, as
-        the embedding."""
+        """Pack the head and the embedding where they have a scheme.
+
+        Tied ones that are both quantised are packed once, as the embedding. Where only the head is,
+        it gets packed weights of its own.
+        """
         layer = name.removesuffix(".weight")
-        tensors = self._rounded(layer, tensor) if layer in self.schemes else {name: tensor}
-        if (
-            layer == family.embeddings
-            and tied
-            and layer not in self.schemes
-            and family.head in self.schemes
-        ):
+        is_embedding = layer == family.embeddings
+        tensors = {name: tensor}
+        if layer in self.schemes:
+            tensors = self._rounded(layer, tensor)
+        elif is_embedding and tied and family.head in self.schemes:
             tensors.update(self._rounded(family.head, tensor))
         return tensors
 
     def _rounded(self, layer: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Round a matrix to nearest and return its stored tensors."""
         scheme = self.schemes[layer]
-        packed = by_rows(
-            tensor,
-            lambda rows: search(rows.float(), scheme, self.scale_dtype, factors=HEAD_FACTORS),
-        )
-        return self._stored(layer, packed)
+
+        def round_rows(rows: torch.Tensor) -> Quantized:
+            return search(rows.float(), scheme, self.scale_dtype, factors=HEAD_FACTORS)
+
+        return self._stored(layer, by_rows(tensor, round_rows))
 
     def _stored(self, layer: str, packed: Quantized) -> dict[str, torch.Tensor]:
         return {f"{layer}.{key}": value for key, value in self.form.tensors(packed).items()}

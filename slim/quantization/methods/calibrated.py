@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class CalibratedQuantization(Quantization):
-    """Settings, beside those of every method.
+    """Settings of the calibrated methods, besides those of every method.
 
-    calibration: the text that G = X^T X is taken over.
+    Attributes:
+        calibration: the text that H = X^T X is summed over.
     """
 
     calibration: Calibration | None = None
@@ -30,8 +31,6 @@ class CalibratedQuantization(Quantization):
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         from slim.calibration.sequential import calibration_bytes
 
-        samples, length = (
-            self.calibration.samples,
-            min(self.calibration.length, spec.context_length),
-        )
-        return super().peak_bytes(spec, device) + calibration_bytes(spec, samples, length)
+        length = min(self.calibration.length, spec.context_length)
+        calibration = calibration_bytes(spec, self.calibration.samples, length)
+        return super().peak_bytes(spec, device) + calibration

@@ -1,15 +1,17 @@
-"""GPTQ: weights are rounded one column after another, and the columns behind make up for each
-error.
+"""GPTQ: weights are rounded one column after another, and later columns make up for each error.
 
-Frantar et al., arXiv:2210.17323. With X the layer's inputs and H = X^T X + damping, the columns j =
-1, 2, ... of W:
+Frantar et al., arXiv:2210.17323. With X the layer's inputs, H = X^T X and the columns j = 1, 2, ...
+of W:
 
-    t_j = w_j + sum_k<j (w_k - w^_k) A_kj,    w^_j = Q(t_j),    H = A diag(d)^2 A^T, A unit upper triangular
+    t_j = w_j + sum_k<j (w_k - w^_k) A_kj,    w^_j = Q(t_j)
+    H + damping mean(diag H) I = A diag(d)^2 A^T,    A unit upper triangular
 
-which is the paper's recursion on H^-1 without the inverse (see solve.py). Beyond the paper, with
-``refine``, every code and every scale goes again to its best value given all the others (see
-refine.py), which only ever lowers the loss. With ``scaling=awq`` channels are scaled first, where
-that lowers the loss."""
+which is the paper's recursion on the inverse of H without the inverse
+(``solvers/error_feedback.py``). Beyond the paper, with ``refine``, every code and every scale goes
+again to its best value given all the others (``solvers/coordinate_descent.py``), which only ever
+lowers the loss. With ``scaling=awq`` channels are scaled first, where that lowers the loss
+(``scaling.py``).
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,17 @@ from slim.core.lazy import LazyModule
 from slim.core.settings import require_choice, require_flag, require_number
 from slim.quantization.formats import get_format
 from slim.quantization.methods.calibrated import CalibratedQuantization
-from slim.quantization.methods.scaling import ScaledMethod
+from slim.quantization.methods.scaling import RoundingProblem, ScaledMethod
 from slim.quantization.scheme import WHOLE_ROW, Scheme
-from slim.quantization.solvers.error_feedback import Feedback, by_rows, feedback, gptq, permuted
-from slim.quantization.solvers.grid import Quantized, layer_loss, search, shrink_factors
-from slim.quantization.solvers.refine import refine
+from slim.quantization.solvers.coordinate_descent import refine
+from slim.quantization.solvers.error_feedback import (
+    CholeskyFactor,
+    by_rows,
+    cholesky_factor,
+    gptq,
+    permuted,
+)
+from slim.quantization.solvers.grid import Quantized, search, shrink_factors
 
 if TYPE_CHECKING:
     import torch
@@ -40,17 +48,22 @@ SCALINGS = ("none", "awq")
 
 @dataclass
 class GPTQ(CalibratedQuantization):
-    """Settings of GPTQ, beside those of every method.
+    """Settings of GPTQ, besides those of every calibrated method.
 
-    act_order: columns with large inputs first. static_groups: groups are formed of neighbouring
-        columns all the same, and their grids chosen beforehand; without it and with act_order,
-        columns are grouped in that order.
-    damping: added to the diagonal of G, in means of it; grows where the factorisation fails.
-    true_sequential: whether the layers of a block see the inputs that the quantised ones before
-        them give.
-    scaling: ``awq`` scales channels first. grid: values of its exponent from 0 to 1.
-    clip: intervals tried per group. refine: rounds of coordinate descent and refitted scales; 0:
-    the paper's method."""
+    Attributes:
+        act_order: columns with large inputs first.
+        static_groups: groups are formed of neighboring columns, and their grids chosen beforehand.
+            Without it each grid is chosen when its group is reached; with act_order, columns are
+            then grouped in that order.
+        damping: added to the diagonal of H, in means of it, 0 to 1; grows where H cannot be
+            factored.
+        true_sequential: whether the layers of a block see the inputs that the quantised ones before
+            them give.
+        scaling: ``none``, or ``awq``: channels are scaled first where that lowers the loss.
+        grid: values of the scaling's exponent from 0 to 1, 2 to 200.
+        clip: intervals tried per group, 1 (none is clipped) to 100.
+        refine: rounds of coordinate descent over codes and scales, 0 (the paper's method) to 100.
+    """
 
     cache_name: ClassVar[str] = "GPTQ"
 
@@ -76,11 +89,13 @@ class GPTQ(CalibratedQuantization):
         require_number("quant.refine", self.refine, 0, 100, integer=True)
         if self.scaling == "awq" and not self.true_sequential:
             raise SlimError(
-                "quant.scaling=awq folds factors into layers of the block as it goes: it needs quant.true_sequential=true."
+                "quant.scaling=awq folds factors into layers that are already quantised: it needs "
+                "quant.true_sequential=true."
             )
 
     @property
     def ordered(self) -> bool:
+        """Whether columns are grouped in activation order."""
         return self.act_order and not self.static_groups and self.group_size != WHOLE_ROW
 
     def format_settings(self) -> dict:
@@ -92,88 +107,97 @@ class GPTQ(CalibratedQuantization):
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         widest = max(columns for _, columns in spec.block_linears().values())
-        return super().peak_bytes(spec, device) + 4 * widest**2  # the factor beside the Gram matrix
+        cholesky_factor_bytes = 4 * widest**2
+        return super().peak_bytes(spec, device) + cholesky_factor_bytes
 
     def method(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> ErrorFeedback:
         return ErrorFeedback(self, schemes, spec.dtype)
 
 
 class ErrorFeedback(ScaledMethod):
-    """GPTQ on the walk, with the settings of its stage."""
+    """GPTQ applied to one linear group after another."""
 
     def __init__(self, stage: GPTQ, schemes: Mapping[str, Scheme], dtype: str):
-        super().__init__(
-            schemes, dtype, get_format(stage.format), stage.grid if stage.scaling == "awq" else 1
-        )
-        self.stage, self.factors, self.sequential = (
-            stage,
-            shrink_factors(stage.clip),
-            stage.true_sequential,
-        )
+        """Take the settings.
 
-    def solve(
-        self,
-        weights: dict[str, torch.Tensor],
-        hessian: torch.Tensor,
-        schemes: dict[str, Scheme],
-        where: str,
-    ) -> dict[str, Quantized]:
-        layers = self._fed_back(weights, hessian, schemes, where)
+        Args:
+            stage: settings of the method.
+            schemes: full layer name -> scheme.
+            dtype: type of the model, such as ``"bfloat16"``.
+        """
+        grid = stage.grid if stage.scaling == "awq" else 1
+        super().__init__(schemes, dtype, get_format(stage.format), grid)
+        self.stage = stage
+        self.factors = shrink_factors(stage.clip)
+        self.sequential = stage.true_sequential
+
+    def solve(self, problem: RoundingProblem) -> dict[str, Quantized]:
+        layers = self._error_feedback(problem)
         if layers is None:
-            return self._nearest(weights, schemes)
+            return self._nearest(problem)
         if self.stage.refine:
-            order = self._order(hessian) if self.stage.ordered else None
-            hessian = hessian if order is None else permuted(hessian, order)
+            hessian, order = problem.hessian, None
+            if self.stage.ordered:
+                # the descent goes group by group and wants the columns of a group side by side
+                order = self._order(hessian)
+                hessian = permuted(hessian, order)
+
+            def descend(rows: torch.Tensor, layer: Quantized) -> Quantized:
+                return refine(rows, layer, hessian, self.stage.refine, order)
+
             for name, layer in layers.items():
-                layers[name] = by_rows(
-                    weights[name],
-                    lambda rows, part: self._refine(rows, part, hessian, order),
-                    layer,
-                )
+                layers[name] = by_rows(problem.weights[name], descend, layer)
         return layers
 
-    def _fed_back(
-        self, weights: dict, hessian: torch.Tensor, schemes: dict, where: str
+    def unscaled_if_better(
+        self, problem: RoundingProblem, scaled: dict[str, Quantized], scales: torch.Tensor
     ) -> dict[str, Quantized] | None:
-        """Round with error feedback. None where G cannot be factored. The factor, as large as G, is
-        gone afterwards."""
-        feed = self._factor(hessian, where)
-        return feed and {
-            name: by_rows(
-                weight, lambda rows, scheme=schemes[name]: self._round(rows, hessian, feed, scheme)
-            )
-            for name, weight in weights.items()
-        }
+        """Return the layers rounded without scaling, unless the scaled ones have less loss in sum.
 
-    def _pays(
-        self,
-        weights: dict,
-        schemes: dict,
-        scaled: dict,
-        scales: torch.Tensor,
-        hessian: torch.Tensor,
-        where: str,
-    ) -> bool:
-        """Whether scaled layers are used: only if their summed loss is below that of layers that
-        are not scaled."""
-        plain, gain = self.solve(weights, hessian, schemes, where), 0.0
-        for name, weight in weights.items():
-            gain += float(layer_loss(plain[name].dequantize() - weight, hessian).sum())
-            gain -= float(layer_loss(scaled[name].dequantize() / scales - weight, hessian).sum())
-        return gain > 0
+        Args:
+            problem: the unscaled problem.
+            scaled: the layers rounded with scaled channels, by name.
+            scales: s, float32 [in].
+        """
+        unscaled = self.solve(problem)
+        gain = 0.0
+        for name in problem.weights:
+            gain += problem.loss(name, unscaled[name])
+            gain -= problem.loss(name, scaled[name], scales)
+        return None if gain > 0 else unscaled
 
-    def _factor(self, hessian: torch.Tensor, where: str) -> Feedback | None:
-        """Factor G in the order the columns are taken in, and note what that needed."""
-        feed = feedback(hessian, self.stage.damping, self._order(hessian))
-        if feed is None:
+    def _error_feedback(self, problem: RoundingProblem) -> dict[str, Quantized] | None:
+        """Round column by column; None where H cannot be factored.
+
+        The factor, as large as H, lives in here alone: refining comes after it."""
+        cholesky = self._factor(problem)
+        if cholesky is None:
+            return None
+        layers = {}
+        for name, weight in problem.weights.items():
+            scheme = problem.schemes[name]
+
+            def round_rows(rows: torch.Tensor, scheme: Scheme = scheme) -> Quantized:
+                return self._round(rows, problem.hessian, cholesky, scheme)
+
+            layers[name] = by_rows(weight, round_rows)
+        return layers
+
+    def _factor(self, problem: RoundingProblem) -> CholeskyFactor | None:
+        """Factor H in the order the columns are taken in, and note what that needed."""
+        damping = self.stage.damping
+        cholesky = cholesky_factor(problem.hessian, damping, self._order(problem.hessian))
+        if cholesky is None:
             self.notes.append(
-                f"{where}: the Gram matrix could not be factored even with full damping; rounded to nearest."
+                f"{problem.name}: the Hessian could not be factored even with full damping; "
+                "rounded to nearest."
             )
-        elif feed.damping > self.stage.damping:
+        elif cholesky.damping > damping:
             self.notes.append(
-                f"{where}: damping raised from {self.stage.damping:g} to {feed.damping:g} to factor G."
+                f"{problem.name}: damping raised from {damping:g} to {cholesky.damping:g} to "
+                "factor the Hessian."
             )
-        return feed
+        return cholesky
 
     def _order(self, hessian: torch.Tensor) -> torch.Tensor:
         """Return the order the columns are taken in, int64 [in]."""
@@ -182,18 +206,13 @@ class ErrorFeedback(ScaledMethod):
         return torch.arange(len(hessian), device=hessian.device)
 
     def _round(
-        self, weight: torch.Tensor, hessian: torch.Tensor, feed: Feedback, scheme: Scheme
+        self,
+        weight: torch.Tensor,
+        hessian: torch.Tensor,
+        cholesky: CholeskyFactor,
+        scheme: Scheme,
     ) -> Quantized:
         fixed = None
         if self.stage.static_groups:
             fixed = search(weight, scheme, self.scale_dtype, hessian.diagonal(), self.factors)
-        return gptq(weight, feed, scheme, self.scale_dtype, self.factors, fixed)
-
-    def _refine(
-        self,
-        weight: torch.Tensor,
-        layer: Quantized,
-        hessian: torch.Tensor,
-        order: torch.Tensor | None,
-    ) -> Quantized:
-        return refine(weight, layer, hessian, self.stage.refine, order)
+        return gptq(weight, cholesky, scheme, self.scale_dtype, self.factors, fixed)

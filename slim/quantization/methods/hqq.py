@@ -1,5 +1,4 @@
-"""Half-quadratic quantisation: a grid per group that fits most weights well and gives outliers up.
-No calibration text.
+"""Half-quadratic quantization: a grid per group that fits most weights well and gives outliers up.
 
 Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023
 (mobiusml.github.io/hqq_blog). Residuals of weights have heavy tails, so the grid is chosen by an
@@ -7,9 +6,11 @@ l_p norm with p < 1:
 
     min over z, s of |W - s (Q - z)|_p^p,    Q = clamp(round(W / s + z), 0, 2^b - 1)
 
-A copy E of the residual splits that in two, min over E, z, s of phi(E) + beta/2 |W - s (Q - z) -
-E|^2, with phi close to
-|E|_p^p / p, and each part has a closed form. ``steps`` times, beta growing by ``kappa`` every time:
+A copy E of the residual splits that in two, with phi close to |E|_p^p / p:
+
+    min over E, z, s of phi(E) + beta/2 |W - s (Q - z) - E|^2
+
+and each part has a closed form. ``steps`` times, beta growing by ``kappa`` every time:
 
     E <- shrink(W - s (Q - z), beta, p),    shrink(x) = sign(x) max(|x| - |x|^(p-1) / beta, 0)
     z <- mean(Q - (W - E) / s)
@@ -18,7 +19,8 @@ E|^2, with phi close to
 The original keeps s and stores z as it comes. Files that other engines read hold integer zero
 points, and with those and a fixed s there is nothing left to gain, so s is fitted too. Residuals
 are measured in steps of the grid, so that beta means the same in every layer, and every step is
-judged by its error as stored (docs/methods/hqq.md)."""
+judged by its error as stored (docs/methods/hqq.md). Needs no calibration text.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,14 @@ CHUNK = 2**17  # weights worked on at once: what a step needs of them stays in t
 
 @dataclass(frozen=True)
 class Splitting:
-    """The iteration: exponent p of the norm, weight beta of the coupling and its growth kappa,
-    number of steps."""
+    """The iteration.
+
+    Attributes:
+        p: exponent of the norm.
+        beta: weight of the coupling in the first step; residuals are counted in steps of the grid.
+        kappa: growth of beta per step.
+        steps: number of steps.
+    """
 
     p: float = 0.7
     beta: float = 10.0
@@ -59,11 +67,15 @@ class Splitting:
 
 @dataclass
 class HQQ(Quantization):
-    """Settings of HQQ, beside those of every method.
+    """Settings of HQQ, besides those of every method.
 
-    p: exponent of the norm, 0.1 to 1; the smaller, the less an outlier counts. beta: weight of the
-    coupling in the first step, 0.01 to 10^6; the larger, the nearer to least squares. kappa: its
-    growth per step, 1 to 10. steps: 1 to 1000."""
+    Attributes:
+        p: exponent of the norm, 0.1 to 1; the smaller, the less an outlier counts.
+        beta: weight of the coupling in the first step, 0.01 to 10^6; the larger, the nearer to
+            least squares.
+        kappa: growth of beta per step, 1 to 10.
+        steps: number of steps, 1 to 1000.
+    """
 
     cache_name: ClassVar[str] = "HQQ"
 
@@ -87,7 +99,7 @@ class HQQ(Quantization):
 
 
 class HalfQuadratic(QuantizationMethod):
-    """HQQ on the walk; looks at weights only."""
+    """HQQ applied to one linear group after another; looks at weights only."""
 
     needs_hessian = False
 
@@ -98,23 +110,37 @@ class HalfQuadratic(QuantizationMethod):
         form: Format | None = None,
         splitting: Splitting = Splitting(),  # noqa: B008 - it cannot be changed
     ):
+        """Take the settings.
+
+        Args:
+            schemes: full layer name -> scheme.
+            dtype: type of the model, such as ``"bfloat16"``.
+            form: the format written; None: compressed-tensors.
+            splitting: the iteration.
+        """
         super().__init__(schemes, dtype, form)
         self.splitting = splitting
 
-    def quantize(self, view: LinearGroup) -> dict[str, torch.Tensor]:
-        for name, weight in self.weights(view).items():
-            self.done[name] = quantize(
-                weight, self.scheme(view, name), self.scale_dtype, self.splitting
-            )
-        return {name: self.done[name].dequantize() for name in self.weights(view)}
+    def quantize(self, group: LinearGroup) -> dict[str, torch.Tensor]:
+        dense = {}
+        for name, weight in self.weights(group).items():
+            scheme = self.scheme(group, name)
+            self.done[name] = quantize(weight, scheme, self.scale_dtype, self.splitting)
+            dense[name] = self.done[name].dequantize()
+        return dense
 
 
 def shrink(x: torch.Tensor, beta: float, p: float) -> torch.Tensor:
-    """Return the generalised soft threshold of ``x``, float32 of any shape: argmin over e of phi(e)
-    + beta/2 (e - x)^2.
+    """Return the generalized soft threshold: argmin over e of phi(e) + beta/2 (e - x)^2.
 
     phi is |e| for p = 1. Below, it is the penalty with derivative x^(p-1) at e = shrink(x), near
-    |e|^p / p for large e."""
+    |e|^p / p for large e.
+
+    Args:
+        x: float32 of any shape.
+        beta: weight of the coupling.
+        p: exponent of the norm.
+    """
     size = x.abs()
     return x.sign() * (size - size.clamp(min=1e-30).pow_(p - 1).div_(beta)).clamp_(min=0)
 
@@ -126,11 +152,15 @@ def half_quadratic(
     scheme: Scheme,
     splitting: Splitting,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the grid after every step: scale and real-valued zero point, float32 [out, groups]
-    each.
+    """Yield scale and real-valued zero point after every step, float32 [out, groups] each.
 
-    blocks: float32 weights [out, groups, group]. scale, zero: the grid to begin with. On a
-    symmetric grid zero stays."""
+    Args:
+        blocks: weights, float32 [out, groups, group].
+        scale: of the grid to begin with, float32 [out, groups].
+        zero: its zero point, float32 [out, groups]; it stays where the grid is symmetric.
+        scheme: bits and symmetry.
+        splitting: the iteration.
+    """
     beta = splitting.beta
     for _ in range(splitting.steps):
         steps = blocks / scale.unsqueeze(-1)
@@ -148,39 +178,57 @@ def half_quadratic(
 
 
 def lp_errors(difference: torch.Tensor, groups: int, p: float) -> torch.Tensor:
-    """Return |D_g|_p^p of every group of ``difference`` [out, in]: float32 [out, groups]."""
+    """Return |D_g|_p^p of every group, float32 [out, groups].
+
+    Args:
+        difference: D, float32 [out, in].
+        groups: groups per row.
+        p: exponent of the norm.
+    """
     return grouped(difference, groups).abs().pow_(p).sum(-1)
 
 
 def quantize(
     weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, splitting: Splitting
 ) -> Quantized:
-    """Quantise float32 [out, in] on the grid with the smallest l_p error per group; scales are
-    stored in ``dtype``.
+    """Quantise on the grid with the smallest l_p error per group.
 
     Candidates are the plain grid that spans the group (round to nearest) and the grid after each
     step, its scale rounded to ``dtype`` and its zero point to an integer. So no group's error, as
-    stored, is above that of round to nearest."""
-    rows = max(1, CHUNK // weight.shape[-1])
-    return concatenated(
-        [_quantise_rows(part, scheme, dtype, splitting) for part in weight.split(rows)]
-    )
+    stored, is above that of round to nearest.
+
+    Args:
+        weight: float32 [out, in].
+        scheme: bits, group size and symmetry.
+        dtype: type scales are stored in.
+        splitting: the iteration.
+    """
+    size = max(1, CHUNK // weight.shape[-1])
+    parts = [_quantize_rows(rows, scheme, dtype, splitting) for rows in weight.split(size)]
+    return concatenated(parts)
 
 
-def _quantise_rows(
+def _quantize_rows(
     weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, splitting: Splitting
 ) -> Quantized:
     plain = minmax(weight, scheme, dtype)
-    scale, zero, groups = plain.scale, plain.zero, plain.scale.shape[-1]
+    scale, zero = plain.scale, plain.zero
+    groups = scale.shape[-1]
     error = lp_errors(plain.dequantize() - weight, groups, splitting.p)
-    start, (low, _) = scale.float(), limits(weight, scheme)
-    real = zero.float() if scheme.symmetric else -low / start
-    for fitted, shift in half_quadratic(grouped(weight, groups), start, real, scheme, splitting):
-        trial_scale = fitted.clamp(min=torch.finfo(dtype).tiny).to(dtype)
-        trial_zero = shift.round().clamp_(0, scheme.levels - 1).to(torch.uint8)
+    start = scale.float()
+    low, _ = limits(weight, scheme)
+    # the zero point that puts ``low`` on the grid, not yet rounded
+    real_zero = zero.float() if scheme.symmetric else -low / start
+    steps = half_quadratic(grouped(weight, groups), start, real_zero, scheme, splitting)
+    for fitted_scale, fitted_zero in steps:
+        # the grid as it would be stored
+        trial_scale = fitted_scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
+        trial_zero = fitted_zero.round().clamp_(0, scheme.levels - 1).to(torch.uint8)
         codes = encode(weight, trial_scale, trial_zero, scheme.levels)
-        trial = lp_errors(decode(codes, trial_scale, trial_zero) - weight, groups, splitting.p)
-        better = trial < error
-        error = torch.where(better, trial, error)
-        scale, zero = torch.where(better, trial_scale, scale), torch.where(better, trial_zero, zero)
+        change = decode(codes, trial_scale, trial_zero) - weight
+        trial_error = lp_errors(change, groups, splitting.p)
+        better = trial_error < error
+        error = torch.where(better, trial_error, error)
+        scale = torch.where(better, trial_scale, scale)
+        zero = torch.where(better, trial_zero, zero)
     return Quantized(encode(weight, scale, zero, scheme.levels), scale, zero, scheme)

@@ -1,11 +1,11 @@
-"""Round to nearest: every weight goes to the nearest point of a uniform grid per group. Needs no
-calibration text.
+"""Round to nearest: every weight goes to the nearest point of a uniform grid per group.
 
     w^ = scale (round(w / scale) + zero - zero)
 
-The grid spans all weights of its group (``search=1``, the plain method that others are measured
-against), or less: the interval is shrunk by the factor with the smallest squared error, which clips
-outliers in favour of finer steps."""
+Needs no calibration text. The grid spans all weights of its group (``search=1``, the plain method
+that others are measured against), or less: the interval is shrunk by the factor with the smallest
+squared error, which clips outliers in favour of finer steps.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slim.quantization.methods.base import Quantization
 from slim.quantization.methods.block_method import QuantizationMethod
 from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.error_feedback import by_rows
-from slim.quantization.solvers.grid import search, shrink_factors
+from slim.quantization.solvers.grid import Quantized, search, shrink_factors
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class RTN(Quantization):
-    """Settings of round to nearest, beside those of every method.
+    """Settings of round to nearest, besides those of every method.
 
-    search: how many intervals are tried per group, 1 to 100; 1: the grid spans all weights.
+    Attributes:
+        search: how many intervals are tried per group, 1 (the grid spans all weights) to 100.
     """
 
     cache_name: ClassVar[str] = "RTN"
@@ -50,23 +51,32 @@ class RTN(Quantization):
 
 
 class RoundToNearest(QuantizationMethod):
-    """RTN on the walk; looks at weights only."""
+    """RTN applied to one linear group after another; looks at weights only."""
 
     needs_hessian = False
 
     def __init__(
         self, schemes: Mapping[str, Scheme], dtype: str, form: Format | None = None, steps: int = 1
     ):
+        """Take the settings.
+
+        Args:
+            schemes: full layer name -> scheme.
+            dtype: type of the model, such as ``"bfloat16"``.
+            form: the format written; None: compressed-tensors.
+            steps: intervals tried per group.
+        """
         super().__init__(schemes, dtype, form)
         self.factors = shrink_factors(steps)
 
-    def quantize(self, view: LinearGroup) -> dict[str, torch.Tensor]:
-        for name, weight in self.weights(view).items():
-            scheme = self.scheme(view, name)
-            self.done[name] = by_rows(
-                weight,
-                lambda rows, scheme=scheme: search(
-                    rows, scheme, self.scale_dtype, factors=self.factors
-                ),
-            )
-        return {name: self.done[name].dequantize() for name in self.weights(view)}
+    def quantize(self, group: LinearGroup) -> dict[str, torch.Tensor]:
+        dense = {}
+        for name, weight in self.weights(group).items():
+            scheme = self.scheme(group, name)
+
+            def round_rows(rows: torch.Tensor, scheme: Scheme = scheme) -> Quantized:
+                return search(rows, scheme, self.scale_dtype, factors=self.factors)
+
+            self.done[name] = by_rows(weight, round_rows)
+            dense[name] = self.done[name].dequantize()
+        return dense

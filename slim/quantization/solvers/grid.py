@@ -1,5 +1,4 @@
-"""Uniform grids per group of weights: choosing scale and zero point, rounding, and going back. Pure
-tensor functions.
+"""Uniform grids per group of weights: choosing scale and zero point, rounding, and going back.
 
 A row of ``in`` weights is cut into groups. In each, w is stored as an integer code c, 0 <= c < 2^b,
 and read back as
@@ -7,7 +6,9 @@ and read back as
     w^ = scale (c - zero)
 
 with an integer zero point (2^(b-1) where the grid is symmetric). Scales are rounded to the type
-they are stored in before any code is computed, so what is measured here is what is stored."""
+they are stored in before any code is computed, so what is measured here is what is stored. Pure
+functions on tensors.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +29,13 @@ else:
 class Quantized:
     """Codes and grid of one layer.
 
-    codes: uint8 [out, in]. scale: [out, groups] in the stored type. zero: uint8 [out, groups].
-    group_index: int64 [in], the group of every column, where columns were grouped in activation
-        order; None: the columns of a group follow one another.
+    Attributes:
+        codes: uint8 [out, in].
+        scale: [out, groups] in the stored type.
+        zero: zero points, uint8 [out, groups].
+        scheme: bits, group size and symmetry.
+        group_index: int64 [in], the group of every column, where columns were grouped in activation
+            order; None: the columns of a group follow one another.
     """
 
     codes: torch.Tensor
@@ -47,18 +52,28 @@ class Quantized:
         return steps.mul_(self.scale[:, self.group_index].float())
 
     def rows(self, part: slice) -> Quantized:
-        """Return some rows of the layer, as a view."""
+        """Return the rows ``part`` of the layer; they share its memory."""
         return replace(self, codes=self.codes[part], scale=self.scale[part], zero=self.zero[part])
 
 
 def grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """View [out, in] as [out, groups, group]."""
+    """Return [out, in] as [out, groups, group], sharing memory.
+
+    Args:
+        weight: any type, [out, in].
+        groups: groups per row.
+    """
     return weight.unflatten(-1, (groups, -1))
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Return scale (c - zero) as float32 [out, in] for codes [out, in], scale and zero [out,
-    groups]."""
+    """Return the weights scale (c - zero), float32 [out, in].
+
+    Args:
+        codes: uint8 [out, in].
+        scale: [out, groups], any floating-point type.
+        zero: [out, groups].
+    """
     values = grouped(codes, scale.shape[-1]).float() - zero.unsqueeze(-1).float()
     return values.mul_(scale.float().unsqueeze(-1)).flatten(-2)
 
@@ -66,8 +81,14 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torc
 def encode(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int
 ) -> torch.Tensor:
-    """Return the nearest codes, uint8 [out, in], of float32 weights [out, in] on the grid given by
-    scale and zero."""
+    """Return the nearest codes of weights on a grid, uint8 [out, in].
+
+    Args:
+        weight: float32 [out, in].
+        scale: [out, groups].
+        zero: zero points, [out, groups].
+        levels: number of codes, 2^b.
+    """
     steps = grouped(weight, scale.shape[-1]) / scale.float().unsqueeze(-1)
     return (
         steps.round_()
@@ -82,6 +103,10 @@ def limits(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Te
     """Return the lowest and highest value per group, float32 [out, groups] each, 0 between them.
 
     On a symmetric grid they are -m and m, m the largest magnitude.
+
+    Args:
+        weight: float32 [out, in].
+        scheme: group size and symmetry.
     """
     blocks = grouped(weight, scheme.groups(weight.shape[-1]))
     low, high = blocks.amin(-1).clamp_(max=0), blocks.amax(-1).clamp_(min=0)
@@ -94,11 +119,17 @@ def limits(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Te
 def grid_between(
     low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale [out, groups] in ``dtype`` and zero, uint8, of the grid that spans ``low`` to
-    ``high``.
+    """Return scale, [out, groups] in ``dtype``, and zero, uint8 [out, groups], of a grid.
 
     A group of zeros gets scale 1. The symmetric grid has one step more below 0 than above, so it
-    spans the interval with 2^b - 1 steps around its middle, as compressed-tensors does."""
+    spans the interval with 2^b - 1 steps around its middle, as compressed-tensors does.
+
+    Args:
+        low: lowest value it spans, float32 [out, groups], at most 0.
+        high: highest value, float32 [out, groups], at least 0.
+        scheme: bits and symmetry.
+        dtype: type scales are stored in.
+    """
     scale = (high - low) / (scheme.levels - 1)
     tiny = torch.finfo(dtype).tiny
     scale = torch.where(scale > tiny, scale, torch.ones_like(scale)).to(dtype)
@@ -110,7 +141,13 @@ def grid_between(
 
 
 def minmax(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Quantized:
-    """Quantise float32 [out, in] on the grid that just spans every group."""
+    """Quantise on the grid that just spans every group.
+
+    Args:
+        weight: float32 [out, in].
+        scheme: bits, group size and symmetry.
+        dtype: type scales are stored in.
+    """
     scale, zero = grid_between(*limits(weight, scheme), scheme, dtype)
     return Quantized(encode(weight, scale, zero, scheme.levels), scale, zero, scheme)
 
@@ -118,11 +155,14 @@ def minmax(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Quantize
 def group_errors(
     difference: torch.Tensor, importance: torch.Tensor | None, groups: int
 ) -> torch.Tensor:
-    """Return the squared error per group, float32 [out, groups], of ``difference`` [out, in].
+    """Return the squared error per group, float32 [out, groups].
 
-    importance: what an error costs. None: all the same. [in]: a weight per input, e.g. diag(G).
-        [groups, group, group]: the diagonal blocks G_gg of the Gram matrix; the cost of e is then e
-        G_gg e^T.
+    Args:
+        difference: float32 [out, in].
+        importance: what an error costs. None: all the same. [in]: a weight per input, e.g. diag(H).
+            [groups, group, group]: the diagonal blocks H_gg of the Hessian; an error e then costs
+            e H_gg e^T.
+        groups: groups per row.
     """
     blocks = grouped(difference, groups)
     if importance is None:
@@ -140,12 +180,20 @@ def search(
     factors: Sequence[float] = (1.0,),
     each_end: bool = True,
 ) -> Quantized:
-    """Quantise on the best of several grids, chosen per group: [low, high] shrunk by each of
-    ``factors``.
+    """Quantise on the best of several grids, chosen per group.
 
-    Outliers are clipped where the finer steps for all others are worth it. On an asymmetric grid
-    both ends are shrunk together first, then, with ``each_end``, each end alone. ``importance`` as
-    in :func:`group_errors`."""
+    The intervals tried are [low, high] of the group shrunk by each factor: outliers are clipped
+    where the finer steps for all others are worth it. On an asymmetric grid both ends are shrunk
+    together first, then, with ``each_end``, each end alone.
+
+    Args:
+        weight: float32 [out, in].
+        scheme: bits, group size and symmetry.
+        dtype: type scales are stored in.
+        importance: what an error costs, as in :func:`group_errors`.
+        factors: shrink factors, the first of them 1.
+        each_end: whether each end is shrunk alone too.
+    """
     low, high = limits(weight, scheme)
     best = Search(weight, scheme, dtype, importance)
     for factor in factors:
@@ -170,59 +218,52 @@ class Search:
         dtype: torch.dtype,
         importance: torch.Tensor | None,
     ):
+        """Begin without an interval; weight, scheme, dtype, importance as for :func:`search`."""
         self.weight, self.scheme, self.dtype, self.importance = weight, scheme, dtype, importance
         self.error: torch.Tensor | None = None
 
     def offer(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Try the interval ``low`` to ``high`` ([out, groups]) and take it in the groups where it
-        is better."""
+        """Try an interval, and take it in the groups where it is better.
+
+        Args:
+            low: lower ends, float32 [out, groups].
+            high: upper ends, float32 [out, groups].
+        """
         scale, zero = grid_between(low, high, self.scheme, self.dtype)
-        error = group_errors(
-            self._difference(scale.float(), zero.float()), self.importance, scale.shape[-1]
-        )
+        difference = self._difference(scale.float(), zero.float())
+        error = group_errors(difference, self.importance, scale.shape[-1])
         if self.error is None:
             self.error, self.low, self.high, self.scale, self.zero = error, low, high, scale, zero
             return
         better = error < self.error
         self.error = torch.where(better, error, self.error)
-        self.low, self.high = (
-            torch.where(better, low, self.low),
-            torch.where(better, high, self.high),
-        )
-        self.scale, self.zero = (
-            torch.where(better, scale, self.scale),
-            torch.where(better, zero, self.zero),
-        )
+        self.low = torch.where(better, low, self.low)
+        self.high = torch.where(better, high, self.high)
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = torch.where(better, zero, self.zero)
 
     def _difference(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Return W^ - W on a grid, as ``decode(encode(...))`` gives it; most of the time goes
-        here."""
-        blocks, scale, least = (
-            grouped(self.weight, scale.shape[-1]),
-            scale.unsqueeze(-1),
-            -zero.unsqueeze(-1),
-        )
+        """Return W^ - W as ``decode(encode(...))`` gives it; most of the time is spent here."""
+        blocks = grouped(self.weight, scale.shape[-1])
+        scale = scale.unsqueeze(-1)
+        least = -zero.unsqueeze(-1)
+        # clamping c - zero instead of c saves adding the zero point and taking it off again
         steps = (blocks / scale).round_().clamp_(least, least + (self.scheme.levels - 1))
         return steps.mul_(scale).sub_(blocks).flatten(-2)
 
     def result(self) -> Quantized:
+        """Return the weights on the best grid of every group."""
         codes = encode(self.weight, self.scale, self.zero, self.scheme.levels)
         return Quantized(codes, self.scale, self.zero, self.scheme)
 
 
-def layer_loss(difference: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
-    """Return tr(D G D^T), the squared output error over the calibration tokens, per row: float32
-    [out].
-
-    Without a Gram matrix: the squared norm of the rows of D.
-    """
-    if hessian is None:
-        return difference.square().sum(-1)
-    return ((difference @ hessian) * difference).sum(-1)
-
-
 def shrink_factors(steps: int, least: float = 0.4) -> list[float]:
-    """Return ``steps`` factors from 1 down to ``least``, evenly spaced."""
+    """Return factors that shrink an interval, evenly spaced.
+
+    Args:
+        steps: how many, the first of them 1.
+        least: the last of them.
+    """
     if steps <= 1:
         return [1.0]
     return [1.0 - (1.0 - least) * index / (steps - 1) for index in range(steps)]
