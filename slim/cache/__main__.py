@@ -14,8 +14,9 @@ from slim.cache.cleaning import leftovers, remove, require_uploaded, unneeded_re
 from slim.cache.inventory import damage, entries, existing_store, size_of, size_rows, tracked_runs
 from slim.cache.usage import Run
 from slim.checkpoints.store import Store
-from slim.core.console import results_console, track
+from slim.core.console import track
 from slim.core.errors import SlimError
+from slim.core.tables import Table, print_table
 from slim.core.text import gigabytes
 
 
@@ -74,26 +75,17 @@ def parser() -> argparse.ArgumentParser:
 
 def list_command(store: Store, options: argparse.Namespace) -> int:
     """Print every result."""
-    from rich.table import Table
-
     found = entries(store, tracked_runs(store, options.uri))
-    table = Table(title=f"{len(found)} results in {store.root}", title_justify="left")
-    for heading in ("result", "method", "made from", "used by"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("size", "made", "last used"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for entry in found:
-        method = entry.manifest.get("method", "[red]no readable slim.json[/]")
-        times = (age(entry.made), age(entry.used))
-        table.add_row(
-            entry.folder.name,
-            method,
-            entry.parent,
-            shown_users(entry.users),
-            gigabytes(entry.size),
-            *times,
-        )
-    results_console(200).print(table)
+        method = entry.manifest.get("method", "no readable slim.json")
+        times = [age(entry.made), age(entry.used)]
+        users = shown_users(entry.users)
+        size = gigabytes(entry.size)
+        rows.append([entry.folder.name, method, size, *times, entry.parent, users])
+    headings = ["result", "method", "size", "made", "last used", "made from", "used by"]
+    title = f"{len(found)} results in {store.root}"
+    print_table(Table(headings, rows, fold=[1, 5, 6], title=title))
     return 0
 
 
@@ -114,18 +106,10 @@ def age(moment: float) -> str:
 
 def size_command(store: Store, options: argparse.Namespace) -> int:
     """Print how much room everything takes."""
-    from rich.table import Table
-
-    table = Table(title=f"{store.root}", title_justify="left")
-    table.add_column("what")
-    table.add_column("number", justify="right")
-    table.add_column("size", justify="right")
-    rows = size_rows(store)
-    for name, number, size in rows:
-        table.add_row(name, str(number), gigabytes(size))
-    table.add_section()
-    table.add_row("all", "", gigabytes(sum(size for _, _, size in rows)))
-    results_console(200).print(table)
+    parts = size_rows(store)
+    rows = [[name, str(number), gigabytes(size)] for name, number, size in parts]
+    rows.append(["all", "", gigabytes(sum(size for _, _, size in parts))])
+    print_table(Table(["what", "number", "size"], rows, title=str(store.root)))
     return 0
 
 

@@ -22,6 +22,7 @@ from slim.core import processes
 from slim.core.console import results_console
 from slim.core.errors import SlimError
 from slim.core.io import atomic_path
+from slim.core.tables import print_table
 from slim.report.plan import show_plan
 from slim.sweeps import point as sweeps
 from slim.sweeps.names import point_name, typed
@@ -217,10 +218,10 @@ def print_results(
     from slim.report.side_by_side import differences_table, notes
     from slim.report.table import terminal_table
 
-    out = results_console(220)
-    out.print(terminal_table(results, compared))
+    out = results_console()
+    print_table(terminal_table(results, compared))
     if compared and any(comparison.differences.values()):
-        out.print(differences_table(comparison, results[0].label))
+        print_table(differences_table(comparison, results[0].label))
     for note in notes(results, comparison):
         show_line(out, note)
     if not compared:

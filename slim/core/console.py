@@ -20,6 +20,7 @@ from typing import NoReturn, TextIO, TypeVar
 
 T = TypeVar("T")
 
+FILE_WIDTH = 80  # characters per line of results where there is no terminal
 INTERVAL = 30.0  # seconds between two signs of life where there is no terminal
 LOGGER = logging.getLogger("slim")
 
@@ -105,15 +106,16 @@ def _make_console(**settings):
 _console = None
 
 
-def results_console(width: int = 160):
+def results_console():
     """Return the rich console for results, standard output.
 
-    Args:
-        width: characters per line where standard output is a file; a terminal has its own width.
+    A terminal has its own width; a file has ``FILE_WIDTH``, or what ``COLUMNS`` says.
     """
     never_fail_on_a_character()
     if sys.stdout.isatty():
         return _make_console()
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdigit() and int(columns) else FILE_WIDTH
     return _make_console(width=width)
 
 

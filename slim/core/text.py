@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+# settings that tell results of one method apart, and how they are written
+SHORT = {
+    "bits": "{}b",
+    "average_bits": "{:g}b",
+    "group_size": "g{}",
+    "blocks": "{} blocks",
+    "ratio": "{}",
+    "sparsity": "{}",
+    "r": "r{}",
+}
+SHARES = ("ratio", "sparsity")  # shown in per cent
+
 
 def gigabytes(count: float) -> str:
     """Show bytes for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def short_settings(settings: dict) -> str:
+    """Return the settings of a stage that say most about its result, in few letters.
+
+    Args:
+        settings: name -> value, as the stage's manifest has them.
+
+    Returns:
+        Such as ``"3b g64"`` (bits, group size), ``"2 blocks"``, ``"r8"``; empty without any.
+    """
+    words = []
+    for name, form in SHORT.items():
+        value = settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name == "group_size" and value == -1:  # whole rows
+            continue
+        if name in SHARES:
+            words.append(f"{100 * value:g}%")
+        else:
+            words.append("1 block" if (name, value) == ("blocks", 1) else form.format(value))
+    return " ".join(words)
 
 
 def markdown_lines(headings: list[str], rows: list[list[str]]) -> list[str]:

@@ -162,7 +162,7 @@ METRICS = [
     ),
     Metric("weights_bytes", "weights", "", "MB", 1e-6, 2, "low", "speed", DETAIL),
     Metric("resident_bytes", "resident", "", "MB", 1e-6, 1, "low", "speed", DETAIL),
-    Metric("peak_bytes", "peak", "memory at most", "MB", 1e-6, 1, "low", "speed", HEADLINE),
+    Metric("peak_bytes", "peak", "peak memory", "MB", 1e-6, 1, "low", "speed", HEADLINE),
     Metric("prefill_peak_bytes", "prefill peak", "", "MB", 1e-6, 1, "low", "speed"),
     Metric("decode_peak_bytes", "decode peak", "", "MB", 1e-6, 1, "low", "speed"),
     Metric("cache_bytes_per_token", "cache per token", "", "MB", 1e-6, 3, "low", "speed"),

@@ -6,13 +6,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from slim.core.tables import Table
 from slim.core.text import markdown_lines
 from slim.evaluation.compare import tally
 from slim.evaluation.health import REPEATING
+from slim.evaluation.metrics import metric_of
+from slim.report.table import numbered
 
 if TYPE_CHECKING:
     from slim.checkpoints.result import Result
     from slim.evaluation.compare import Comparison
+    from slim.evaluation.differences import Difference
 
 
 def comparison_files(comparison: Comparison, results: list[Result]) -> dict[str, str]:
@@ -38,43 +42,51 @@ def comparison_files(comparison: Comparison, results: list[Result]) -> dict[str,
 
 
 def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and the rows of the table of differences; a figure without a pair is a
-    dash."""
-    metrics = list(
-        dict.fromkeys(name for found in comparison.differences.values() for name in sorted(found))
-    )
-    rows = [
-        [label, *(found[name].text() if name in found else "-" for name in metrics)]
-        for label, found in comparison.differences.items()
-    ]
+    """Return the headings and the rows of the table of differences, a row per checkpoint; a metric
+    without a pair is a dash."""
+    metrics = compared_metrics(comparison)
+    rows = []
+    for label, differences in comparison.differences.items():
+        rows.append([label, *(_difference(differences, name) for name in metrics)])
     return ["checkpoint", *metrics], rows
+
+
+def compared_metrics(comparison: Comparison) -> list[str]:
+    """Return the names of all metrics that any checkpoint has a difference in."""
+    names: dict[str, None] = {}
+    for differences in comparison.differences.values():
+        names.update(dict.fromkeys(sorted(differences)))
+    return list(names)
+
+
+def _difference(differences: dict[str, Difference], name: str) -> str:
+    return differences[name].text() if name in differences else "-"
 
 
 def differences_text(comparison: Comparison, baseline: str) -> str:
     """Return the differences as Markdown."""
     headings, rows = difference_rows(comparison)
     lines = [
-        f"Differences to {baseline}, over the same questions, with standard errors; shares in points of a hundred.",
+        f"Differences to {baseline}, over the same questions, with standard errors; "
+        "shares in points of a hundred.",
         "",
         *markdown_lines(headings, rows),
     ]
     return "\n".join(lines) + "\n"
 
 
-def differences_table(comparison: Comparison, baseline: str):
-    """Return the differences as a rich ``Table``."""
-    from rich.table import Table
-
-    headings, rows = difference_rows(comparison)
-    table = Table(
-        title=f"Differences to {baseline}, paired, ± standard error (shares in points)",
-        title_justify="left",
-    )
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def differences_table(comparison: Comparison, baseline: str) -> Table:
+    """Return the differences for the terminal: a row per metric, a column per checkpoint."""
+    headings, legend = numbered(list(comparison.differences))
+    rows = []
+    for name in compared_metrics(comparison):
+        metric = metric_of(name)
+        row = [metric.short or metric.title]
+        for differences in comparison.differences.values():
+            row.append(_difference(differences, name))
+        rows.append(row)
+    title = f"Differences to {baseline}, question by question, ± standard error"
+    return Table(["", *headings], rows, title=title, notes=legend)
 
 
 def answers_text(results: list[Result]) -> str:

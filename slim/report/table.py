@@ -8,13 +8,29 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slim.core.text import markdown_lines
+from slim.core.tables import Table, text_width
+from slim.core.text import markdown_lines, short_settings
 from slim.evaluation.differences import paired, perplexity_records
-from slim.evaluation.metrics import DETAIL, METRICS, Metric, metrics_of
+from slim.evaluation.metrics import (
+    ACCURACY,
+    DETAIL,
+    HEADLINE,
+    MEAN_ACCURACY,
+    METRICS,
+    Metric,
+    metrics_of,
+)
 from slim.evaluation.protocol import protocol_key, variants
 
 if TYPE_CHECKING:
     from slim.checkpoints.result import Result
+
+
+BEST, WORST = "*", "!"
+LONGEST_NAME = 40  # characters of a checkpoint's name that a heading can hold
+MOST_TASKS = 10  # tasks that a terminal shows one by one
+# a terminal shows quality (0) before what the files say, and that before speed
+ORDER = {None: 1, "speed": 2, "energy": 3}
 
 
 @dataclass(frozen=True)
@@ -134,23 +150,84 @@ def standard_error(result: Result, column: Column) -> float | None:
     return None if figure(result, column) is None else result.metrics.get(column.metric.stderr)
 
 
-def terminal_table(results: list[Result], compared: bool = False):
-    """Return the table for the terminal, a rich ``Table``; with the best in bold where checkpoints
-    are ``compared``."""
-    from rich.table import Table
+def terminal_table(results: list[Result], compared: bool = False) -> Table:
+    """Return the table for the terminal: a row per metric, a column per checkpoint.
 
-    chain, several = (
-        "Every row is the row above it after one more stage",
-        "Every row is a checkpoint, the best is bold",
-    )
-    table = Table(title=several if compared else chain, title_justify="left")
-    table.add_column("checkpoint", no_wrap=True)
-    shown = columns(results)
+    Args:
+        results: a chain's checkpoints, source first, or checkpoints to compare.
+        compared: whether they are not a chain.
+
+    Returns:
+        Quality first; next to a value its change against the first checkpoint; ``*`` after the
+        best of a row and ``!`` after the worst.
+    """
+    shown = headline_columns(results)
+    names = [shown_label(result) for result in results]
+    headings, legend = numbered(names)
+    cells = [checkpoint_cells(results, result, shown) for result in results]
+    rows = []
+    for number, column in enumerate(shown):
+        rows.append([column.label, *(of_checkpoint[number] for of_checkpoint in cells)])
+    if len(results) == 1:
+        return Table(["", *headings], rows, title="One checkpoint", notes=legend)
+    title = "Checkpoints compared" if compared else "Every column is the one to its left after one more step"
+    notes = [
+        f"{BEST} best and {WORST} worst of a row; next to it the change against {names[0]}",
+        *legend,
+    ]
+    return Table(["", *headings], rows, title=title, notes=notes)
+
+
+def headline_columns(results: list[Result]) -> list[Column]:
+    """Return the columns a terminal shows: quality, size, speed and memory; of many tasks the mean
+    only."""
+    shown = columns(results, HEADLINE)
+    accuracies = [column for column in shown if column.metric.change == ACCURACY.change]
+    tasks = [column for column in accuracies if column.metric.part == "tasks"]
+    if len(tasks) > MOST_TASKS:
+        mean = by_protocol([MEAN_ACCURACY], results)
+        shown = [*mean, *(column for column in shown if column not in tasks)]
+    return sorted(shown, key=lambda column: ORDER.get(column.metric.part, 0))
+
+
+def shown_label(result: Result) -> str:
+    """Return the name of a checkpoint with what tells it from others of its method, such as
+    ``quantize gptq 3b g64``."""
+    checkpoint = getattr(result, "checkpoint", None)
+    manifest = checkpoint.manifest if checkpoint is not None else {}
+    if not manifest or manifest.get("hash") != result.digest:
+        return result.label
+    return f"{result.label} {short_settings(manifest.get('settings') or {})}".strip()
+
+
+def numbered(names: list[str]) -> tuple[list[str], list[str]]:
+    """Return headings for checkpoints, and a legend where names are too long to be headings."""
+    if all(text_width(name) <= LONGEST_NAME for name in names):
+        return names, []
+    headings = [str(number) for number in range(1, len(names) + 1)]
+    return headings, [f"{number}: {name}" for number, name in zip(headings, names, strict=True)]
+
+
+def checkpoint_cells(results: list[Result], result: Result, shown: list[Column]) -> list[str]:
+    """Return the cells of a checkpoint, one per column: value, mark, change against the first of
+    ``results``; aligned."""
+    parts = []
     for column in shown:
-        table.add_column(column.heading, justify="right")
-    for cells in rows(results, shown, ("[bold]", "[/bold]") if compared else None):
-        table.add_row(*cells)
-    return table
+        change = ""
+        if result is not results[0]:
+            first = figure(results[0], column)
+            change = column.metric.format_change(figure(result, column), first)
+        parts.append((cell(result, column) + mark(results, result, column), change))
+    widest = max((len(change) for _, change in parts), default=0)
+    return [f"{value} {change:>{widest}}" if widest else value for value, change in parts]
+
+
+def mark(results: list[Result], result: Result, column: Column) -> str:
+    """Return the mark of the best or the worst value of a column; a space for any other."""
+    text = cell(result, column)
+    if text in best_cells(results, column):
+        return BEST
+    return WORST if text in best_cells(results, column, worst=True) else " "
 
 
 def markdown_table(results: list[Result], compared: bool = False) -> str:

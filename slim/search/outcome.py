@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from slim.core.console import results_console
 from slim.core.errors import SlimError
+from slim.core.tables import Table, print_table
 from slim.core.text import markdown_lines
 from slim.evaluation.metrics import BY_NAME, metric_of
 from slim.report.pareto import front
@@ -225,18 +226,14 @@ def markdown(found: dict) -> str:
 
 
 def show(found: dict) -> None:
-    """Print the table, and the folder of the checkpoint where there is one point only."""
-    from rich.table import Table
+    """Print the table, and the folder of the checkpoint where there is one point only.
 
+    Args:
+        found: what the search found, as ``search.json`` has it.
+    """
     headings, rows = table(found)
-    out, grid = results_console(), Table()
-    for column in headings:
-        grid.add_column(
-            column, justify="left" if column in found["best"][0]["settings"] else "right"
-        )
-    for row in rows:
-        grid.add_row(*row)
-    out.print(title(found), style="italic", highlight=False, soft_wrap=True)
-    out.print(grid)
+    keys = len(found["best"][0]["settings"])
+    print_table(Table(headings, rows, keys=keys, title=title(found)))
     if len(rows) == 1:
+        out = results_console()
         out.print(f"its checkpoint: {found['best'][0]['folder']}", highlight=False, soft_wrap=True)

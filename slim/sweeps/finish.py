@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from slim.core.console import results_console, warn
+from slim.core.console import warn
+from slim.core.tables import Table, print_table
+from slim.report.table import BEST, WORST, cell, headline_columns, mark
 from slim.sweeps.protocols import OpenSweep
 
 SHOWN = ("number", "overrides", "run_id", "status", "error", "seconds")
-# For the report: a table in a terminal has only so much room.
-DETAILS = ("prefill_tokens_per_second", "weights_bytes", "resident_bytes", "peak_bytes")
 
 
 @dataclass
@@ -48,7 +48,7 @@ def finish(sweep: OpenSweep, error: BaseException | None) -> int:
     tracker = sweep.tracker
     tracker.log_text(json.dumps(summary, indent=1) + "\n", "sweep.json")
     if points:
-        print_table(sweep, points)
+        print_points(sweep, points)
     if error is None:
         attach_report(tracker)
         attach_search(sweep)
@@ -80,45 +80,40 @@ def varied(points: list[dict]) -> dict[str, list[str]]:
     return {key: list(found) for key, found in values.items() if len(found) > 1 or len(points) == 1}
 
 
-def print_table(sweep: OpenSweep, points: list[dict]) -> None:
-    """Print one table: a row per point with its settings, figures of its last checkpoint, how it
-    ended, and seconds."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from slim.report.table import cell, columns
-
-    keys = list(sweep.swept or varied(points)) or ["point"]
-    figures = {point["number"]: figures_of(point) for point in points if point["final"]}
-    shown = [column for column in columns(list(figures.values())) if column.metric not in DETAILS]
-    table = Table()
-    for heading in short_names(keys):
-        table.add_column(heading, overflow="fold")
-    for heading in (*(column.heading for column in shown), "seconds"):
-        table.add_column(heading, justify="right", overflow="fold")
-    table.add_column("status")
-    for point in points:
-        own = figures.get(point["number"])
-        cells = [cell(own, column) if own else "-" for column in shown]
-        settings = [
-            escape(str(point["overrides"].get(key, point["name"] if key == "point" else "-")))
-            for key in keys
-        ]
-        table.add_row(
-            *settings,
-            *cells,
-            "-" if point.get("reused") else f"{point['seconds']:.1f}",
-            status(point),
-        )
-    out = results_console(220)
-    out.print(
-        f"Sweep of {len(points)} point{'s' * (len(points) != 1)}: the last checkpoint of each",
-        highlight=False,
-    )
-    out.print(table)
+def print_points(sweep: OpenSweep, points: list[dict]) -> None:
+    """Print the table over the points, and below it why some of them failed."""
+    print_table(points_table(list(sweep.swept or varied(points)), points))
     for point in points:
         if point["error"]:
             print(f"{point['name']}: {point['error']}")
+
+
+def points_table(keys: list[str], points: list[dict]) -> Table:
+    """Return a row per point: its settings, metrics of its last checkpoint, how it ended, seconds.
+
+    Args:
+        keys: the settings in which the points differ.
+        points: as the sweep's folder records them.
+    """
+    keys = keys or ["point"]
+    figures = {point["number"]: figures_of(point) for point in points if point["final"]}
+    measured = list(figures.values())
+    shown = headline_columns(measured)
+    rows = []
+    for point in points:
+        row = [str(point["overrides"].get(key, "-")) for key in keys]
+        if keys == ["point"]:
+            row = [point["name"]]
+        last = figures.get(point["number"])
+        for column in shown:
+            row.append(cell(last, column) + mark(measured, last, column) if last else "- ")
+        seconds = "-" if point.get("reused") else f"{point['seconds']:.1f}"
+        rows.append([*row, seconds, status(point)])
+    count = "1 point" if len(points) == 1 else f"{len(points)} points"
+    headings = [*short_names(keys), *(column.label for column in shown), "seconds", "status"]
+    notes = [f"{BEST} best and {WORST} worst of a column"] if len(measured) > 1 else []
+    title = f"Sweep of {count}: the last checkpoint of each"
+    return Table(headings, rows, keys=len(keys), title=title, notes=notes)
 
 
 def short_names(keys: list[str]) -> list[str]:
@@ -139,11 +134,7 @@ def status(point: dict) -> str:
     if point.get("reused"):
         return "done before"
     return (
-        "done"
-        if point["status"] == "FINISHED"
-        else "skipped"
-        if point.get("skipped")
-        else "[red]failed[/]"
+        "done" if point["status"] == "FINISHED" else "skipped" if point.get("skipped") else "failed"
     )
 
 
