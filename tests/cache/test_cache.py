@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -100,8 +101,9 @@ def slim_cache(capsys, root: Path, *arguments: str) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
-def test_the_list_names_the_runs_that_use_a_result(store, capsys):
+def test_the_list_names_the_runs_that_use_a_result(store, capsys, monkeypatch):
     root, names = store
+    monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = slim_cache(capsys, root, "list")
     assert code == 0
     shared = names["first"][0]
@@ -112,6 +114,15 @@ def test_the_list_names_the_runs_that_use_a_result(store, capsys):
     used = out[out.index(shared) :].split(names["lost"][0])[0]
     assert "Scale" in rows[shared][0] and "llama (" in rows[shared][0] and "tests: first" in used
     assert "prune scale (" in rows[names["first"][1]][0]
+
+
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_the_list_fits_a_terminal_and_cuts_nothing(store, capsys, monkeypatch, columns):
+    root, _ = store
+    monkeypatch.setenv("COLUMNS", columns)
+    out = slim_cache(capsys, root, "list")[1]
+    assert max(len(line) for line in out.splitlines()[1:]) <= int(columns)
+    assert all(name in out for name in there(root)) and "…" not in out
 
 
 def test_prune_removes_what_no_run_uses_and_nothing_else(store, small_llama, capsys):
@@ -254,11 +265,8 @@ def test_the_sizes_add_up(store, capsys):
     (root / "stages" / "prune-aa.work" / "file").write_bytes(bytes(123_456_789))
     (root / "notes.txt").write_bytes(bytes(200_000_000))
     _, out, _ = slim_cache(capsys, root, "size")
-    rows = {
-        cells[1].strip(): cells[-2].strip()
-        for line in out.splitlines()
-        if len(cells := line.split("│")) > 3
-    }
+    lines = [re.split(r"  +", line) for line in out.splitlines()]
+    rows = {cells[0]: cells[-1] for cells in lines if len(cells) > 1}
     everything = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     assert rows["all"] == f"{everything / 1e9:.1f} GB"
     assert rows["work in progress or left behind"] == "0.1 GB" and rows["other"] == "0.2 GB"
