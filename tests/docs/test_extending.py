@@ -15,6 +15,7 @@ from slim.chain.compose import compose, config_dirs
 from slim.chain.explain import explain
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.core.io import read_json
+from slim.distillation import losses
 from slim.evaluation import metrics
 from slim.models import families
 from slim.report.table import markdown_table
@@ -190,3 +191,22 @@ def test_metric(project, tmp_path, own_metrics):
     assert 0.5 < source.metrics["next_token"] < 1
     assert pruned.metrics["next_token"] < source.metrics["next_token"]
     assert "next token" in markdown_table([source, pruned])
+
+
+def test_loss(project, tmp_path, monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "alpha_divergence", None)  # forgotten after the test
+    text = type_in("docs/extending/loss.md", project)
+    assert run_tests(project, tmp_path) == 3
+    (words,) = own_commands(text)
+    words = [word.replace("pruner=taylor", "pruner=magnitude") for word in words]
+    short = (
+        "teacher.steps=2",
+        "teacher.window=32",
+        "teacher.batch_tokens=64",
+        "teacher.validation_tokens=64",
+        "teacher.validate_every=1",
+    )
+    last = run_command(words, project, tmp_path / "store", *short)[-1]
+    settings = read_json(last.checkpoint.folder / "slim.json")["settings"]
+    assert settings["loss"] == "alpha_divergence"
+    assert settings["alpha"] == 0.3
