@@ -7,7 +7,7 @@ import re
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from slim.chain.compose import CONF, compose
+from slim.chain.compose import CONF, compose, config_dirs
 from slim.core.errors import SlimError, did_you_mean
 
 PLUGINS = {  # choices that optional packages bring: package, extra of ours
@@ -161,7 +161,7 @@ def _settings_below(node: str, config_name: str, arguments: list[str]) -> list[s
     command line."""
     choices = [argument for argument in arguments if re.match(r"^\+?[a-z_/]+=[\w/]+$", argument)]
     try:
-        settings = OmegaConf.select(compose(config_name, choices), node)
+        settings = OmegaConf.select(compose(config_name, choices, config_dirs(arguments)), node)
     except Exception:
         return []
     if not isinstance(settings, DictConfig):
