@@ -22,7 +22,7 @@ from slim.data.examples import PARTS, Messages, Pairs, Passages, TextData, TinyC
 from slim.data.packing import IGNORE, Example, Windows, separate
 from slim.data.preview import first_examples, show_example, write_examples
 
-ROOT = Path(__file__).parent.parent.parent
+CONF = Path(__file__).parent.parent.parent / "slim" / "conf" / "data"
 
 # Templates in the manner of common models; the third leaves out of earlier answers what it puts
 # before the last one.
@@ -148,13 +148,17 @@ def hub_folder(folder: Path, rows: dict[str, list[dict]], subset: str | None = N
 
 def choice(name: str, **settings):
     """Make the data of ``conf/data`` with other settings, such as a local folder for ``text``."""
-    found = (
-        yaml.safe_load((ROOT / "slim" / "conf" / "data" / f"{name}.yaml").read_text())
-        | {"seed": 0}
-        | settings
-    )
+    composed = settings_of(name) | {"seed": 0} | settings
     kinds = {"Pairs": Pairs, "Messages": Messages, "Passages": Passages, "TextData": TextData}
-    return kinds[found.pop("_target_").rsplit(".", 1)[1]](**found)
+    return kinds[composed.pop("_target_").rsplit(".", 1)[1]](**composed)
+
+
+def settings_of(name: str) -> dict:
+    """Return a choice file's settings over those of the file it builds on."""
+    settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    base, *own = settings.pop("defaults", ["_self_"])
+    assert own in ([], ["_self_"])
+    return settings if base == "_self_" else settings_of(base) | settings
 
 
 def marco(number: int, selected: int | None, answer: str) -> dict:
@@ -251,8 +255,8 @@ def test_streamed_text(tmp_path, tokenizer, name, monkeypatch):
 
 
 def test_every_choice_of_the_group_is_one_that_can_be_made():
-    for path in (ROOT / "slim" / "conf" / "data").glob("*.yaml"):
-        settings = yaml.safe_load(path.read_text())
+    for path in CONF.glob("[!_]*.yaml"):
+        settings = settings_of(path.stem)
         assert path.read_text().startswith("# ") and "# python train.py " in path.read_text(), path
         if settings.get("text", "x") != "???" and "tiny" not in path.stem:
             assert choice(path.stem).cache_key()["dataset"] == settings["text"]
