@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from slim.chain.compose import CONF, compose
+from slim.chain.compose import CONF, compose, config_dirs
 from slim.cli.settings_page import GROUPS
 
 FLAGS = ("--help", "-h")
@@ -44,8 +44,10 @@ def help_page(command: str, arguments: list[str]) -> str:
     Raises:
         hydra.errors.HydraException: when what else was typed is wrong.
     """
-    typed = [argument for argument in arguments if not argument.startswith("-")]
-    config = compose(command, typed)
+    folders = config_dirs(arguments)
+    names = {str(folder) for folder in folders}
+    typed = [word for word in arguments if not word.startswith("-") and word not in names]
+    config = compose(command, typed, folders)
     lines = ["slim: make large language models smaller."]
     lines += [f"  python {example}" for example in EXAMPLES[command]]
     lines += ["", "Choices"]

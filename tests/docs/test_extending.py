@@ -14,6 +14,7 @@ from slim.chain.build import build_pipeline
 from slim.chain.compose import compose, config_dirs
 from slim.chain.explain import explain
 from slim.checkpoints.checkpoint import open_checkpoint
+from slim.cli.help import help_page
 from slim.core.io import read_json
 from slim.distillation import losses
 from slim.evaluation import metrics
@@ -211,3 +212,10 @@ def test_loss(project, tmp_path, monkeypatch):
     settings = read_json(last.checkpoint.folder / "slim.json")["settings"]
     assert settings["loss"] == "alpha_divergence"
     assert settings["alpha"] == 0.3
+
+
+def test_help_knows_choices_of_ones_own(project, monkeypatch):
+    type_in("docs/extending/pruner.md", project)
+    monkeypatch.chdir(project)
+    page = help_page("compress", ["--config-dir", "my_conf", "pruner=output_norm", "--help"])
+    assert "attention_weight: 1.0" in page
