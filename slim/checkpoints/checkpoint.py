@@ -1,29 +1,36 @@
 """A checkpoint folder: config, tokenizer, safetensors, and ``slim.json`` where slim made it.
 
-Opening and checking needs neither torch nor transformers; loading for use and writing import them
-when called."""
+Opening and checking needs neither torch nor transformers. What a folder may hold and how it is read
+is in docs/inputs.md; the rules themselves are in ``files.py``, ``stored.py`` and
+``configuration.py``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from slim.checkpoints.configuration import read_config
+from slim.checkpoints.files import (
+    ADAPTER_CONFIG,
+    INDEX,
+    quantization_file,
+    refuse_gguf_files,
+    refuse_lone_adapter,
+    refuse_missing,
+    weight_files,
+)
+from slim.checkpoints.stored import StoredTensor, normalize, stored_tensors
 from slim.core.errors import SlimError
 from slim.core.io import read_header, read_json, sha256
+from slim.models.families import FAMILIES
 from slim.models.spec import ADAPTER, ModelSpec
 
-if TYPE_CHECKING:
-    pass
-
 MANIFEST = "slim.json"
-INDEX = "model.safetensors.index.json"
-# an adapter beside the weights
+# an adapter next to the weights, as slim writes it
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 REPORT = "report"  # folder inside a checkpoint with plots and tables for people
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Files that belong to a model but hold neither weights nor its configuration: copied along
 # unchanged.
 COMPANIONS = (
@@ -35,16 +42,46 @@ COMPANIONS = (
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that has been looked at and found to be a usable checkpoint. Make one with
-    :func:`open_checkpoint`."""
+    :func:`open_checkpoint`.
+
+    Attributes:
+        folder: The checkpoint folder.
+    """
 
     folder: Path
 
     @cached_property
+    def _content(self) -> tuple[dict, dict[str, StoredTensor], list[str]]:
+        """The config, the tensors, and what was changed in reading them."""
+        raw = read_json(self.folder / "config.json")
+        if not isinstance(raw, dict):
+            raise SlimError(f"{self.folder / 'config.json'} is not a JSON object.")
+        tensors, notes = normalize(stored_tensors(self.weight_files), raw, self.folder)
+        config = read_config(self.folder, tensors, notes)
+        family = FAMILIES.get(config.get("model_type"))
+        if family is not None and ModelSpec(config, str(self.folder)).tied:
+            # a second copy of the embedding; whoever writes the head would write it twice
+            tensors.pop(f"{family.head}.weight", None)
+        return config, tensors, notes
+
+    @property
     def config(self) -> dict:
-        return read_json(self.folder / "config.json")
+        """``config.json``, completed by what the other files say."""
+        return self._content[0]
+
+    @property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Name in the model -> tensor in the files."""
+        return self._content[1]
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for everything that is read in another way than it is stored."""
+        return self._content[2]
 
     @cached_property
     def spec(self) -> ModelSpec:
+        """The model as far as its config tells."""
         return ModelSpec(self.config, name=str(self.folder))
 
     @cached_property
@@ -56,30 +93,33 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-        """Map tensor name -> (file name, safetensors dtype, shape), from the headers alone."""
-        found = {}
-        for path in self.weight_files:
-            for name, entry in read_header(path).items():
-                found[name] = (path.name, entry["dtype"], tuple(entry["shape"]))
-        return found
+        """Tensor name -> (file name, safetensors dtype, shape), from the headers alone."""
+        return {name: tensor.entry for name, tensor in self.stored.items()}
 
-    @property
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether other programs that follow the files alone read the same model."""
+        if self.config != read_json(self.folder / "config.json"):
+            return False
+        if (self.folder / ADAPTER_CONFIG).is_file():
+            return False
+        if self.weight_files[0].name != "model.safetensors" and not (self.folder / INDEX).is_file():
+            return False
+        return not any(
+            tensor.changed or tensor.name != name for name, tensor in self.stored.items()
+        )
+
+    @cached_property
     def weight_files(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.is_file():
-            return [
-                self.folder / name for name in sorted(set(read_json(index)["weight_map"].values()))
-            ]
-        return [self.folder / "model.safetensors"]
+        """The files that hold the weights."""
+        return weight_files(self.folder)
 
     @property
     def adapter_files(self) -> list[Path]:
-        """Configuration and weights of the adapter beside the weights; empty without one."""
-        return (
-            []
-            if self.config.get(ADAPTER) is None
-            else [self.folder / name for name in ADAPTER_FILES]
-        )
+        """Configuration and weights of the adapter next to the weights; empty without one."""
+        if read_json(self.folder / "config.json").get(ADAPTER) is None:
+            return []
+        return [self.folder / name for name in ADAPTER_FILES]
 
     @property
     def bytes_on_disk(self) -> int:
@@ -88,10 +128,16 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
-    """Look at ``folder`` and return it as a checkpoint.
+    """Look at a folder and return it as a checkpoint.
 
-    Raises ``SlimError`` if it is missing, empty, has no config, no tokenizer, only pickled weights,
-    or a safetensors file whose length does not fit its header."""
+    Args:
+        folder: The folder.
+
+    Raises:
+        SlimError: It is missing or empty, has no config or tokenizer, only pickled weights or an
+            adapter, weights of two models, a safetensors file that does not fit its header, or a
+            config that no model can be built with.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise SlimError(
@@ -101,14 +147,14 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise SlimError(
             f"The folder {folder} is empty. A checkpoint has config.json, a tokenizer and *.safetensors."
         )
+    refuse_lone_adapter(folder)
     if not (folder / "config.json").is_file():
-        _name_gguf_files(folder)
+        refuse_gguf_files(folder)
         raise SlimError(f"{folder} has no config.json, so it is not a checkpoint folder.")
     checkpoint = Checkpoint(folder)
     missing = [path.name for path in checkpoint.weight_files if not path.is_file()]
     if missing:
-        _refuse_pickles(folder)
-        raise SlimError(f"{folder} lacks the weights {', '.join(missing)}.")
+        refuse_missing(folder, missing)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise SlimError(
             f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Save one into it."
@@ -118,35 +164,27 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise SlimError(
             f"{folder} lacks {missing[0].relative_to(folder)}: its config.json says that an adapter belongs to it."
         )
-    for path in [*checkpoint.weight_files, *checkpoint.adapter_files[1:]]:
+    for path in checkpoint.adapter_files[1:]:
         read_header(path)
+    checkpoint.config  # noqa: B018 - reads the headers and checks the entries
     return checkpoint
 
 
-def _name_gguf_files(folder: Path) -> None:
-    files = sorted(path.name for path in folder.glob("*.gguf"))
-    if files:
-        shown = ", ".join(files)
-        raise SlimError(
-            f"{folder} is no checkpoint folder but holds GGUF files ({shown}). "
-            f"Give one: model.source={folder / files[0]}"
-        )
-
-
-def _refuse_pickles(folder: Path) -> None:
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles and not list(folder.glob("*.safetensors")):
-        raise SlimError(
-            f"{folder} holds pickled weights only ({pickles[0]}), which can run code when loaded; slim reads safetensors. "
-            "Convert them with transformers: model.save_pretrained(folder) writes safetensors."
-        )
-
-
 def checksums(folder: Path) -> dict[str, str]:
-    """Return file name -> SHA-256 for everything that determines what the checkpoint computes."""
-    companions = [path for pattern in COMPANIONS for path in folder.glob(pattern)]
-    names = {str(path.relative_to(folder)) for path in companions if path.is_file()}
-    names |= {path.name for path in Checkpoint(folder).weight_files} | {"config.json"}
-    names |= {INDEX} if (folder / INDEX).is_file() else set()
-    names |= {str(path.relative_to(folder)) for path in Checkpoint(folder).adapter_files}
+    """Return file name -> SHA-256 for everything that determines what the checkpoint computes.
+
+    Args:
+        folder: The checkpoint folder. Files are taken as they are, however they are read.
+    """
+    names = {"config.json"}
+    for pattern in COMPANIONS:
+        names |= {
+            path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file()
+        }
+    checkpoint = Checkpoint(folder)
+    further = [*checkpoint.weight_files, *checkpoint.adapter_files, folder / INDEX]
+    described = quantization_file(folder)
+    if described is not None and "quantization_config" not in read_json(folder / "config.json"):
+        further.append(described)
+    names |= {path.relative_to(folder).as_posix() for path in further if path.is_file()}
     return {name: sha256(folder / name) for name in sorted(names)}

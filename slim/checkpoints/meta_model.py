@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from slim.checkpoints.checkpoint import Checkpoint
-from slim.checkpoints.reader import TensorReader
+from slim.checkpoints.reader import TensorReader, stored_dtype
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.models.spec import Family
@@ -13,9 +16,11 @@ from slim.models.spec import Family
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedConfig
 else:
     torch = LazyModule("torch")
 
+__all__ = ["MetaModel", "empty_model", "model_config", "stored_dtype"]
 
 FINITE_AT_ONCE = 2**20  # numbers looked at together: the check makes several copies of them
 
@@ -79,27 +84,72 @@ class MetaModel:
         self.reader.release()
 
 
-def empty_model(source: Checkpoint) -> nn.Module:
-    """Return the checkpoint's model with all tensors on the meta device, in evaluation mode; no
-    quantisation in it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def model_config(source: Checkpoint) -> PreTrainedConfig:
+    """Return the configuration of transformers for a checkpoint, quantization left out.
 
-    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    Raises:
+        SlimError: ``config.json`` has an entry that transformers refuses.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    try:
+        if source.is_plain or source.config.get("model_type") not in CONFIG_MAPPING:
+            config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        else:
+            config = CONFIG_MAPPING[source.config["model_type"]].from_dict(dict(source.config))
+    except Exception as error:  # every class checks its entries in its own way
+        raise refused_entry(source, error) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        return (
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            .eval()
-            .requires_grad_(False)
-        )
+    return config
 
 
-def stored_dtype(name: str) -> torch.dtype:
-    """Return the torch type for safetensors' name of it."""
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-    }[name]
+def empty_model(source: Checkpoint) -> nn.Module:
+    """Return the checkpoint's model with all tensors on the meta device, in evaluation mode; no
+    quantization in it.
+
+    Raises:
+        SlimError: ``config.json`` has an entry that the model's class cannot be built with.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(source)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # see model_config
+        raise refused_entry(source, error) from error
+    return model.eval().requires_grad_(False)
+
+
+def refused_entry(source: Checkpoint, error: Exception) -> SlimError:
+    """Return the error for a config that transformers refuses, naming the entry where the
+    library's message tells it.
+
+    Args:
+        source: The checkpoint.
+        error: What transformers raised.
+    """
+    file, text = source.folder / "config.json", str(error)
+    reason = " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
+    for path, value in entries(source.config):
+        key = path.split(".")[-1]
+        named = re.search(rf"\b{re.escape(key)}\b", text) and len(key) > 4
+        quoted = isinstance(value, str) and len(value) > 2 and value in text
+        if quoted and value != source.config.get("model_type") or named:
+            shown = json.dumps(value, ensure_ascii=False)
+            return SlimError(
+                f"{file}: transformers refuses {path}={shown} ({type(error).__name__}: {reason}).\n"
+                "Set the entry to a value that it knows, or remove it."
+            )
+    return SlimError(
+        f"{file}: transformers cannot build this model ({type(error).__name__}: {reason})."
+    )
+
+
+def entries(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (path, value) of all entries of a config, those of inner objects first."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from entries(value, f"{prefix}{key}.")
+        yield f"{prefix}{key}", value

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.checkpoints.checkpoint import INDEX
+from slim.checkpoints.files import INDEX
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +44,16 @@ class ShardWriter:
         self._offset = 0
         self._header = 0  # bytes its header will take, at most
         self._shards: list[list[str]] = []
+        self._names: set[str] = set()  # of all files
         self._total = 0
         self._file = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor under its full name. A full disk raises ``OSError`` like any other file
         operation."""
+        if name in self._names:
+            raise ValueError(f"'{name}' was added twice: a file can hold it once only.")
+        self._names.add(name)
         tensor = tensor.detach().to("cpu").contiguous()
         room = len(name) + ENTRY_BYTES
         if self._header + room > HEADER_BYTES:
@@ -149,6 +153,8 @@ class ShardWriter:
         """Go on where ``state`` was taken; what was written since is cut off."""
         self._shards, self._total, self._entries = state["shards"], state["total"], state["entries"]
         self._offset, self._header, self.pending = state["offset"], state["header"], pending
+        self._names = {name for shard in self._shards for name in shard}
+        self._names |= self._entries.keys() | pending.keys()
         if state["open"]:
             self._file = self._path(len(self._shards)).open("r+b")
             self._file.truncate(8 + HEADER_BYTES + self._offset)

@@ -10,13 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from slim.core.errors import SlimError
 
 if TYPE_CHECKING:
     import torch
 
+COMPARED_AT_ONCE = 2**24  # bytes
+_same: dict[tuple, bool] = {}  # what same_data compared, by the files' states
 PARTIAL = ".partial"  # end of the name of what is being written
 
 _sums: dict[tuple[int, int, int, int], str] = {}  # device, inode, size, time of change -> SHA-256
@@ -46,13 +48,81 @@ def read_header(path: Path) -> dict[str, dict]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise SlimError(f"{path} has a damaged header. Fetch or make it again.") from error
+    if not isinstance(header, dict):
+        raise SlimError(f"{path} has a damaged header. Fetch or make it again.")
     header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    end = 8 + length + _end_of_data(path, header)
     if end != size:
         raise SlimError(
             f"{path} has {size} bytes where its header asks for {end}. Fetch or make it again."
         )
     return header
+
+
+def _end_of_data(path: Path, header: dict[str, dict]) -> int:
+    """Return where the last tensor ends; the library reads only tensors that follow one another.
+
+    Raises:
+        SlimError: An entry is incomplete, or there is a gap or an overlap.
+    """
+    try:
+        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        [(entry["dtype"], entry["shape"]) for entry in header.values()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SlimError(f"{path} has a damaged header. Fetch or make it again.") from error
+    end = 0
+    for start, stop, name in spans:
+        if start != end or stop < start:
+            raise SlimError(
+                f"{path} has invalid offsets: '{name}' begins at {start} where {end} is next. "
+                "Fetch or make it again."
+            )
+        end = stop
+    return end
+
+
+def same_data(first: Path, first_name: str, second: Path, second_name: str) -> bool:
+    """Whether two tensors of safetensors files are the same bytes; read once per process.
+
+    Args:
+        first: A file.
+        first_name: A tensor in it.
+        second: Another file, or the same.
+        second_name: A tensor in that.
+    """
+    key = (_state(first), first_name, _state(second), second_name)
+    if key not in _same:
+        _same[key] = _compare(first, first_name, second, second_name)
+    return _same[key]
+
+
+def _compare(first: Path, first_name: str, second: Path, second_name: str) -> bool:
+    left, right = _data_of(first, first_name), _data_of(second, second_name)
+    with left as (left_file, length), right as (right_file, right_length):
+        if length != right_length:
+            return False
+        while length > 0:
+            part = min(length, COMPARED_AT_ONCE)
+            if left_file.read(part) != right_file.read(part):
+                return False
+            length -= part
+    return True
+
+
+def _state(path: Path) -> tuple[int, int, int, int]:
+    """Return what tells one content of a file from another without reading it."""
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+@contextmanager
+def _data_of(path: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file at the first byte of a tensor, and say how many it has."""
+    start, stop = read_header(path)[name]["data_offsets"]
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        file.seek(8 + header + start)
+        yield file, stop - start
 
 
 def sha256(path: Path) -> str:
@@ -61,13 +131,12 @@ def sha256(path: Path) -> str:
 
     A file that changed less than two seconds ago is read again: clocks of file systems may not tell
     two changes apart."""
-    state = path.stat()
-    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    key = _state(path)
     if key in _sums:
         return _sums[key]
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if time.time() - state.st_mtime > 2:
+    if time.time() - path.stat().st_mtime > 2:
         _sums[key] = found
     return found
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from slim.checkpoints.meta_model import model_config
+from slim.checkpoints.reader import TensorReader
+from slim.checkpoints.verify import refuse_missing_tensors, verify
 from slim.core.console import hide_library_bars
-from slim.core.errors import SlimError
+from slim.loading.generation import load_generation_config, read_generation_config
 from slim.models.spec import resolve_dtype
 from slim.quantization.formats import read_config
 
@@ -41,15 +44,24 @@ def load_model(
 
 def _load_base(checkpoint: Checkpoint, wanted: str, device: str, trainable: bool):
     """Load the weights of :func:`load_model` in the type ``wanted``."""
+    if checkpoint.spec.quantization is not None:
+        verify(checkpoint)
+        return loader(checkpoint).load(checkpoint, wanted, device, trainable)
+    verify(checkpoint)
+    if checkpoint.is_plain:
+        return _from_folder(checkpoint, wanted).to(device).eval()
+    return _from_tensors(checkpoint, wanted).to(device).eval()
+
+
+def _from_folder(checkpoint: Checkpoint, wanted: str):
+    """Load plain weights by transformers' own way through the folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = checkpoint.folder
-    if checkpoint.spec.quantization is not None:
-        return loader(checkpoint).load(checkpoint, wanted, device, trainable)
-    check_shapes(checkpoint)
+    model_config(checkpoint)  # names the entry that transformers refuses
+    check_generation_config(checkpoint)
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
+        checkpoint.folder,
         dtype=getattr(torch, wanted),
         local_files_only=True,
         use_safetensors=True,
@@ -57,10 +69,32 @@ def _load_base(checkpoint: Checkpoint, wanted: str, device: str, trainable: bool
     )
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random values
-        raise SlimError(
-            f"{folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'."
-        )
-    return model.to(device).eval()
+        refuse_missing_tensors(checkpoint, missing)
+    return model
+
+
+def _from_tensors(checkpoint: Checkpoint, wanted: str):
+    """Load plain weights through slim's reader, where the files alone say something else."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reader = TensorReader(checkpoint)
+    state = {name: reader.read(name) for name in checkpoint.tensors}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        None,
+        config=model_config(checkpoint),
+        state_dict=state,
+        dtype=getattr(torch, wanted),
+        output_loading_info=True,
+    )
+    refuse_missing_tensors(checkpoint, sorted(info["missing_keys"]))
+    load_generation_config(model, checkpoint)
+    return model
+
+
+def check_generation_config(checkpoint: Checkpoint) -> None:
+    """Raise ``SlimError`` for a ``generation_config.json`` that transformers cannot read."""
+    read_generation_config(checkpoint)
 
 
 def loader(checkpoint: Checkpoint) -> ModuleType:
@@ -94,18 +128,3 @@ def use_fast_kernels(model, folder: Path | str) -> bool:
     if checkpoint.spec.quantization is None:
         return False
     return loader(checkpoint).use_fast_kernels(model)
-
-
-def check_shapes(checkpoint: Checkpoint) -> None:
-    """Raise ``SlimError`` if a block's linear layer has another shape in the file than the config
-    says."""
-    spec = checkpoint.spec
-    for block in range(spec.blocks if spec.known else 0):
-        for name, shape in spec.block_linears(block).items():
-            full = f"{spec.family.blocks}.{block}.{name}.weight"
-            found = checkpoint.tensors.get(full, ("", "", shape))[2]
-            if found != shape:
-                raise SlimError(
-                    f"{full} in {checkpoint.folder} is {' x '.join(map(str, found))}, but config.json asks for "
-                    f"{' x '.join(map(str, shape))}. The config and the weights are not of the same model."
-                )

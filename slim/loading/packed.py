@@ -10,6 +10,7 @@ from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.meta_model import MetaModel
 from slim.checkpoints.reader import TensorReader
 from slim.core.errors import SlimError
+from slim.loading.generation import load_generation_config
 from slim.quantization.formats import Stored, read_config
 from slim.quantization.formats.base import read_tensor
 from slim.quantization.kernels.linear import QuantEmbedding, QuantLinear
@@ -140,14 +141,4 @@ def require_all(model: nn.Module, reader: TensorReader) -> None:
     if empty:
         raise SlimError(
             f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'."
-        )
-
-
-def load_generation_config(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Give the model the generation settings of its folder."""
-    if (checkpoint.folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(
-            checkpoint.folder, local_files_only=True
         )

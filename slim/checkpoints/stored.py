@@ -1,0 +1,205 @@
+"""Tensors as files hold them, and under the names and shapes the model gives them.
+
+Everything that reads a checkpoint sees the same tensors: wrappers' prefixes are taken off the
+names, tables that the model computes itself and a second copy of a shared matrix are left out, rows
+beyond the vocabulary are cut, and float8 weights are read with their scales."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from slim.core.errors import SlimError
+from slim.core.io import read_header, same_data
+from slim.models.families import FAMILIES, Family
+
+# in front of all names: of DataParallel, torch.compile, PEFT, models of several parts
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
+# what models compute for themselves and older files hold
+COMPUTED = re.compile(r"(?:^|\.)rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+# ends of the names of a float8 weight's scales, which it is multiplied by in spite of "inv"
+SCALES = ("weight_scale_inv", "weight_scale")
+# ends of scales of activations, which plain activations do not need
+ACTIVATION_SCALES = ("input_scale", "activation_scale", "output_scale", "input_scale_ub")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        file: Name of the file in the checkpoint folder.
+        name: Its name there.
+        dtype: safetensors' name of its type, such as ``"BF16"``.
+        shape: Its shape there.
+        rows: How many of its rows belong to the model; None: all.
+        scale: The scales of a float8 weight; None: it is what it says.
+        read_as: safetensors' name of the type it is read as; None: ``dtype``.
+    """
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rows: int | None = None
+    scale: StoredTensor | None = None
+    read_as: str | None = None
+
+    @property
+    def entry(self) -> tuple[str, str, tuple[int, ...]]:
+        """File, type and shape as those who read it see them."""
+        shape = self.shape if self.rows is None else (self.rows, *self.shape[1:])
+        return self.file, self.read_as or self.dtype, shape
+
+    @property
+    def changed(self) -> bool:
+        """Whether reading it gives anything else than what the file holds."""
+        return self.rows is not None or self.read_as is not None
+
+
+def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+    """Return name -> tensor of all weight files, as they are.
+
+    Raises:
+        SlimError: Two files hold a tensor of the same name, or a file is damaged.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        for name, entry in read_header(path).items():
+            if name in tensors:
+                raise SlimError(
+                    f"{path.parent} holds the tensor '{name}' twice, in {tensors[name].file} and "
+                    f"{path.name}. Keep one of them."
+                )
+            tensors[name] = StoredTensor(path.name, name, entry["dtype"], tuple(entry["shape"]))
+    return tensors
+
+
+def normalize(
+    tensors: dict[str, StoredTensor], config: dict, folder: Path
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Give tensors the names, shapes and types that the model's class asks for.
+
+    Args:
+        tensors: Those of the files, by the names they have there.
+        config: The parsed ``config.json``; ``tie_word_embeddings`` and ``dtype`` are heeded.
+        folder: The checkpoint folder, for messages and for comparing the head with the embedding.
+
+    Returns:
+        Name -> tensor as the model knows it, and a sentence for each thing that was left out or
+        changed.
+
+    Raises:
+        SlimError: Two tensors get the same name, or the scales of a float8 weight are missing.
+    """
+    notes: list[str] = []
+    family = FAMILIES.get(config.get("model_type"))
+    tensors = _renamed(tensors, family, folder, notes)
+    tensors = {name: tensor for name, tensor in tensors.items() if not COMPUTED.search(name)}
+    tensors = _with_scales(tensors, config, folder, notes)
+    if family is not None:
+        tensors = _cut_vocabulary(tensors, config, family, notes)
+    return tensors, notes
+
+
+def _renamed(
+    tensors: dict[str, StoredTensor], family: Family | None, folder: Path, notes: list[str]
+) -> dict[str, StoredTensor]:
+    """Take wrappers' prefixes off, and put the base model's prefix on where all names lack it."""
+    names = canonical_names(list(tensors), family)
+    renamed: dict[str, StoredTensor] = {}
+    for old, new in zip(tensors, names, strict=True):
+        if new in renamed:
+            raise SlimError(
+                f"{folder} holds '{renamed[new].name}' and '{old}', both of which are '{new}'. "
+                "Keep one of them."
+            )
+        renamed[new] = tensors[old]
+    changed = [name for name, tensor in renamed.items() if name != tensor.name]
+    if changed:
+        notes.append(f"Names: '{renamed[changed[0]].name}' is read as '{changed[0]}', and so on.")
+    return renamed
+
+
+def canonical_names(names: list[str], family: Family | None) -> list[str]:
+    """Return the names the model's class has for these tensors, in their order.
+
+    Args:
+        names: All names of a checkpoint.
+        family: Its family; None leaves the base model's prefix as it is.
+    """
+    names = [name.replace("._orig_mod.", ".") for name in names]
+    while prefix := next((p for p in WRAPPERS if all(n.startswith(p) for n in names)), None):
+        if not names:
+            break
+        names = [name.removeprefix(prefix) for name in names]
+    if family is None:
+        return names
+    base, _, blocks = family.blocks.partition(".")  # "model" and "layers"
+    inside = [name for name in names if name.split(".")[0] != family.head]
+    if inside and all(name.startswith(f"{base}.{base}.") for name in inside):
+        return [name.removeprefix(f"{base}.") for name in names]
+    if any(name.startswith(f"{base}.") for name in names):
+        return names
+    if any(name.startswith(f"{blocks}.") for name in names):
+        return [n if n.split(".")[0] == family.head else f"{base}.{n}" for n in names]
+    return names
+
+
+def _with_scales(
+    tensors: dict[str, StoredTensor], config: dict, folder: Path, notes: list[str]
+) -> dict[str, StoredTensor]:
+    """Join float8 weights with their scales; without any they are read as the numbers they are."""
+    packed = [name for name, tensor in tensors.items() if tensor.dtype in FLOAT8]
+    if not packed:
+        return tensors
+    wanted = {"float32": "F32", "float16": "F16"}.get(plain_dtype(config), "BF16")
+    ends = (*SCALES, *ACTIVATION_SCALES)
+    scaled = {name for name in tensors if name.endswith(ends)}
+    joined = {name: tensor for name, tensor in tensors.items() if name not in scaled}
+    used = 0
+    for name in packed:
+        module = name.removesuffix(".weight")
+        found = [f"{module}.{end}" for end in SCALES if f"{module}.{end}" in tensors]
+        if not found and scaled and name.endswith(".weight"):
+            raise SlimError(
+                f"{folder}: '{name}' is {tensors[name].dtype} without a scale ('{module}."
+                f"{SCALES[0]}' or '{module}.{SCALES[1]}'), though others have one."
+            )
+        used += bool(found)
+        scale = tensors[found[0]] if found else None
+        joined[name] = replace(tensors[name], scale=scale, read_as=wanted)
+    how = "by their scales" if used else "as the numbers they are: there are no scales"
+    notes.append(f"{len(packed)} weights are stored in float8; they are read as {wanted}, {how}.")
+    return joined
+
+
+def plain_dtype(config: dict) -> str:
+    """Return the type that a config names, without ``torch.``; ``""`` where it names none."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+
+
+def _cut_vocabulary(
+    tensors: dict[str, StoredTensor], config: dict, family: Family, notes: list[str]
+) -> dict[str, StoredTensor]:
+    """Leave out the rows of embedding and head that lie beyond the config's vocabulary."""
+    rows, cut = config.get("vocab_size"), dict(tensors)
+    for name in (f"{family.embeddings}.weight", f"{family.head}.weight"):
+        tensor = tensors.get(name)
+        plain = tensor is not None and len(tensor.shape) == 2
+        if plain and tensor.shape[1] == config.get("hidden_size") and tensor.shape[0] > rows:
+            cut[name] = replace(tensor, rows=rows)
+            notes.append(
+                f"{name} has {tensor.shape[0]} rows, config.json says vocab_size={rows}: the last "
+                f"{tensor.shape[0] - rows} are left out."
+            )
+    return cut
+
+
+def equal_contents(folder: Path, first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers, as bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return same_data(folder / first.file, first.name, folder / second.file, second.name)

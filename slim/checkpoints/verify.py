@@ -1,0 +1,109 @@
+"""Whether a checkpoint's files and its ``config.json`` are of the same model: every tensor's name
+and shape against the class that transformers builds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.meta_model import empty_model
+from slim.core.errors import SlimError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NAMED = 3  # names in a message
+BELONG = "The config and the weights are not of the same model."
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare a checkpoint's tensors with the model's class, built without weights.
+
+    Layers that the ``quantization_config`` packs are left to the loader of their format; families
+    that slim does not know to transformers.
+
+    Args:
+        checkpoint: What to check.
+
+    Raises:
+        SlimError: Tensors are missing, have another shape, or belong to nothing in the model.
+    """
+    if not checkpoint.spec.known:
+        return
+    model = empty_model(checkpoint)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if checkpoint.spec.tied:
+        expected.pop(f"{checkpoint.spec.family.head}.weight", None)
+    packed = packed_modules(checkpoint, model)
+    tensors = {
+        name: shape
+        for name, (_, _, shape) in checkpoint.tensors.items()
+        if not is_inside(name, packed)
+    }
+    refuse_unused(checkpoint, [name for name in tensors if name not in expected])
+    plain = [name for name in expected if not is_inside(name, packed)]
+    refuse_missing_tensors(checkpoint, [name for name in plain if name not in tensors])
+    for name in plain:
+        if tensors[name] != expected[name]:
+            refuse_shape(checkpoint, name, tensors[name], expected[name])
+
+
+def packed_modules(checkpoint: Checkpoint, model: nn.Module) -> set[str]:
+    """Return the linear layers and embeddings that the files do not hold as plain weights.
+
+    Args:
+        checkpoint: A checkpoint.
+        model: Its model, without weights.
+    """
+    from torch import nn
+
+    if checkpoint.spec.quantization is None:
+        return set()
+    return {
+        name for name, part in model.named_modules() if isinstance(part, (nn.Linear, nn.Embedding))
+    }
+
+
+def is_inside(name: str, modules: set[str]) -> bool:
+    """Whether a tensor belongs to one of the modules: its name has one of theirs in front."""
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in modules for count in range(1, len(parts)))
+
+
+def refuse_unused(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Raise ``SlimError`` for tensors of the files that the model has no place for."""
+    if names:
+        blocks = checkpoint.spec.blocks
+        raise SlimError(
+            f"{checkpoint.folder} holds {len(names)} tensors that its config.json does not mention "
+            f"({listed(names)}; num_hidden_layers={blocks}): they would be ignored.\n{BELONG}"
+        )
+
+
+def refuse_missing_tensors(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Raise ``SlimError`` for weights of the model that the files do not hold."""
+    if names:
+        raise SlimError(
+            f"{checkpoint.folder} lacks {len(names)} weights its config asks for, first '{names[0]}'."
+        )
+
+
+def refuse_shape(
+    checkpoint: Checkpoint, name: str, found: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    """Raise ``SlimError`` for a tensor of another shape than the model's."""
+    raise SlimError(
+        f"{name} in {checkpoint.folder} is {shape(found)}, but config.json asks for {shape(wanted)}. "
+        f"{BELONG}"
+    )
+
+
+def listed(names: list[str]) -> str:
+    """Return the first names, and that there are more."""
+    shown = ", ".join(names[:NAMED])
+    return f"{shown}, ..." if len(names) > NAMED else shown
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """Return a shape as people write it: ``64 x 128``."""
+    return " x ".join(map(str, sizes)) or "a single number"
