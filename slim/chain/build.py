@@ -12,6 +12,7 @@ from slim.checkpoints.stage import Stage
 from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
 from slim.gguf.sources import beginning
+from slim.loading.merge import MergeAdapter
 
 # in the order in which they run
 STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")
@@ -24,10 +25,13 @@ def build_pipeline(config: DictConfig) -> Pipeline:
 
     from slim.core.hardware import pick_device
 
+    adapter = config.model.get("adapter")
     config = import_gguf(learn_from_teacher(merge_alias(config)))
     chosen = [config[group] for group in STAGES if config[group] and config[group].get("_target_")]
     # plain dicts and lists as settings
     stages = [instantiate(settings, _convert_="all") for settings in chosen]
+    if adapter is not None:
+        stages.insert(0, MergeAdapter(adapter))
     evaluation = None
     if config.eval and config.eval.get("_target_"):
         evaluation = instantiate(config.eval, _convert_="all")

@@ -123,7 +123,13 @@ class Pipeline:
     def run(self, tracker: Tracker | None = None) -> list[Result]:
         """Run what is not there yet, evaluate every checkpoint, and return the source and all
         results in order."""
-        self.check_limits(self.plan())
+        steps = self.plan()
+        self.check_limits(steps)
+        if isinstance(self.model, Source) and not all(step.cached for step in steps[1:]):
+            # imports torch, so a chain that is there already does without; evaluation checks too
+            from slim.checkpoints.verify import verify
+
+            verify(self.model.resolve())
         results: list[Result] = []
         for stage in [self.model, *self.stages]:
             started = time.monotonic()
@@ -138,6 +144,8 @@ class Pipeline:
     def _make(self, stage: Source | Stage, parent: Result | None) -> tuple[Result, list]:
         if isinstance(stage, Source):
             checkpoint = stage.resolve()
+            for note in checkpoint.notes:
+                say(note, head=stage.label)
             name = self._source_digest(checkpoint)
             return Result(stage.label, checkpoint, name, True, 0.0, content=name), []
         name = (
@@ -194,6 +202,13 @@ class Pipeline:
                 "curves": curves,
             }
             write_manifest(partial, manifest)
+            self._check(partial)
+
+    def _check(self, folder: Path) -> None:
+        """Load what a stage has written once more; a difference means that it is not kept."""
+        from slim.loading.check_result import check_result  # loads torch
+
+        check_result(folder)
 
     def _number(self, stage: Stage) -> int:
         return next(number for number, own in enumerate(self.stages) if own is stage)

@@ -14,6 +14,7 @@ from slim.checkpoints.configuration import read_config
 from slim.checkpoints.files import (
     ADAPTER_CONFIG,
     INDEX,
+    SINGLE,
     quantization_file,
     refuse_gguf_files,
     refuse_lone_adapter,
@@ -103,11 +104,15 @@ class Checkpoint:
             return False
         if (self.folder / ADAPTER_CONFIG).is_file():
             return False
-        if self.weight_files[0].name != "model.safetensors" and not (self.folder / INDEX).is_file():
+        if any(tensor.changed or tensor.name != name for name, tensor in self.stored.items()):
             return False
-        return not any(
-            tensor.changed or tensor.name != name for name, tensor in self.stored.items()
-        )
+        index = self.folder / INDEX
+        if not index.is_file():
+            return self.weight_files[0].name == SINGLE
+        # transformers needs both entries, and looks for tensors where the index says they are
+        files = {tensor.name: tensor.file for tensor in stored_tensors(self.weight_files).values()}
+        content = read_json(index)
+        return "metadata" in content and content["weight_map"] == files
 
     @cached_property
     def weight_files(self) -> list[Path]:

@@ -54,7 +54,8 @@ def listed_files(index: Path) -> list[str]:
     Raises:
         SlimError: It has no ``weight_map`` of names to files in its own folder.
     """
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise SlimError(

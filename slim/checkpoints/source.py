@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from slim.checkpoints.checkpoint import MANIFEST, Checkpoint, checksums, open_checkpoint
+from slim.checkpoints.files import ADAPTER_CONFIG
 from slim.checkpoints.store import digest
 from slim.core.errors import SlimError
 from slim.core.io import read_json
@@ -41,12 +42,14 @@ class Source:
     revision: branch, tag or commit of a hub model.
     file, dtype: of a GGUF file, which is no checkpoint yet: a chain begins with its import
         (``slim/gguf/sources.py``).
+    adapter: folder of a PEFT adapter that is merged into the model first; None: none is.
     """
 
     source: str
     revision: str | None = None
     file: str | None = None
     dtype: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
@@ -84,7 +87,7 @@ class Source:
         model."""
         folder = self.local_folder()
         if folder is not None:
-            return ModelSpec(open_checkpoint(folder).config, name=self.label)
+            return ModelSpec(self._open(folder).config, name=self.label)
         from huggingface_hub import hf_hub_download
 
         path = self.from_hub(
@@ -102,7 +105,17 @@ class Source:
                 snapshot_download, self.source, revision=self.revision, allow_patterns=WANTED_FILES
             )
             folder = Path(self.from_hub(fetch))
-        return open_checkpoint(folder)
+        return self._open(folder)
+
+    def _open(self, folder: Path) -> Checkpoint:
+        """Open a folder; an adapter that lies next to the weights must be asked for or removed."""
+        checkpoint = open_checkpoint(folder)
+        if self.adapter is None and (folder / ADAPTER_CONFIG).is_file():
+            raise SlimError(
+                f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}), which some programs apply and others leave out.\n"
+                f"To merge it: model.adapter={folder}. To leave it out: move the adapter's files elsewhere."
+            )
+        return checkpoint
 
     def content_digest(self) -> str:
         """Return the name of the checkpoint's content."""

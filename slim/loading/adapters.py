@@ -12,10 +12,12 @@ weights: ``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -62,20 +64,15 @@ def attach_adapter(model: nn.Module, checkpoint: Checkpoint) -> None:
     missing."""
     from safetensors.torch import load_file
 
-    try:
-        with quiet_peft():
-            from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    except ImportError as error:
-        raise SlimError(
-            f"{checkpoint.folder} has an adapter, which needs the package peft: pip install peft."
-        ) from error
+    peft = import_peft(str(checkpoint.folder))
     config_file, weights_file = checkpoint.adapter_files
-    config, state = LoraConfig.from_pretrained(str(config_file.parent)), load_file(weights_file)
+    config = peft.LoraConfig.from_pretrained(str(config_file.parent))
+    state = load_file(weights_file)
     teach_packed_layers(config)
     try:
         with quiet_peft():
-            inject_adapter_in_model(config, model)
-            loaded = set_peft_model_state_dict(model, state)
+            peft.inject_adapter_in_model(config, model)
+            loaded = peft.set_peft_model_state_dict(model, state)
     except (ValueError, RuntimeError) as error:
         raise SlimError(
             f"The adapter in {checkpoint.folder} does not fit its model: {str(error).splitlines()[0]}"
@@ -87,6 +84,24 @@ def attach_adapter(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"{'missing' if missing else 'unknown'}."
         )
     model.requires_grad_(False).eval()
+
+
+def import_peft(owner: str) -> ModuleType:
+    """Return the package peft.
+
+    Args:
+        owner: What needs it, for the message.
+
+    Raises:
+        SlimError: It is not installed.
+    """
+    try:
+        with quiet_peft():
+            return importlib.import_module("peft")
+    except ImportError as error:
+        raise SlimError(
+            f"{owner} has an adapter, which needs the package peft: pip install peft."
+        ) from error
 
 
 def teach_packed_layers(config) -> None:

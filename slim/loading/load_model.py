@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from slim.checkpoints.meta_model import model_config
+from slim.checkpoints.meta_model import empty_model, model_config
 from slim.checkpoints.reader import TensorReader
 from slim.checkpoints.verify import refuse_missing_tensors, verify
 from slim.core.console import hide_library_bars
@@ -76,11 +76,10 @@ def _from_folder(checkpoint: Checkpoint, wanted: str):
 def _from_tensors(checkpoint: Checkpoint, wanted: str):
     """Load plain weights through slim's reader, where the files alone say something else."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     reader = TensorReader(checkpoint)
     state = {name: reader.read(name) for name in checkpoint.tensors}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = type(empty_model(checkpoint)).from_pretrained(
         None,
         config=model_config(checkpoint),
         state_dict=state,

@@ -170,7 +170,11 @@ def terminal_table(results: list[Result], compared: bool = False) -> Table:
         rows.append([column.label, *(of_checkpoint[number] for of_checkpoint in cells)])
     if len(results) == 1:
         return Table(["", *headings], rows, title="One checkpoint", notes=legend)
-    title = "Checkpoints compared" if compared else "Every column is the one to its left after one more step"
+    title = (
+        "Checkpoints compared"
+        if compared
+        else "Every column is the one to its left after one more step"
+    )
     notes = [
         f"{BEST} best and {WORST} worst of a row; next to it the change against {names[0]}",
         *legend,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.models.spec import FAMILIES
-from slim.quantization.kernels.packing import MAX_BITS
+from slim.quantization.kernels.packing import MAX_BITS, unpack
 from slim.quantization.scheme import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
@@ -45,6 +45,28 @@ class Stored:
     def ordered(self, layer: str) -> bool:
         """Whether the columns of a quantised layer were grouped in activation order."""
         return self.format.is_ordered(self.config, layer)
+
+    def dense_weight(
+        self, reader: TensorReader, layer: str, rows: int, columns: int
+    ) -> torch.Tensor:
+        """Return the numbers that a packed layer of a file stands for.
+
+        Args:
+            reader: On the checkpoint.
+            layer: The layer's full name.
+            rows: Its outputs.
+            columns: Its inputs.
+
+        Returns:
+            float32 [out, in].
+        """
+        scheme = self.scheme(layer)
+        packed = self.format.read(reader, layer, columns, rows, scheme, self)
+        codes = unpack(packed.packed, scheme.bits, columns).float()
+        group = packed.group_index
+        if group is None:  # columns are in their order
+            group = torch.arange(columns) // scheme.group(columns)
+        return (codes - packed.zero.float()[:, group]) * packed.scale.float()[:, group]
 
     def layer_bytes(self, layer: str, rows: int, columns: int, model_dtype: str) -> int:
         """Return the bytes that a quantized layer [rows, columns] takes in the file."""

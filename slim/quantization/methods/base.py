@@ -22,8 +22,10 @@ from slim.quantization.assign import (
     pinned_layers,
 )
 from slim.quantization.formats import get_format
+from slim.quantization.ranges import fitting_schemes
 from slim.quantization.scheme import BITS, GROUP_SIZES, WHOLE_ROW, Scheme
 from slim.quantization.storage import packed_bits, weight_bytes
+from slim.quantization.written import check_written
 
 if TYPE_CHECKING:
     import torch
@@ -201,9 +203,12 @@ class Quantization(Stage):
         if self.bits == AUTO:
             bits = self._allocate(checkpoint, tokens, target, context)
         schemes = self.schemes(spec, bits)
+        schemes, left_plain = fitting_schemes(checkpoint, schemes, get_format(self.format))
         method = self.method(spec, schemes)
+        method.notes += left_plain
         result = self.described(spec, schemes)
         errors = transform_checkpoint(checkpoint, target, method, result.config, context, tokens)
+        check_written(target, method.meant)
         metadata = self._metadata(target, result, schemes, errors)
         if method.notes:
             metadata["notes"] = method.notes

@@ -10,9 +10,11 @@ from slim.calibration.errors import exchange_weight
 from slim.calibration.sequential import BlockMethod, LinearGroup
 from slim.core.lazy import LazyModule
 from slim.quantization.formats import Format, get_format
+from slim.quantization.ranges import require_range
 from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.error_feedback import by_rows
 from slim.quantization.solvers.grid import Quantized, search, shrink_factors
+from slim.quantization.written import ROWS
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,8 @@ class QuantizationMethod(BlockMethod):
         plain: its other tensors that folding has changed, by name within it.
         scaled: layer -> s, float32 [in], what its input channels are multiplied by, where they are.
         unfolded: layer -> its scales, [out, groups], before 1/s was folded into them.
+        prefix: name of the block at hand, such as ``model.layers.3``.
+        meant: full layer name -> its first rows, float32, as the written file must give them back.
         notes: what the user should know, such as layers that had to fall back.
     """
 
@@ -54,6 +58,8 @@ class QuantizationMethod(BlockMethod):
         self.plain: dict[str, torch.Tensor] = {}
         self.scaled: dict[str, torch.Tensor] = {}
         self.unfolded: dict[str, torch.Tensor] = {}
+        self.prefix = ""
+        self.meant: dict[str, torch.Tensor] = {}
         self.notes: list[str] = []
 
     def state(self) -> dict:
@@ -88,6 +94,7 @@ class QuantizationMethod(BlockMethod):
         raise NotImplementedError
 
     def process(self, group: LinearGroup) -> dict[str, float]:
+        self.prefix = group.prefix
         weights = self.quantize(group)
         errors = {}
         for name in list(weights):
@@ -100,11 +107,16 @@ class QuantizationMethod(BlockMethod):
         tensors = {}
         for layer, packed in self.done.items():
             tensors.update(self._stored(layer, packed))
+            self.remember(f"{self.prefix}.{layer}", packed)
         for name, tensor in module.state_dict().items():
             if name.removesuffix(".weight") not in self.done:
                 tensors[name] = self.plain.get(name, tensor)
         self.done, self.plain, self.scaled, self.unfolded = {}, {}, {}, {}
         return tensors
+
+    def remember(self, layer: str, packed: Quantized) -> None:
+        """Keep the first rows of a layer as they are meant, to compare the written file with."""
+        self.meant[layer] = packed.rows(slice(0, ROWS)).dequantize().cpu()
 
     def has_finished_weight(self, name: str) -> bool:
         return name in self.done
@@ -141,7 +153,10 @@ class QuantizationMethod(BlockMethod):
         def round_rows(rows: torch.Tensor) -> Quantized:
             return search(rows.float(), scheme, self.scale_dtype, factors=HEAD_FACTORS)
 
-        return self._stored(layer, by_rows(tensor, round_rows))
+        packed = by_rows(tensor, round_rows)
+        self.remember(layer, packed)
+        return self._stored(layer, packed)
 
     def _stored(self, layer: str, packed: Quantized) -> dict[str, torch.Tensor]:
+        require_range(layer, packed, self.form)
         return {f"{layer}.{key}": value for key, value in self.form.tensors(packed).items()}
