@@ -63,7 +63,9 @@ def test_a_configuration_keeps_its_cache_keys(name):
 
 def test_every_choice_that_makes_a_stage_is_recorded():
     groups = ("pruner", "quantizer", "tuner", "teacher", "data", "calibration", "student_init")
-    choices = {f"{group}/{path.stem}" for group in groups for path in (CONF / group).glob("*.yaml")}
+    choices = set()
+    for group in groups:  # files that begin with "_" are what others are made of
+        choices |= {f"{group}/{path.stem}" for path in (CONF / group).glob("[!_]*.yaml")}
     # choices that came after the recording have no results from before it
     added_later: set[str] = set()
     assert choices - added_later <= set(RECORDED["configurations"])
