@@ -24,6 +24,7 @@ from slim.core.hardware import available_memory, fingerprint, free_disk, git_com
 from slim.core.settings import cache_name
 from slim.core.text import gigabytes
 from slim.evaluation.energy import stage_energy
+from slim.evaluation.machine import machine_dtype
 from slim.quantization.storage import weight_bytes
 
 if TYPE_CHECKING:
@@ -219,6 +220,7 @@ class Pipeline:
         if self.evaluation is None:
             return
         evaluation, spec = self.evaluation, result.checkpoint.spec
+        self._choose_speed_dtype()
         quality = [
             evaluation.quality_cache_key(),
             self.device,
@@ -249,6 +251,14 @@ class Pipeline:
                     found[part] = measured[part] or {}
                     self.store.write_evaluation(files[part], found[part])
         result.quality, result.speed = found["quality"], found["speed"]
+
+    def _choose_speed_dtype(self) -> None:
+        """Let all checkpoints be timed in the type that is faster on this machine."""
+        evaluation = self.evaluation
+        if self.device != "cpu" or not evaluation.has_speed or evaluation.dtype != "auto":
+            return
+        if evaluation.machine_dtype is None:
+            evaluation.machine_dtype = machine_dtype(self.store)
 
 
 def label(stage: Stage) -> str:

@@ -46,7 +46,7 @@ class Evaluation:
     prompts: texts that the model continues greedily, by up to ``new_tokens`` tokens each; shown as
         sample generations.
     dtype: type to compute in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32
-        on a CPU (bfloat16 where the speed of 4-bit weights is measured), the stored type elsewhere.
+        on a CPU (speed in the type that is faster on this machine), the stored type elsewhere.
     """
 
     perplexity: Perplexity | None = None
@@ -61,6 +61,9 @@ class Evaluation:
     energy: str | None = None
     local_data: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    # found by slim.evaluation.machine.machine_dtype, and set where there is a store to keep it in
+    machine_dtype: str | None = field(default=None, init=False, repr=False)
 
     # Raised whenever the same settings begin to give different figures, so that kept results are
     # not reused.
@@ -110,12 +113,22 @@ class Evaluation:
         return resolve_dtype(spec, self.dtype, device)
 
     def speed_dtype(self, spec: ModelSpec, device: str) -> str:
-        """Return the type speed and memory are measured in: with ``dtype="auto"`` the fastest one
-        for the checkpoint.
+        """Return the type speed and memory are measured in.
 
-        On a CPU that is float32, but bfloat16 for weights of 4 bits: torch's int4 kernel and that
-        of bitsandbytes take no other."""
-        if self.dtype == "auto" and device == "cpu" and spec.quantization is not None:
+        Args:
+            spec: the checkpoint.
+            device: ``"cpu"`` or ``"cuda"``.
+
+        Returns:
+            With ``dtype="auto"`` on a CPU ``machine_dtype``, the same for all checkpoints; where
+            that was not measured, float32, and bfloat16 for weights of 4 bits, whose kernels take
+            no other. Else the type of quality.
+        """
+        if self.dtype != "auto" or device != "cpu":
+            return self.quality_dtype(spec, device)
+        if self.machine_dtype is not None:
+            return self.machine_dtype
+        if spec.quantization is not None:
             blocks = spec.family.blocks + "."
             schemes = packed_schemes(spec)
             widths = {schemes[layer].bits for layer in schemes if layer.startswith(blocks)}

@@ -108,10 +108,16 @@ class QuantLinear(nn.Module):
                 self.index = stored.group_index
         return self
 
-    def choose_kernel(self) -> QuantLinear:
+    def choose_kernel(self, mixed: bool = False) -> QuantLinear:
         """Bring the codes into the layout of the best kernel for this layer, device and type; call
-        once when loaded."""
-        if self.kernel is None and self.dtype == torch.bfloat16 and self.index is None:
+        once when loaded.
+
+        Args:
+            mixed: let a layer of float32 use a kernel too: few rows are then rounded to bfloat16,
+                which is all that kernels take, and multiplied by rounded scales.
+        """
+        suits = self.dtype == torch.bfloat16 or (mixed and self.dtype == torch.float32)
+        if self.kernel is None and suits and self.index is None:
             device, bits = self.packed.device.type, self.scheme.bits
             if bits == 4 and self.group in KERNEL_GROUPS and self.in_features % self.group == 0:
                 self._use_int4(device)
@@ -141,10 +147,10 @@ class QuantLinear(nn.Module):
             )
 
     def _use(self, kernel: str, packed: torch.Tensor) -> None:
-        self.kernel, self.packed, self.scale = kernel, packed, self.scale.to(self.dtype)
+        self.kernel, self.packed, self.scale = kernel, packed, self.scale.to(torch.bfloat16)
         if kernel != "int8":
             offset = (8 - self.zero.float()) * self.scale.float()
-            pairs = torch.stack((self.scale, offset.to(self.dtype)), dim=-1)
+            pairs = torch.stack((self.scale, offset.to(torch.bfloat16)), dim=-1)
             # [groups, out, 2]
             self.register_buffer("scale_and_offset", pairs.transpose(0, 1).contiguous())
 
@@ -182,12 +188,16 @@ class QuantLinear(nn.Module):
         if rows.requires_grad:  # kernels have no gradient
             return multiply_packed(rows, *self.packed_weight.parts())
         if self.kernel == "int8" and len(rows) <= INT8_ROWS:
-            return torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scale[:, 0])
+            product = torch.ops.aten._weight_int8pack_mm(
+                rows.to(torch.bfloat16), self.packed, self.scale[:, 0]
+            )
+            return product.to(rows.dtype)
         if self.kernel == "cpu" and len(rows) <= KERNEL_ROWS:
             packed = self.packed.view(self.out_features, -1)
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(
-                rows, packed, self.group, self.scale_and_offset
+            product = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                rows.to(torch.bfloat16), packed, self.group, self.scale_and_offset
             )
+            return product.to(rows.dtype)
         if torch.compiler.is_compiling():
             return multiply_packed(rows, *self.packed_weight.parts())
         return self.packed_weight.multiply(rows)
