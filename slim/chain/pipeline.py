@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slim.chain.estimate import Clock, work_name
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.result import Result, Step
 from slim.checkpoints.source import Source, verified_checksums
 from slim.checkpoints.stage import Context, Stage
 from slim.checkpoints.store import Store, digest, write_manifest
 from slim.core import processes
-from slim.core.console import say
+from slim.core.console import activity, say
 from slim.core.errors import SlimError
 from slim.core.hardware import available_memory, fingerprint, free_disk, git_commit, versions
 from slim.core.settings import cache_name
@@ -29,6 +30,7 @@ from slim.quantization.storage import weight_bytes
 
 if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
+    from slim.models.spec import ModelSpec
     from slim.tracking.tracker import Tracker
 
 
@@ -36,10 +38,14 @@ if TYPE_CHECKING:
 class Pipeline:
     """A source, the stages behind it, and how each checkpoint is measured.
 
-    model: where the chain begins. stages: in their order. evaluation: protocol for every
-        checkpoint, or None.
-    store: where results are kept. device: ``cpu`` or ``cuda``. ignore_limits: go on where the plan
-    exceeds disk or memory."""
+    Attributes:
+        model: where the chain begins.
+        stages: in their order.
+        evaluation: protocol for every checkpoint, None for no measuring.
+        store: where results are kept.
+        device: ``cpu`` or ``cuda``.
+        ignore_limits: whether to start where the plan exceeds disk or memory.
+    """
 
     model: Source | Stage
     stages: list[Stage]
@@ -50,8 +56,14 @@ class Pipeline:
     _verified: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
 
     def plan(self) -> list[Step]:
-        """Describe every step without doing any work; raises ``SlimError`` for whatever cannot
-        work."""
+        """Describe every step without doing any work.
+
+        Returns:
+            The source and the result of each stage in order.
+
+        Raises:
+            SlimError: when a stage cannot work on what the one before it gives.
+        """
         steps = [self._first_step()]
         for stage in self.stages:
             parent = steps[-1]
@@ -94,7 +106,9 @@ class Pipeline:
 
     def check_limits(self, steps: list[Step]) -> None:
         """Raise ``SlimError`` if the stages still to run need more disk or memory than there is."""
-        problem = None if self.ignore_limits else self.limit_problem(steps)
+        if self.ignore_limits:
+            return
+        problem = self.limit_problem(steps)
         if problem:
             raise SlimError(f"{problem} Use less, or add ignore_limits=true to try all the same.")
 
@@ -107,17 +121,17 @@ class Pipeline:
         disk, free = sum(weight_bytes(step.spec) for step in missing), free_disk(self.store.root)
         if disk > free:
             return (
-                f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free at {self.store.root}: "
-                f"{gigabytes(disk - free)} are missing (store=FOLDER chooses another place)."
+                f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free "
+                f"at {self.store.root}: {gigabytes(disk - free)} are missing "
+                "(store=FOLDER chooses another place)."
             )
-        worst, memory = (
-            max(missing, key=lambda step: step.peak_bytes),
-            available_memory(self.device),
-        )
+        worst = max(missing, key=lambda step: step.peak_bytes)
+        memory = available_memory(self.device)
         if memory is not None and worst.peak_bytes > memory:
             return (
-                f"'{worst.label}' needs about {gigabytes(worst.peak_bytes)} of memory, and {gigabytes(memory)} are free on "
-                f"{self.device}: {gigabytes(worst.peak_bytes - memory)} are missing."
+                f"'{worst.label}' needs about {gigabytes(worst.peak_bytes)} of memory, and "
+                f"{gigabytes(memory)} are free on {self.device}: "
+                f"{gigabytes(worst.peak_bytes - memory)} are missing."
             )
         return None
 
@@ -132,12 +146,14 @@ class Pipeline:
 
             verify(self.model.resolve())
         results: list[Result] = []
+        parent = None
         for stage in [self.model, *self.stages]:
             started = time.monotonic()
-            result, curves = self._make(stage, results[-1] if results else None)
+            result, curves = self._make(stage, parent)
             result.seconds = time.monotonic() - started
             self._evaluate(result)
             results.append(result)
+            parent = result
             if tracker is not None:
                 tracker.log_result(result, stage, curves)
         return results
@@ -149,11 +165,10 @@ class Pipeline:
                 say(note, head=stage.label)
             name = self._source_digest(checkpoint)
             return Result(stage.label, checkpoint, name, True, 0.0, content=name), []
-        name = (
-            stage_digest(stage, parent.digest)
-            if parent
-            else digest([stage.cache_key(), stage.version])
-        )
+        if parent is None:  # a fresh model has none
+            name = digest([stage.cache_key(), stage.version])
+        else:
+            name = stage_digest(stage, parent.digest)
         folder = self.store.stage_folder(stage.kind, name)
         with self.store.lock(folder):
             checkpoint = self.store.find(folder)
@@ -170,6 +185,9 @@ class Pipeline:
     def _run_stage(self, stage: Stage, parent: Result | None, name: str, folder: Path) -> None:
         say("...", head=label(stage))
         curves: list = []
+        resumed = self.store.work_folder(folder).is_dir()
+        clock = Clock.read(self.store.root, self.device)
+        estimate = clock.stage_seconds(stage, self._input_spec(stage, parent))
         context = Context(
             self.device,
             metric=lambda key, value, at=None: curves.append([key, value, at]),
@@ -186,9 +204,12 @@ class Pipeline:
             )
         with self.store.writing(folder) as partial:
             used: dict = {}
-            with stage_energy(getattr(self.evaluation, "energy", None), self.device, used):
-                facts = stage.run(parent.checkpoint.folder if parent else None, partial, context)
+            source = None if parent is None else parent.checkpoint.folder
+            energy = stage_energy(getattr(self.evaluation, "energy", None), self.device, used)
+            with activity(label(stage)), energy:
+                facts = stage.run(source, partial, context)
             facts = {**facts, **used}
+            seconds = time.time() - started
             manifest = {
                 "kind": stage.kind,
                 "method": cache_name(stage),
@@ -198,12 +219,18 @@ class Pipeline:
                 "lineage": [*lineage(parent), {"label": label(stage), "hash": name}],
                 "versions": versions(),
                 "git_commit": git_commit(),
-                "seconds": round(time.time() - started, 3),
+                "seconds": round(seconds, 3),
+                "estimated_seconds": round(estimate, 3),
                 "facts": facts,
                 "curves": curves,
             }
             write_manifest(partial, manifest)
             self._check(partial)
+        if not resumed:  # half of the work says little of the time for all
+            clock.learn(work_name(stage), estimate, seconds)
+
+    def _input_spec(self, stage: Stage, parent: Result | None) -> ModelSpec:
+        return stage.describe() if parent is None else parent.checkpoint.spec
 
     def _check(self, folder: Path) -> None:
         """Load what a stage has written once more; a difference means that it is not kept."""
@@ -212,14 +239,19 @@ class Pipeline:
         check_result(folder)
 
     def _number(self, stage: Stage) -> int:
-        return next(number for number, own in enumerate(self.stages) if own is stage)
+        """Return the place of a stage, by identity: two may have equal settings."""
+        for number, candidate in enumerate(self.stages):
+            if candidate is stage:
+                return number
+        raise ValueError("not a stage of this pipeline")
 
     def _evaluate(self, result: Result) -> None:
         """Fill in quality (a fact about a checkpoint) and speed (one about a checkpoint on a
         machine)."""
         if self.evaluation is None:
             return
-        evaluation, spec = self.evaluation, result.checkpoint.spec
+        evaluation = self.evaluation
+        spec = result.checkpoint.spec
         self._choose_speed_dtype()
         quality = [
             evaluation.quality_cache_key(),
@@ -237,20 +269,35 @@ class Pipeline:
         }
         files = {part: self.store.evaluation_file(key) for part, key in keys.items()}
         with self.store.lock(files["quality"]):
-            found = {part: self.store.find_evaluation(path) for part, path in files.items()}
-            missing = {part for part, figures in found.items() if figures is None}
+            measured = {part: self.store.find_evaluation(path) for part, path in files.items()}
+            missing = {part for part, metrics in measured.items() if metrics is None}
             if missing:
-                from slim.evaluation.run import measure
-
-                say(f"evaluating {result.label} ...", dim=True)
-                measured = measure(
-                    result.checkpoint.folder, evaluation, self.device,
-                    quality="quality" in missing, speed="speed" in missing,
-                )  # fmt: skip
+                fresh = self._measure(result, missing)
                 for part in missing:
-                    found[part] = measured[part] or {}
-                    self.store.write_evaluation(files[part], found[part])
-        result.quality, result.speed = found["quality"], found["speed"]
+                    measured[part] = fresh[part] or {}
+                    self.store.write_evaluation(files[part], measured[part])
+        result.quality = measured["quality"]
+        result.speed = measured["speed"]
+
+    def _measure(self, result: Result, missing: set[str]) -> dict:
+        """Measure the parts of an evaluation that are ``missing``: ``quality``, ``speed``."""
+        from slim.evaluation.run import measure  # local: torch and lm-eval
+
+        say(f"evaluating {result.label} ...", dim=True)
+        clock = Clock.read(self.store.root, self.device)
+        estimate = clock.evaluation_seconds(result.checkpoint.spec)
+        started = time.monotonic()
+        with activity(f"evaluating {result.label}"):
+            measured = measure(
+                result.checkpoint.folder,
+                self.evaluation,
+                self.device,
+                quality="quality" in missing,
+                speed="speed" in missing,
+            )
+        if len(missing) == 2:  # a part alone says little of the whole
+            clock.learn("evaluate", estimate, time.monotonic() - started)
+        return measured
 
     def _choose_speed_dtype(self) -> None:
         """Let all checkpoints be timed in the type that is faster on this machine."""
@@ -267,7 +314,12 @@ def label(stage: Stage) -> str:
 
 
 def stage_digest(stage: Stage, parent: str) -> str:
-    """Name the result of ``stage`` after the result named ``parent``."""
+    """Name the result of a stage.
+
+    Args:
+        stage: with its settings.
+        parent: name of the result that it works on.
+    """
     return digest([stage.kind, stage.cache_key(), stage.version, parent])
 
 

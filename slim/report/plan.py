@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slim.chain.estimate import time_line
 from slim.chain.pipeline import Pipeline
 from slim.checkpoints.result import Step
 from slim.checkpoints.stage import Stage
@@ -22,6 +23,9 @@ def show_plan(pipeline: Pipeline, steps: list[Step]) -> None:
     problem = pipeline.limit_problem(steps)
     verdict = f"This would not fit: {problem}" if problem else "Disk and memory suffice."
     results_console().print(verdict, highlight=False, markup=False, soft_wrap=True)
+    measured = pipeline.evaluation is not None
+    line = time_line(steps, measured, pipeline.store.root, pipeline.device)
+    results_console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_table(steps: list[Step]) -> Table:

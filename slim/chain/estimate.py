@@ -1,0 +1,227 @@
+"""How long a chain will take: counted work, times the speed of this machine, corrected by how wrong
+earlier estimates here were.
+
+``machine.json`` in the store keeps, per machine, the measured rate and for each kind of work the
+last ratios of truth to estimate. The first estimate of a kind is rough, the next ones are not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from slim.checkpoints.result import Step
+from slim.checkpoints.stage import Stage
+from slim.checkpoints.store import digest
+from slim.core.console import duration
+from slim.core.errors import SlimError
+from slim.core.hardware import versions
+from slim.core.io import read_json, write_json
+from slim.core.settings import cache_name
+from slim.models.accounting import macs_per_token
+
+if TYPE_CHECKING:
+    from slim.models.spec import ModelSpec
+
+FILE = "machine.json"
+SIZE = 512  # rows and columns of the matrices that are multiplied to measure the rate
+MEASURE_SECONDS = 0.2  # how long that may take
+REMEMBERED = 5  # ratios kept per kind of work
+# Passes over the model per token of its text, each 2 operations per multiply-accumulate: a forward
+# pass is one, a backward pass two. Quantization runs a block before and after it is changed.
+PASSES = {"prune": 3, "quantize": 2, "tune": 3, "distill": 4, "student": 1}
+OVERHEAD = 2.0  # seconds to load libraries and weights
+EVALUATED_TOKENS = 50_000  # of an evaluation, about, where its settings do not tell
+# settings that make one kind of work take another time than the count of its tokens says
+COSTLY = ("reconstruct", "refine", "act_order", "bits")
+
+
+@dataclass
+class Clock:
+    """Estimates for one machine.
+
+    Attributes:
+        path: the file in the store.
+        key: which machine, device and version of torch.
+        rate: operations per second, as measured.
+        ratios: kind of work -> the last ratios of truth to estimate.
+    """
+
+    path: Path
+    key: str
+    rate: float
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, store: Path, device: str) -> Clock:
+        """Read what is known of this machine; measure it where nothing is.
+
+        Args:
+            store: root of the store. Nothing is written where it does not exist yet.
+            device: ``cpu`` or ``cuda``.
+        """
+        path = store / FILE
+        key = machine_key(device)
+        record = _records(path).get(key)
+        if record is not None:
+            return cls(path, key, record["rate"], record["ratios"])
+        clock = cls(path, key, measured_rate(device))
+        if store.is_dir():
+            clock.save()
+        return clock
+
+    def save(self) -> None:
+        """Keep what is known of this machine. A store that may only be read stays as it is."""
+        records = _records(self.path)
+        records[self.key] = {"rate": self.rate, "ratios": self.ratios}
+        try:
+            write_json(self.path, records)
+        except OSError:
+            return
+
+    def stage_seconds(self, stage: Stage, spec: ModelSpec) -> float:
+        """Estimate the time of a stage.
+
+        Args:
+            stage: with its settings.
+            spec: the model that it works on.
+        """
+        return self._corrected(work_name(stage), self._counted(stage_operations(stage, spec)))
+
+    def evaluation_seconds(self, spec: ModelSpec) -> float:
+        """Estimate the time to measure one checkpoint."""
+        counted = self._counted(2.0 * macs_per_token(spec) * EVALUATED_TOKENS)
+        return self._corrected("evaluate", counted)
+
+    def learn(self, name: str, estimate: float, seconds: float) -> None:
+        """Take note of how long something took.
+
+        Args:
+            name: the kind of work.
+            estimate: seconds, as estimated before.
+            seconds: the truth.
+        """
+        ratio = self._ratio(name) * seconds / max(estimate, 1e-9)
+        self.ratios[name] = [*self.ratios.get(name, []), round(ratio, 4)][-REMEMBERED:]
+        self.save()
+
+    def knows(self, name: str) -> bool:
+        """Whether a kind of work has run here before."""
+        return name in self.ratios
+
+    def _counted(self, operations: float) -> float:
+        return OVERHEAD + operations / self.rate
+
+    def _corrected(self, name: str, seconds: float) -> float:
+        return seconds * self._ratio(name)
+
+    def _ratio(self, name: str) -> float:
+        return median(self.ratios.get(name) or [1.0])
+
+
+def time_line(steps: list[Step], evaluated: bool, store: Path, device: str) -> str:
+    """Say how long what is missing of a plan will take, in one line.
+
+    Args:
+        steps: the plan.
+        evaluated: whether every checkpoint is measured.
+        store: root of the store.
+        device: ``cpu`` or ``cuda``.
+    """
+    clock = Clock.read(store, device)
+    parts = []
+    total = 0.0
+    rough = False
+    for number, step in enumerate(steps):
+        if not isinstance(step.stage, Stage) or step.cached:
+            continue
+        parent = steps[number - 1] if number else step
+        seconds = clock.stage_seconds(step.stage, parent.spec)
+        parts.append(f"{step.label} {duration(seconds)}")
+        total += seconds
+        rough = rough or not clock.knows(work_name(step.stage))
+    if evaluated:
+        # what is measured already is known by the files' content only, so all of it is counted
+        seconds = sum(clock.evaluation_seconds(step.spec) for step in steps)
+        parts.append(f"measuring up to {duration(seconds)}")
+        total += seconds
+        rough = rough or not clock.knows("evaluate")
+    if not parts:
+        return "Nothing has to be run."
+    note = "; a rough estimate, until it has run here once" if rough else ""
+    return f"Time: about {duration(total)} ({', '.join(parts)}{note})."
+
+
+def stage_operations(stage: Stage, spec: ModelSpec) -> float:
+    """Count the operations of a stage's passes over the model and of reading and writing it.
+
+    Args:
+        stage: with its settings.
+        spec: the model that it works on.
+    """
+    passes = PASSES.get(stage.kind, 2)
+    touched = 100.0 * spec.parameters()  # loading, solving and writing a weight
+    return 2.0 * passes * macs_per_token(spec) * stage_tokens(stage) + touched
+
+
+def stage_tokens(stage: Stage) -> float:
+    """Return how many tokens a stage reads, as far as its settings tell."""
+    steps = _number(stage, "steps")
+    if steps:
+        return steps * (_number(stage, "batch_tokens") or 1) * (_number(stage, "accumulation") or 1)
+    calibration = getattr(stage, "calibration", None)
+    samples = _number(stage, "samples") or _number(calibration, "samples")
+    length = _number(stage, "length") or _number(calibration, "length")
+    return samples * length
+
+
+def work_name(stage: Stage) -> str:
+    """Name the kind of work whose time is comparable: the method, and the settings that change its
+    time beyond what is counted."""
+    words = [stage.kind, cache_name(stage)]
+    for setting in COSTLY:
+        value = getattr(stage, setting, None)
+        if value is True or isinstance(value, str) or (setting == "refine" and value):
+            words.append(f"{setting}={value}")
+    return " ".join(words)
+
+
+def machine_key(device: str) -> str:
+    """Name this machine without loading torch: processor, its threads, device and version."""
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    machine = [platform.node(), platform.machine(), str(threads), versions().get("torch"), device]
+    return digest(["machine", *machine])
+
+
+def measured_rate(device: str) -> float:
+    """Measure how many float32 operations per second the device does on small matrices."""
+    import torch
+
+    matrix = torch.ones(SIZE, SIZE, device=device)
+    (matrix @ matrix).sum().item()  # the first product loads what it needs
+    started = time.perf_counter()
+    count = 0
+    elapsed = 0.0
+    while elapsed < MEASURE_SECONDS:
+        (matrix @ matrix).sum().item()  # a sum that is read waits for the device
+        count += 1
+        elapsed = time.perf_counter() - started
+    return 2.0 * SIZE**3 * count / elapsed
+
+
+def _records(path: Path) -> dict[str, Any]:
+    """Return what is kept of all machines; nothing where the file is damaged: it is made again."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except SlimError:
+        return {}
+
+
+def _number(holder: object, name: str) -> float:
+    value = getattr(holder, name, None)
+    return value if isinstance(value, (int, float)) else 0
