@@ -224,12 +224,25 @@ def type_of(target: Any, name: str, value: Any) -> list[str]:
         name: the setting.
         value: its default, which speaks where the class does not.
     """
-    fields = dataclasses.fields(target) if dataclasses.is_dataclass(target) else ()
-    annotation = next((str(known.type) for known in fields if known.name == name), None)
+    annotation = None
+    for known in _fields(target):
+        if known.name == name:
+            annotation = str(known.type)
     if annotation is None:
         annotation = type(value).__name__ if value is not None else "str | None"
     parts = [part.strip() for part in annotation.split("|")]
     return [TYPES.get(part, "") or _setting_class(part) for part in parts]
+
+
+def _fields(target: Any) -> list[dataclasses.Field]:
+    """Return the fields of a class, or of the classes that a function chooses between."""
+    if dataclasses.is_dataclass(target):
+        return list(dataclasses.fields(target))
+    fields = []
+    for known in vars(sys.modules[target.__module__]).values() if target else ():
+        if dataclasses.is_dataclass(known) and known.__module__ == target.__module__:
+            fields += dataclasses.fields(known)
+    return fields
 
 
 def _setting_class(annotation: str) -> str:

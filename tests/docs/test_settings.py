@@ -96,3 +96,11 @@ def test_choices_that_differ_are_named():
 
 def test_folder_of_choices_is_inside_the_package():
     assert CONF.parent.name == "slim"
+
+
+def test_types_of_what_a_function_makes():
+    assert rows()["teacher.learning_rate"][0] == "number or null"
+
+
+def test_types_of_a_class():
+    assert rows()["pruner.blocks"][0] == "integer or number or null"
