@@ -26,6 +26,7 @@ from slim.core.settings import cache_name
 from slim.core.text import gigabytes
 from slim.evaluation.energy import stage_energy
 from slim.evaluation.machine import machine_dtype
+from slim.pruning.carried_mask import carried_mask
 from slim.quantization.storage import weight_bytes
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ class Pipeline:
             energy = stage_energy(getattr(self.evaluation, "energy", None), self.device, used)
             with activity(label(stage)), energy:
                 facts = stage.run(source, partial, context)
-            facts = {**facts, **used}
+            read = parent.checkpoint if parent else None
+            facts = {**facts, **used, **carried_mask(read, partial, facts)}
             seconds = time.time() - started
             manifest = {
                 "kind": stage.kind,

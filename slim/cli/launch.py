@@ -51,6 +51,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
                 raise
             fail(message, 2)
 
+    hide_bases()
     try:
         check_experiments(arguments, CONF, config_name)
         if is_asked_for(arguments):
@@ -70,6 +71,19 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             raise
         fail(message, 2)
     sys.exit(close_sweep())
+
+
+def hide_bases() -> None:
+    """Leave out the choice files that others build on (``_base.yaml``) wherever Hydra lists
+    choices: in ``--help``, in errors, in completion and for ``*``."""
+    from hydra._internal.config_repository import ConfigRepository
+
+    list_all = ConfigRepository.get_group_options
+
+    def list_choices(self, *arguments: Any, **settings: Any) -> list[str]:
+        return [name for name in list_all(self, *arguments, **settings) if name[:1] != "_"]
+
+    ConfigRepository.get_group_options = list_choices
 
 
 def close_sweep(error: BaseException | None = None) -> int:

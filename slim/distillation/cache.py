@@ -33,8 +33,17 @@ TENSORS = ("indices", "log_probs", "others", "log_z")
 
 
 def top_classes(logits: Tensor, temperature: float, k: int) -> dict[str, Tensor]:
-    """Return what is kept of ``logits`` [tokens, vocabulary], by the names in ``TENSORS``; k is
-    below the vocabulary."""
+    """Return what is kept of a teacher's predictions.
+
+    Args:
+        logits: [tokens, vocabulary].
+        temperature: The distributions are softened by it.
+        k: Tokens kept of each position, below the vocabulary.
+
+    Returns:
+        ``indices``, int32 [tokens, k]; ``log_probs``, float16 [tokens, k]; ``others`` and
+        ``log_z``, float32 [tokens].
+    """
     scaled = logits.float() / temperature
     log_z = scaled.logsumexp(-1)
     values, indices = scaled.topk(k, -1)
@@ -48,8 +57,13 @@ def top_classes(logits: Tensor, temperature: float, k: int) -> dict[str, Tensor]
 
 
 def teacher_classes(log_probs: Tensor, others: Tensor) -> Tensor:
-    """Return the teacher's k + 1 log-probabilities [tokens, k + 1], made to sum to 1 again after
-    rounding."""
+    """Return the teacher's log-probabilities, float32 [tokens, k + 1], made to sum to 1 again after
+    rounding.
+
+    Args:
+        log_probs: float16 [tokens, k], of the likely tokens.
+        others: float32 [tokens], of all others together.
+    """
     return torch.cat([log_probs.float(), others.float()[:, None]], -1).log_softmax(-1)
 
 
@@ -80,64 +94,120 @@ class _Lumped(torch.autograd.Function):
 
 
 def student_classes(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """Return the student's log-probabilities [tokens, k + 1] of the tokens ``indices`` [tokens, k]
-    and of all others."""
+    """Return the student's log-probabilities of some tokens and of all others, [tokens, k + 1].
+
+    Args:
+        logits: [tokens, vocabulary].
+        indices: int [tokens, k], ids of the tokens.
+        temperature: The distributions are softened by it.
+    """
     return _Lumped.apply(logits.float() / temperature, indices.long())
 
 
 def windows_digest(windows: Windows) -> str:
-    """Return the SHA-256 of the tokens, labels and positions."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the tokens, labels and positions.
+
+    Args:
+        windows: The data.
+    """
+    checksum = hashlib.sha256()
     for tensor in (windows.tokens, windows.labels, windows.positions):
-        found.update(
-            b"none"
-            if tensor is None
-            else str(tuple(tensor.shape)).encode() + tensor.int().numpy().tobytes()
-        )
-    return found.hexdigest()
+        if tensor is None:
+            checksum.update(b"none")
+        else:
+            checksum.update(str(tuple(tensor.shape)).encode() + tensor.int().numpy().tobytes())
+    return checksum.hexdigest()
+
+
+class CacheWriter:
+    """Collects pieces of a cache and writes them in files of about ``PART_TOKENS`` tokens.
+
+    Attributes:
+        lengths: Tokens in each file so far.
+    """
+
+    def __init__(self, folder: Path):
+        """Write nothing yet.
+
+        Args:
+            folder: Empty.
+        """
+        self.folder = folder
+        self.lengths: list[int] = []
+        self.pending: list[dict[str, Tensor]] = []
+
+    def add(self, piece: dict[str, Tensor]) -> None:
+        """Take a piece.
+
+        Args:
+            piece: What :func:`top_classes` gives.
+        """
+        self.pending.append(piece)
+        if sum(len(kept["indices"]) for kept in self.pending) >= PART_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected, if anything."""
+        if not self.pending:
+            return
+        joined = {
+            name: torch.cat([piece[name] for piece in self.pending]).cpu().contiguous()
+            for name in TENSORS
+        }
+        save_tensors(joined, self.folder / part_name(len(self.lengths)))
+        self.lengths.append(len(joined["indices"]))
+        self.pending.clear()
 
 
 def write_cache(
-    folder: Path, rows: Iterator[dict[str, Tensor]], cache_key: dict, facts: dict
+    folder: Path, rows: Iterator[dict[str, Tensor]], cache_key: dict, metadata: dict
 ) -> None:
-    """Write what :func:`top_classes` gives for one piece of the tokens after another into the empty
-    ``folder``."""
-    pending: list[dict[str, Tensor]] = []
-    lengths: list[int] = []
+    """Write a cache.
 
-    def flush() -> None:
-        joined = {
-            name: torch.cat([piece[name] for piece in pending]).cpu().contiguous()
-            for name in TENSORS
-        }
-        save_tensors(joined, folder / part_name(len(lengths)))
-        lengths.append(len(joined["indices"]))
-        pending.clear()
-
+    Args:
+        folder: Empty.
+        rows: What :func:`top_classes` gives for one piece of the tokens after another.
+        cache_key: What determines it, as plain JSON values.
+        metadata: What is known of the teacher, as plain JSON values.
+    """
+    writer = CacheWriter(folder)
     for piece in rows:
-        pending.append(piece)
-        if sum(len(some["indices"]) for some in pending) >= PART_TOKENS:
-            flush()
-    if pending:
-        flush()
-    record = {"identity": cache_key, "facts": facts, "lengths": lengths}
+        writer.add(piece)
+    writer.flush()
+    record = {"identity": cache_key, "facts": metadata, "lengths": writer.lengths}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def part_name(number: int) -> str:
+    """Return the name of a file of a cache.
+
+    Args:
+        number: From 0.
+    """
     return f"part-{number:05d}.safetensors"
 
 
 class TeacherCache:
-    """Reads a cache made for ``windows``, one window at a time, without loading the rest.
+    """Reads a cache one window at a time, without loading the rest.
 
-    Raises ``SlimError`` if it was made for something else than ``cache_key`` says, or is damaged.
+    Attributes:
+        metadata: What is known of the teacher: ``validation_loss``.
     """
 
     def __init__(self, folder: Path, windows: Windows, cache_key: dict):
+        """Open the files.
+
+        Args:
+            folder: Of the cache.
+            windows: What it was made for.
+            cache_key: What must have determined it.
+
+        Raises:
+            SlimError: It was made for something else, or is damaged.
+        """
         record = read_json(folder / RECORD)
         require_cache_key(folder, record["identity"], cache_key)
-        self.facts: dict = record["facts"]
+        self.metadata: dict = record["facts"]
         self.starts = [0, *accumulate(windows.loss_tokens.tolist())]
         self.bounds = [0, *accumulate(record["lengths"])]
         paths = [folder / part_name(number) for number in range(len(record["lengths"]))]
@@ -146,12 +216,18 @@ class TeacherCache:
         self.parts = [safe_open(path, framework="pt") for path in paths]
 
     def rows(self, windows: Tensor) -> dict[str, Tensor]:
-        """Return the tokens of the windows with these numbers, one after the other, by the names in
-        ``TENSORS``."""
-        pieces = [piece for number in windows.tolist() for piece in self._pieces(number)]
+        """Return the tokens of some windows, one after the other, by the names in ``TENSORS``.
+
+        Args:
+            windows: int64 [windows], their numbers.
+        """
+        pieces: list[dict[str, Tensor]] = []
+        for number in windows.tolist():
+            pieces += self._pieces(number)
         return {name: torch.cat([piece[name] for piece in pieces]) for name in TENSORS}
 
     def _pieces(self, window: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the tokens of one window, which may lie in several files."""
         start, end = self.starts[window], self.starts[window + 1]
         for part, low, high in zip(self.parts, self.bounds, self.bounds[1:], strict=False):
             if low < end and start < high:
@@ -159,9 +235,18 @@ class TeacherCache:
                 yield {name: part.get_slice(name)[cut] for name in TENSORS}
 
 
-def require_cache_key(folder: Path, found: dict, wanted: dict) -> None:
-    """Raise ``SlimError`` naming what a cache was made with that is not what is to be used now."""
-    different = [name for name in wanted if found.get(name) != wanted[name]]
+def require_cache_key(folder: Path, recorded: dict, wanted: dict) -> None:
+    """Check that a cache was made with what is to be used now.
+
+    Args:
+        folder: Of the cache.
+        recorded: What it was made with, by the names that a message can use.
+        wanted: What is to be used.
+
+    Raises:
+        SlimError: They differ.
+    """
+    different = [name for name in wanted if recorded.get(name) != wanted[name]]
     if different:
         raise SlimError(
             f"The teacher cache {folder} was made with another {' and another '.join(different)}. "
@@ -177,11 +262,16 @@ def teach(
     k: int,
     chunk: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield what is kept of the teacher, ``chunk`` tokens at a time.
+    """Yield what is kept of the teacher, some tokens at a time.
 
-    hidden_of: gives the hidden states [tokens, hidden] that predict a batch's labels. head: gives
-        their logits.
-    """  # fmt: skip
+    Args:
+        hidden_of: Gives the hidden states [tokens, hidden size] that predict a batch's labels.
+        head: Gives their logits [tokens, vocabulary].
+        batches: All windows in their order.
+        temperature: The distributions are softened by it.
+        k: Tokens kept of each position.
+        chunk: Tokens at a time.
+    """
     for batch in batches:
         for hidden in hidden_of(batch).split(chunk):
             yield top_classes(head(hidden), temperature, k)

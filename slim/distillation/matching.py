@@ -1,13 +1,15 @@
 """Hidden states and attention maps of the student's blocks against those of the teacher's they
 stand for.
 
-    hidden:     sum over tokens of ||P h_s - h_t||^2 / ||h_t||^2, mean over blocks (after Sun et al., arXiv:1908.09355,
-                and Jiao et al., TinyBERT, arXiv:1909.10351)
-    attention:  sum over tokens of KL(A_t || A_s), mean over heads and blocks (after Sun et al., MobileBERT, arXiv:2004.02984)
+    hidden:     sum over tokens of ||P h_s - h_t||^2 / ||h_t||^2, mean over blocks
+                (after Sun et al., arXiv:1908.09355, and Jiao et al., TinyBERT, arXiv:1909.10351)
+    attention:  sum over tokens of KL(A_t || A_s), mean over heads and blocks
+                (after Sun et al., MobileBERT, arXiv:2004.02984)
 
 P is the identity where both models are equally wide, else a learned matrix that begins where the
 student's embeddings come closest to the teacher's. Where the numbers of heads differ the maps are
-averaged over the heads first."""
+averaged over the heads first.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,23 @@ from slim.distillation.student import evenly_spaced
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ||s - t||^2 / ||t||^2 per token, float32 [tokens], for [tokens, hidden]."""
+    """Return ||s - t||^2 / ||t||^2 per token, float32 [tokens].
+
+    Args:
+        student: s, [tokens, hidden size].
+        teacher: t, [tokens, hidden size].
+    """
     student, teacher = student.float(), teacher.float()
     return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
 
 
 def attention_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(A_t || A_s) per query, mean over heads, float32 [tokens], for maps [heads, tokens,
-    keys]."""
+    """Return KL(A_t || A_s) per query, mean over heads, float32 [tokens].
+
+    Args:
+        student: A_s, [heads, tokens, keys].
+        teacher: A_t, [heads, tokens, keys]; the number of heads may differ.
+    """
     if len(student) != len(teacher):
         student, teacher = student.mean(0, keepdim=True), teacher.mean(0, keepdim=True)
     student, teacher = student.float().clamp_min(1e-9), teacher.float()
@@ -39,8 +50,14 @@ def projector(student: nn.Module, teacher: nn.Module) -> nn.Linear | None:
     """Return the map between hidden states of different widths, or None where they are the same.
 
     It begins as the matrix that turns the student's embeddings into the teacher's with the smallest
-    squared error."""
-    ours, theirs = (model.get_input_embeddings().weight.float() for model in (student, teacher))
+    squared error.
+
+    Args:
+        student: The student's model.
+        teacher: The teacher's model.
+    """
+    ours = student.get_input_embeddings().weight.float()
+    theirs = teacher.get_input_embeddings().weight.float()
     if ours.shape[1] == theirs.shape[1]:
         return None
     shared = min(len(ours), len(theirs))
@@ -50,34 +67,47 @@ def projector(student: nn.Module, teacher: nn.Module) -> nn.Linear | None:
 
 
 @torch.no_grad()
-def found_map(student: nn.ModuleList, teacher: nn.ModuleList) -> list[int]:
+def nearest_map(student: nn.ModuleList, teacher: nn.ModuleList) -> list[int]:
     """Return the teacher's block that each block of the student was made from, by the distance of
     their weights.
 
     Parameters of one shape are compared: all of a pruned or healed student's, the norms of a
-    quantised teacher's. Evenly spaced blocks where there are none, or none that differ."""
-    distances = [[distance(own, other) for other in teacher] for own in student]
+    quantised teacher's. Evenly spaced blocks where there are none, or none that differ.
+
+    Args:
+        student: The student's blocks.
+        teacher: The teacher's blocks, at least as many.
+    """
+    distances: list[list[float]] = []
+    for block in student:
+        distances.append([distance(block, teacher_block) for teacher_block in teacher])
     if not any(any(row) for row in distances):
         return evenly_spaced(len(teacher), len(student))
     return nearest_blocks(distances)
 
 
-def distance(own: nn.Module, other: nn.Module) -> float:
+def distance(student: nn.Module, teacher: nn.Module) -> float:
     """Return the relative distance of two blocks, summed over the parameters that can be
-    compared."""
-    theirs = {name: value for name, value in other.named_parameters() if value.is_floating_point()}
+    compared.
+
+    Args:
+        student: A block of the student.
+        teacher: A block of the teacher.
+    """
+    theirs = dict(teacher.named_parameters())
     total = 0.0
-    for name, value in own.named_parameters():
+    for name, value in student.named_parameters():
         match = theirs.get(name.replace(".base_layer", ""))  # the layer inside an adapter
-        if match is not None and match.shape == value.shape:
-            total += (
-                (value.float() - match.float()).norm() / match.float().norm().clamp_min(1e-12)
-            ).item()
+        if match is None or match.shape != value.shape or not match.is_floating_point():
+            continue
+        expected = match.float()
+        error = (value.float() - expected).norm() / expected.norm().clamp_min(1e-12)
+        total += error.item()
     return total
 
 
 class LayerMatching(nn.Module):
-    """The weighted losses, summed over the tokens with labels. layers: see :class:`Matching`."""
+    """The weighted losses, summed over the tokens with labels."""
 
     def __init__(
         self,
@@ -86,9 +116,19 @@ class LayerMatching(nn.Module):
         teacher_blocks: int,
         projector: nn.Linear | None,
     ):
+        """Put the parts together.
+
+        Args:
+            settings: The weights.
+            layers: The teacher's block that each of the student's stands for, ascending.
+            teacher_blocks: How many there are.
+            projector: P; None for the identity.
+        """
         super().__init__()
-        self.hidden, self.attention = settings.hidden, settings.attention
-        self.layers, self.targets = layers, hidden_targets(layers, teacher_blocks)
+        self.hidden = settings.hidden
+        self.attention = settings.attention
+        self.layers = layers
+        self.targets = hidden_targets(layers, teacher_blocks)
         self.projector = projector
 
     @property
@@ -100,26 +140,46 @@ class LayerMatching(nn.Module):
         }
 
     def forward(self, student, teacher, labels: Tensor) -> Tensor:
-        """student, teacher: what the models gave, with hidden states or attentions. labels: int64
-        [rows, length]."""
+        """Return the losses, summed over the tokens with labels.
+
+        Args:
+            student: What the student gave, with hidden states or attention maps.
+            teacher: What the teacher gave.
+            labels: int64 [rows, length].
+        """
         counts = labels[:, 1:] != IGNORE
         total = torch.zeros((), device=labels.device)
         for block, (same, target) in enumerate(zip(self.layers, self.targets, strict=True)):
             if self.hidden:
+                # The first hidden states are the embeddings.
                 ours, theirs = student.hidden_states[block + 1], teacher.hidden_states[target + 1]
-                ours = ours[:, :-1][counts]
-                ours = ours if self.projector is None else self.projector(ours)
-                total = total + self.hidden * relative_error(ours, theirs[:, :-1][counts]).sum()
+                error = self.hidden_error(ours[:, :-1][counts], theirs[:, :-1][counts])
+                total = total + self.hidden * error
             if self.attention:
-                total = total + self.attention * self.maps(
-                    student.attentions[block], teacher.attentions[same], counts
-                )
+                maps = student.attentions[block], teacher.attentions[same]
+                total = total + self.attention * self.maps(*maps, counts)
         return total / len(self.layers)
+
+    def hidden_error(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the relative squared error of hidden states, summed.
+
+        Args:
+            student: [tokens, d_s].
+            teacher: [tokens, d_t].
+        """
+        if self.projector is not None:
+            student = self.projector(student)
+        return relative_error(student, teacher).sum()
 
     @staticmethod
     def maps(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-        """Return the divergence summed over the counted queries of maps [rows, heads, length,
-        length]."""
+        """Return the divergence of attention maps, summed over the queries that count.
+
+        Args:
+            student: [rows, heads, length, length].
+            teacher: [rows, heads, length, length].
+            counts: bool [rows, length - 1], where the next token has a label.
+        """
         rows = zip(student[:, :, :-1], teacher[:, :, :-1], counts, strict=True)
         return sum(
             attention_divergence(ours[:, count], theirs[:, count]).sum()

@@ -9,26 +9,38 @@ from slim.training.module import LanguageModeling, Optimization
 
 
 class Distilling(LanguageModeling):
-    """Trains ``model`` by ``objective(model, batch)``, a loss summed over tokens, and what the
-    objective itself learns.
-
-    objective: a module with the frozen teacher in it. rate: highest learning rate of the
-    objective's own parameters, such as projectors between both models; they are no part of the
-    result."""
+    """Trains a model by ``objective(model, batch)``, a loss summed over tokens, and what the
+    objective itself learns."""
 
     def __init__(
         self, model: nn.Module, optimisation: Optimization, objective: nn.Module, rate: float = 0.0
     ):
+        """Put the parts together.
+
+        Args:
+            model: The student.
+            optimisation: How it is trained.
+            objective: A module with the frozen teacher in it.
+            rate: Highest learning rate of the objective's own parameters, such as projectors
+                between both models; they are no part of the result.
+        """
         super().__init__(model, optimisation)
-        self.objective, self.rate = objective, rate
+        self.objective = objective
+        self.rate = rate
 
     def parameter_groups(self) -> list[dict]:
-        own = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         groups = super().parameter_groups()
-        return [*groups, {"params": own, "weight_decay": 0.0, "lr": self.rate}] if own else groups
+        learned = [value for value in self.objective.parameters() if value.requires_grad]
+        if learned:
+            groups.append({"params": learned, "weight_decay": 0.0, "lr": self.rate})
+        return groups
 
     def train(self, mode: bool = True) -> Distilling:
-        """Set the mode of all but what is frozen: a teacher has no dropout when it teaches."""
+        """Set the mode of all but what is frozen: a teacher has no dropout when it teaches.
+
+        Args:
+            mode: Whether to train.
+        """
         super().train(mode)
         for module in self.objective.modules():
             if not any(parameter.requires_grad for parameter in module.parameters()):

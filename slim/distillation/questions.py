@@ -16,11 +16,13 @@ ANSWERS = ("data", "teacher", "student", "both")
 class Generation:
     """How questions are answered.
 
-    questions: answered for every optimiser step. new_tokens: longest answer.
-    temperature: answers are drawn from the distribution softened by it; 0 takes the most likely
-        token each time.
-    student_share: with ``answers="both"``, the share of steps whose answers are the student's
-        (lambda of Agarwal et al., arXiv:2306.13649), the others the teacher's.
+    Attributes:
+        questions: Answered for every optimiser step, a multiple of the tuner's ``accumulation``.
+        new_tokens: Longest answer.
+        temperature: Answers are drawn from the distribution softened by it, 0 to 100; 0 takes the
+            most likely token each time.
+        student_share: With ``answers="both"``, the share of steps whose answers are the student's
+            (lambda of Agarwal et al., arXiv:2306.13649), the others the teacher's.
     """
 
     cache_name: ClassVar[str] = "Generation"
@@ -37,14 +39,24 @@ class Generation:
         require_number("teacher.generation.student_share", self.student_share, 0, 1)
 
     def check(self, window: int, accumulation: int) -> None:
-        """Raise ``SlimError`` where the settings do not fit those of the training."""
+        """Check that the settings fit those of the training.
+
+        Args:
+            window: Tokens per sequence.
+            accumulation: Micro-batches per optimiser step.
+
+        Raises:
+            SlimError: They do not.
+        """
         if self.questions % accumulation:
+            fitting = -(-self.questions // accumulation) * accumulation
             raise SlimError(
-                f"teacher.generation.questions={self.questions} is no multiple of teacher.accumulation={accumulation}. "
-                f"Use for example teacher.generation.questions={-(-self.questions // accumulation) * accumulation}."
+                f"teacher.generation.questions={self.questions} is no multiple of "
+                f"teacher.accumulation={accumulation}. "
+                f"Use for example teacher.generation.questions={fitting}."
             )
         if self.new_tokens >= window:
             raise SlimError(
-                f"teacher.generation.new_tokens={self.new_tokens} leaves no room for a question in teacher.window={window}. "
-                "Use fewer, or a longer window."
+                f"teacher.generation.new_tokens={self.new_tokens} leaves no room for a question in "
+                f"teacher.window={window}. Use fewer, or a longer window."
             )

@@ -7,7 +7,6 @@ what is minimised is in ``objective.py``."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from slim.checkpoints.source import has_weights
@@ -16,55 +15,56 @@ from slim.core.lazy import LazyModule
 from slim.core.settings import dataclass_cache_key, require_choice, require_number
 from slim.distillation import CHUNK_ELEMENTS
 from slim.distillation.layer_map import Matching
+from slim.distillation.losses import LOSSES
 from slim.distillation.questions import ANSWERS, Generation
 from slim.distillation.teacher import BASE, DTYPES, QUANTS, Teacher, same_vocabulary
 from slim.training import qlora, tune
 
 if TYPE_CHECKING:
     from slim.checkpoints.checkpoint import Checkpoint
-    from slim.distillation import dskd, losses, on_policy, tasks
+    from slim.distillation import dskd, on_policy, plan, tasks
     from slim.models.spec import ModelSpec
 else:
-    dskd, losses, on_policy, tasks = (
-        LazyModule(f"slim.distillation.{name}") for name in ("dskd", "losses", "on_policy", "tasks")
+    dskd, on_policy, plan, tasks = (
+        LazyModule(f"slim.distillation.{name}") for name in ("dskd", "on_policy", "plan", "tasks")
     )
 
-# Losses, and the setting of each that has one.
-LOSSES = {
-    "forward": None,
-    "reverse": None,
-    "symmetric": "beta",
-    "skewed": "skew",
-    "skewed_reverse": "skew",
-    "adaptive": "head",
-}
-FUNCTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
-CHOSEN_ONLY = {"cache_key": False}  # in the identity by the teacher's content
+METHODS = ("token", "dskd")
+ALIGNMENTS = ("exact", "attention")
+CHOSEN_ONLY = {"cache_key": False}  # in the cache key by the teacher's content
 
 
 @dataclass
 class Distillation(tune.Tuner):
     """What to learn from whom; how to train is in :class:`slim.training.tune.Tuner`.
 
-    base: where the chain begins. model: ``base`` for that as the teacher, or a checkpoint folder or
-        hub id.
-    revision: of a hub model. dtype: of the teacher's weights.
-    method: ``token`` compares distributions token by token, ``dskd`` in both models' spaces,
-        whatever the tokenizers;
-    align: with different tokenizers, ``exact`` compares tokens before which both models have read
-    the same text, ``attention`` lets each token of one attend to all of the other's;
-    projector_rate: highest learning rate of projectors between both models; None: ``full``
-        training's rate.
-    loss: ``forward``, ``reverse``, ``symmetric``, ``skewed``, ``skewed_reverse`` or ``adaptive``,
-        see ``losses.py``;
-    beta, skew, head: of the symmetric, the two skewed and the adaptive one.
-    temperature: both distributions are softened by it. hard_weight: of the hard labels; the teacher
-        has the rest.
-    quant: ``nf4`` or ``int8`` quantises the teacher. cache: keep its ``top_k`` most likely tokens
-        in ``cache_folder``, or, where it is a path, in that folder. match: further losses on hidden
-        states and attention maps.
-    answers: whose answers to learn on: ``data``, ``teacher``, ``student``, ``both``; generation:
-    how they are made."""
+    Attributes:
+        base: Where the chain begins.
+        model: ``base`` for that as the teacher, or a checkpoint folder or hub id.
+        revision: Of a hub model.
+        dtype: Of the teacher's weights.
+        method: ``token`` compares distributions token by token, ``dskd`` in both models' spaces,
+            whatever the tokenizers.
+        align: With different tokenizers, ``exact`` compares tokens before which both models have
+            read the same text, ``attention`` lets each token of one attend to all of the other's.
+        projector_rate: Highest learning rate of projectors between both models; None takes that of
+            full training.
+        loss: A name in ``losses.py``.
+        temperature: Both distributions are softened by it, 0.01 to 100.
+        hard_weight: Weight of the hard labels, 0 to 1; the teacher has the rest.
+        beta: Setting of ``loss="symmetric"``.
+        skew: Setting of the two skewed losses.
+        head: Setting of ``loss="adaptive"``.
+        loss_settings: The setting of a loss that has no field of its own here, by its name.
+        quant: ``nf4`` or ``int8`` quantises the teacher.
+        cache: Keep the teacher's most likely tokens in ``cache_folder``, or, where this is a path,
+            in that folder.
+        top_k: How many tokens of each position are kept.
+        cache_folder: Where caches without a folder of their own are kept.
+        match: Further losses on hidden states and attention maps.
+        answers: Whose answers to learn on: ``data``, ``teacher``, ``student``, ``both``.
+        generation: How answers are made.
+    """
 
     base: object = field(default=None, metadata=CHOSEN_ONLY)
     model: str = field(default=BASE, metadata=CHOSEN_ONLY)
@@ -79,6 +79,7 @@ class Distillation(tune.Tuner):
     beta: float = 0.5
     skew: float = 0.1
     head: float = 0.5
+    loss_settings: dict[str, float] | None = field(default=None, metadata=CHOSEN_ONLY)
     quant: str | None = None
     cache: bool | str = field(default=False, metadata=CHOSEN_ONLY)
     top_k: int = 64
@@ -95,73 +96,107 @@ class Distillation(tune.Tuner):
         super().__post_init__()
         if not isinstance(self.model, str) or not self.model:
             raise SlimError(
-                "teacher.model is missing. Give base (the model the chain begins with), a folder or a hub id."
+                "teacher.model is missing. "
+                "Give base (the model the chain begins with), a folder or a hub id."
             )
         require_choice("teacher.dtype", self.dtype, DTYPES)
-        require_choice("teacher.loss", self.loss, LOSSES)
         require_number("teacher.temperature", self.temperature, 0.01, 100)
         require_number("teacher.hard_weight", self.hard_weight, 0, 1)
-        for name in ("beta", "skew"):
-            require_number(f"teacher.{name}", getattr(self, name), 1e-6, 1 - 1e-6)
-        require_number("teacher.head", self.head, 0, 1)
         require_number("teacher.top_k", self.top_k, 1, integer=True)
         require_choice("teacher.quant", self.quant, QUANTS)
+        self._check_loss()
         self._check_combination()
+        self._check_answers()
         if self.projector_rate is not None:
             require_number("teacher.projector_rate", self.projector_rate, 1e-9, 1)
         self.teacher = Teacher(self.base, self.model, self.revision, self.dtype, self.quant)
 
+    def _check_loss(self) -> None:
+        require_choice("teacher.loss", self.loss, LOSSES)
+        for loss in LOSSES.values():
+            if loss.setting is not None and hasattr(self, loss.setting):
+                value = getattr(self, loss.setting)
+                require_number(f"teacher.{loss.setting}", value, loss.low, loss.high)
+        self.loss_settings = dict(self.loss_settings or {})
+        chosen = LOSSES[self.loss]
+        for name, value in self.loss_settings.items():
+            if name != chosen.setting or hasattr(self, name):
+                raise SlimError(
+                    f"teacher.loss_settings: teacher.loss={self.loss} has no setting '{name}' "
+                    "there. Leave it out."
+                )
+            require_number(f"teacher.loss_settings.{name}", value, chosen.low, chosen.high)
+
+    @property
+    def loss_setting(self) -> float | None:
+        """Value of the chosen loss's setting; None where it has none."""
+        loss = LOSSES[self.loss]
+        if loss.setting is None:
+            return None
+        if hasattr(self, loss.setting):
+            return getattr(self, loss.setting)
+        return self.loss_settings.get(loss.setting, loss.default)
+
     def _check_combination(self) -> None:
-        require_choice("teacher.method", self.method, ("token", "dskd"))
-        require_choice("teacher.align", self.align, ("exact", "attention"))
+        require_choice("teacher.method", self.method, METHODS)
+        require_choice("teacher.align", self.align, ALIGNMENTS)
         require_choice("teacher.answers", self.answers, ANSWERS)
         if self.method == "dskd" and (self.cache or self.match.wanted or self.answers != "data"):
             raise SlimError(
-                "teacher.method=dskd works without teacher.cache, teacher.match and made answers: leave them out."
+                "teacher.method=dskd works without teacher.cache, teacher.match and made answers: "
+                "leave them out."
             )
         if self.cache and self.match.wanted:
             raise SlimError(
-                "teacher.cache keeps probabilities only, and teacher.match needs the teacher's hidden states. "
-                "Use teacher.cache=false, or teacher.match.hidden=0 teacher.match.attention=0."
+                "teacher.cache keeps probabilities only, and teacher.match needs the teacher's "
+                "hidden states.\nUse teacher.cache=false, or teacher.match.hidden=0 "
+                "teacher.match.attention=0."
             )
+
+    def _check_answers(self) -> None:
         if self.answers == "data":
             return
         self.generation.check(self.window, self.accumulation)
         if self.cache:
             raise SlimError(
-                f"teacher.answers={self.answers} makes new answers in every step: set teacher.cache=false."
+                f"teacher.answers={self.answers} makes new answers in every step: "
+                "set teacher.cache=false."
             )
         if self.hard_weight and self.answers != "teacher":
             raise SlimError(
-                f"teacher.answers={self.answers} has no right answers to learn by heart: set teacher.hard_weight=0 "
-                "(as teacher=on_policy does)."
+                f"teacher.answers={self.answers} has no right answers to learn by heart: "
+                "set teacher.hard_weight=0 (as teacher=on_policy does)."
             )
 
     def cache_key(self) -> dict:
-        unused = {
-            setting for setting in LOSSES.values() if setting not in (None, LOSSES[self.loss])
-        }
-        unused |= set() if self.method == "dskd" else {"align"}
-        unused |= {"generation"} if self.answers == "data" else set()
-        unused |= set() if self.match.wanted else {"match"}
-        # the only trace that a cache leaves in the result
-        unused |= set() if self.cache else {"top_k"}
-        settings = {
-            name: value for name, value in dataclass_cache_key(self).items() if name not in unused
-        }
-        return {**settings, "teacher": self.teacher.digest}
+        key = dataclass_cache_key(self)
+        # A result is named by what it depends on: settings that are not used are left out.
+        for loss in LOSSES.values():
+            if loss.setting != LOSSES[self.loss].setting:
+                key.pop(loss.setting, None)
+        if self.method != "dskd":
+            key.pop("align")
+        if self.answers == "data":
+            key.pop("generation")
+        if not self.match.wanted:
+            key.pop("match")
+        if not self.cache:  # top_k is the only trace that a cache leaves in the result
+            key.pop("top_k")
+        if self.loss_setting is not None:
+            key[LOSSES[self.loss].setting] = self.loss_setting
+        return {**key, "teacher": self.teacher.digest}
 
     # Checks
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)
-        taught_by = self.teacher.check()
-        self.match.check(spec, taught_by)
+        teacher = self.teacher.check()
+        self.match.check(spec, teacher)
         self._check_vocabulary(spec)
-        if self.window > taught_by.context_length:
+        if self.window > teacher.context_length:
             raise SlimError(
-                f"teacher.window={self.window} exceeds the context of the teacher {taught_by.name}. "
-                f"At most {taught_by.context_length}."
+                f"teacher.window={self.window} exceeds the context of the teacher {teacher.name}. "
+                f"Use at most {teacher.context_length}."
             )
 
     def _check_vocabulary(self, spec: ModelSpec) -> None:
@@ -171,38 +206,50 @@ class Distillation(tune.Tuner):
             return
         folders = self.base.local_folder(), self.teacher.source.local_folder()
         if all(folders) and not same_vocabulary(*folders):
-            raise SlimError(self.vocabulary_problem(spec.name))
+            raise SlimError(self.teacher.vocabulary_problem(spec.name, self.loss))
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         return super().peak_bytes(spec, device) + self.teacher.bytes(device)
 
     def activation_bytes(self, spec: ModelSpec) -> int:
         logits = self.batch_tokens // self.accumulation * spec.vocab_size
-        # in chunks: both logits, their softmaxes, and what the divergence keeps for its gradient
+        # In chunks: both logits, their softmaxes, and what the divergence keeps for its gradient.
         return super().activation_bytes(spec) - 4 * 3 * logits + 4 * 8 * min(logits, CHUNK_ELEMENTS)
-
-    def vocabulary_problem(self, student: str) -> str:
-        """Say that the vocabularies differ, and what can be done."""
-        return (
-            f"{self.teacher.source.label} has another vocabulary than {student}, and teacher.loss={self.loss} compares them "
-            "token by token. DSKD does not need the same one: use teacher=dskd (teacher.method=dskd)."
-        )
 
     # The work
 
     def task(self, checkpoint: Checkpoint, device: str, precision: str):
         if self.method == "dskd":
-            return dskd.DualSpaceTask(self, checkpoint, device, precision)
-        if self.answers != "data":
-            return on_policy.OnPolicyTask(self, checkpoint, device, precision)
-        return tasks.DistillationTask(self, checkpoint, device, precision)
+            kind = dskd.DualSpaceTask
+        elif self.answers != "data":
+            kind = on_policy.OnPolicyTask
+        else:
+            kind = tasks.DistillationTask
+        return kind(self.task_plan(checkpoint.spec), checkpoint, device, precision)
 
-    def divergence(self):
-        """Return the chosen divergence as a function of both log-probabilities."""
-        function = getattr(losses, FUNCTIONS.get(self.loss, self.loss))
-        setting = LOSSES[self.loss]
-        return (
-            function if setting is None else partial(function, **{setting: getattr(self, setting)})
+    def task_plan(self, spec: ModelSpec) -> plan.DistillationPlan:
+        """Return what the task needs to know.
+
+        Args:
+            spec: The student.
+        """
+        # Projectors are matrices that are trained in full, whatever of the student is.
+        projector_rate = self.projector_rate or tune.Full.width_rate / spec.hidden_size
+        return plan.DistillationPlan(
+            **self.task_settings(),
+            teacher=self.teacher,
+            loss=self.loss,
+            divergence=LOSSES[self.loss].divergence(self.loss_setting),
+            temperature=self.temperature,
+            hard_weight=self.hard_weight,
+            projector_rate=projector_rate,
+            match=self.match,
+            cache=self.cache,
+            cache_folder=self.cache_folder,
+            top_k=self.top_k,
+            align=self.align,
+            answers=self.answers,
+            generation=self.generation,
         )
 
 
@@ -228,15 +275,22 @@ class Full(Distillation, tune.Full):
 
 
 def distill(train: str = "lora", stage: str = "distill", **settings) -> Distillation:
-    """Return the stage: ``train="lora"`` for adapters, ``"qlora"`` for those on a quantised base,
-    ``"full"`` for all weights, which has no adapters' settings.
+    """Return the stage.
 
-    stage: ``"tune"`` lets a configuration's tuner say how to train
-    (``slim.chain.build.learn_from_teacher``)."""
+    Args:
+        train: ``lora`` for adapters, ``qlora`` for those on a quantised base, ``full`` for all
+            weights, which has no adapters' settings.
+        stage: ``tune`` lets a configuration's tuner say how to train
+            (``slim.chain.build.learn_from_teacher``).
+        **settings: Fields of :class:`Lora`, :class:`QLora` or :class:`Full`; those that only the
+            others have are left out.
+
+    Raises:
+        SlimError: ``train`` or ``stage`` is none of these, or a setting is wrong.
+    """
     kinds = {"lora": Lora, "qlora": QLora, "full": Full}
     require_choice("teacher.train", train, kinds)
     require_choice("teacher.stage", stage, ("distill", "tune"))
-    unused = {field.name for field in fields(QLora)} - {
-        field.name for field in fields(kinds[train])
-    }
+    has = {setting.name for setting in fields(kinds[train])}
+    unused = {setting.name for setting in fields(QLora)} - has
     return kinds[train](**{name: value for name, value in settings.items() if name not in unused})

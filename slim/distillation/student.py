@@ -22,8 +22,13 @@ from slim.pruning.rules import block_list
 
 
 def evenly_spaced(blocks: int, kept: int) -> list[int]:
-    """Return ``kept`` of ``blocks`` block numbers, the first and the last among them; one alone is
-    the first."""
+    """Return evenly spaced block numbers, the first and the last among them; one alone is the
+    first.
+
+    Args:
+        blocks: How many there are.
+        kept: How many to return.
+    """
     if kept == 1:
         return [0]
     return [int(index * (blocks - 1) / (kept - 1) + 0.5) for index in range(kept)]
@@ -33,8 +38,11 @@ def evenly_spaced(blocks: int, kept: int) -> list[int]:
 class Layers(Stage):
     """Keeps some blocks of the model the chain begins with, unchanged, and drops the others.
 
-    keep: how many, evenly spaced, or a list of block numbers. every: 2 keeps blocks 0, 2, 4, ...
-    Neither keeps half of them, evenly spaced.
+    With neither setting half of them are kept, evenly spaced.
+
+    Attributes:
+        keep: How many, evenly spaced, or a list of block numbers.
+        every: 2 keeps blocks 0, 2, 4, ...
     """
 
     cache_name: ClassVar[str] = "Layers"
@@ -59,7 +67,11 @@ class Layers(Stage):
                 raise SlimError("student_init.keep=[] keeps nothing. Name at least one block.")
 
     def kept(self, blocks: int) -> list[int]:
-        """Return the blocks that a model of ``blocks`` blocks keeps, ascending."""
+        """Return the blocks that are kept, ascending.
+
+        Args:
+            blocks: How many there are.
+        """
         if self.every is not None:
             return list(range(0, blocks, self.every))
         if isinstance(self.keep, list):
@@ -69,20 +81,22 @@ class Layers(Stage):
     def check(self, spec: ModelSpec) -> None:
         spec.family  # noqa: B018 - refuses families whose parts are unknown
         spec.require_plain("Build the student from plain weights and quantize the result.")
-        most = self.keep if isinstance(self.keep, int) else len(self.kept(spec.blocks))
-        outside = [
-            block
-            for block in (self.keep if isinstance(self.keep, list) else ())
-            if block >= spec.blocks
-        ]
+        outside = [block for block in self._named() if block >= spec.blocks]
         if outside:
             raise SlimError(
-                f"student_init.keep names block {outside[0]}: {spec.name} has blocks 0 to {spec.blocks - 1}."
+                f"student_init.keep names block {outside[0]}: "
+                f"{spec.name} has blocks 0 to {spec.blocks - 1}."
             )
+        most = self.keep if isinstance(self.keep, int) else len(self.kept(spec.blocks))
         if most >= spec.blocks:
             raise SlimError(
-                f"student_init.keep={most} drops nothing: {spec.name} has {spec.blocks} blocks. Keep fewer."
+                f"student_init.keep={most} drops nothing: {spec.name} has {spec.blocks} blocks. "
+                "Keep fewer."
             )
+
+    def _named(self) -> list[int]:
+        """Return the blocks that ``keep`` names one by one."""
+        return self.keep if isinstance(self.keep, list) else []
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
         return spec.with_blocks(self.kept(spec.blocks))

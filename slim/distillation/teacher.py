@@ -30,12 +30,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Teacher:
     """A checkpoint that teaches.
 
-    base: where the chain begins. name: ``base`` for that, or a checkpoint folder or model id of the
-        hub.
-    revision: branch, tag or commit of a hub model. dtype: ``auto`` is float32 on a CPU and the
-        stored type elsewhere.
-    quant: ``nf4`` or ``int8`` quantises it for teaching; None takes it as it is stored, packed or
-    not."""
+    Attributes:
+        base: Where the chain begins.
+        name: ``base`` for that, or a checkpoint folder or model id of the hub.
+        revision: Branch, tag or commit of a hub model.
+        dtype: ``auto`` is float32 on a CPU and the stored type elsewhere.
+        quant: ``nf4`` or ``int8`` quantises it for teaching; None takes it as it is stored, packed
+            or not.
+    """
 
     base: object
     name: str = BASE
@@ -50,8 +52,8 @@ class Teacher:
             return Source(self.name, self.revision)
         if not has_weights(self.base):
             raise SlimError(
-                "teacher=base is the model the chain begins with, and that has random weights: nothing to learn from it. "
-                "Use teacher.model=FOLDER or another model=..."
+                "teacher=base is the model the chain begins with, and that has random weights: "
+                "nothing to learn from it.\nUse teacher.model=FOLDER or another model=..."
             )
         return self.base
 
@@ -70,10 +72,16 @@ class Teacher:
         """The stage that quantises it, or None."""
         from slim.quantization.methods import bitsandbytes as bnb
 
-        return None if self.quant is None else {"nf4": bnb.NF4, "int8": bnb.Int8}[self.quant]()
+        if self.quant is None:
+            return None
+        return {"nf4": bnb.NF4, "int8": bnb.Int8}[self.quant]()
 
     def check(self) -> ModelSpec:
-        """Describe what will teach. Raises ``SlimError`` for what cannot, before any work."""
+        """Describe what will teach, before any work.
+
+        Raises:
+            SlimError: It cannot teach.
+        """
         spec = self.source.describe()
         spec.family  # noqa: B018 - refuses families whose parts are unknown
         if self.quantizer is None:
@@ -83,16 +91,25 @@ class Teacher:
         return self.quantizer.output_spec(spec)
 
     def bytes(self, device: str) -> int:
-        """Estimate the memory of its weights."""
-        model = self.check()
-        if model.quantization is not None:
-            return weight_bytes(model)
-        dtype = "float32" if self.dtype == "auto" and device == "cpu" else self.dtype
-        return weight_bytes(model, None if dtype == "auto" else dtype)
+        """Estimate the memory of its weights.
+
+        Args:
+            device: Where it teaches.
+        """
+        spec = self.check()
+        if spec.quantization is not None:
+            return weight_bytes(spec)
+        if self.dtype != "auto":
+            return weight_bytes(spec, self.dtype)
+        return weight_bytes(spec, "float32" if device == "cpu" else None)
 
     def load(self, device: str):
         """Return the model, frozen, in evaluation mode; quantised block by block where that is
-        asked for."""
+        asked for.
+
+        Args:
+            device: Where it teaches.
+        """
         folder = self.checkpoint.folder
         if self.quantizer is None:
             return load_model(folder, self.dtype, device).requires_grad_(False)
@@ -100,10 +117,26 @@ class Teacher:
             self.quantizer.run(folder, Path(scratch), Context(device))
             return load_model(scratch, self.dtype, device).requires_grad_(False)
 
+    def vocabulary_problem(self, student: str, loss: str) -> str:
+        """Say that the vocabularies differ, and what can be done.
+
+        Args:
+            student: The student's name.
+            loss: Name of the divergence.
+        """
+        return (
+            f"{self.source.label} has another vocabulary than {student}, and teacher.loss={loss} "
+            "compares them token by token.\n"
+            "DSKD does not need the same one: use teacher=dskd (teacher.method=dskd)."
+        )
+
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Return token -> id of the tokenizer in ``folder``, read from ``tokenizer.json``; None where
-    there is none."""
+    """Return token -> id of a tokenizer, read from ``tokenizer.json``; None where there is none.
+
+    Args:
+        folder: Of the checkpoint.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -111,19 +144,26 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
     tokens = content["model"].get("vocab")
     if not isinstance(tokens, dict):  # unigram models list their pieces with scores
         tokens = {piece[0]: number for number, piece in enumerate(tokens or ())}
-    return {
-        **tokens,
-        **{added["content"]: added["id"] for added in content.get("added_tokens", ())},
-    }
+    added_tokens = {added["content"]: added["id"] for added in content.get("added_tokens", ())}
+    return {**tokens, **added_tokens}
 
 
 def full_vocabulary(folder: Path) -> dict[str, int]:
-    """As :func:`vocabulary`, by way of transformers where there is no ``tokenizer.json``."""
-    found = vocabulary(folder)
-    return load_tokenizer(folder).get_vocab() if found is None else found
+    """As :func:`vocabulary`, by way of transformers where there is no ``tokenizer.json``.
+
+    Args:
+        folder: Of the checkpoint.
+    """
+    tokens = vocabulary(folder)
+    return load_tokenizer(folder).get_vocab() if tokens is None else tokens
 
 
-def same_vocabulary(one: Path, other: Path) -> bool:
+def same_vocabulary(student: Path, teacher: Path) -> bool:
     """Whether two checkpoints number the same tokens alike. Equal sizes do not tell: the content is
-    compared."""
-    return one == other or full_vocabulary(one) == full_vocabulary(other)
+    compared.
+
+    Args:
+        student: Folder of the one.
+        teacher: Folder of the other.
+    """
+    return student == teacher or full_vocabulary(student) == full_vocabulary(teacher)

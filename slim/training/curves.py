@@ -12,7 +12,12 @@ from slim.training.callbacks import Outcome
 
 def write_curves(outcome: Outcome, target: Path) -> None:
     """Write ``loss.json`` and ``loss.png``: training and validation loss, learning rate and tokens
-    per second by step."""
+    per second by step.
+
+    Args:
+        outcome: What the training gave.
+        target: Folder of the result; they go to its report.
+    """
     folder = target / REPORT
     folder.mkdir(exist_ok=True)
     validation = [{"step": step, "loss": loss} for step, loss in outcome.validation.items()]
@@ -24,8 +29,8 @@ def write_curves(outcome: Outcome, target: Path) -> None:
 def _draw(curves: dict, path: Path) -> None:
     figure = new_figure(7.0, 7.5)
     losses, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    for name, style, colour in (("train", "-", KEPT), ("validation", "o-", REMOVED)):
-        losses.plot(*_points(curves[name], "loss"), style, color=colour, label=name)
+    losses.plot(*_points(curves["train"], "loss"), "-", color=KEPT, label="train")
+    losses.plot(*_points(curves["validation"], "loss"), "o-", color=REMOVED, label="validation")
     losses.axvline(curves["best_step"], linestyle=":", color="grey", label="best, kept")
     losses.set(ylabel="loss per token (nats)")
     losses.legend(fontsize="small", frameon=False)
@@ -37,4 +42,6 @@ def _draw(curves: dict, path: Path) -> None:
 
 
 def _points(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    return [record["step"] for record in records], [record[name] for record in records]
+    """Return the steps and the values of one curve."""
+    steps = [record["step"] for record in records]
+    return steps, [record[name] for record in records]

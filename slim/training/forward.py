@@ -16,45 +16,72 @@ from slim.models.logits import head_logits
 def sequence_nll(
     model: nn.Module, tokens: Tensor, labels: Tensor, positions: Tensor | None = None
 ) -> Tensor:
-    """Return the summed negative log-likelihood, in nats, of the tokens whose label is not
-    ``IGNORE``.
+    """Return the summed negative log-likelihood, in nats, of the tokens with a label.
 
-    tokens, labels, positions: int64 [rows, length]. With positions that start again at 0 inside a
-    row, each such piece is a sequence of its own: no mask and no cache may be given then, or
-    transformers lets them see each other. The head runs on the outputs that predict a label only,
-    which saves most of it where answers are short."""
+    The head runs on the outputs that predict a label only, which saves most of it where answers are
+    short.
+
+    Args:
+        model: A causal language model, plain or wrapped by PEFT.
+        tokens: int64 [rows, length].
+        labels: int64 [rows, length], the tokens again, or ``IGNORE``.
+        positions: int64 [rows, length] or None. Where they start again at 0 inside a row, each such
+            piece is a sequence of its own.
+    """
     hidden, target = counted(last_hidden(model, tokens, positions), labels)
     logits = head_logits(plain_model(model), hidden)
     return F.cross_entropy(logits.float(), target, reduction="sum")
 
 
 def counted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pick what counts: the hidden states [tokens, hidden] that predict a token with a label, and
-    these [tokens]."""
+    """Pick what counts.
+
+    Args:
+        hidden: [rows, length, hidden size], the outputs of the final norm.
+        labels: int64 [rows, length].
+
+    Returns:
+        The hidden states [tokens, hidden size] that predict a token with a label, and these tokens,
+        int64 [tokens].
+    """
     target = labels[:, 1:]
     counts = target != IGNORE
     return hidden[:, :-1][counts], target[counts]
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside PEFT's wrapper, or ``model`` itself."""
+    """Return the transformers model inside PEFT's wrapper, or the model itself.
+
+    Args:
+        model: Plain or wrapped.
+    """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def body_outputs(model: nn.Module, tokens: Tensor, positions: Tensor | None = None, **wanted: bool):
-    """Return what the model gives below its head; arguments as in :func:`sequence_nll`.
+    """Return what the model gives below its head.
 
-    wanted: ``output_hidden_states``, ``output_attentions``.
+    Args:
+        model: As in :func:`sequence_nll`.
+        tokens: int64 [rows, length].
+        positions: int64 [rows, length] or None.
+        **wanted: ``output_hidden_states``, ``output_attentions``.
     """
     body = plain_model(model).base_model
+    # No mask and no cache: with either, transformers lets packed sequences see each other.
     return body(
         input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, **wanted
     )
 
 
 def last_hidden(model: nn.Module, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return the outputs of the final norm, [rows, length, hidden]; arguments as in
-    :func:`sequence_nll`."""
+    """Return the outputs of the final norm, [rows, length, hidden size].
+
+    Args:
+        model: As in :func:`sequence_nll`.
+        tokens: int64 [rows, length].
+        positions: int64 [rows, length] or None.
+    """
     return body_outputs(model, tokens, positions)[0]
 
 
@@ -62,13 +89,19 @@ def last_hidden(model: nn.Module, tokens: Tensor, positions: Tensor | None = Non
 def mean_nll(
     model: nn.Module, batches: Iterable[dict], device: str | torch.device = "cpu"
 ) -> float:
-    """Return the mean negative log-likelihood per counted token over ``batches``, in nats; the
-    model's mode is kept."""
+    """Return the mean negative log-likelihood per counted token, in nats.
+
+    Args:
+        model: Its mode is kept.
+        batches: Each with ``tokens``, ``labels`` and perhaps ``positions``.
+        device: Where the model is.
+    """
+
+    def nll(batch: dict) -> Tensor:
+        return sequence_nll(model, batch["tokens"], batch["labels"], batch.get("positions"))
+
     training = model.training
     model.eval()
-    nll = lambda batch: sequence_nll(
-        model, batch["tokens"], batch["labels"], batch.get("positions")
-    )  # noqa: E731
     total, count = summed_nll(nll, batches, device)
     model.train(training)
     return total / count
@@ -77,8 +110,15 @@ def mean_nll(
 def summed_nll(
     nll: Callable[[dict], Tensor], batches: Iterable[dict], device: str | torch.device
 ) -> tuple[float, int]:
-    """Return the sum of ``nll(batch)`` over ``batches``, and how many tokens counted."""
-    total, count = 0.0, 0
+    """Return the negative log-likelihood summed over batches, and how many tokens counted.
+
+    Args:
+        nll: Gives that of one batch, whose tensors are on ``device``.
+        batches: Each with ``labels``, int64 [rows, length].
+        device: Where to compute.
+    """
+    total = 0.0
+    count = 0
     for batch in batches:
         moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         total += nll(moved).double().item()

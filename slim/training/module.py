@@ -24,11 +24,18 @@ class NotFinite(ArithmeticError):
 
 @dataclass(frozen=True)
 class Optimization:
-    """An optimiser (``optimizers.py``) and its schedule.
+    """An optimiser and its schedule.
 
-    warmup: in steps. floor: factor on the learning rate at the end. betas: decay of the two
-        moments.
-    clip: largest norm of the gradient over all parameters; 0 for no limit.
+    Attributes:
+        steps: Of the whole training.
+        learning_rate: The highest.
+        schedule: A name in ``schedule.py``.
+        warmup: Steps over which the rate rises.
+        weight_decay: On matrices only.
+        floor: Factor on the learning rate at the end.
+        betas: Decay of the two moments.
+        clip: Largest norm of the gradient over all parameters; 0 for no limit.
+        optimizer: A name in ``optimizers.py``.
     """
 
     steps: int
@@ -43,12 +50,15 @@ class Optimization:
 
 
 class LanguageModeling(pl.LightningModule):
-    """Trains the parameters of ``model`` that require gradients to predict the tokens with labels.
-
-    model: a causal language model of transformers, plain or wrapped by PEFT. optimisation: None to
-    evaluate only."""
+    """Trains the parameters that require gradients to predict the tokens with labels."""
 
     def __init__(self, model: nn.Module, optimisation: Optimization | None = None):
+        """Wrap the model.
+
+        Args:
+            model: A causal language model of transformers, plain or wrapped by PEFT.
+            optimisation: How it is trained; None to evaluate only.
+        """
         super().__init__()
         self.model = model
         self.optimisation = optimisation
@@ -56,16 +66,29 @@ class LanguageModeling(pl.LightningModule):
         self.step_nll = 0.0
 
     def nll(self, batch: dict) -> Tensor:
-        """Return the summed negative log-likelihood, in nats, of the tokens with labels."""
+        """Return the summed negative log-likelihood, in nats, of the tokens with labels.
+
+        Args:
+            batch: ``tokens``, ``labels`` and perhaps ``positions``, int64 [rows, length].
+        """
         return sequence_nll(self.model, batch["tokens"], batch["labels"], batch.get("positions"))
 
     def total(self, batch: dict) -> Tensor:
-        """Return what is minimised, summed over the tokens of the micro-batch that count."""
+        """Return what is minimised, summed over the tokens of the micro-batch that count.
+
+        Args:
+            batch: As for :meth:`nll`.
+        """
         return self.nll(batch)
 
     def forward(self, batch: dict, held_out: bool = False) -> Tensor:
         """Return what is minimised, or, for validation, the negative log-likelihood; both summed
-        over tokens."""
+        over tokens.
+
+        Args:
+            batch: As for :meth:`nll`.
+            held_out: Whether this is validation.
+        """
         return self.nll(batch) if held_out else self.total(batch)
 
     def configure_model(self) -> None:
@@ -78,10 +101,11 @@ class LanguageModeling(pl.LightningModule):
         total = self(distributed.rows_of(batch))
         everywhere = distributed.sum_over_processes(total.detach())
         if not torch.isfinite(everywhere):
-            raise NotFinite(
-                f"The loss is {everywhere.item()} at step {self.trainer.global_step + 1}{where(batch)}"
-            )
-        self.step_nll = everywhere + (0 if index % parts == 0 else self.step_nll)
+            step = self.trainer.global_step + 1
+            raise NotFinite(f"The loss is {everywhere.item()} at step {step}{where(batch)}")
+        if index % parts == 0:  # the first micro-batch of a step
+            self.step_nll = 0.0
+        self.step_nll = self.step_nll + everywhere
         # Lightning divides by the number of micro-batches, DeepSpeed does so again, and gradients
         # are averaged over processes; here the step's number of tokens is the only denominator.
         divided = parts**2 if self.trainer.strategy.handles_gradient_accumulation else parts
@@ -92,27 +116,34 @@ class LanguageModeling(pl.LightningModule):
     ) -> None:
         """Clip here, since Lightning refuses to together with a fused optimiser in mixed precision.
 
-        gradient_clip_val: given where DeepSpeed clips, which alone has the whole gradient then.
+        Args:
+            optimizer: Whose parameters' gradients are clipped.
+            gradient_clip_val: Given where DeepSpeed clips, which alone has the whole gradient then.
+            gradient_clip_algorithm: Not used.
         """
-        if self.optimisation.clip and not gradient_clip_val:
-            trained = (
-                parameter for group in optimizer.param_groups for parameter in group["params"]
-            )
-            nn.utils.clip_grad_norm_(trained, self.optimisation.clip)
+        if not self.optimisation.clip or gradient_clip_val:
+            return
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(trained, self.optimisation.clip)
 
     def parameter_groups(self) -> list[dict]:
         """Return what is trained, as the optimiser wants it."""
         return decay_groups(self.model.named_parameters(), self.optimisation.weight_decay)
 
     def configure_optimizers(self) -> dict:
-        o = self.optimisation
-        optimizer = optimizers.build(o.optimizer, self.parameter_groups(), o.learning_rate, o.betas)
+        chosen = self.optimisation
+        optimizer = optimizers.build(
+            chosen.optimizer, self.parameter_groups(), chosen.learning_rate, chosen.betas
+        )
         if self.trainer.precision == SCALED:
             unfused(optimizer)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: learning_rate_factor(step, o.steps, o.schedule, o.warmup, o.floor),
-        )
+
+        def factor(step: int) -> float:
+            return learning_rate_factor(
+                step, chosen.steps, chosen.schedule, chosen.warmup, chosen.floor
+            )
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -120,15 +151,24 @@ class LanguageModeling(pl.LightningModule):
 
 
 def where(batch: dict) -> str:
-    """Name the windows of a batch, for a message."""
+    """Name the windows of a batch, for a message.
+
+    Args:
+        batch: A micro-batch, perhaps with the numbers of its ``windows``.
+    """
     if "windows" not in batch:
         return ""
-    return f", in windows {', '.join(str(number) for number in batch['windows'].tolist())} of the training data"
+    numbers = ", ".join(str(number) for number in batch["windows"].tolist())
+    return f", in windows {numbers} of the training data"
 
 
 def unfused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Let the scaler of a float16 training undo its scale before gradients are clipped: a fused
-    step does so inside."""
+    step does so inside.
+
+    Args:
+        optimizer: Changed in place, and returned.
+    """
     for group in optimizer.param_groups:
         if group.get("fused"):
             group["fused"] = False
@@ -137,10 +177,21 @@ def unfused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Return the optimiser's groups: matrices with weight decay, norms and biases without."""
-    trained = [parameter for _, parameter in parameters if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+    """Return the optimiser's groups: matrices with weight decay, norms and biases without.
+
+    Args:
+        parameters: Of a model, by name.
+        weight_decay: Of the matrices.
+    """
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for _, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() > 1:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -6,10 +6,9 @@ would, so the plain model is never in memory while training. Afterwards there ar
 results:
 
 - ``merge=true``: dequantised base + s B A, a plain model. The adapters were trained on the
-quantised base; added to the
-  original weights, or quantised again together with these, they would give models that nobody
-  trained.
-- ``merge=false``: the quantised base with the adapters beside it.
+  quantised base; added to the original weights, or quantised again together with these, they would
+  give models that nobody trained.
+- ``merge=false``: the quantised base with the adapters next to it.
 
 The quantised base is worse than the source. So a merged result has to beat the *source* to be kept.
 """
@@ -50,8 +49,10 @@ BASE = "base"  # folder of the quantised base in the work folder
 class QLora(Lora):
     """Low-rank adapters on a quantised base.
 
-    base_quant: how the base is held: ``nf4`` or ``int8``. double_quant: of nf4: quantise the scales
-    too."""
+    Attributes:
+        base_quant: How the base is held: ``nf4`` or ``int8``.
+        double_quant: With nf4, quantise the scales too.
+    """
 
     cache_name: ClassVar[str] = "QLora"
 
@@ -66,7 +67,9 @@ class QLora(Lora):
     @property
     def quantizer(self) -> bnb.BitsAndBytes:
         """The stage that quantises the base."""
-        return bnb.NF4(self.double_quant) if self.base_quant == "nf4" else bnb.Int8()
+        if self.base_quant == "nf4":
+            return bnb.NF4(self.double_quant)
+        return bnb.Int8()
 
     def check_weights(self, spec: ModelSpec) -> None:
         spec.require_plain(
@@ -77,20 +80,32 @@ class QLora(Lora):
         self.quantizer.check(spec)
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
-        return spec if self.merge else super().output_spec(self.quantizer.output_spec(spec))
+        if self.merge:
+            return spec
+        return super().output_spec(self.quantizer.output_spec(spec))
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
-        packed = super().peak_bytes(self.quantizer.output_spec(spec), device)
-        # while merging, beside the packed base
-        dense = weight_bytes(spec, "float32" if device == "cpu" else None)
-        merging = weight_bytes(self.quantizer.output_spec(spec)) + dense if self.merge else 0
-        return max(self.quantizer.peak_bytes(spec, device), packed, merging)
+        packed_spec = self.quantizer.output_spec(spec)
+        training = super().peak_bytes(packed_spec, device)
+        merging = 0
+        if self.merge:  # the packed base and the plain model are there together
+            dense = weight_bytes(spec, "float32" if device == "cpu" else None)
+            merging = weight_bytes(packed_spec) + dense
+        return max(self.quantizer.peak_bytes(spec, device), training, merging)
 
     # The work
 
     def trained_on(self, checkpoint: Checkpoint, context: Context) -> Checkpoint:
         """Quantise the source into the work folder, once for all processes and for a training that
-        goes on."""
+        is resumed.
+
+        Args:
+            checkpoint: The source.
+            context: Has the work folder.
+
+        Returns:
+            The quantised base.
+        """
         folder = context.work / BASE
         if processes.is_main_process() and not folder.is_dir():
             with atomic_path(folder) as partial:
@@ -105,11 +120,13 @@ class QLora(Lora):
         with tempfile.TemporaryDirectory() as work:
             return super().run(source, target, replace(context, work=Path(work)))
 
-    def merged(self, model, probe: torch.Tensor, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
-        dense = load_model(learnt.checkpoint.folder, device=learnt.device)
+    def merged(
+        self, model, probe: torch.Tensor, learned: task.Task
+    ) -> tuple[torch.nn.Module, dict]:
+        dense = load_model(learned.checkpoint.folder, device=learned.device)
         return adapters.merge_adapters(model, probe, dense)
 
-    def untouched_loss(self, outcome: fit.Outcome, learnt: task.Task) -> float:
+    def untouched_loss(self, outcome: fit.Outcome, learned: task.Task) -> float:
         if not self.merge:
             return outcome.before
-        return self.measure(load_model(learnt.checkpoint.folder, device=learnt.device), learnt)
+        return self.measure(load_model(learned.checkpoint.folder, device=learned.device), learned)

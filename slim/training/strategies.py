@@ -5,7 +5,8 @@ settings.
 and the optimiser's state are split over the processes, block by block (Zhao et al.,
 arXiv:2304.11277). ``deepspeed_zero2`` splits gradients and optimiser, ``deepspeed_zero3`` the
 parameters too, a teacher's included, and ``_offload`` keeps them in the host's memory (Rajbhandari
-et al., arXiv:1910.02054; Ren et al., arXiv:2101.06840)."""
+et al., arXiv:1910.02054; Ren et al., arXiv:2101.06840).
+"""
 
 from __future__ import annotations
 
@@ -13,34 +14,43 @@ import os
 from typing import Any
 
 from slim.core import processes
-from slim.training.hardware import DEEPSPEED
+from slim.training.trainer_settings import DEEPSPEED
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
 
-def trainer_settings(
+def trainer_arguments(
     strategy: str, device: str, precision: str, clip: float = 0.0
 ) -> dict[str, Any]:
     """Return the arguments of ``pl.Trainer`` that say where and how to compute.
 
-    strategy: as :meth:`slim.training.hardware.Hardware.resolved_strategy` gives it. clip: largest
-    norm of the gradient."""
+    Args:
+        strategy: As ``TrainerSettings.resolved_strategy`` gives it.
+        device: Torch's name of the device.
+        precision: Lightning's name of the precision.
+        clip: Largest norm of the gradient; 0 for no limit.
+    """
     on_gpu = device.startswith("cuda")
-    where = {"accelerator": "gpu" if on_gpu else "cpu", **precision_settings(precision, on_gpu)}
+    arguments = precision_arguments(precision, on_gpu)
+    arguments["accelerator"] = "gpu" if on_gpu else "cpu"
     if strategy == "auto":
-        return {**where, "devices": 1}
-    machines = processes.world_size() // processes.local_world_size()
-    where |= {
-        "devices": processes.local_world_size(),
-        "num_nodes": machines,
-        "strategy": build(strategy, on_gpu),
-    }
-    return where | ({"gradient_clip_val": clip or None} if strategy in DEEPSPEED else {})
+        return {**arguments, "devices": 1}
+    arguments["devices"] = processes.local_world_size()
+    arguments["num_nodes"] = processes.world_size() // processes.local_world_size()
+    arguments["strategy"] = build(strategy, on_gpu)
+    if strategy in DEEPSPEED:  # it alone has the whole gradient
+        arguments["gradient_clip_val"] = clip or None
+    return arguments
 
 
-def precision_settings(precision: str, on_gpu: bool) -> dict[str, Any]:
-    """Return the arguments that set the precision; given its name, Lightning would replace float16
-    on a CPU."""
+def precision_arguments(precision: str, on_gpu: bool) -> dict[str, Any]:
+    """Return the arguments of ``pl.Trainer`` that set the precision.
+
+    Args:
+        precision: Lightning's name.
+        on_gpu: Whether the training is on a GPU.
+    """
+    # Given its name, Lightning would replace float16 on a CPU.
     if precision == "16-mixed" and not on_gpu:
         from lightning.pytorch.plugins import MixedPrecision
 
@@ -49,7 +59,12 @@ def precision_settings(precision: str, on_gpu: bool) -> dict[str, Any]:
 
 
 def build(strategy: str, on_gpu: bool):
-    """Return Lightning's strategy."""
+    """Return Lightning's strategy.
+
+    Args:
+        strategy: ``ddp``, ``fsdp`` or one of ``DEEPSPEED``.
+        on_gpu: Whether the training is on GPUs.
+    """
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     if strategy == "ddp":
@@ -63,8 +78,13 @@ def build(strategy: str, on_gpu: bool):
 
 
 def deepspeed_strategy(name: str, on_gpu: bool):
-    """Return Lightning's DeepSpeed strategy for ``name``; on a CPU one that runs under gloo, for
-    trying things out."""
+    """Return Lightning's DeepSpeed strategy; on a CPU one that runs under gloo, for trying things
+    out.
+
+    Args:
+        name: One of ``DEEPSPEED``.
+        on_gpu: Whether the training is on GPUs.
+    """
     prepare_deepspeed(on_gpu)
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
@@ -74,10 +94,8 @@ def deepspeed_strategy(name: str, on_gpu: bool):
         "overlap_comm": on_gpu,
     }
     if name.endswith("_offload"):
-        zero |= {
-            place: {"device": "cpu", "pin_memory": on_gpu}
-            for place in ("offload_optimizer", "offload_param")
-        }
+        host = {"device": "cpu", "pin_memory": on_gpu}
+        zero |= {"offload_optimizer": dict(host), "offload_param": dict(host)}
     config = {
         "train_micro_batch_size_per_gpu": 1,  # for its own statistics only
         "zero_allow_untested_optimizer": True,
@@ -88,7 +106,11 @@ def deepspeed_strategy(name: str, on_gpu: bool):
 
 
 def prepare_deepspeed(on_gpu: bool) -> None:
-    """Set what DeepSpeed reads when it is imported."""
+    """Set what DeepSpeed reads when it is imported.
+
+    Args:
+        on_gpu: Whether the training is on GPUs.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import deepspeed
 
@@ -119,9 +141,13 @@ def cpu_strategy() -> type:
 
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             engine, optimizer, _, _ = deepspeed.initialize(
-                config=self.config, model=model, model_parameters=trained, optimizer=optimizer, lr_scheduler=lr_scheduler,
+                config=self.config,
+                model=model,
+                model_parameters=trained,
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
                 dist_init_required=False,
-            )  # fmt: skip
+            )
             return engine, optimizer
 
     return CpuDeepSpeedStrategy

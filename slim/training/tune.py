@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slim.checkpoints.writer import write_blocks
+from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.core.settings import require_flag, require_number
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from slim.training import adapters, stored, task
 else:
     adapter_checkpoint = LazyModule("slim.loading.adapters")
-    adapters, stored = LazyModule("slim.training.adapters"), LazyModule("slim.training.stored")
+    adapters = LazyModule("slim.training.adapters")
+    stored = LazyModule("slim.training.stored")
 
 
 @dataclass
@@ -36,14 +38,18 @@ class Lora(Tuner):
     """Low-rank adapters on linear layers of the blocks, merged afterwards (Hu et al.,
     arXiv:2106.09685).
 
-    r: rank. alpha: the adapters' output is scaled by alpha / r. dropout: of the adapters' input.
-    targets: projections with adapters, such as ``[q_proj, v_proj]``, or patterns (``targets.py``);
-        null for all linear layers of the blocks.
-    rank_pattern: pattern of layers -> their rank; others have r. rslora: scale by alpha /
-        sqrt(rank).
-    dora: train the length of every row of the weights apart from its direction.
-    merge: fold the adapters into the weights; False leaves them beside the weights, which stay as
-    they are."""
+    Attributes:
+        r: Rank, 1 to 4096.
+        alpha: The adapters' output is scaled by alpha / r.
+        dropout: Of the adapters' input, 0 to 0.99.
+        targets: Layers with adapters, such as ``[q_proj, v_proj]``, or patterns (``targets.py``);
+            None for all linear layers of the blocks.
+        rank_pattern: Pattern of layers -> their rank; others have ``r``.
+        rslora: Scale by alpha / sqrt(rank).
+        dora: Train the length of every row of the weights apart from its direction.
+        merge: Fold the adapters into the weights; False leaves them next to the weights, which stay
+            as they are.
+    """
 
     cache_name: ClassVar[str] = "Lora"
 
@@ -65,22 +71,25 @@ class Lora(Tuner):
         require_number(self.setting("dropout"), self.dropout, 0, 0.99)
         for name in ("rslora", "dora", "merge"):
             require_flag(self.setting(name), getattr(self, name))
-        if self.targets is not None:
-            self.targets = [
-                str(target)
-                for target in ([self.targets] if isinstance(self.targets, str) else self.targets)
-            ]
-            if not self.targets:
-                raise SlimError(
-                    f"{self.group}.targets=[] leaves nothing to train. Use null for all linear layers."
-                )
-        self.rank_pattern = {
-            str(pattern): rank for pattern, rank in (self.rank_pattern or {}).items()
-        }
-        for pattern, rank in self.rank_pattern.items():
-            require_number(
-                f"{self.setting('rank_pattern')}: {pattern}", rank, 1, 4096, integer=True
+        self._check_targets()
+        self._check_rank_pattern()
+
+    def _check_targets(self) -> None:
+        if self.targets is None:
+            return
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        self.targets = [str(target) for target in targets]
+        if not self.targets:
+            raise SlimError(
+                f"{self.group}.targets=[] leaves nothing to train. Use null for all linear layers."
             )
+
+    def _check_rank_pattern(self) -> None:
+        ranks = self.rank_pattern or {}
+        self.rank_pattern = {str(pattern): rank for pattern, rank in ranks.items()}
+        for pattern, rank in self.rank_pattern.items():
+            setting = f"{self.setting('rank_pattern')}: {pattern}"
+            require_number(setting, rank, 1, 4096, integer=True)
 
     def packages(self) -> tuple[str, ...]:
         return ("peft",)
@@ -94,44 +103,75 @@ class Lora(Tuner):
             return
         if self.merge:
             raise SlimError(
-                f"{spec.name} is quantised, and merged adapters would make its weights plain again. "
-                f"Use {self.group}.merge=false to keep them beside it. Or: Tune first and quantise the result."
+                f"{spec.name} is quantised, and merged adapters would make its weights plain again."
+                f"\nUse {self.group}.merge=false to keep them next to it. "
+                "Or: Tune first and quantise the result."
             )
         self.refuse_splitting()
         stored = read_config(spec.quantization, spec.name)  # refuses formats slim does not read
         stored.format.require_library()
         if self.dora and not stored.format.trains_dora:
-            need = "needs plain weights or those of bitsandbytes"
-            raise SlimError(f"{self.group}.dora=true {need}. Use {self.group}.dora=false.")
+            raise SlimError(
+                f"{self.group}.dora=true needs plain weights or those of bitsandbytes. "
+                f"Use {self.group}.dora=false."
+            )
 
     def refuse_splitting(self) -> None:
-        """Raise ``SlimError`` where packed weights would have to be split over devices."""
+        """Check that packed weights would not have to be split over devices.
+
+        Raises:
+            SlimError: They would.
+        """
         if self.trainer.sharded:
             raise SlimError(
-                f"trainer.strategy={self.trainer.strategy} splits weights over devices, and quantised ones cannot be split. "
-                "Use trainer=ddp or trainer=deepspeed_zero2."
+                f"trainer.strategy={self.trainer.strategy} splits weights over devices, and "
+                "quantised ones cannot be split. Use trainer=ddp or trainer=deepspeed_zero2."
             )
 
     def ranks(self, spec: ModelSpec) -> dict[str, int]:
-        """Return full name -> rank of the layers with adapters. Raises ``SlimError`` for names that
-        do not exist."""
+        """Return full name -> rank of the layers with adapters.
+
+        Args:
+            spec: The model to train.
+
+        Raises:
+            SlimError: ``targets`` or ``rank_pattern`` name what does not exist.
+        """
         adapted = find_targets(spec, self.targets, self.setting("targets"))
         return find_ranks(spec, adapted, self.r, self.rank_pattern, self.group)
 
     def target_names(self, spec: ModelSpec) -> list[str]:
         """Return the layers with adapters as PEFT takes them: names within a block, or whole ones
-        where blocks differ."""
-        adapted, linears = self.ranks(spec), list(spec.block_linears())
-        within = [name for name in linears if any(whole.endswith(f".{name}") for whole in adapted)]
-        return within if len(adapted) == spec.blocks * len(within) else list(adapted)
+        where blocks differ.
+
+        Args:
+            spec: The model to train.
+        """
+        adapted = self.ranks(spec)
+        endings = {f".{name}": name for name in spec.block_linears()}
+        within = [
+            name
+            for ending, name in endings.items()
+            if any(full_name.endswith(ending) for full_name in adapted)
+        ]
+        if len(adapted) == spec.blocks * len(within):
+            return within
+        return list(adapted)
 
     def adapter_parameters(self, spec: ModelSpec) -> int:
-        """Count the adapters' parameters: r (in + out) per linear layer, with DoRA out more."""
+        """Count the adapters' parameters: r (in + out) per linear layer, with DoRA out more.
+
+        Args:
+            spec: The model to train.
+        """
         shapes = layer_shapes(spec)
-        return sum(
-            rank * sum(shapes[name]) + self.dora * shapes[name][0]
-            for name, rank in self.ranks(spec).items()
-        )
+        total = 0
+        for name, rank in self.ranks(spec).items():
+            out_features, in_features = shapes[name]
+            total += rank * (out_features + in_features)
+            if self.dora:
+                total += out_features
+        return total
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
         if self.merge:
@@ -140,7 +180,7 @@ class Lora(Tuner):
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
         plain = "float32" if device == "cpu" and spec.quantization is None else None
-        # merging makes one layer's product
+        # Merging makes the product of one layer at a time, which is little.
         trained = self.bytes_per_trained * self.adapter_parameters(spec)
         return weight_bytes(spec, plain) + trained + self.activation_bytes(spec)
 
@@ -157,40 +197,55 @@ class Lora(Tuner):
             self.rank_pattern,
         )
 
-    def finish(self, model, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
-        probe = learnt.held_out[0]["tokens"][:1].to(learnt.device)
+    def finish(self, model, learned: task.Task) -> tuple[torch.nn.Module, dict]:
+        probe = learned.held_out[0]["tokens"][:1].to(learned.device)
         if not self.merge:
             return model, {"adapter_effect": adapters.adapter_effect(model, probe)}
-        plain, facts = self.merged(model, probe, learnt)
-        tell_merged(facts)
-        return plain, facts | stored.finalize(plain, learnt.checkpoint)
+        plain, metadata = self.merged(model, probe, learned)
+        tell_merged(metadata)
+        return plain, metadata | stored.finalize(plain, learned.checkpoint)
 
-    def merged(self, model, probe: torch.Tensor, learnt: task.Task) -> tuple[torch.nn.Module, dict]:
-        """Return the plain model with the adapters of ``model`` folded in, and by how much its
-        outputs differ."""
+    def merged(
+        self, model, probe: torch.Tensor, learned: task.Task
+    ) -> tuple[torch.nn.Module, dict]:
+        """Fold the adapters in.
+
+        Args:
+            model: The trained model, wrapped by PEFT.
+            probe: int64 [rows, length], tokens to compare outputs on.
+            learned: The task.
+
+        Returns:
+            The plain model, and by how much its outputs differ, see
+            :func:`slim.training.adapters.merge_adapters`.
+        """
         return adapters.merge_adapters(model, probe)
 
     def inherited(self, checkpoint: Checkpoint) -> dict:
-        # an adapter on top fills the zeros
+        # An adapter on top fills the zeros.
         return super().inherited(checkpoint) if self.merge else {}
 
     def save(
         self, model, better: bool, checkpoint: Checkpoint, base: Checkpoint, target: Path
     ) -> None:
         if self.merge or not better:
-            super().save(model, better, checkpoint if self.merge else base, base, target)
+            untouched = checkpoint if self.merge else base
+            super().save(model, better, untouched, base, target)
             return
         write_blocks(base, target, list(range(base.spec.blocks)))
         adapter_checkpoint.save_adapter(model, target)
 
 
-def tell_merged(facts: dict) -> None:
-    """Print what merging changed."""
-    from slim.core.console import say
+def tell_merged(metadata: dict) -> None:
+    """Print what merging changed.
 
+    Args:
+        metadata: What :func:`slim.training.adapters.merge_adapters` gave.
+    """
     say(
-        f"Adapters merged: outputs differ from the trained model's by at most {facts['merge_error']:.2g} (logits); "
-        f"the adapters' own effect is {facts['adapter_effect']:.2g}.",
+        "Adapters merged: outputs differ from the trained model's by at most "
+        f"{metadata['merge_error']:.2g} (logits); "
+        f"the adapters' own effect is {metadata['adapter_effect']:.2g}."
     )
 
 

@@ -160,6 +160,8 @@ def test_help_lists_the_groups():
         "trainer",
     ):
         assert re.search(rf"^{group}:", result.stdout, re.MULTILINE), group
+    # files that choices build on are no choices themselves
+    assert not re.search(r"^[\w/]+:.*\b_", result.stdout.split("== Config ==")[0], re.MULTILINE)
 
 
 @pytest.mark.parametrize("script", ["compress.py", "train.py", "evaluate.py"])

@@ -131,11 +131,9 @@ def test_a_very_sure_student_has_finite_gradients():
 def test_every_window_gets_its_own_tokens_back(teacher, tmp_path, data, monkeypatch):
     """Against a teacher asked directly, window by window, with files so small that windows lie
     across two of them."""
-    from slim.distillation.tasks import DistillationTask
-
     monkeypatch.setattr(cache, "PART_TOKENS", 300)
     stage = Lora(**by(teacher, tmp_path / "cache", data=data, steps=9, temperature=2.0, top_k=5))
-    task = DistillationTask(stage, open_checkpoint(teacher), "cpu", "32-true")
+    task = stage.task(open_checkpoint(teacher), "cpu", "32-true")
     found = task.cached_teacher().cache
     assert len(found.parts) > 2
     model = load_model(teacher, "float32")

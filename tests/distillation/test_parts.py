@@ -163,11 +163,11 @@ def test_the_blocks_a_student_was_made_from_are_found(teacher, student, tmp_path
 
 
 def test_blocks_that_cannot_be_compared_are_evenly_spaced(teacher, tmp_path):
-    from slim.distillation.matching import found_map
+    from slim.distillation.matching import nearest_map
 
     # no parameter of one shape
     wide = build_small("llama", tmp_path / "wide", num_hidden_layers=2, vocab_size=1536)
-    assert found_map(load_model(wide).model.layers, load_model(teacher).model.layers) == [0, 3]
+    assert nearest_map(load_model(wide).model.layers, load_model(teacher).model.layers) == [0, 3]
     # norms only, and all of them are ones
     narrow = {**NARROW, "intermediate_size": 32, "num_hidden_layers": 3}
     narrow = {**narrow, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -175,13 +175,13 @@ def test_blocks_that_cannot_be_compared_are_evenly_spaced(teacher, tmp_path):
         load_model(build_small("llama", tmp_path / "narrow", **narrow)),
         load_model(teacher),
     )
-    assert found_map(model.model.layers, whole.model.layers) == [0, 2, 3]
+    assert nearest_map(model.model.layers, whole.model.layers) == [0, 2, 3]
     with torch.no_grad():
         for number, block in enumerate(whole.model.layers):
             block.input_layernorm.weight.fill_(number + 1.0)
         for number, block in zip((0, 1, 3), model.model.layers, strict=True):
             block.input_layernorm.weight.fill_(number + 1.1)
-    assert found_map(model.model.layers, whole.model.layers) == [0, 1, 3]
+    assert nearest_map(model.model.layers, whole.model.layers) == [0, 1, 3]
 
 
 def test_matching_draws_hidden_states_to_the_teachers(teacher, student, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from slim.core import processes
 from slim.core.errors import SlimError
 from slim.data.examples import TinyChat, TinyText
 from slim.training import distributed, resume
-from slim.training.hardware import Hardware
+from slim.training.trainer_settings import TrainerSettings
 from slim.training.tune import Full, Lora
 from tests.conftest import ROOT, build_small
 
@@ -82,7 +82,9 @@ def curves(recorded: list) -> list:
     [
         Lora(data=TinyChat(), **QUICK, dropout=0.2, accumulation=2),
         Full(data=TinyText(), **QUICK, schedule="linear", weight_decay=0.1),
-        Full(data=TinyText(), **QUICK, optimizer="sgd", trainer=Hardware(precision="16-mixed")),
+        Full(
+            data=TinyText(), **QUICK, optimizer="sgd", trainer=TrainerSettings(precision="16-mixed")
+        ),
     ],
 )
 def test_an_interrupted_training_goes_on_to_the_same_weights(
@@ -140,7 +142,7 @@ def test_a_state_of_other_versions_or_precision_is_not_used(little, tmp_path, mo
     saved["setting"]["versions"]["torch"] = "1.0"
     record.write_text(json.dumps(saved))
     run(stage, little, tmp_path / "again", tmp_path / "work")
-    assert "Going on" not in capfd.readouterr().err
+    assert "Resuming" not in capfd.readouterr().err
 
 
 def test_saving_takes_a_small_share_of_the_time(monkeypatch):
@@ -209,7 +211,9 @@ def test_float16_with_a_scaled_loss_trains_nearly_the_same(little, tmp_path, tun
     """Clipping must see gradients without the scale, 65536 at first: else nothing moves."""
     losses = {}
     for precision in ("32-true", "16-mixed"):
-        stage = tuner(data=TinyText(), **QUICK, clip=0.5, trainer=Hardware(precision=precision))
+        stage = tuner(
+            data=TinyText(), **QUICK, clip=0.5, trainer=TrainerSettings(precision=precision)
+        )
         losses[precision] = run(stage, little, tmp_path / precision)["validation_loss_after"]
     assert losses["32-true"] != losses["16-mixed"]
     assert losses["32-true"] == pytest.approx(losses["16-mixed"], rel=0.01)
@@ -243,14 +247,14 @@ def test_trainers_that_cannot_be_are_refused(little, monkeypatch):
 
     spec = open_checkpoint(little).spec
     with pytest.raises(SlimError, match="trainer.strategy=dpp: must be.*Did you mean ddp"):
-        Hardware(strategy="dpp")
+        TrainerSettings(strategy="dpp")
     with pytest.raises(
         SlimError, match="fsdp does not scale losses. Use trainer.precision=bf16-mixed"
     ):
-        Hardware(strategy="fsdp", precision="16-mixed")
+        TrainerSettings(strategy="fsdp", precision="16-mixed")
     for strategy in ("ddp", "fsdp"):
         with pytest.raises(SlimError, match="Start them: torchrun --nproc_per_node 2"):
-            Lora(data=TinyText(), trainer=Hardware(strategy=strategy)).check(spec)
+            Lora(data=TinyText(), trainer=TrainerSettings(strategy=strategy)).check(spec)
     honest = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
@@ -260,7 +264,7 @@ def test_trainers_that_cannot_be_are_refused(little, monkeypatch):
     with pytest.raises(
         SlimError, match=r"needs DeepSpeed. Install it: pip install 'slim\[deepspeed\]'"
     ):
-        Lora(data=TinyText(), trainer=Hardware(strategy="deepspeed_zero2")).check(spec)
+        Lora(data=TinyText(), trainer=TrainerSettings(strategy="deepspeed_zero2")).check(spec)
     launch(monkeypatch, 0, 3)
     with pytest.raises(
         SlimError,
@@ -271,16 +275,17 @@ def test_trainers_that_cannot_be_are_refused(little, monkeypatch):
 
 def test_several_processes_mean_ddp_unless_said_otherwise(monkeypatch):
     assert (
-        Hardware().resolved_strategy == "auto"
+        TrainerSettings().resolved_strategy == "auto"
         and processes.is_main_process()
         and processes.world_size() == 1
     )
     launch(monkeypatch, 1, 2)
-    assert Hardware().resolved_strategy == "ddp" and not processes.is_main_process()
+    assert TrainerSettings().resolved_strategy == "ddp" and not processes.is_main_process()
     assert (
-        Hardware(strategy="fsdp").resolved_strategy == "fsdp" and Hardware(strategy="fsdp").sharded
+        TrainerSettings(strategy="fsdp").resolved_strategy == "fsdp"
+        and TrainerSettings(strategy="fsdp").sharded
     )
-    assert not Hardware().sharded
+    assert not TrainerSettings().sharded
 
 
 def test_processes_share_rows_and_batches(monkeypatch):

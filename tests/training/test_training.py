@@ -24,8 +24,8 @@ from slim.data.examples import TextData, TinyChat, TinyText
 from slim.data.packing import IGNORE
 from slim.loading.load_model import load_model
 from slim.quantization.storage import weight_bytes
-from slim.training.hardware import Hardware
 from slim.training.schedule import learning_rate_factor
+from slim.training.trainer_settings import TrainerSettings
 from slim.training.tune import Full, Lora
 from tests.conftest import build_small
 
@@ -406,7 +406,10 @@ def test_mixed_precision_trains_nearly_the_same(little, tmp_path, tuner):
     losses = []
     for precision in ("32-true", "bf16-mixed"):
         stage = tuner(
-            data=TinyText(), **QUICK, learning_rate=0.01, trainer=Hardware(precision=precision)
+            data=TinyText(),
+            **QUICK,
+            learning_rate=0.01,
+            trainer=TrainerSettings(precision=precision),
         )
         facts = run(stage, little, tmp_path / precision)
         losses.append(facts["validation_loss_after"])
@@ -426,7 +429,7 @@ def test_gradient_checkpointing_works_and_gives_the_same(little, tmp_path, monke
             return honest(self, states)
 
         monkeypatch.setattr(LlamaMLP, "forward", counted)
-        hardware = Hardware(gradient_checkpointing=name == "checkpointed")
+        hardware = TrainerSettings(gradient_checkpointing=name == "checkpointed")
         run(Lora(data=TinyText(), **QUICK, trainer=hardware), little, tmp_path / name)
     assert calls["checkpointed"] == calls["plain"] + 6 * 2  # every block once more in every step
     plain, checkpointed = tensors(tmp_path / "plain"), tensors(tmp_path / "checkpointed")
@@ -509,13 +512,13 @@ def test_what_does_not_fit_the_model_is_refused(little):
         SlimError, match="no layer 'q_prj'.*Possible: q_proj, k_proj.*Did you mean q_proj"
     ):
         Lora(data=TinyText(), targets=["q_prj"]).check(spec)
-    with pytest.raises(SlimError, match="At most 256"):
+    with pytest.raises(SlimError, match="Use at most 256"):
         Lora(data=TinyText(), window=512).check(spec)
     with pytest.raises(SlimError, match="Tune first and quantise the result"):
         Lora(data=TinyText()).check(spec.with_config(quantization_config={"bits": 4}))
     if not torch.cuda.is_available():
         with pytest.raises(SlimError, match="torch sees no GPU"):
-            Hardware(accelerator="gpu").device("cpu")
+            TrainerSettings(accelerator="gpu").device("cpu")
 
 
 def test_a_missing_package_is_named(little, monkeypatch):
@@ -534,7 +537,8 @@ def test_a_missing_package_is_named(little, monkeypatch):
 def test_identity_holds_what_changes_the_result():
     stage = Lora(data=TinyText())
     assert (
-        stage.cache_key() == Lora(data=TinyText(), trainer=Hardware(accelerator="cpu")).cache_key()
+        stage.cache_key()
+        == Lora(data=TinyText(), trainer=TrainerSettings(accelerator="cpu")).cache_key()
     )
     assert stage.cache_key() == json.loads(json.dumps(stage.cache_key()))
     others = [
