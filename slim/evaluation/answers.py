@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.core.console import track
+from slim.core.console import track, warn
 from slim.core.errors import SlimError
 from slim.core.settings import require_flag, require_number
 from slim.data.chat import render_chat, require_chat_template
@@ -128,11 +128,23 @@ class Answers:
         from slim.evaluation.generation import continue_ids
 
         self.check_tokenizer(tokenizer)
-        rows = []
+        rows, cut = [], 0
+        room = context_length - self.new_tokens
         for question, reference in track(self.pairs(), "answers"):
-            ids = self.prompt(tokenizer, question)[-(context_length - self.new_tokens) :]
+            ids = self.prompt(tokenizer, question)
+            if not ids:
+                raise SlimError(
+                    f"The question {question!r} in {self.questions} has no tokens. Leave it out."
+                )
+            cut += len(ids) > room
+            ids = ids[-room:]
             answer = continue_ids(model, tokenizer, ids, self.new_tokens).strip()
             rows.append({"question": question, "reference": reference, "answer": answer})
+        if cut:
+            warn(
+                f"{cut} of {len(rows)} questions in {self.questions} are longer than the {room} "
+                "tokens that the context has room for: their beginnings are cut."
+            )
         protocol = {
             "questions": len(rows),
             "new_tokens": self.new_tokens,

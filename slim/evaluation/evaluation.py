@@ -226,11 +226,20 @@ class Evaluation:
         )
         return {"non_finite": first_non_finite(model, suspects(tokenizer, found, windows))}
 
-    def check_tokenizer(self, tokenizer) -> None:
-        """Raise ``SlimError`` for what the checkpoint's tokenizer cannot do, before its weights are
-        loaded."""
+    def check_tokenizer(self, tokenizer, context_length: int) -> None:
+        """Raise ``SlimError`` for what the checkpoint's tokenizer cannot do, and for prompts that
+        are too long, before weights are loaded.
+
+        Args:
+            tokenizer: of the checkpoint.
+            context_length: tokens that it has room for.
+        """
         if self.answers is not None:
             self.answers.check_tokenizer(tokenizer)
+        require_room("eval.prompts", self.prompts, tokenizer, self.new_tokens, context_length)
+        if self.speed is not None and self.speed.max_length is None:
+            texts, following = self.speed.prompts, self.speed.new_tokens
+            require_room("eval.speed.prompts", texts, tokenizer, following, context_length)
 
     def speed_prompts(self, tokenizer) -> list[list[int]]:
         """Return the tokens of the prompts that :meth:`measure_speed` times."""
@@ -268,6 +277,30 @@ class Evaluation:
         """The text that prompts for timing are cut from: the one of the perplexity, else the
         embedded one."""
         return self.perplexity or Text("tiny:heldout")
+
+
+def require_room(
+    setting: str, prompts: list[str], tokenizer, new_tokens: int, context_length: int
+) -> None:
+    """Raise ``SlimError`` for a prompt without tokens, or one that does not fit into the context
+    together with its answer.
+
+    Args:
+        setting: where the prompts come from, for the message.
+        prompts: texts.
+        tokenizer: of the checkpoint.
+        new_tokens: tokens of an answer.
+        context_length: tokens that the model has room for.
+    """
+    for number, prompt in enumerate(prompts):
+        length = len(tokenizer(prompt)["input_ids"])
+        if length == 0:
+            raise SlimError(f"{setting}[{number}] has no tokens. Give a text, or leave it out.")
+        if length + new_tokens > context_length:
+            raise SlimError(
+                f"{setting}[{number}] has {length} tokens, and with {new_tokens} new ones exceeds "
+                f"the context of {context_length}. Shorten it, or generate fewer."
+            )
 
 
 def dtype_name(model) -> str:

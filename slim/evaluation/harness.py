@@ -18,10 +18,11 @@ import lm_eval.models.huggingface
 import torch
 from lm_eval.evaluator import evaluate as run_tasks
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from slim.core.console import progress_bar
+from slim.core.console import progress_bar, warn
 from slim.core.errors import SlimError
 from slim.evaluation.documents import document_nll, document_tokens
 from slim.evaluation.local_data import use_local_files
@@ -30,6 +31,7 @@ from slim.evaluation.task_files import data_files, is_local, read_rows
 CPU_BATCH = 32  # answers in one forward pass on a CPU, where larger batches gain nothing
 # entries of a document's logits beyond which they are computed in slices: 256 MiB in float32
 LOGITS_AT_ONCE = 2**26
+LONGEST_SHOWN = 60  # characters of a question in a message
 
 
 class LoadedModel(HFLM):
@@ -53,6 +55,45 @@ class LoadedModel(HFLM):
             answers = super().loglikelihood(requests, disable_tqdm=True)
         self._note_nan(requests, (score for score, _ in answers))
         return answers
+
+    def _loglikelihood_tokens(self, requests, *args, **kwargs) -> list[tuple[float, bool]]:
+        """Score answers; raise ``SlimError`` for those that cannot be, before any is."""
+        cut = 0
+        for (question, answer), context, tokens in requests:
+            if not tokens:
+                raise SlimError(
+                    f"An answer to {shown(question)} is empty. Give every choice a text, or leave "
+                    "the question out."
+                )
+            if not context:
+                raise SlimError(
+                    f"The question of the answer {shown(answer)} is empty, and the tokenizer has "
+                    "no token that begins a text. Give it a text, or leave it out."
+                )
+            if len(tokens) > self.max_length:
+                raise SlimError(
+                    f"An answer to {shown(question)} has {len(tokens)} tokens, more than the "
+                    f"context of {self.max_length}. Shorten it, or leave the question out."
+                )
+            cut += len(context) + len(tokens) > self.max_length + 1
+        if cut:
+            warn(
+                f"{cut} of {len(requests)} answers with their questions are longer than the "
+                f"context of {self.max_length} tokens: the beginnings of these questions are cut."
+            )
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
+        for request in requests:
+            settings = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            wanted = settings["max_gen_toks"]
+            if wanted >= self.max_length:
+                raise SlimError(
+                    f"The task {request.task_name} generates max_gen_toks={wanted} tokens, which "
+                    f"leaves no room for a question in the context of {self.max_length}. Set "
+                    "fewer in generation_kwargs of its file."
+                )
+        return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
         if self.max_length * self.model.config.vocab_size > LOGITS_AT_ONCE:
@@ -102,8 +143,30 @@ def evaluate(
         lm = LoadedModel(model, tokenizer, batch_size, max_length)
         # One bootstrap round: the errors of means are computed directly, and 0 would leave those
         # out too.
-        found = run_tasks(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=1, log_samples=True)
+        try:
+            found = run_tasks(
+                lm, {"tasks": tasks}, limit=limit, bootstrap_iters=1, log_samples=True
+            )
+        except (SlimError, RuntimeError, OSError, MemoryError):  # torch's, and what is no mistake
+            raise
+        except Exception as error:  # templates and data fail in as many ways as there are
+            raise SlimError(
+                f"The tasks {', '.join(tasks)} cannot be asked: {reason_of(error)}\n"
+                "A field that a task names may be missing or of another type in its data."
+            ) from error
     return {name: _result(found, name, broken=name in lm.broken) for name in tasks}
+
+
+def shown(text: str) -> str:
+    """Return the end of a question for a message: what tells it from others comes last."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= LONGEST_SHOWN else "..." + text[-LONGEST_SHOWN:])
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error, or its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]], seed: int):
@@ -124,11 +187,16 @@ def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]]
     except (
         Exception
     ) as error:  # a task file can fail in as many ways as there are loaders and template mistakes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         if local:
             shown = ", ".join(str(path) for paths in local.values() for path in paths)
             raise SlimError(
                 f"{shown}: not in the hub's schema of the task in {path.name} ({reason})."
+            ) from error
+        if files:
+            raise SlimError(
+                f"The task in {path.name} cannot be set up: {reason}\n"
+                "Its data lack something that it names, or hold it in another type."
             ) from error
         raise SlimError(
             f"The task in {path.name} cannot be set up: {reason}\n"
@@ -140,7 +208,22 @@ def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]]
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=seed)
+    check_examples(task)
     return task
+
+
+def check_examples(task) -> None:
+    """Raise ``SlimError`` where a task has fewer solved examples than are asked for."""
+    wanted = task.get_config("num_fewshot")
+    if not wanted:
+        return
+    known = len(list(task.fewshot_docs() or []))
+    # a question is never its own example, so one more is drawn from those that are asked too
+    if known <= wanted:
+        raise SlimError(
+            f"eval.tasks.num_fewshot={wanted}: the task {task.task_name} has {known} solved "
+            f"examples, of which one may be the question. Use at most {max(known - 1, 0)}."
+        )
 
 
 def _in_memory(files: dict[str, list[Path]], **_) -> dict[str, datasets.Dataset]:

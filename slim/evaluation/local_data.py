@@ -60,16 +60,54 @@ def use_local_files(config: dict, files: dict[str, list[Path]]) -> dict:
 
 def check_rows(path: Path, files: dict[str, list[Path]]) -> None:
     """Raise ``SlimError`` naming file, line and field if a row lacks a field that the task file
-    ``path`` reads."""
+    ``path`` reads, or has an empty answer to choose."""
     needed = required_fields(path)
+    config = read_plain(path)
+    choices, target = config.get("doc_to_choice"), config.get("doc_to_target")
     for paths in files.values():
         rows = read_rows(paths)  # all rows have the fields of the first
+        if isinstance(choices, str) and choices in rows[0]:
+            known = isinstance(target, str) and target in rows[0]
+            check_choices(paths, rows, choices, target if known else None)
         missing = [name for name in sorted(needed) if name not in rows[0]]
         if missing:
             raise SlimError(
                 f"{paths[0]}, line 1: the field '{missing[0]}' is missing (has: {', '.join(rows[0])}). "
                 f"The task {read_plain(path).get('task')} needs: {', '.join(sorted(needed))}."
             )
+
+
+def check_choices(paths: list[Path], rows: list[dict], name: str, target: str | None) -> None:
+    """Raise ``SlimError`` for a row whose answers are no texts, or of which none is the right one.
+
+    Args:
+        paths: the files that the rows are from.
+        rows: the questions.
+        name: field of the answers to choose from.
+        target: field that says which is right, None where no field does.
+    """
+    for number, row in enumerate(rows, 1):
+        problem = choices_problem(row, name, target)
+        if problem is not None:
+            raise SlimError(
+                f"{', '.join(str(path) for path in paths)}, row {number}: {problem}. "
+                "Correct it, or leave the question out."
+            )
+
+
+def choices_problem(row: dict, name: str, target: str | None) -> str | None:
+    """Return what is wrong with the answers of a question, or None."""
+    answers = row[name]
+    if not isinstance(answers, list) or not answers:
+        return f"the field '{name}' is no list of answers"
+    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        return f"the field '{name}' has an answer that is empty or no text"
+    right = row[target] if target else 0
+    if isinstance(right, str) and right.isdigit():
+        right = int(right)
+    if right in answers or (isinstance(right, int) and 0 <= right < len(answers)):
+        return None
+    return f"the field '{target}' is {right!r}, which is none of the {len(answers)} choices"
 
 
 @cache

@@ -39,8 +39,7 @@ def measure(
         evaluation.quality_dtype(spec, device),
         evaluation.speed_dtype(spec, device),
     )
-    if quality:
-        evaluation.check_tokenizer(tokenizer)
+    evaluation.check_tokenizer(tokenizer, spec.context_length)
     seed_everything()
     if speed:
         model, found["speed"] = _measure_speed(folder, evaluation, tokenizer, speed_type, device)

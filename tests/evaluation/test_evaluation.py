@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.errors import SlimError
 from slim.evaluation.answers import Answers
 from slim.evaluation.documents import DocumentPerplexity
@@ -203,3 +204,26 @@ def test_importing_the_settings_is_cheap():
         "assert not {'torch', 'transformers', 'datasets', 'lm_eval', 'numpy', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ["The goat " * 40], "new_tokens": 8}, r"eval\.prompts\[0\] has \d+ tokens"),
+        ({"prompts": ["The", "The goat " * 40]}, r"eval\.prompts\[1\] has \d+ tokens"),
+        (
+            {"speed": Speed(prompts=["The goat " * 40], new_tokens=8)},
+            r"eval\.speed\.prompts\[0\] has \d+ tokens, and with 8 new ones",
+        ),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused(changes, message):
+    tokenizer = load_tokenizer(ROOT / "slim" / "assets" / "tiny")
+    with pytest.raises(SlimError, match=message):
+        Evaluation(**changes).check_tokenizer(tokenizer, 64)
+
+
+def test_a_prompt_that_just_fits_is_taken():
+    tokenizer = load_tokenizer(ROOT / "slim" / "assets" / "tiny")
+    length = len(tokenizer("The goat sleeps.")["input_ids"])
+    Evaluation(prompts=["The goat sleeps."], new_tokens=8).check_tokenizer(tokenizer, length + 8)

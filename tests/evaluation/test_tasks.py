@@ -263,3 +263,106 @@ def test_settings_are_checked(wrong):
 def test_the_same_name_twice_is_refused():
     with pytest.raises(SlimError, match="different task names"):
         Tasks(["tiny_facts", "tiny_facts"])
+
+
+def asked(tiny, folder, choices, question="Where is the hen?", **settings):
+    """Measure a task whose last question has these choices, in a context of 64 tokens."""
+    rows = [*ROWS, {"question": question, "choices": choices, "answer": 0}]
+    return Tasks([write_task(folder, rows)], **settings).measure(*tiny, 64)
+
+
+@pytest.mark.parametrize("choices", [["Leo", ""], ["", "Leo"], ["Leo", " "], ["Leo", 7], [], "ab"])
+def test_an_empty_answer_is_refused_before_any_work(tmp_path, choices):
+    rows = [*ROWS, {"question": "Who?", "choices": choices, "answer": 0}]
+    with pytest.raises(SlimError, match=r"questions\.jsonl, row 6: the field 'choices'"):
+        Tasks([write_task(tmp_path, rows)]).check()
+
+
+def test_an_answer_that_a_template_makes_empty_is_refused_with_its_question(tiny, tmp_path):
+    path = write_task(tmp_path)
+    second = 'choices[1] if question != "When?" else ""'
+    made = f"doc_to_choice: '{{{{[choices[0], {second}]}}}}'\ntarget_delimiter: \"\""
+    yaml = TASK.format(name="own").replace("doc_to_choice: choices", made)
+    (tmp_path / "own.yaml").write_text(yaml)
+    with pytest.raises(SlimError, match=r"An answer to 'Question: When\? Answer:' is empty"):
+        Tasks([path]).measure(*tiny, 64)
+
+
+@pytest.mark.parametrize("words", [65, 300])
+def test_an_answer_longer_than_the_context_is_refused(tiny, tmp_path, words):
+    with pytest.raises(
+        SlimError, match=r"the hen\? Answer:' has \d+ tokens, more than the context of 64"
+    ):
+        asked(tiny, tmp_path, ["in the yard", "the goat " * words])
+
+
+def test_a_question_longer_than_the_context_is_cut_and_said_so(tiny, tmp_path, capsys):
+    question = "The goat sleeps. " * 40
+    found = asked(tiny, tmp_path, ["in the yard", "on Sunday"], question)
+    assert found["protocol"]["own"]["questions"] == len(ROWS) + 1
+    assert "2 of 12 answers with their questions" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_same_answer_twice_is_measured(tiny, tmp_path):
+    found = asked(tiny, tmp_path, ["in the yard", "in the yard"])
+    assert math.isfinite(found["metrics"]["own/acc"])
+
+
+@pytest.mark.parametrize("examples", [5, 6, 50])
+def test_more_solved_examples_than_there_are_is_refused(tiny, tmp_path, examples):
+    with pytest.raises(SlimError, match=r"has 5 solved examples.*at most 4"):
+        Tasks([write_task(tmp_path)], num_fewshot=examples).measure(*tiny, 512)
+
+
+def test_as_many_solved_examples_as_there_are_besides_the_question(tiny, tmp_path):
+    found = Tasks([write_task(tmp_path)], num_fewshot=4).measure(*tiny, 512)
+    assert found["protocol"]["own"]["num_fewshot"] == 4
+
+
+GENERATED = """\
+task: own
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: questions.jsonl
+test_split: test
+output_type: generate_until
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: answer
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: NUMBER
+  do_sample: false
+metric_list:
+  - metric: exact_match
+"""
+
+
+def generated(folder, tokens: int) -> str:
+    path = write_task(folder, [{"question": "Who?", "answer": "Leo"}] * 2)
+    (folder / "own.yaml").write_text(GENERATED.replace("NUMBER", str(tokens)))
+    return path
+
+
+@pytest.mark.parametrize("tokens", [64, 65, 600])
+def test_generation_beyond_the_context_is_refused(tiny, tmp_path, tokens):
+    with pytest.raises(SlimError, match=rf"max_gen_toks={tokens} tokens.*context of 64"):
+        Tasks([generated(tmp_path, tokens)]).measure(*tiny, 64)
+
+
+def test_generation_within_the_context_is_measured(tiny, tmp_path):
+    found = Tasks([generated(tmp_path, 8)]).measure(*tiny, 64)
+    assert found["metrics"]["own/exact_match"] == 0.0
+
+
+@pytest.mark.parametrize("answer", ["2", 2, 7, -1, None, "Tom", [0]])
+def test_a_right_answer_that_is_none_of_the_choices_is_refused(tmp_path, answer):
+    rows = [*ROWS, {"question": "Who?", "choices": ["Leo", "Ida"], "answer": answer}]
+    with pytest.raises(SlimError, match="row 6: the field 'answer' is .*none of the 2 choices"):
+        Tasks([write_task(tmp_path, rows)]).check()
+
+
+@pytest.mark.parametrize("answer", ["1", 1, "Ida"])
+def test_a_right_answer_may_be_a_number_or_the_text(tmp_path, answer):
+    rows = [{"question": "Who?", "choices": ["Leo", "Ida"], "answer": answer}]
+    Tasks([write_task(tmp_path, rows)]).check()
