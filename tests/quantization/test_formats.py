@@ -20,11 +20,12 @@ from slim.loading.load_model import load_model
 from slim.models.spec import ModelSpec
 from slim.quantization.formats import WRITTEN, get_format, read_config
 from slim.quantization.formats.base import Packed
+from slim.quantization.kernels.int4_layout import int4_layout
 from slim.quantization.kernels.linear import (
     INT8_ROWS,
     QuantEmbedding,
     QuantLinear,
-    cpu_layout_known,
+    int4_kernel_is_fast,
 )
 from slim.quantization.kernels.packing import pack
 from slim.quantization.scheme import Scheme
@@ -967,19 +968,25 @@ def packed_layer(rows, columns, scheme, dtype, index=None):
 
 
 LAYERS = [
-    (Scheme(4, 32, False), torch.bfloat16, "cpu"),
+    (Scheme(4, 32, False), torch.bfloat16, "int4"),
+    (Scheme(3, 32, False), torch.bfloat16, "int4"),
+    (Scheme(2, -1, True), torch.bfloat16, "int4"),
     (Scheme(8, -1, True), torch.bfloat16, "int8"),
-    (Scheme(8, -1, False), torch.bfloat16, None),
+    (Scheme(8, -1, False), torch.bfloat16, "int4 halves"),
     (Scheme(3, 32, False), torch.float32, None),
 ]
+
+
+def require_int4(kernel):
+    if "int4" in str(kernel) and not (int4_layout() and int4_kernel_is_fast()):
+        pytest.skip("torch's int4 kernel on this CPU is a plain loop")
 
 
 @pytest.mark.parametrize(("scheme", "dtype", "kernel"), LAYERS, ids=str)
 def test_every_way_of_computing_gives_the_same(scheme, dtype, kernel):
     """Few rows, many rows, with a gradient, single rows of the matrix: all against the dense
     product in float64."""
-    if kernel == "cpu" and not cpu_layout_known():
-        pytest.skip("torch's int4 kernel on this CPU has another layout")
+    require_int4(kernel)
     layer, dense = packed_layer(192, 96, scheme, dtype)
     assert layer.kernel == kernel
     torch.testing.assert_close(layer.dense_weight(), dense)
@@ -1001,8 +1008,7 @@ def test_every_way_of_computing_gives_the_same(scheme, dtype, kernel):
 @pytest.mark.parametrize(("scheme", "dtype", "kernel"), LAYERS, ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_layers_compile_without_a_break_in_the_graph(scheme, dtype, kernel):
-    if kernel == "cpu" and not cpu_layout_known():
-        pytest.skip("torch's int4 kernel on this CPU has another layout")
+    require_int4(kernel)
     layer, _ = packed_layer(64, 96, scheme, dtype, torch.arange(96).flip(0) // scheme.group(96))
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")

@@ -22,7 +22,8 @@ from slim.data.calibration import Calibration
 from slim.loading.load_model import load_model
 from slim.loading.packed import load_quantized
 from slim.models.spec import ModelSpec
-from slim.quantization.kernels.linear import KERNEL_ROWS, QuantLinear, cpu_layout_known
+from slim.quantization.kernels.int4_layout import int4_layout
+from slim.quantization.kernels.linear import KERNEL_ROWS, QuantLinear, int4_kernel_is_fast
 from slim.quantization.kernels.packing import unpack, unpack_columns
 from slim.quantization.methods.awq import AWQ, ActivationAware
 from slim.quantization.methods.rtn import RTN
@@ -546,10 +547,9 @@ def test_float32_is_exact(bits, group_size, count, bias, monkeypatch):
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_cpu_kernel_and_unpacking_agree(group_size, symmetric):
-    if not cpu_layout_known():
-        pytest.skip("torch's int4 kernel on this CPU has another layout")
+    require_int4()
     layer, dense = layer_of(192, 512, Scheme(4, group_size, symmetric), torch.bfloat16, bias=True)
-    assert layer.kernel == "cpu"
+    assert layer.kernel == "int4"
     torch.testing.assert_close(layer.dense_weight(), dense)
     for count in (1, 3, KERNEL_ROWS, KERNEL_ROWS + 1):
         x = torch.randn(count, 512, generator=torch.Generator().manual_seed(count)).bfloat16()
@@ -559,12 +559,36 @@ def test_cpu_kernel_and_unpacking_agree(group_size, symmetric):
 
 
 def test_layers_the_kernel_does_not_take_unpack():
-    for rows, columns, scheme in (
-        (80, 512, Scheme(4, 128, True)),
-        (64, 96, Scheme(4, -1, True)),
-        (64, 128, Scheme(3, 32, True)),
-    ):
-        layer, dense = layer_of(rows, columns, scheme, torch.bfloat16)
+    for columns, scheme in ((512 + 8, Scheme(4, -1, True)), (48, Scheme(3, 48, True))):
+        layer, dense = layer_of(64, columns, scheme, torch.bfloat16)
         assert layer.kernel is None
         x = torch.randn(2, columns).bfloat16()
         assert relative(layer(x).double(), x.double() @ dense.double().T) < 6e-3
+
+
+@pytest.mark.parametrize("count", [1, KERNEL_ROWS // 2, KERNEL_ROWS, 100])
+@pytest.mark.parametrize(
+    ("rows", "columns", "scheme"),
+    [
+        (80, 512, Scheme(4, 128, True)),  # rows that do not fill the last tile
+        (64, 96, Scheme(4, -1, True)),  # groups that the kernel does not take
+        (64, 128, Scheme(3, 32, True)),  # narrower codes
+        (64, 256, Scheme(2, 256, False)),
+        (72, 256, Scheme(8, 128, False)),  # wider ones
+        (72, 256, Scheme(8, 64, True)),
+    ],
+    ids=str,
+)
+def test_layers_that_are_rearranged_for_the_kernel(rows, columns, scheme, count):
+    require_int4()
+    layer, dense = layer_of(rows, columns, scheme, torch.bfloat16, bias=True)
+    assert layer.kernel == ("int4 halves" if scheme.bits == 8 else "int4")
+    torch.testing.assert_close(layer.dense_weight(), dense)
+    x = torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).bfloat16()
+    expected = x.double() @ dense.double().T + layer.bias.double()
+    assert relative(layer(x).double(), expected) < 5e-3
+
+
+def require_int4():
+    if not (int4_layout() and int4_kernel_is_fast()):
+        pytest.skip("torch's int4 kernel on this CPU is a plain loop")

@@ -1,13 +1,16 @@
 """Layers that hold packed integers and pick the fastest way to compute with them.
 
-- Few rows on a CPU in bfloat16: torch's int4 kernel for 4 bits, its int8 kernel for 8 bits with a
-scale per row.
+- Few rows on a CPU: torch's int4 kernel for 2, 3 and 4 bits (a code of 3 bits is one of 4 bits with
+  the same scale), and for 8 bits as two halves of 4; its int8 kernel for 8 bits, symmetric, with a
+  scale per row.
 - 4 bits on CUDA in bfloat16: torch's tinygemm kernel.
 - Everything else: weights are unpacked some rows at a time and multiplied (``multiply.py``).
 
-The int4 kernels compute w = (c - 8) scale + offset with offset = (8 - zero) scale in bfloat16. On a
-CPU they also take float32 and float16, but by a plain loop that is slower than unpacking, so those
-types unpack; the int8 kernel likewise."""
+The int4 kernels compute w = (c - 8) scale + offset with offset = (8 - zero) scale, both bfloat16,
+and take activations in bfloat16. (They accept float32 and float16 too, but by a plain loop that is
+slower than unpacking; the int8 kernel likewise.) So layers of other types use them only when they
+are asked to round the few rows: see :meth:`QuantLinear.choose_kernel`.
+"""
 
 from __future__ import annotations
 
@@ -17,38 +20,44 @@ import torch
 from torch import nn
 
 from slim.quantization.formats.base import Packed
+from slim.quantization.kernels.int4_layout import int4_layout
 from slim.quantization.kernels.multiply import (
-    CHUNK,
+    HALVES,
     INT8,
     STREAM,
-    TILE,
     TILES,
     PackedWeight,
-    codes_of_tiles,
     multiply_packed,
     packed_rows,
+    shortest,
 )
 from slim.quantization.kernels.packing import permute_columns, unpack, words_per_row
 from slim.quantization.scheme import Scheme
 
-KERNEL_GROUPS = (32, 64, 128, 256)  # group sizes torch's int4 kernels take
+KERNEL_GROUPS = (256, 128, 64, 32)  # group sizes torch's int4 kernels take
 KERNEL_ROWS = 48  # up to this many rows the CPU's int4 kernel wins; measured in docs/methods/rtn.md
 INT8_ROWS = 16  # the same of its int8 kernel; measured in docs/formats.md
-LAYOUTS = {None: STREAM, "cpu": TILES, "int8": INT8}
+LAYOUTS = {None: STREAM, "int4": TILES, "int4 halves": HALVES, "int8": INT8}
 CUDA_INNER_TILES = 8
 
 
 class QuantLinear(nn.Module):
     """y = x W^T + bias for W given as codes, one scale and one zero point per group of each row.
 
-    dtype: type of activations, results and the unpacked weights. Scales have it too where that
-        loses nothing, and where a kernel needs it.
-    packed: int32 [out, ceil(in b / 32)], the stored stream, or another layout of ``multiply.py``,
-        or on CUDA that of its kernel.
-    scale: [out, groups]. zero: uint8 [out, groups]. bias: [out] or None.
-    order: int64 [in] where columns are grouped in activation order: the inputs in the order in
-        which groups are whole; ``packed`` is in it. index: int64 [in], the group of every column,
-        where no order makes them whole.
+    Attributes:
+        dtype: type of activations, results and the unpacked weights. Scales have it too where that
+            loses nothing, and where a bfloat16 kernel needs it.
+        packed: int32 [out, ceil(in b / 32)], the stored stream, or another layout of
+            ``multiply.py``, or on CUDA that of its kernel.
+        scale: [out, groups].
+        zero: zero points, uint8 [out, groups].
+        bias: [out] or None.
+        group: columns in a group; smaller than the scheme's where the kernel wants that.
+        order: int64 [in] where columns are grouped in activation order: the inputs in the order in
+            which groups are whole; ``packed`` is in it.
+        index: int64 [in], the group of every column, where no order makes them whole.
+        kernel: the kernel that few rows take: ``int4``, ``int4 halves``, ``int8``, ``cuda`` or
+            None.
     """
 
     def __init__(
@@ -59,20 +68,27 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype,
         bias: bool = False,
     ):
+        """Make a layer of zeros.
+
+        Args:
+            in_features: inputs.
+            out_features: outputs.
+            scheme: bits, group size and symmetry.
+            dtype: type of activations.
+            bias: whether there is one.
+        """
         super().__init__()
-        self.in_features, self.out_features, self.scheme, self.dtype = (
-            in_features,
-            out_features,
-            scheme,
-            dtype,
-        )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.dtype = dtype
+        self.group = scheme.group(in_features)
         groups = scheme.groups(in_features)
         words = words_per_row(in_features, scheme.bits)
+        zero = torch.full((out_features, groups), scheme.middle, dtype=torch.uint8)
         self.register_buffer("packed", torch.zeros(out_features, words, dtype=torch.int32))
         self.register_buffer("scale", torch.ones(out_features, groups, dtype=dtype))
-        self.register_buffer(
-            "zero", torch.full((out_features, groups), scheme.middle, dtype=torch.uint8)
-        )
+        self.register_buffer("zero", zero)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.register_buffer("order", None)
         self.register_buffer("index", None)
@@ -83,76 +99,122 @@ class QuantLinear(nn.Module):
         """The codes, by the name under which PEFT looks for the device of a quantised layer."""
         return self.packed
 
-    @property
-    def group(self) -> int:
-        return self.scheme.group(self.in_features)
-
     def take(self, stored: Packed) -> QuantLinear:
-        """Take the codes, scales and zero points of a file."""
+        """Take the codes, scales and zero points of a file; returns the layer."""
         self.packed, self.zero = stored.packed, stored.zero
         converted = stored.scale.to(self.dtype)
-        self.scale = (
-            converted
-            if torch.equal(converted.to(stored.scale.dtype), stored.scale)
-            else stored.scale
-        )
+        lossless = torch.equal(converted.to(stored.scale.dtype), stored.scale)
+        self.scale = converted if lossless else stored.scale
         if stored.group_index is not None:
             order = stored.group_index.argsort(stable=True)
             whole = torch.arange(self.in_features) // self.group
             if torch.equal(stored.group_index[order], whole):
-                self.order, self.packed = (
-                    order,
-                    permute_columns(self.packed, self.scheme.bits, order),
-                )
+                self.order = order
+                self.packed = permute_columns(self.packed, self.scheme.bits, order)
             else:
                 self.index = stored.group_index
         return self
 
     def choose_kernel(self, mixed: bool = False) -> QuantLinear:
-        """Bring the codes into the layout of the best kernel for this layer, device and type; call
-        once when loaded.
+        """Bring the codes into the layout of the best kernel for this layer, device and type.
+
+        Call it once, when the layer is loaded. Long inputs are not affected: they always unpack.
 
         Args:
-            mixed: let a layer of float32 use a kernel too: few rows are then rounded to bfloat16,
-                which is all that kernels take, and multiplied by rounded scales.
+            mixed: on a CPU, let layers of float32 and float16 use the kernels too. Few rows are
+                then rounded to bfloat16, and so are their results.
+
+        Returns:
+            The layer.
         """
-        suits = self.dtype == torch.bfloat16 or (mixed and self.dtype == torch.float32)
-        if self.kernel is None and suits and self.index is None:
-            device, bits = self.packed.device.type, self.scheme.bits
-            if bits == 4 and self.group in KERNEL_GROUPS and self.in_features % self.group == 0:
-                self._use_int4(device)
-            elif (
-                bits == 8
-                and device == "cpu"
-                and self.scale.shape[1] == 1
-                and bool((self.zero == 128).all())
-            ):
-                signed = self.packed.view(torch.uint8)[:, : self.in_features] ^ 128
-                self._use("int8", signed.view(torch.int8).contiguous())
+        device = self.packed.device.type
+        takes_kernel = self.dtype == torch.bfloat16 or (mixed and device == "cpu")
+        if self.kernel is not None or not takes_kernel or self.index is not None:
+            return self
+        if device == "cuda":
+            self._use_cuda()
+        elif device == "cpu" and self._is_int8():
+            signed = self.packed.view(torch.uint8)[:, : self.in_features] ^ 128
+            self._use("int8", signed.view(torch.int8).contiguous())
+            self.register_buffer("kernel_scale", self.scale[:, 0].to(torch.bfloat16))
+        elif device == "cpu":
+            self._use_int4()
         return self
 
-    def _use_int4(self, device: str) -> None:
-        if device == "cpu" and self.out_features % TILE == 0 and cpu_layout_known():
-            self._use("cpu", to_tiles(self.packed, self.in_features))
-        elif (
-            device == "cuda"
-            and self.out_features % 8 == 0
-            and self.in_features % (16 * CUDA_INNER_TILES) == 0
-        ):
-            codes = unpack(self.packed, 4, self.in_features)
-            pairs = codes[:, ::2] << 4 | codes[:, 1::2]
-            self._use(
-                "cuda",
-                torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), CUDA_INNER_TILES),
-            )
+    def _is_int8(self) -> bool:
+        """Whether the codes are what torch's int8 kernel multiplies with."""
+        per_row = self.scheme.bits == 8 and self.scale.shape[1] == 1
+        return per_row and bool((self.zero == 128).all())
+
+    def _use_int4(self) -> None:
+        group = self._kernel_group()
+        layout = int4_layout()
+        if group is None or layout is None or not int4_kernel_is_fast():
+            return
+        self._repeat_scales(group)
+        if self.scheme.bits == 8:
+            self._use("int4 halves", layout.halves_of(self.packed, self.in_features))
+            self._register_scales(self._halves_scales())
+            return
+        # Narrow codes go to the middle of the kernel's, whose offset then is small and rounds
+        # little.
+        shift = 8 - self.scheme.middle
+        tiles = layout.tiles_of(self.packed, self.scheme.bits, self.in_features, shift)
+        self.zero = self.zero + shift
+        self._use("int4", tiles)
+        scale = self.scale.float()
+        self._register_scales([(scale, (8 - self.zero.float()) * scale)])
+
+    def _kernel_group(self) -> int | None:
+        """Return the largest group size that the int4 kernel takes for this layer, if any."""
+        for group in KERNEL_GROUPS:
+            if self.group % group == 0 and self.in_features % group == 0:
+                return group
+        return None
+
+    def _repeat_scales(self, group: int) -> None:
+        """Divide groups into smaller ones with the same scale and zero point."""
+        times, groups = self.group // group, self.in_features // group
+        self.scale = self.scale.repeat_interleave(times, dim=1)[:, :groups].contiguous()
+        self.zero = self.zero.repeat_interleave(times, dim=1)[:, :groups].contiguous()
+        self.group = group
+
+    def _halves_scales(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return scale and offset of the high and of the low four bits of codes of 8 bits.
+
+        c - zero = 16 (high - 8) + (low - 8) + (136 - zero). The offset is many steps, so
+        what rounding it to bfloat16 leaves over goes to the low half."""
+        scale = self.scale.float()
+        offset = (136 - self.zero.float()) * scale
+        high_offset = offset.to(torch.bfloat16).float()
+        return [(16 * scale, high_offset), (scale, offset - high_offset)]
+
+    def _register_scales(self, halves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Keep scales and offsets, [out, groups], as the kernel wants them: [groups, out, 2]."""
+        excess = -self.out_features % int4_layout().rows  # rows that fill up the last tile
+        parts = []
+        for scale, offset in halves:
+            pairs = torch.stack((scale, offset), dim=-1).to(torch.bfloat16)
+            parts.append(nn.functional.pad(pairs, (0, 0, 0, 0, 0, excess)))
+        pairs = torch.cat(parts).transpose(0, 1).contiguous()
+        self.register_buffer("scale_and_offset", pairs)
+
+    def _use_cuda(self) -> None:
+        whole = self.out_features % 8 == 0 and self.in_features % (16 * CUDA_INNER_TILES) == 0
+        if self.scheme.bits != 4 or self.group not in KERNEL_GROUPS or not whole:
+            return
+        codes = unpack(self.packed, 4, self.in_features)
+        pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, CUDA_INNER_TILES)
+        self._use("cuda", packed)
+        offset = (8 - self.zero.float()) * self.scale.float()
+        pairs = torch.stack((self.scale, offset.to(self.dtype)), dim=-1)
+        self.register_buffer("scale_and_offset", pairs.transpose(0, 1).contiguous())
 
     def _use(self, kernel: str, packed: torch.Tensor) -> None:
-        self.kernel, self.packed, self.scale = kernel, packed, self.scale.to(torch.bfloat16)
-        if kernel != "int8":
-            offset = (8 - self.zero.float()) * self.scale.float()
-            pairs = torch.stack((self.scale, offset.to(torch.bfloat16)), dim=-1)
-            # [groups, out, 2]
-            self.register_buffer("scale_and_offset", pairs.transpose(0, 1).contiguous())
+        self.kernel, self.packed = kernel, packed
+        if self.dtype == torch.bfloat16:
+            self.scale = self.scale.to(self.dtype)
 
     @property
     def packed_weight(self) -> PackedWeight:
@@ -188,27 +250,32 @@ class QuantLinear(nn.Module):
         if rows.requires_grad:  # kernels have no gradient
             return multiply_packed(rows, *self.packed_weight.parts())
         if self.kernel == "int8" and len(rows) <= INT8_ROWS:
-            product = torch.ops.aten._weight_int8pack_mm(
-                rows.to(torch.bfloat16), self.packed, self.scale[:, 0]
-            )
+            few = rows.to(torch.bfloat16)
+            product = torch.ops.aten._weight_int8pack_mm(few, self.packed, self.kernel_scale)
             return product.to(rows.dtype)
-        if self.kernel == "cpu" and len(rows) <= KERNEL_ROWS:
-            packed = self.packed.view(self.out_features, -1)
-            product = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                rows.to(torch.bfloat16), packed, self.group, self.scale_and_offset
-            )
-            return product.to(rows.dtype)
+        if self.kernel == "int4" and len(rows) <= KERNEL_ROWS:
+            return self._int4_product(rows)[:, : self.out_features].to(rows.dtype)
+        if self.kernel == "int4 halves" and len(rows) <= KERNEL_ROWS // 2:
+            high, low = self._int4_product(rows).float().chunk(2, dim=1)
+            return (high + low)[:, : self.out_features].to(rows.dtype)
         if torch.compiler.is_compiling():
             return multiply_packed(rows, *self.packed_weight.parts())
         return self.packed_weight.multiply(rows)
 
+    def _int4_product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return what the CPU's int4 kernel gives, bfloat16 [rows, out and what fills up tiles]."""
+        packed = self.packed.view(self.scale_and_offset.shape[1], -1)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows.to(torch.bfloat16), packed, self.group, self.scale_and_offset
+        )
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows ``ids`` (int64 [n]) of the weight matrix in the layer's type, [n, in]."""
-        found = packed_rows(ids, *self.packed_weight.parts(), self.dtype)
-        return found if self.order is None else found.index_select(1, self.order.argsort())
+        rows = packed_rows(ids, *self.packed_weight.parts(), self.dtype)
+        return rows if self.order is None else rows.index_select(1, self.order.argsort())
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return the whole weight matrix [out, in]: for tests and for merging, not for running."""
+        """Return all weights, [out, in] in ``dtype``: for tests and merging, not for running."""
         dense = self.packed_weight.dense(slice(0, self.out_features), dtype)
         return dense if self.order is None else dense.index_select(1, self.order.argsort())
 
@@ -218,51 +285,40 @@ class QuantLinear(nn.Module):
 
 
 class QuantEmbedding(nn.Module):
-    """An embedding whose rows are packed; only those looked up are unpacked.
-
-    table: the packed rows; a head tied to the embedding is the same module. factor: what the family
-        multiplies embeddings with inside this module (Gemma 3), or None.
-    """
+    """An embedding whose rows are packed; only those looked up are unpacked."""
 
     def __init__(self, table: QuantLinear, factor: torch.Tensor | None = None):
+        """Look rows up in a packed matrix.
+
+        Args:
+            table: the packed rows; a head tied to the embedding is the same module.
+            factor: what the family multiplies embeddings with inside this module (Gemma 3), or
+                None.
+        """
         super().__init__()
         self.table = table
         self.register_buffer("factor", factor, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of ids (int [...]), [..., in]."""
-        found = self.table.rows(ids.reshape(-1)).view(*ids.shape, -1)
-        return found if self.factor is None else found * self.factor.to(found.dtype)
-
-
-def to_tiles(words: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return 4-bit codes, int32 words [out, columns / 8], in tiles: uint8 [out / 64, columns,
-    32]."""
-    tiles = torch.empty(len(words) // TILE, columns, TILE // 2, dtype=torch.uint8)
-    step = max(1, CHUNK // columns // TILE)  # the codes are four bytes each on the way
-    for start in range(0, len(tiles), step):
-        part = tiles[start : start + step]
-        codes = unpack(words[TILE * start : TILE * (start + len(part))], 4, columns).int()
-        part.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).view_as(part))
-    return tiles
+        rows = self.table.rows(ids.reshape(-1)).view(*ids.shape, -1)
+        return rows if self.factor is None else rows * self.factor.to(rows.dtype)
 
 
 @cache
-def cpu_layout_known() -> bool:
-    """Whether this CPU's int4 kernel exists and stores its weights as :func:`codes_of_tiles` reads
-    them.
+def int4_kernel_is_fast() -> bool:
+    """Whether this CPU's int4 kernel beats unpacking.
 
-    The layout depends on the instruction set (AVX-512 has the one read here), so it is tried out
-    once."""
-    codes = (
-        torch.arange(TILE * 64, dtype=torch.int32)
-        .view(TILE, 64)
-        .mul_(2654435761 % 2**31)
-        .bitwise_right_shift_(7)
-        & 15
-    )
-    try:
-        tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    return torch.equal(codes_of_tiles(tiles.view(-1, 64, TILE // 2)).int(), codes)
+    Without vector instructions it is a plain loop, which a few rows make slower than unpacking.
+    """
+    layout, columns, outputs = int4_layout(), 512, 256
+    packed = torch.zeros(outputs // layout.rows, columns, layout.rows // 2, dtype=torch.uint8)
+    scale = torch.ones(outputs, columns // 128, dtype=torch.bfloat16)
+    zero = torch.full_like(scale, 8, dtype=torch.uint8)
+    pairs = torch.ones(columns // 128, outputs, 2, dtype=torch.bfloat16)
+    rows = torch.ones(8, columns, dtype=torch.bfloat16)
+    unpacked = PackedWeight(packed, scale, zero, None, 4, 128, columns, TILES)
+    flat = packed.view(outputs, -1)
+    kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
+    kernel_seconds = shortest(lambda: kernel(rows, flat, 128, pairs))
+    return kernel_seconds < shortest(lambda: unpacked.multiply(rows))

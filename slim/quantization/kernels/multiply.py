@@ -1,39 +1,50 @@
-"""Multiplying with packed weights by unpacking some rows at a time: no dense copy of a layer ever
-exists.
+"""Multiplying with packed weights by unpacking some rows at a time, never a complete layer.
 
-Codes stand in one of three layouts:
+Codes are held in one of these layouts:
 
 - ``stream``: int32 [out, ceil(in b / 32)], as stored (``packing.py``).
-- ``tiles``: 4 bits in the layout of torch's CPU kernel, uint8 [out / 64, in, 32]: byte j of column
-k has the code of row j
-  in its low half and that of row j + 32 in its high half.
+- ``tiles``: 4 bits as torch's int4 kernel takes them, uint8 [n, in, rows / 2] (``int4_layout.py``).
+- ``halves``: 8 bits as two such sets, the high and the low halves, uint8 [2, n, in, rows / 2].
 - ``int8``: 8 bits around 0, int8 [out, in], one scale per row, as torch's int8 kernel takes them.
 
 :func:`multiply_packed` and :func:`packed_rows` are the same as custom operators, which
 ``torch.compile`` takes as they are, and the former has a gradient with respect to its input, for
-adapters on top of packed weights."""
+adapters on top of packed weights.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from slim.quantization.kernels.int4_layout import TILE_ROWS, int4_layout
 from slim.quantization.kernels.packing import lookup, unpack_as
 
-STREAM, TILES, INT8 = "stream", "tiles", "int8"
-TILE = 64  # output features in a tile
+STREAM, TILES, HALVES, INT8 = "stream", "tiles", "halves", "int8"
+LARGEST_TILE = TILE_ROWS[-1]  # rows are unpacked in multiples of it
 CHUNK = 2**20  # weights that are unpacked at once
+RUN = 512  # scales of a tile are repeated to runs of this length: shorter inner loops cost more
 
 
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight matrix [out, in] as it is held.
 
-    packed: the codes in ``layout``. scale: [out, groups]. zero: uint8 [out, groups]. index: int64
-    [in], the group of every column, or None: column // group. columns: in."""
+    Attributes:
+        packed: the codes in ``layout``.
+        scale: [out, groups].
+        zero: zero points, uint8 [out, groups].
+        index: int64 [in], the group of every column; None: column // group.
+        bits: of a code in the stream.
+        group: columns in a group.
+        columns: in.
+        layout: of ``packed``.
+    """
 
     packed: Tensor
     scale: Tensor
@@ -49,23 +60,23 @@ class PackedWeight:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def steps(self) -> Iterator[tuple[int, int]]:
-        """Cut the rows into runs (start, stop) that are unpacked at once; all but the last are
-        whole tiles."""
+        """Cut the rows into runs (start, stop) that are unpacked at once; all start at a tile."""
         outputs = self.scale.shape[0]
-        step = max(TILE, CHUNK // self.columns // TILE * TILE)
+        step = max(LARGEST_TILE, CHUNK // self.columns // LARGEST_TILE * LARGEST_TILE)
         for start in range(0, outputs, step):
             yield start, min(start + step, outputs)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Return x W^T, [rows, out], for x [rows, in]."""
+        """Return x W^T, [rows, out], for x [rows, in]; computed in the fastest type."""
         result = x.new_empty(len(x), self.scale.shape[0])
+        x = x.to(multiplied_dtype(x.dtype, x.device.type))
         for start, stop in self.steps():
-            if self.layout == TILES:
+            if self.layout in (TILES, HALVES):
                 result[:, start:stop] = self._multiply_tiles(x, start, stop)
             elif self.layout == INT8:
-                result[:, start:stop] = (x @ self.packed[start:stop].to(x.dtype).T) * self.scale[
-                    start:stop, 0
-                ].to(x.dtype)
+                # scaling the result is cheaper than scaling the weights
+                product = x @ self.packed[start:stop].to(x.dtype).T
+                result[:, start:stop] = product * self.scale[start:stop, 0].to(x.dtype)
             else:
                 result[:, start:stop] = x @ self.dense(slice(start, stop), x.dtype).T
         return result
@@ -78,36 +89,92 @@ class PackedWeight:
         return result
 
     def dense(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Return rows of the matrix, [n, in]; ``rows`` is a slice or int64 [n]."""
+        """Return rows of the matrix, [n, in].
+
+        Args:
+            rows: a slice that starts at a tile, or int64 [n].
+            dtype: type of the result.
+        """
         scale, zero = self.scale[rows], self.zero[rows]
         if self.layout == INT8:
             return scaled(self.packed[rows].to(dtype).unsqueeze(1), scale).flatten(1)
-        codes = (
-            self._tile_rows(rows, dtype)
-            if self.layout == TILES
-            else unpack_as(self.packed[rows], self.bits, self.columns, dtype)
-        )
+        codes = self._codes(rows, dtype)
         if self.index is None:
             return expand(codes, scale, zero, self.group)
         return expand(codes, scale[:, self.index], zero[:, self.index], 1)
 
-    def _tile_rows(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        if isinstance(rows, slice):
-            return codes_of_tiles(self.packed[rows.start // TILE : -(-rows.stop // TILE)])[
-                : rows.stop - rows.start
-            ].to(dtype)
-        place = rows % TILE
-        octets = self.packed[rows // TILE, :, place % (TILE // 2)]
-        return torch.where((place < TILE // 2).unsqueeze(-1), octets & 15, octets >> 4).to(dtype)
+    def _codes(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        if self.layout == TILES:
+            return _tile_rows(self.packed, rows).to(dtype)
+        if self.layout == HALVES:
+            high, low = _tile_rows(self.packed[0], rows), _tile_rows(self.packed[1], rows)
+            return (high << 4 | low).to(dtype)
+        return unpack_as(self.packed[rows], self.bits, self.columns, dtype)
 
     def _multiply_tiles(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Multiply with rows ``start`` to ``stop``, whole tiles; the tiles hold W^T, so that is
-        unpacked."""
-        scale, zero = in_tiles(self.scale[start:stop]), in_tiles(self.zero[start:stop]).to(x.dtype)
-        dense = lookup(self.packed[start // TILE : stop // TILE], 4, 8, x.dtype)
-        dense = dense.view(*scale.shape[:2], -1, scale.shape[-1])
-        dense = dense.sub_(zero).mul_(scale).view(len(scale), self.columns, TILE)
-        return out_of_tiles(x @ dense.transpose(0, 1).reshape(self.columns, -1))
+        """Multiply with rows ``start`` to ``stop``; tiles hold W^T, so that is what is unpacked."""
+        size = int4_layout().rows
+        excess = -(stop - start) % size  # of the last tile
+        scale = in_tiles(nn.functional.pad(self.scale[start:stop], (0, 0, 0, excess)))
+        zero = in_tiles(nn.functional.pad(self.zero[start:stop], (0, 0, 0, excess))).to(x.dtype)
+        tiles = slice(start // size, -(-stop // size))
+        if self.layout == TILES:
+            dense = lookup(self.packed[tiles], 4, 8, x.dtype)
+        else:
+            dense = lookup(self.packed[0, tiles], 4, 8, x.dtype).mul_(16)
+            dense += lookup(self.packed[1, tiles], 4, 8, x.dtype)
+        dense = dense.view(*scale.shape[:2], -1, scale.shape[-1]).sub_(zero).mul_(scale)
+        dense = dense.view(len(scale), self.columns, size).transpose(0, 1)
+        return out_of_tiles(x @ dense.reshape(self.columns, -1))[:, : stop - start]
+
+
+@cache
+def multiplied_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Return the type in which long inputs are multiplied fastest: their own, or float32.
+
+    Without instructions for it a CPU multiplies and scales 16-bit types several times slower than
+    float32. So both are timed, once per process, on a product that takes about a millisecond and
+    on what unpacking does to its weights.
+
+    Args:
+        dtype: of the inputs.
+        device: their device's type; only CPUs are timed.
+    """
+    if device != "cpu" or dtype == torch.float32:
+        return dtype
+    seconds = {}
+    for tried in (dtype, torch.float32):
+        left, right = torch.ones(64, 512, dtype=tried), torch.ones(512, 512, dtype=tried)
+        seconds[tried] = shortest(lambda left=left, right=right: left @ right.sub(2).mul_(2))
+    # the own type saves a conversion, and a tie should not be decided by chance
+    return torch.float32 if seconds[torch.float32] < 0.8 * seconds[dtype] else dtype
+
+
+def shortest(call, repeats: int = 5) -> float:
+    """Return the shortest time of several calls in seconds, after one that does not count.
+
+    Args:
+        call: what is timed, without arguments.
+        repeats: how often.
+    """
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _tile_rows(tiles: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return the codes of some rows, uint8 [n, in], of tiles, uint8 [m, in, rows / 2]."""
+    layout = int4_layout()
+    if isinstance(rows, slice):
+        codes = layout.codes(tiles[rows.start // layout.rows : -(-rows.stop // layout.rows)])
+        return codes[: rows.stop - rows.start]
+    place = torch.tensor(layout.place, device=rows.device)[rows % layout.rows]
+    octets = tiles[rows // layout.rows, :, place // 2]
+    return torch.where((place % 2 == 0).unsqueeze(-1), octets & 15, octets >> 4)
 
 
 @torch.library.custom_op("slim::multiply_packed", mutates_args=())
@@ -122,7 +189,10 @@ def multiply_packed(
     columns: int,
     layout: str,
 ) -> Tensor:
-    """Return x W^T, [rows, out], for x [rows, in] and the parts of a :class:`PackedWeight`."""
+    """Return x W^T, [rows, out], for x [rows, in].
+
+    packed, scale, zero, index, bits, group, columns and layout are those of :class:`PackedWeight`.
+    """
     return PackedWeight(packed, scale, zero, index, bits, group, columns, layout).multiply(x)
 
 
@@ -143,7 +213,10 @@ def multiply_packed_back(
     columns: int,
     layout: str,
 ) -> Tensor:
-    """Return x W, [rows, in], for x [rows, out] and the parts of a :class:`PackedWeight`."""
+    """Return x W, [rows, in], for x [rows, out].
+
+    packed, scale, zero, index, bits, group, columns and layout are those of :class:`PackedWeight`.
+    """
     return PackedWeight(packed, scale, zero, index, bits, group, columns, layout).multiply_back(x)
 
 
@@ -177,8 +250,10 @@ def packed_rows(
     layout: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return rows of the matrix, [n, in] in ``dtype``, for int64 [n] and the parts of a
-    :class:`PackedWeight`."""
+    """Return rows of the matrix, [n, in] in ``dtype``, for int64 [n].
+
+    packed, scale, zero, index, bits, group, columns and layout are those of :class:`PackedWeight`.
+    """
     return PackedWeight(packed, scale, zero, index, bits, group, columns, layout).dense(rows, dtype)
 
 
@@ -188,8 +263,14 @@ def _rows_shape(rows, packed, scale, zero, index, bits, group, columns, layout, 
 
 
 def expand(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
-    """Return scale (c - zero) in the type of ``codes`` [rows, in], exact but for the rounding of
-    the product."""
+    """Return scale (c - zero), [rows, in], exact except for the rounding of the product.
+
+    Args:
+        codes: [rows, in], in the type of the result.
+        scale: [rows, groups].
+        zero: zero points, [rows, groups].
+        group: columns in a group.
+    """
     groups, width = scale.shape[-1], codes.shape[-1]
     if width < groups * group:  # files of others may have a last group that is not full
         codes = nn.functional.pad(codes, (0, groups * group - width))
@@ -198,29 +279,32 @@ def expand(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
 
 
 def scaled(steps: Tensor, scale: Tensor) -> Tensor:
-    """Return ``steps`` [rows, groups, group] times ``scale`` [rows, groups], in place where the
-    types are the same."""
+    """Return steps times scale, in place where the types are the same.
+
+    Args:
+        steps: [rows, groups, group].
+        scale: [rows, groups].
+    """
     if scale.dtype == steps.dtype:
         return steps.mul_(scale.unsqueeze(-1))
     return (steps.float() * scale.float().unsqueeze(-1)).to(steps.dtype)
 
 
 def in_tiles(per_group: Tensor) -> Tensor:
-    """Return scales or zero points [64 n, groups] as [n, groups, 1, 512], features in a tile's
-    order 0, 32, 1, 33, ...
+    """Return scales or zero points, one per row and group, in the order of a tile's rows.
 
-    The 64 features are there eight times, for as many columns: short inner loops cost more than the
-    copies."""
-    halves = per_group.unflatten(0, (-1, 2, TILE // 2))
-    return halves.permute(0, 3, 2, 1).flatten(-2).repeat(1, 1, 8).unsqueeze(2)
+    Args:
+        per_group: [n rows, groups], whole tiles.
+
+    Returns:
+        [n, groups, 1, ``RUN``]: a tile's rows again and again, for as many columns.
+    """
+    layout = int4_layout()
+    ordered = per_group.unflatten(0, (-1, layout.rows))[:, list(layout.order)]
+    return ordered.transpose(1, 2).repeat(1, 1, RUN // layout.rows).unsqueeze(2)
 
 
 def out_of_tiles(results: Tensor) -> Tensor:
-    """Return results [rows, 64 n] with features in a tile's order with them in their own."""
-    return results.unflatten(-1, (-1, TILE // 2, 2)).transpose(2, 3).flatten(1)
-
-
-def codes_of_tiles(tiles: Tensor) -> Tensor:
-    """Return codes uint8 [64 n, in] of tiles, uint8 [n, in, 32]."""
-    codes = torch.cat((tiles & 15, tiles >> 4), dim=-1)
-    return codes.transpose(1, 2).reshape(-1, tiles.shape[1])
+    """Return results [rows, out] whose features are in the order of tiles in their own order."""
+    layout = int4_layout()
+    return results.unflatten(-1, (-1, layout.rows))[..., list(layout.place)].flatten(1)
