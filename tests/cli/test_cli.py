@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ import time
 import pytest
 
 from slim.chain.compose import compose, expand_alias
+from slim.chain.explain import explain
+from slim.cli.help import help_page
 from tests.conftest import ROOT
 
 
@@ -95,6 +99,11 @@ WRONG = [
     (["calibration.samples=0"], r"calibration\.samples=0"),
     (["eval.tasks.names=[tiny_fact]"], r"tiny_fact.*tiny_facts"),
     (["budget.memory_gb=4"], r"Choose one with hparams_search="),
+    (["model.source=/x/epoch=3-step=100"], r"""Type 'model\.source="/x/epoch=3-step=100"'"""),
+    (["quant.bits=3,4"], r"several values\. Add -m.*\n.*a list is quantizer\.bits=\[3,4\]"),
+    (["tuner=lora,full"], r"tuner=lora,full are several choices\. Add -m"),
+    (["quant.bits=choice(3,4)"], r"add -m to the command"),
+    (["=3"], r"'=3' names no setting"),
     (["quant.bits="], r"."),
     (["quant.bits"], r"."),
 ]
@@ -111,6 +120,36 @@ def test_a_mistake_is_answered_in_one_or_two_lines(tmp_path, arguments, message)
     assert "Traceback" not in result.stderr
     assert re.search(message, result.stderr), result.stderr
     assert list(tmp_path.iterdir()) == [], "a mistake must leave nothing behind"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/x/epoch=3-step=100",
+        "/x/a(b)",
+        "/x/it's",
+        "/x/a{b",
+        "/x/a[1]",
+        "/x/a#b",
+        "/x/ü%&;",
+        "/x/a,b",
+    ],
+)
+def test_what_a_value_with_special_characters_must_be_typed_as(value):
+    with pytest.raises(Exception) as refused:
+        compose("compress", [f"model.source={value}"])
+    message = explain(refused.value, "compress", [])
+    typed = shlex.split(message[message.index("'model.source=") :])[0]
+    assert compose("compress", [typed]).model.source == value
+
+
+def test_a_stream_in_ascii_shows_the_plan_of_a_folder_with_accents(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "slim" / "assets" / "tiny", tmp_path / "modèle 量化")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    typed = f"model.source='{tmp_path / 'modèle 量化'}'"
+    result = run("model=hf", typed, "texts=tiny", "quant=rtn", "plan=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert r"mod\xe8le" in result.stdout
 
 
 def fastest(*arguments: str) -> float:
@@ -164,12 +203,41 @@ def test_help_lists_the_groups():
     assert not re.search(r"^[\w/]+:.*\b_", result.stdout.split("== Config ==")[0], re.MULTILINE)
 
 
+@pytest.mark.parametrize("command", ["compress", "train", "evaluate"])
+def test_help_shows_users_first_what_they_need(command):
+    page = help_page(command, ["--help"])
+    choices = page[: page.index("Settings, with")]
+    assert choices.index("model:") < choices.index("pruner:") < choices.index("eval:")
+    for helper in ("texts:", "sizes:", "chain:", "hub", "tiny/", "_base", "_target_"):
+        assert helper not in choices
+    assert "_target_" not in page
+    assert max(map(len, choices.splitlines())) <= 80
+
+
+def test_help_shows_the_settings_of_what_is_chosen():
+    page = help_page("compress", ["pruner=wanda", "--help"])
+    assert "pruner:\n  sparsity: null" in page
+
+
+def test_help_that_is_cut_leaves_no_traceback():
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "compress.py"), "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize("script", ["compress.py", "train.py", "evaluate.py"])
 def test_the_plan_prints_what_would_run_and_does_nothing(tmp_path, script):
     result = run("plan=true", script=script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "nothing has been run" in result.stdout
     assert "Disk and memory suffice." in result.stdout
+    assert "Time: about" in result.stdout
     expected = {
         "compress.py": ["prune taylor", "quantize awq"],
         "train.py": ["tune lora"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from slim.chain.pipeline import Pipeline
 from slim.checkpoints.source import Source
 from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
+from slim.tracking import connection
 from slim.tracking.tracker import Tracker, flatten
 from tests.support.stages import Scale
+from tests.support.tracked import fresh_store
 
 
 def client(root: Path):
@@ -112,3 +115,65 @@ def test_flatten():
         "a.c.d": "[1, 2]",
         "e": "None",
     }
+
+
+@pytest.mark.parametrize("name", ["a?b", "a#b", "a%20b", "a b", "ü'\"%?#"])
+def test_a_store_may_have_any_path(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(connection, "_clients", {})
+    root = fresh_store(tmp_path / name / "runs")
+    with Tracker(root, "test", "here") as tracker:
+        tracker.log_summary({"x": 1.0}, {"results.md": "table"})
+        command, page = tracker.browse_lines()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    # pasted into a shell, the address is one word and leads to the same runs
+    address = shlex.split(command)[-1]
+    assert connection.database_path(address) == root / "mlflow.db"
+    store = connection.connect(address)
+    experiment = store.get_experiment_by_name("test").experiment_id
+    (run,) = connection.search_runs(store, [experiment])
+    assert run.info.run_name == "here"
+    assert Path(store.download_artifacts(run.info.run_id, "results.md")).read_text() == "table"
+    assert page.endswith(f"http://127.0.0.1:5000/#/experiments/{experiment}/runs")
+
+
+def test_a_deleted_experiment_is_named_with_what_restores_it(tmp_path):
+    store = client(fresh_store(tmp_path))
+    number = store.create_experiment("test")
+    store.delete_experiment(number)
+    with pytest.raises(SlimError) as refused:
+        Tracker(tmp_path, "test")
+    lines = str(refused.value).splitlines()
+    assert lines[0].endswith("was deleted. Use another: tracking.experiment=NAME")
+    words = shlex.split(lines[1].partition("restore it: ")[2])
+    assert words[0] == f"MLFLOW_TRACKING_URI=sqlite:///{tmp_path / 'mlflow.db'}"
+    assert words[-5:] == ["mlflow", "experiments", "restore", "-x", number]
+    store.restore_experiment(number)
+    with Tracker(tmp_path, "test"):
+        pass
+
+
+@pytest.mark.parametrize("before", [None, {}, {"mlflow.experimentKind": "finetuning"}])
+def test_an_experiment_opens_on_its_runs(tmp_path, before):
+    store = client(fresh_store(tmp_path))
+    if before is not None:
+        store.create_experiment("test", tags=before)
+    with Tracker(tmp_path, "test"):
+        pass
+    kind = store.get_experiment_by_name("test").tags["mlflow.experimentKind"]
+    assert kind == (before or {}).get("mlflow.experimentKind", "custom_model_development")
+
+
+def test_headline_figures_come_first_and_the_table_describes_the_run(tmp_path):
+    figures = {"bytes_on_disk": 2.5e6, "macs_per_token": 7.0, "perplexity": 3.5, "tasks/acc": 0.5}
+    with Tracker(fresh_store(tmp_path), "test") as tracker:
+        tracker.log_summary(figures, {"results.md": "| a table |"})
+    (run,) = runs(tmp_path)
+    assert sorted(run.data.metrics)[:3] == ["1 perplexity", "2 accuracy", "3 size MB"]
+    assert run.data.metrics["3 size MB"] == 2.5
+    assert figures.items() <= run.data.metrics.items()
+    assert run.data.tags["mlflow.note.content"] == "| a table |"
+
+
+def test_a_server_is_browsed_by_its_own_address():
+    lines = connection.browse_lines("http://mlflow.example:80/", "7")
+    assert lines == ["browse the runs:  http://mlflow.example:80/#/experiments/7/runs"]
