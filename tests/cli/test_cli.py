@@ -152,22 +152,23 @@ def test_a_stream_in_ascii_shows_the_plan_of_a_folder_with_accents(tmp_path, mon
     assert r"mod\xe8le" in result.stdout
 
 
-def fastest(*arguments: str) -> float:
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        run(*arguments)
-        times.append(time.monotonic() - started)
-    return min(times)
+def processor_seconds(*arguments: str) -> float:
+    """Return the processor time of a command, which does not depend on what else is running."""
+    before = os.times()
+    run(*arguments)
+    after = os.times()
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
 
 
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["quant.bits=5"], ["quant.group_size=256"], ["pruner=tailor"]]
 )
 def test_help_and_mistakes_answer_at_once(arguments):
-    # 1.5 s on an idle machine; the bound leaves room for a busy one and still excludes importing
-    # torch and transformers
-    assert fastest(*arguments) < 2.5
+    # 0.7 s; the bound leaves room for a slower processor and still excludes importing torch and
+    # transformers
+    assert min(processor_seconds(*arguments) for _ in range(2)) < 1.8
 
 
 def test_a_mistake_does_not_import_torch(tmp_path):
