@@ -15,7 +15,7 @@ from slim.core.console import results_console
 
 GAP = 2  # spaces between two columns
 HEADING_LINES = 3  # a heading takes no more, unless its words are longer than the cells below
-NARROWEST = 8  # a column of text is folded to no less
+NARROWEST = 12  # a column of text is folded to no less
 # where a word may be parted, the mark staying with the first part
 PARTS = re.compile(r"[^\s\-_/,.=]*[\-_/,.=]+|[^\s\-_/,.=]+")
 # what slim itself writes, for outputs that have ASCII only
@@ -70,13 +70,14 @@ class Table:
         return widths
 
     def _fold_text(self, widths: list[int], width: int) -> None:
-        """Make columns of text narrower, the widest first, until all fit or none can be."""
+        """Make columns of text narrower, the widest first, until all fit; leave them alone where
+        that is not enough."""
         total = sum(widths) + GAP * (len(widths) - 1)
+        spare = sum(max(0, widths[index] - NARROWEST) for index in self.fold)
+        if total - spare > width:
+            return
         while total > width:
-            foldable = [index for index in self.fold if widths[index] > NARROWEST]
-            if not foldable:
-                return
-            widest = max(foldable, key=lambda index: widths[index])
+            widest = max(self.fold, key=lambda index: widths[index])
             widths[widest] -= 1
             total -= 1
 
