@@ -31,6 +31,7 @@ else:
 
 METHODS = ("token", "dskd")
 ALIGNMENTS = ("exact", "attention")
+LOSS_FIELDS = ("beta", "skew", "head")  # settings of losses that are typed as teacher.NAME
 CHOSEN_ONLY = {"cache_key": False}  # in the cache key by the teacher's content
 
 
@@ -114,13 +115,13 @@ class Distillation(tune.Tuner):
     def _check_loss(self) -> None:
         require_choice("teacher.loss", self.loss, LOSSES)
         for loss in LOSSES.values():
-            if loss.setting is not None and hasattr(self, loss.setting):
+            if loss.setting in LOSS_FIELDS:
                 value = getattr(self, loss.setting)
                 require_number(f"teacher.{loss.setting}", value, loss.low, loss.high)
-        self.loss_settings = dict(self.loss_settings or {})
         chosen = LOSSES[self.loss]
+        self.loss_settings = dict(self.loss_settings or {})
         for name, value in self.loss_settings.items():
-            if name != chosen.setting or hasattr(self, name):
+            if name != chosen.setting or name in LOSS_FIELDS:
                 raise SlimError(
                     f"teacher.loss_settings: teacher.loss={self.loss} has no setting '{name}' "
                     "there. Leave it out."
@@ -130,12 +131,10 @@ class Distillation(tune.Tuner):
     @property
     def loss_setting(self) -> float | None:
         """Value of the chosen loss's setting; None where it has none."""
-        loss = LOSSES[self.loss]
-        if loss.setting is None:
-            return None
-        if hasattr(self, loss.setting):
-            return getattr(self, loss.setting)
-        return self.loss_settings.get(loss.setting, loss.default)
+        chosen = LOSSES[self.loss]
+        if chosen.setting in LOSS_FIELDS:
+            return getattr(self, chosen.setting)
+        return self.loss_settings.get(chosen.setting, chosen.default)
 
     def _check_combination(self) -> None:
         require_choice("teacher.method", self.method, METHODS)
@@ -171,9 +170,12 @@ class Distillation(tune.Tuner):
     def cache_key(self) -> dict:
         key = dataclass_cache_key(self)
         # A result is named by what it depends on: settings that are not used are left out.
-        for loss in LOSSES.values():
-            if loss.setting != LOSSES[self.loss].setting:
-                key.pop(loss.setting, None)
+        chosen = LOSSES[self.loss].setting
+        for name in LOSS_FIELDS:
+            if name != chosen:
+                key.pop(name)
+        if chosen is not None and chosen not in LOSS_FIELDS:
+            key["loss_settings"] = {chosen: self.loss_setting}
         if self.method != "dskd":
             key.pop("align")
         if self.answers == "data":
@@ -182,8 +184,6 @@ class Distillation(tune.Tuner):
             key.pop("match")
         if not self.cache:  # top_k is the only trace that a cache leaves in the result
             key.pop("top_k")
-        if self.loss_setting is not None:
-            key[LOSSES[self.loss].setting] = self.loss_setting
         return {**key, "teacher": self.teacher.digest}
 
     # Checks

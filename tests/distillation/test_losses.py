@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 
+from slim.core.errors import SlimError
 from slim.distillation import losses
 from slim.distillation.chunks import chunk_rows, chunked_sum
+from tests.conftest import ROOT
 
 CLASSES = 9
 
@@ -187,3 +189,77 @@ def test_nothing_to_sum_is_zero():
     total = chunked_sum(lambda rows: rows.sum(), (hidden,), chunk=8)
     total.backward()
     assert total.item() == 0 and hidden.grad.shape == (0, 4)
+
+
+# The registry
+
+
+@pytest.fixture
+def own_loss():
+    """A loss with a setting, as a user adds it, gone again after the test."""
+
+    @losses.loss("sum s |p - q|", "one's own", limits=(0.5, 2.0))
+    def distance(log_p, log_q, alpha=1.0):
+        """Return the sum of absolute differences, times the setting."""
+        return alpha * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+    yield distance
+    del losses.LOSSES["distance"]
+
+
+def distillation(**settings):
+    from slim.checkpoints.source import Source
+    from slim.data.examples import TinyText
+    from slim.distillation.stage import Lora
+
+    return Lora(data=TinyText(), base=Source("tiny"), **settings)
+
+
+def test_a_registered_loss_is_all_that_settings_need(own_loss):
+    stage = distillation(loss="distance", loss_settings={"alpha": 2.0})
+    divergence = losses.LOSSES["distance"].divergence(stage.loss_setting)
+    log_p, log_q = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert divergence(log_p, log_q).item() == pytest.approx(2.0)
+
+
+def test_a_setting_that_is_not_given_has_the_default_of_its_function(own_loss):
+    assert distillation(loss="distance").loss_setting == 1.0
+
+
+def test_the_setting_of_a_registered_loss_is_checked(own_loss):
+    with pytest.raises(SlimError, match="teacher.loss_settings.alpha=3"):
+        distillation(loss="distance", loss_settings={"alpha": 3})
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"), [("forward", {"alpha": 1}), ("symmetric", {"beta": 0.3})]
+)
+def test_a_setting_that_the_loss_does_not_have_is_refused(loss, settings):
+    with pytest.raises(SlimError, match=f"teacher.loss={loss} has no setting"):
+        distillation(loss=loss, loss_settings=settings)
+
+
+def test_the_setting_is_part_of_the_cache_key_and_not_that_of_the_adapters(own_loss):
+    key = distillation(loss="distance", loss_settings={"alpha": 2.0}, alpha=32).cache_key()
+    assert key["loss_settings"] == {"alpha": 2.0}
+    assert key["alpha"] == 32
+
+
+def test_losses_without_settings_of_their_own_leave_no_trace_in_the_cache_key():
+    assert "loss_settings" not in distillation(loss="symmetric").cache_key()
+
+
+def test_a_message_lists_registered_losses(own_loss):
+    with pytest.raises(SlimError, match="teacher.loss=forwards.*distance"):
+        distillation(loss="forwards")
+
+
+def test_the_table_of_the_docs_is_that_of_the_registry():
+    page = (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8")
+    assert losses.losses_table() in page
+
+
+def test_the_comment_of_the_setting_names_every_loss():
+    text = (ROOT / "slim" / "conf" / "teacher" / "_base.yaml").read_text(encoding="utf-8")
+    comment = next(line for line in text.splitlines() if "Divergence of the student" in line)
+    assert all(name in comment for name in losses.LOSSES)

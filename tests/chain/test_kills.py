@@ -1,0 +1,72 @@
+"""A chain that is killed or terminated at random moments, in any of its stages: typed again it ends
+in the same table, and no run in MLflow stays open.
+
+    SLIM_KILLS=20 python -m pytest -m slow tests/chain/test_kills.py
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from tests.chain.test_chain import quality, runs, start
+
+KILLS = int(os.environ.get("SLIM_KILLS", "3"))
+CHAIN = [
+    "model=tiny",
+    "pruner=taylor",
+    "pruner.blocks=2",
+    "tuner=lora",
+    "tuner.steps=12",
+    "tuner.validate_every=4",
+    "tuner.validation_tokens=1024",
+    "teacher=base",
+    "teacher.steps=12",
+    "teacher.validate_every=4",
+    "teacher.validation_tokens=1024",
+    "quant=gptq",
+    "calibration.samples=8",
+    "eval.perplexity.limit=8",
+    "eval.tasks.names=[]",
+    "eval.prompts=[]",
+    "eval.speed=null",
+]
+
+
+def finish(store) -> None:
+    process = start(store, *CHAIN)
+    _, err = process.communicate(timeout=1500)
+    assert process.returncode == 0, err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_chain_that_is_killed_at_random_moments_ends_in_the_same_table(tmp_path):
+    begin = time.monotonic()
+    finish(tmp_path / "whole")
+    seconds = time.monotonic() - begin
+    draw = random.Random(int(os.environ.get("SLIM_KILLS_SEED", "0")))
+    store = tmp_path / "killed"
+    ended = []
+    for number in range(KILLS):
+        sent = (signal.SIGKILL, signal.SIGTERM)[number % 2]
+        process = start(store, *CHAIN)
+        time.sleep(draw.uniform(0.05, 0.95) * seconds)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=300)
+        ended.append((sent.name, process.returncode))
+        assert "Traceback" not in err, err
+        if sent == signal.SIGTERM:
+            # 0 where the chain, resumed, was faster than the signal
+            assert process.returncode in (0, 128 + signal.SIGTERM), err
+    finish(store)
+    print(f"{seconds:.0f} s for the whole chain; ends: {ended}")
+    assert quality(store) == quality(tmp_path / "whole")
+    assert not list(store.glob("stages/*.partial"))
+    assert not list(store.glob("stages/*.work"))
+    statuses = [run.info.status for run in runs(store)[1]]
+    assert "RUNNING" not in statuses, statuses
