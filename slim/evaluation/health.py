@@ -24,52 +24,79 @@ REPEATING = 0.5  # share of repeated n-grams from which an answer is flagged
 
 
 def repeated_ngrams(tokens: list[int], n: int = NGRAM) -> float | None:
-    """Return the share of n-grams that were there before, 0 to 1; None for fewer than two
-    n-grams."""
-    hessians = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return None if len(hessians) < 2 else 1 - len(set(hessians)) / len(hessians)
+    """Return the share of n-grams that were there before.
+
+    Args:
+        tokens: of a text.
+        n: tokens of an n-gram.
+
+    Returns:
+        0 to 1, or None for fewer than two n-grams.
+    """
+    ngrams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    if len(ngrams) < 2:
+        return None
+    return 1 - len(set(ngrams)) / len(ngrams)
 
 
 def repetition(tokenizer, answers: Iterable[str]) -> dict[str, float]:
-    """Return the mean share of repeated 4-grams and the share of answers that are flagged; empty
-    without long answers."""
-    shares = [
-        repeated_ngrams(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers
-    ]
-    known = [share for share in shares if share is not None]
-    if not known:
+    """Return how much answers repeat themselves.
+
+    Args:
+        tokenizer: of the model that gave them.
+        answers: texts.
+
+    Returns:
+        ``repeated_4grams``, the mean share of repeated 4-grams, and ``repeating_answers``, the
+        share of answers in which more than half are; empty without long answers.
+    """
+    shares = []
+    for text in answers:
+        share = repeated_ngrams(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if share is not None:
+            shares.append(share)
+    if not shares:
         return {}
+    flagged = sum(share > REPEATING for share in shares)
     return {
-        "repeated_4grams": sum(known) / len(known),
-        "repeating_answers": sum(share > REPEATING for share in known) / len(known),
+        "repeated_4grams": sum(shares) / len(shares),
+        "repeating_answers": flagged / len(shares),
     }
 
 
 def first_non_finite(model, prompts: Iterable[list[int]]) -> dict[str, str] | None:
-    """Return where NaN or infinity starts for the first of ``prompts`` that gives any, or None.
+    """Return where NaN or infinity starts.
 
-    ``module``: name of the first module whose output is not finite; ``value``: ``"nan"`` or
-    ``"inf"``; ``cause``: ``"weights"`` if a parameter of that module is not finite itself, else
-    ``"activations"``."""
+    Args:
+        model: a torch module.
+        prompts: tokens of inputs worth trying; the first that gives any counts.
+
+    Returns:
+        ``module``: name of the first module whose output is not finite; ``value``: ``"nan"`` or
+        ``"inf"``; ``cause``: ``"weights"`` if a parameter of that module is not finite itself, else
+        ``"activations"``. None where all is finite.
+    """
     for ids in prompts:
-        found: list[tuple] = []
+        noted: list[tuple] = []
         with ExitStack() as hooks, torch.inference_mode():
             for name, module in model.named_modules():
-                hook = module.register_forward_hook(_noting(name or "model", found))
+                hook = module.register_forward_hook(_noting(name or "model", noted))
                 hooks.callback(hook.remove)
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-        if found:
-            name, module, value = found[0]
+        if noted:
+            name, module, value = noted[0]
             broken = any(_kind(tensor) is not None for tensor in module.parameters())
             return {"module": name, "value": value, "cause": "weights" if broken else "activations"}
     return None
 
 
-def _noting(name: str, found: list[tuple]):
+def _noting(name: str, noted: list[tuple]):
     def note(module, inputs, output) -> None:
-        value = None if found else _kind(output)
+        if noted:  # modules finish in order: what comes later only passes it on
+            return
+        value = _kind(output)
         if value is not None:
-            found.append((name, module, value))
+            noted.append((name, module, value))
 
     return note
 
@@ -85,15 +112,28 @@ def _kind(output) -> str | None:
     return "inf" if tensor.isinf().any() else None
 
 
-def suspects(tokenizer, found: dict, windows: Iterable[list[int]]) -> list[list[int]]:
+def suspects(tokenizer, measured: dict, windows: Iterable[list[int]]) -> list[list[int]]:
     """Return inputs worth trying: windows of the perplexity that are not finite, contexts of such
-    questions, a plain one."""
-    nll = found.get("perplexity", {}).get("records", {}).get("nll", [])
-    tried = [ids for ids, value in zip(windows, nll, strict=False) if not math.isfinite(value)][:1]
-    rows = (row for task in found.get("tasks", {}).get("records", {}).values() for row in task)
-    texts = (row["context"] for row in rows if not all(map(math.isfinite, row.get("scores", []))))
-    tried += [tokenizer(text)["input_ids"] for text in texts][:3]
-    return [*tried, tokenizer("The")["input_ids"]]
+    questions, a plain one.
+
+    Args:
+        tokenizer: of the model.
+        measured: what each part of the evaluation returned, by its name.
+        windows: tokens of the perplexity's windows, in the order of its records.
+    """
+    nll = measured.get("perplexity", {}).get("records", {}).get("nll", [])
+    inputs = []
+    for ids, value in zip(windows, nll, strict=False):
+        if not math.isfinite(value):
+            inputs.append(ids)
+            break
+    contexts = []
+    for rows in measured.get("tasks", {}).get("records", {}).values():
+        for row in rows:
+            if not all(map(math.isfinite, row.get("scores", []))):
+                contexts.append(row["context"])
+    inputs += [tokenizer(text)["input_ids"] for text in contexts[:3]]
+    return [*inputs, tokenizer("The")["input_ids"]]
 
 
 def finite(metrics: dict[str, float]) -> bool:

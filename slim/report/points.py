@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slim.evaluation.protocol import flat
@@ -35,19 +35,25 @@ class Point:
 
 
 def points_of(chains: list[Chain]) -> list[Point]:
-    """Return every checkpoint once, sources first, in the order in which the runs made them."""
+    """Return every checkpoint once, sources first, in the order in which the runs made them.
+
+    Args:
+        chains: of all runs; a checkpoint may be in many.
+    """
     finals = {_key(chain.final) for chain in chains}
     varying = varying_settings(row for chain in chains for row in chain.rows)
-    found: dict[tuple, Point] = {}
+    points: dict[tuple, Point] = {}
     for chain in chains:
         for length, row in enumerate(chain.rows, 1):
+            if _key(row) in points:
+                continue
+            role = "final" if _key(row) in finals else "step"
+            if length == 1 and row.kind in SOURCES:
+                role = "source"
             path = chain.rows[:length]
-            source = length == 1 and row.kind in SOURCES
-            role = "source" if source else "final" if _key(row) in finals else "step"
-            found.setdefault(
-                _key(row), Point(row, path, chain_name(path, varying), role, chain.typed)
-            )
-    return sorted(_told_apart(list(found.values())), key=lambda point: point.role != "source")
+            name = chain_name(path, varying)
+            points[_key(row)] = Point(row, path, name, role, chain.typed)
+    return sorted(_told_apart(list(points.values())), key=lambda point: point.role != "source")
 
 
 def _key(row: Row) -> tuple[str, str]:
@@ -59,12 +65,12 @@ def _told_apart(points: list[Point]) -> list[Point]:
     owners = defaultdict(set)
     for point in points:
         owners[point.name].add(point.row.digest)
-    return [
-        Point(p.row, p.chain, f"{p.name} [{p.row.digest[:6]}]", p.role, p.typed)
-        if len(owners[p.name]) > 1
-        else p
-        for p in points
-    ]
+    named = []
+    for point in points:
+        if len(owners[point.name]) > 1:
+            point = replace(point, name=f"{point.name} [{point.row.digest[:6]}]")
+        named.append(point)
+    return named
 
 
 def varying_settings(rows: Iterable[Row]) -> dict[tuple[str, str | None], set[str]]:
@@ -74,58 +80,61 @@ def varying_settings(rows: Iterable[Row]) -> dict[tuple[str, str | None], set[st
     for row in distinct.values():
         for name, value in plain_settings(row).items():
             values[row.kind, row.method][name].add(str(value))
-    return {
-        stage: {name for name, found in names.items() if len(found) > 1}
-        for stage, names in values.items()
-    }
+    varying = {}
+    for stage, settings in values.items():
+        varying[stage] = {name for name, known in settings.items() if len(known) > 1}
+    return varying
 
 
 def plain_settings(row: Row) -> dict[str, Any]:
     """Return the settings of a stage as ``{"a.b": value}``, without those that only identify texts
     and code."""
-    return {
-        name: value
-        for name, value in flat(row.settings).items()
-        if name.rpartition(".")[2] not in HIDDEN
-    }
+    settings = {}
+    for name, value in flat(row.settings).items():
+        if name.rpartition(".")[2] not in HIDDEN:
+            settings[name] = value
+    return settings
 
 
 def chain_name(chain: tuple[Row, ...], varying: dict | None = None) -> str:
-    """Return such as ``tiny → taylor blocks 1 → gptq bits 3, group_size 64``."""
-    return " → ".join(
-        step_name(row, (varying or {}).get((row.kind, row.method), set())) for row in chain
-    )
+    """Return such as ``tiny → taylor blocks 1 → gptq bits 3, group_size 64``.
+
+    Args:
+        chain: the steps, source first.
+        varying: (kind, method) -> settings that differ between runs (:func:`varying_settings`).
+    """
+    differing = varying or {}
+    names = [step_name(row, differing.get((row.kind, row.method), ())) for row in chain]
+    return " → ".join(names)
 
 
 def step_name(row: Row, varying: Iterable[str] = ()) -> str:
     """Return the name of one step: its method, the settings that matter most, and those that differ
-    between runs."""
+    between runs.
+
+    Args:
+        row: the checkpoint that the step made.
+        varying: names of settings that differ between runs.
+    """
     if row.kind in SOURCES:
         return row.label
-    settings = plain_settings(row)
-    stated = [
-        name
-        for name in settings
-        if name in varying or (name in ALWAYS and settings[name] is not None)
-    ]
+    stated = []
+    for name, value in plain_settings(row).items():
+        if name in varying or (name in ALWAYS and value is not None):
+            stated.append(f"{name} {str(value)[:LONGEST]}")
     method = (row.method or row.label).lower()
-    name = f"{row.kind} {method}" if row.kind == "distill" else method
-    return " ".join(
-        [name, ", ".join(f"{key} {str(settings[key])[:LONGEST]}" for key in stated)]
-    ).strip()
+    if row.kind == "distill":
+        method = f"{row.kind} {method}"
+    return f"{method} {', '.join(stated)}".strip()
 
 
 def settings_lines(chain: tuple[Row, ...]) -> list[str]:
     """Return one line per step with all its settings that are set."""
     lines = []
     for row in chain:
-        stated = {
-            name: value
-            for name, value in plain_settings(row).items()
-            if value not in (None, {}, [])
-        }
-        lines.append(
-            f"{row.label}: "
-            + ", ".join(f"{name} {str(value)[:LONGEST]}" for name, value in stated.items())
-        )
+        stated = []
+        for name, value in plain_settings(row).items():
+            if value not in (None, {}, []):
+                stated.append(f"{name} {str(value)[:LONGEST]}")
+        lines.append(f"{row.label}: {', '.join(stated)}")
     return lines

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from slim.report.markdown import markdown
 from slim.report.page import page
 from slim.report.pareto import front
+from slim.report.points import points_of
 from slim.report.published import facts
 from slim.report.runs import Collection, Failure
 from slim.report.sections import sections
@@ -401,3 +402,10 @@ def test_a_record_holds_the_stage_and_the_errors_of_perplexities():
     )
     result.digest = "another"  # the same folder as the source of a chain
     assert result_record(result)["kind"] == "source" and result_record(result)["curves"] == []
+
+
+def test_an_imported_model_is_a_source_under_its_own_name():
+    imported = record("smollm2", "b" * 16, "import", {"file": "model.gguf"}, perplexity=5.0)
+    points = points_of([chain(imported, quantized(1, {"bits": 3}, perplexity=6.0))])
+    assert [point.role for point in points] == ["source", "final"]
+    assert points[1].name == "smollm2 → gptq bits 3"
