@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,24 @@ def test_paths_exist(page):
     )
     missing = sorted({path for path in named if not (ROOT / path).exists()})
     assert not missing
+
+
+def layers() -> list[str]:
+    """Return the packages, lowest first, as the contract in pyproject.toml has them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = project["tool"]["importlinter"]["contracts"]
+    return contract["layers"][::-1]
+
+
+def test_architecture_lists_the_packages_in_order():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("| package |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == layers()
+
+
+def test_contributing_lists_the_packages_in_order():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert " ".join(layers()) in " ".join(text.split())
 
 
 def composed_commands() -> list:
