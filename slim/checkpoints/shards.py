@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.checkpoints.files import INDEX
+from slim.checkpoints.files import INDEX, SINGLE
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,22 @@ class ShardWriter:
     """Writes tensors into ``model-*.safetensors`` below ``target``, with an index where there are
     several files.
 
-    shard_bytes: size from which another file is begun. work: folder in which files are kept until
-    ``close``, so that an interrupted writer can go on there (see ``state``); by default they are
-    written in place."""
+    Attributes:
+        pending: Small tensors that wait for the end of the present file.
+    """
 
     def __init__(self, target: Path, shard_bytes: int = SHARD_BYTES, work: Path | None = None):
-        self.target, self.folder, self.shard_bytes = target, work or target, shard_bytes
+        """Begin to write.
+
+        Args:
+            target: The checkpoint folder.
+            shard_bytes: Size from which another file is begun.
+            work: Folder in which files are kept until ``close``, so that an interrupted writer can
+                be resumed there (see ``state``); None: they are written in place.
+        """
+        self.target = target
+        self.folder = work or target
+        self.shard_bytes = shard_bytes
         self.pending: dict[str, torch.Tensor] = {}
         self._entries: dict[str, dict] = {}  # of the file being written
         self._offset = 0
@@ -49,8 +59,16 @@ class ShardWriter:
         self._file = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor under its full name. A full disk raises ``OSError`` like any other file
-        operation."""
+        """Add a tensor.
+
+        Args:
+            name: Its full name.
+            tensor: Its numbers, on any device.
+
+        Raises:
+            OSError: The disk is full, as with any other file operation.
+            ValueError: The name was added before.
+        """
         if name in self._names:
             raise ValueError(f"'{name}' was added twice: a file can hold it once only.")
         self._names.add(name)
@@ -87,10 +105,10 @@ class ShardWriter:
 
     def _finish(self) -> None:
         """Write the small tensors and the header of the present file, if it has any tensors."""
-        for name, tensor in sorted(
-            self.pending.items(), key=lambda item: (-item[1].element_size(), item[0])
-        ):
-            self._write(name, tensor)
+        # by the size of their numbers: everything stays aligned without gaps
+        by_size = sorted(self.pending, key=lambda name: (-self.pending[name].element_size(), name))
+        for name in by_size:
+            self._write(name, self.pending[name])
         self.pending = {}
         if self._file is None:
             return
@@ -122,13 +140,12 @@ class ShardWriter:
     def close(self) -> None:
         """Finish the last file, and give all of them their final names and place."""
         self._finish()
-        count, weight_map = len(self._shards), {}
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
         for number, tensors in enumerate(self._shards):
-            name = (
-                "model.safetensors"
-                if count == 1
-                else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            )
+            name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            if count == 1:
+                name = SINGLE
             self._path(number).rename(self.target / name)
             weight_map.update(dict.fromkeys(tensors, name))
         if count > 1:
@@ -136,7 +153,7 @@ class ShardWriter:
             (self.target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def state(self) -> dict:
-        """Return what a later writer in the same ``work`` folder needs, beside ``pending``, as
+        """Return what a later writer in the same ``work`` folder needs besides ``pending``, as
         plain JSON values."""
         if self._file is not None:
             self._file.flush()
@@ -150,9 +167,18 @@ class ShardWriter:
         }
 
     def resume(self, state: dict, pending: dict[str, torch.Tensor]) -> None:
-        """Go on where ``state`` was taken; what was written since is cut off."""
-        self._shards, self._total, self._entries = state["shards"], state["total"], state["entries"]
-        self._offset, self._header, self.pending = state["offset"], state["header"], pending
+        """Continue where a state was taken; what was written since is cut off.
+
+        Args:
+            state: What :meth:`state` returned then.
+            pending: The small tensors of that moment.
+        """
+        self._shards = state["shards"]
+        self._total = state["total"]
+        self._entries = state["entries"]
+        self._offset = state["offset"]
+        self._header = state["header"]
+        self.pending = pending
         self._names = {name for shard in self._shards for name in shard}
         self._names |= self._entries.keys() | pending.keys()
         if state["open"]:

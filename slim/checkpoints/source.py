@@ -37,12 +37,15 @@ WANTED_FILES = [
 class Source:
     """An existing checkpoint.
 
-    source: a checkpoint folder, ``tiny`` (the embedded model), or a model id of the hub such as
-        ``org/name``.
-    revision: branch, tag or commit of a hub model.
-    file, dtype: of a GGUF file, which is no checkpoint yet: a chain begins with its import
-        (``slim/gguf/sources.py``).
-    adapter: folder of a PEFT adapter that is merged into the model first; None: none is.
+    Attributes:
+        source: A checkpoint folder, ``tiny`` (the embedded model), or a model id of the hub such as
+            ``org/name``.
+        revision: Branch, tag or commit of a hub model.
+        file: Of a GGUF file, which is no checkpoint yet: a chain begins with its import
+            (``slim/gguf/sources.py``).
+        dtype: The type in which that is imported.
+        adapter: Folder of a PEFT adapter that is merged into the model first
+            (``slim/loading/merge.py``); None: none is.
     """
 
     source: str
@@ -63,8 +66,11 @@ class Source:
         return self.source if HUB_ID.fullmatch(self.source) else Path(self.source).resolve().name
 
     def local_folder(self) -> Path | None:
-        """Return the folder if the source is one, None if it is a hub id. ``SlimError`` if it can
-        be neither."""
+        """Return the folder if the source is one, None if it is a hub id.
+
+        Raises:
+            SlimError: It can be neither.
+        """
         if self.source in EMBEDDED:
             return EMBEDDED[self.source]
         folder = Path(self.source).expanduser()
@@ -112,7 +118,8 @@ class Source:
         checkpoint = open_checkpoint(folder)
         if self.adapter is None and (folder / ADAPTER_CONFIG).is_file():
             raise SlimError(
-                f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}), which some programs apply and others leave out.\n"
+                f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}), which some programs apply "
+                "and others leave out.\n"
                 f"To merge it: model.adapter={folder}. To leave it out: move the adapter's files elsewhere."
             )
         return checkpoint
@@ -155,27 +162,31 @@ def has_weights(beginning: object) -> bool:
 def verified_checksums(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the checkpoint's checksums after comparing them with every record of them there is.
 
-    Records are ``slim.json`` and, for files in the hub's cache, the name of the blob. Raises
-    ``SlimError`` on a difference."""
-    found = checksums(checkpoint.folder)
-    recorded = (
-        read_json(checkpoint.folder / MANIFEST)["checksums"]
-        if (checkpoint.folder / MANIFEST).is_file()
-        else {}
-    )
-    for name in found:
+    Records are ``slim.json`` and, for files in the hub's cache, the name of the blob.
+
+    Args:
+        checkpoint: What to check.
+
+    Raises:
+        SlimError: A file differs from its record.
+    """
+    sums = checksums(checkpoint.folder)
+    recorded = dict(checkpoint.manifest.get("checksums", {}))
+    for name in sums:
         blob = (checkpoint.folder / name).resolve()
         if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-            recorded = {**recorded, name: blob.name}
-    changed = sorted(name for name, checksum in recorded.items() if found.get(name) != checksum)
+            recorded[name] = blob.name
+    changed = sorted(name for name, checksum in recorded.items() if sums.get(name) != checksum)
     if changed:
         raise SlimError(
             f"{checkpoint.folder}: {', '.join(changed)} differs from its recorded checksum (altered or damaged). "
             f"Fetch or make the checkpoint again{_own_risk(checkpoint)}."
         )
-    return found
+    return sums
 
 
 def _own_risk(checkpoint: Checkpoint) -> str:
-    made_here = (checkpoint.folder / MANIFEST).is_file()
-    return f", or delete its {MANIFEST} if you changed it on purpose" if made_here else ""
+    """Return what else can be done with a checkpoint that slim made."""
+    if not (checkpoint.folder / MANIFEST).is_file():
+        return ""
+    return f", or delete its {MANIFEST} if you changed it on purpose"

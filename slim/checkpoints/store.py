@@ -26,7 +26,11 @@ DIGEST_LENGTH = 16
 
 
 def digest(value: Any) -> str:
-    """Return 16 hex digits for a plain JSON value, independent of the order of keys."""
+    """Return 16 hex digits for a plain JSON value, independent of the order of keys.
+
+    Args:
+        value: The value.
+    """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
@@ -39,9 +43,20 @@ class Store:
         self.root = Path(root).expanduser().absolute()
 
     def stage_folder(self, kind: str, digest: str) -> Path:
+        """Return where the result of a stage is kept.
+
+        Args:
+            kind: The stage's kind, such as ``"prune"``.
+            digest: The result's name.
+        """
         return self.root / "stages" / f"{kind}-{digest}"
 
     def evaluation_file(self, digest: str) -> Path:
+        """Return where an evaluation is kept.
+
+        Args:
+            digest: The evaluation's name.
+        """
         return self.root / "evaluations" / f"{digest}.json"
 
     @contextmanager
@@ -78,7 +93,7 @@ class Store:
             lock.release()
 
     def work_folder(self, folder: Path) -> Path:
-        """Return where the stage that makes ``folder`` keeps what it needs to go on after a
+        """Return where the stage that makes ``folder`` keeps what it needs to resume after a
         crash."""
         return folder.with_name(folder.name + ".work")
 
@@ -130,7 +145,15 @@ class Store:
         return figures if record.get("digest") == digest(figures) else None
 
     def write_evaluation(self, path: Path, figures: dict) -> None:
-        """Record figures, whole or not at all."""
+        """Record an evaluation, complete or not at all.
+
+        Args:
+            path: The file, from :meth:`evaluation_file`.
+            figures: What was measured, plain JSON values.
+
+        Raises:
+            SlimError: The disk is full.
+        """
         try:
             write_json(path, {"digest": digest(figures), "figures": figures})
         except OSError as error:
@@ -139,12 +162,21 @@ class Store:
 
 
 def reraise_full_disk(error: BaseException, path: Path) -> None:
-    """Raise ``SlimError`` if ``error`` means that the disk is full."""
+    """Turn an error that means a full disk into one that says so.
+
+    Args:
+        error: What was raised.
+        path: What was being written.
+
+    Raises:
+        SlimError: The disk is full.
+    """
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or (isinstance(error, OSError) and "os error 28" in str(error)):
         raise SlimError(
-            f"The disk is full: {path.name} could not be written to {path.parent}. Nothing half-written is left; finished "
-            "stages are kept. Free some space or choose another folder with store=FOLDER, then run the same command."
+            f"The disk is full: {path.name} could not be written to {path.parent}. Nothing "
+            "half-written is left; finished stages are kept.\n"
+            "Free some space or choose another folder with store=FOLDER, then run the same command."
         ) from error
 
 
@@ -168,8 +200,15 @@ def _sync(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict) -> dict:
-    """Complete ``manifest`` with counts and checksums of ``folder`` and write it as
-    ``slim.json``."""
+    """Complete a manifest with counts and checksums, and write it as ``slim.json``.
+
+    Args:
+        folder: The checkpoint.
+        manifest: What the pipeline knows of it.
+
+    Returns:
+        The manifest as written, with ``parameters``, ``bytes`` and ``checksums``.
+    """
     checkpoint = open_checkpoint(folder)
     manifest = {
         **manifest,

@@ -10,39 +10,52 @@ from pathlib import Path
 
 from slim.checkpoints.checkpoint import COMPANIONS, Checkpoint
 from slim.checkpoints.reader import TensorReader
+from slim.checkpoints.shards import ShardWriter
 from slim.core.io import read_json
 from slim.models.heterogeneous import write_card
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licences unchanged.
+    """Copy tokenizer, chat templates, generation settings and licences unchanged.
 
-    Where the config in ``target`` says that blocks differ, add a model card that says how to load
-    such a model."""
+    Where the config in ``target`` says that blocks differ, a model card is added that says how to
+    load such a model.
+
+    Args:
+        source: The checkpoint folder to copy from.
+        target: An existing folder.
+    """
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
                 copy = target / path.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)
-    if (target / "config.json").is_file() and read_json(target / "config.json").get(
-        "per_layer_config"
-    ):
+    config = target / "config.json"
+    if config.is_file() and read_json(config).get("per_layer_config"):
         write_card(target)
 
 
 def write_config(config: dict, target: Path) -> None:
-    """Write ``config.json``."""
+    """Write ``config.json``.
+
+    Args:
+        config: Its content.
+        target: An existing folder.
+    """
     (target / "config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
 
 
 def write_blocks(source: Checkpoint, target: Path, kept: list[int]) -> None:
-    """Write ``source`` with only the blocks ``kept``, in that order and renumbered, tensors
-    unchanged."""
-    from slim.checkpoints.shards import ShardWriter
+    """Write a checkpoint with only some blocks, renumbered, their tensors unchanged.
 
+    Args:
+        source: The checkpoint.
+        target: An existing, empty folder.
+        kept: Numbers of the blocks that stay, in their new order.
+    """
     spec = source.spec.with_blocks(kept)
     reader, writer = TensorReader(source), ShardWriter(target)
     for old, new in renumbered(source, kept):
@@ -53,7 +66,15 @@ def write_blocks(source: Checkpoint, target: Path, kept: list[int]) -> None:
 
 
 def renumbered(source: Checkpoint, kept: list[int]) -> Iterator[tuple[str, str]]:
-    """Yield (old name, new name) for every tensor that stays when only the blocks ``kept`` do."""
+    """Say which tensors stay when only some blocks do.
+
+    Args:
+        source: The checkpoint.
+        kept: Numbers of the blocks that stay, in their new order.
+
+    Yields:
+        (old name, new name).
+    """
     position = {old: new for new, old in enumerate(kept)}
     prefix = source.spec.family.blocks + "."
     for name in source.tensors:

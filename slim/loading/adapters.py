@@ -34,8 +34,12 @@ if TYPE_CHECKING:
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapters of ``model`` (wrapped by PEFT) into the checkpoint ``folder``, and that
-    they belong to it."""
+    """Write a model's adapters into a checkpoint, and that they belong to it.
+
+    Args:
+        model: The model, wrapped by PEFT.
+        folder: The checkpoint folder with the weights that they were trained on.
+    """
     from peft import get_peft_model_state_dict
 
     config_file, weights_file = (folder / name for name in ADAPTER_FILES)
@@ -57,11 +61,16 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def attach_adapter(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put the adapter of ``checkpoint`` into ``model``, frozen, in evaluation mode; the model keeps
-    its class.
+    """Put a checkpoint's adapter into its model, frozen, in evaluation mode; the model keeps its
+    class.
 
-    Raises ``SlimError`` where the adapter does not belong to this model, or the package peft is
-    missing."""
+    Args:
+        model: The loaded model.
+        checkpoint: The checkpoint, with an adapter next to the weights.
+
+    Raises:
+        SlimError: The adapter does not belong to this model, or the package peft is missing.
+    """
     from safetensors.torch import load_file
 
     peft = import_peft(str(checkpoint.folder))

@@ -15,17 +15,37 @@ ITEM_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 def load(checkpoint: Checkpoint, dtype: str, device: str, trainable: bool) -> nn.Module:
-    """Load a checkpoint of bitsandbytes; it can be trained, whether ``trainable`` or not."""
+    """Load a checkpoint of bitsandbytes.
+
+    Args:
+        checkpoint: What to load.
+        dtype: Type of activations and plain weights.
+        device: ``"cpu"`` or ``"cuda"``.
+        trainable: Without effect: it can be trained either way.
+    """
+    if not checkpoint.is_plain:
+        raise SlimError(
+            f"{checkpoint.folder}: its files are read through transformers, so that their names and "
+            "config must be as transformers writes them."
+        )
     return load_bitsandbytes(checkpoint, dtype, device)
 
 
 def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> nn.Module:
-    """Load a checkpoint of bitsandbytes, slim's own or another tool's, by transformers, in
-    evaluation mode.
+    """Load a checkpoint of bitsandbytes by transformers, in evaluation mode.
 
-    dtype: type of activations and plain weights, and the one 4-bit layers multiply in, whatever the
-    config says. The model can be trained (adapters): layers keep the layout of the file, see
-    :func:`use_fast_kernels`. Raises ``SlimError`` for tensors that are missing or do not fit."""
+    The model can be trained (adapters): layers keep the layout of the file, see
+    :func:`use_fast_kernels`.
+
+    Args:
+        checkpoint: Slim's own or another tool's.
+        dtype: Type of activations and plain weights, and the one 4-bit layers multiply in, whatever
+            the config says.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        SlimError: Tensors are missing or do not fit.
+    """
     from transformers import AutoModelForCausalLM
 
     bnb = library()
@@ -83,18 +103,23 @@ def use_fast_kernels(model: nn.Module) -> bool:
     It is much faster for single tokens, and slower for many. It computes in bfloat16, so only
     models loaded in that take it; it rounds scales to bfloat16, and the first forward rearranges
     the weights for good: gradients no longer pass. So nothing but the measuring of speed should ask
-    for it. Returns whether any layer of ``model`` now uses it."""
+    for it.
+
+    Args:
+        model: A model from :func:`load_bitsandbytes`.
+
+    Returns:
+        Whether any layer of it now uses the kernel.
+    """
     bnb = library()
-    supported = getattr(bnb.functional, "has_avx512bf16", lambda: False)()
-    found = False
+    if not getattr(bnb.functional, "has_avx512bf16", lambda: False)():
+        return False
+    used = False
     for module in model.modules():
-        if (
-            supported
-            and isinstance(module, bnb.nn.Linear4bit)
-            and module.compute_dtype == torch.bfloat16
-        ):
-            rows, columns = module.weight.quant_state.shape
-            fits = rows % KERNEL_ROWS == 0 and columns % module.weight.quant_state.blocksize == 0
-            module.support_avx512bf16_for_cpu = fits and module.weight.device.type == "cpu"
-            found = found or module.support_avx512bf16_for_cpu
-    return found
+        if not isinstance(module, bnb.nn.Linear4bit) or module.compute_dtype != torch.bfloat16:
+            continue
+        rows, columns = module.weight.quant_state.shape
+        fits = rows % KERNEL_ROWS == 0 and columns % module.weight.quant_state.blocksize == 0
+        module.support_avx512bf16_for_cpu = fits and module.weight.device.type == "cpu"
+        used = used or module.support_avx512bf16_for_cpu
+    return used

@@ -27,11 +27,17 @@ def load_model(
     """Load a checkpoint for use, in evaluation mode; packed weights as ``QuantLinear`` layers, an
     adapter applied.
 
-    dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, the stored
-        type elsewhere.
-    trainable: keep packed weights in a layout that gradients can pass, for adapters on top of them.
-    Raises ``SlimError`` where weights are missing from the file or have other shapes than the
-    config says."""
+    Args:
+        folder: The checkpoint folder.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, the
+            stored type elsewhere.
+        device: ``"cpu"`` or ``"cuda"``.
+        trainable: Whether to keep packed weights in a layout that gradients can pass, for adapters
+            on top of them.
+
+    Raises:
+        SlimError: Names or shapes of tensors are not those of the class that the config describes.
+    """
     hide_library_bars()
     checkpoint = open_checkpoint(folder)
     model = _load_base(checkpoint, resolve_dtype(checkpoint.spec, dtype, device), device, trainable)
@@ -44,10 +50,9 @@ def load_model(
 
 def _load_base(checkpoint: Checkpoint, wanted: str, device: str, trainable: bool):
     """Load the weights of :func:`load_model` in the type ``wanted``."""
-    if checkpoint.spec.quantization is not None:
-        verify(checkpoint)
-        return loader(checkpoint).load(checkpoint, wanted, device, trainable)
     verify(checkpoint)
+    if checkpoint.spec.quantization is not None:
+        return loader(checkpoint).load(checkpoint, wanted, device, trainable)
     if checkpoint.is_plain:
         return _from_folder(checkpoint, wanted).to(device).eval()
     return _from_tensors(checkpoint, wanted).to(device).eval()
@@ -59,7 +64,7 @@ def _from_folder(checkpoint: Checkpoint, wanted: str):
     from transformers import AutoModelForCausalLM
 
     model_config(checkpoint)  # names the entry that transformers refuses
-    check_generation_config(checkpoint)
+    read_generation_config(checkpoint)  # likewise
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
         dtype=getattr(torch, wanted),
@@ -91,13 +96,11 @@ def _from_tensors(checkpoint: Checkpoint, wanted: str):
     return model
 
 
-def check_generation_config(checkpoint: Checkpoint) -> None:
-    """Raise ``SlimError`` for a ``generation_config.json`` that transformers cannot read."""
-    read_generation_config(checkpoint)
-
-
 def loader(checkpoint: Checkpoint) -> ModuleType:
     """Return the module that loads a quantized checkpoint and knows its kernels.
+
+    Args:
+        checkpoint: The checkpoint.
 
     Raises:
         SlimError: slim does not read the format.

@@ -20,13 +20,20 @@ from slim.quantization.scheme import Scheme
 def load_quantized(
     checkpoint: Checkpoint, dtype: str, device: str = "cpu", kernels: bool = True
 ) -> nn.Module:
-    """Load a packed checkpoint in any format of docs/formats.md, slim's own or another tool's, in
-    evaluation mode.
+    """Load a packed checkpoint in any format of docs/formats.md, in evaluation mode.
 
-    dtype: type of activations, scales and plain weights, such as ``"bfloat16"``. kernels: bring the
-    codes into the layouts of the fastest kernels; not all of these have gradients. Weights are read
-    tensor by tensor; no dense copy of a quantised layer is made. Raises ``SlimError`` for other
-    formats, and for tensors that are missing or do not fit the config."""
+    Weights are read tensor by tensor; no dense copy of a quantized layer is made.
+
+    Args:
+        checkpoint: Slim's own or another tool's.
+        dtype: Type of activations, scales and plain weights, such as ``"bfloat16"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        kernels: Whether to bring the codes into the layouts of the fastest kernels; not all of
+            these have gradients.
+
+    Raises:
+        SlimError: The format is another one, or tensors are missing or do not fit the config.
+    """
     stored = read_config(checkpoint.spec.quantization, str(checkpoint.folder))
     meta_model = MetaModel(checkpoint, device)
     model, wanted = meta_model.model, getattr(torch, dtype)
@@ -35,12 +42,10 @@ def load_quantized(
         if isinstance(module, (nn.Linear, nn.Embedding)):
             scheme = packed_scheme(stored, meta_model.reader, name, optional=module is tied_head)
             if scheme is not None:
-                model.set_submodule(
-                    name,
-                    read_layer(
-                        meta_model.reader, stored, name, module, scheme, wanted, device, kernels
-                    ),
+                layer = read_layer(
+                    meta_model.reader, stored, name, module, scheme, wanted, device, kernels
                 )
+                model.set_submodule(name, layer)
     load_plain(model, meta_model.reader, wanted, device)
     tie(model, checkpoint.spec.tied, device)
     require_all(model, meta_model.reader)
@@ -50,7 +55,14 @@ def load_quantized(
 
 
 def load(checkpoint: Checkpoint, dtype: str, device: str, trainable: bool) -> nn.Module:
-    """Load a packed checkpoint; ``trainable`` keeps the layouts that gradients can pass."""
+    """Load a packed checkpoint.
+
+    Args:
+        checkpoint: What to load.
+        dtype: Type of activations, scales and plain weights, such as ``"bfloat16"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        trainable: Whether to keep the layouts that gradients can pass.
+    """
     return load_quantized(checkpoint, dtype, device, kernels=not trainable)
 
 
@@ -75,8 +87,15 @@ def use_fast_kernels(model: nn.Module) -> bool:
 def packed_scheme(stored: Stored, reader: TensorReader, name: str, optional: bool) -> Scheme | None:
     """Return the scheme of a layer that the file holds packed; None: it is plain.
 
-    optional: whether the file may hold neither, as for a head that shares the embedding. Raises
-    ``SlimError`` where the config and the file say different things."""
+    Args:
+        stored: How the checkpoint is quantized.
+        reader: On the checkpoint.
+        name: The layer's full name.
+        optional: Whether the file may hold neither, as for a head that shares the embedding.
+
+    Raises:
+        SlimError: The config and the file say different things.
+    """
     scheme, codes = stored.scheme(name), f"{name}.{stored.format.codes}"
     if codes in reader and scheme is None and f"{name}.weight" not in reader:
         raise SlimError(
@@ -103,8 +122,21 @@ def read_layer(
     device: str,
     kernels: bool = True,
 ) -> QuantLinear | QuantEmbedding:
-    """Read one packed layer. Raises ``SlimError`` if its tensors do not have the shapes of its
-    place in the model."""
+    """Read one packed layer.
+
+    Args:
+        reader: On the checkpoint.
+        stored: How the checkpoint is quantized.
+        name: The layer's full name.
+        module: The layer that it takes the place of, whose weight is [out, in].
+        scheme: Its scheme.
+        dtype: Type of activations and scales.
+        device: Where to put it.
+        kernels: Whether to choose the fastest kernel's layout.
+
+    Raises:
+        SlimError: Its tensors do not have the shapes of its place in the model.
+    """
     rows, columns = module.weight.shape
     bias = getattr(module, "bias", None) is not None
     layer = QuantLinear(columns, rows, scheme, dtype, bias)
@@ -114,11 +146,20 @@ def read_layer(
     layer = layer.to(device)
     if isinstance(module, nn.Embedding):  # rows are looked up in the stored stream
         return QuantEmbedding(layer, getattr(module, "embed_scale", None))
-    return layer.choose_kernel() if kernels else layer
+    if not kernels:
+        return layer
+    return layer.choose_kernel()
 
 
 def load_plain(model: nn.Module, reader: TensorReader, dtype: torch.dtype, device: str) -> None:
-    """Load everything that is not packed (embeddings, norms, head)."""
+    """Load everything that is not packed (embeddings, norms, head).
+
+    Args:
+        model: The model, its plain parameters on the meta device.
+        reader: On the checkpoint.
+        dtype: Type to load in.
+        device: Where to put them.
+    """
     for name, parameter in list(model.named_parameters()):
         if name in reader:
             module, _, attribute = name.rpartition(".")
@@ -131,8 +172,13 @@ def load_plain(model: nn.Module, reader: TensorReader, dtype: torch.dtype, devic
 
 
 def tie(model: nn.Module, tied: bool, device: str) -> None:
-    """Let the head share the embedding where the model says so and the file holds no packed head of
-    its own."""
+    """Let the head share the embedding where the file holds no packed head of its own.
+
+    Args:
+        model: The model, its embedding loaded.
+        tied: Whether the config says that they are shared.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
     embedding = model.get_input_embeddings()
     if not tied or isinstance(model.get_output_embeddings(), QuantLinear):
         return
@@ -145,12 +191,17 @@ def tie(model: nn.Module, tied: bool, device: str) -> None:
 
 
 def require_all(model: nn.Module, reader: TensorReader) -> None:
-    """Raise ``SlimError`` if a weight of the model was not in the file."""
-    empty = [
-        name
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if tensor.is_meta
-    ]
+    """Check that every weight of the model was in the file.
+
+    Args:
+        model: The model after loading.
+        reader: On the checkpoint.
+
+    Raises:
+        SlimError: One was not.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    empty = [name for name, tensor in tensors if tensor.is_meta]
     if empty:
         raise SlimError(
             f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'."

@@ -20,14 +20,16 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class LinearGroupSpec:
     """Linear layers of a block that share one input.
 
-    linears: names relative to the block.
-    scale_into: the module whose output channels are this input's channels, into which a scale per
-        channel can be folded: a norm, or the linear layer before it (for ``o_proj`` the value
-        projection, for ``down_proj`` the up projection).
-    scale_into_part: where ``scale_into`` is a fused layer, the one of its parts (``FUSED``) that
-        feeds; its other rows do not.
-    offset: what the norm ``scale_into`` adds to its stored weight before it multiplies by it (1 in
-    Gemma)."""
+    Attributes:
+        linears: Names relative to the block.
+        scale_into: The module whose output channels are this input's channels, into which a scale
+            per channel can be folded: a norm, or the linear layer before it (for ``o_proj`` the
+            value projection, for ``down_proj`` the up projection).
+        scale_into_part: Where ``scale_into`` is a fused layer, the one of its parts (``FUSED``)
+            whose output it is; None elsewhere.
+        offset: What the norm ``scale_into`` adds to its stored weight before it multiplies by it (1
+            in Gemma).
+    """
 
     linears: tuple[str, ...]
     scale_into: str
@@ -68,24 +70,36 @@ GEMMA_NORMS = (*LLAMA_NORMS, "pre_feedforward_layernorm", "post_feedforward_laye
 
 
 def windows_behind(config: dict) -> list[str] | None:
-    """Return what the blocks of a Qwen model attend to: a window from ``max_window_layers`` on,
-    where it is used."""
+    """Return what the blocks of a Qwen model attend to: a window from ``max_window_layers`` on.
+
+    Args:
+        config: The parsed ``config.json``.
+
+    Returns:
+        One word per block; None where the window is not used.
+    """
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return None
-    first = config.get("max_window_layers", 28)
-    return [SLIDING if block >= first else FULL for block in range(config["num_hidden_layers"])]
+    depth = config["num_hidden_layers"]
+    full = min(depth, config.get("max_window_layers", 28))
+    return [FULL] * full + [SLIDING] * (depth - full)
 
 
 def one_full_in(count: int) -> Callable[[dict], list[str]]:
-    """Return the pattern of Gemma: of every ``count`` blocks (or the config's own number) the last
-    sees all."""
+    """Return the pattern of Gemma: of every so many blocks the last sees all.
+
+    Args:
+        count: The period, where ``sliding_window_pattern`` does not say another.
+
+    Returns:
+        Function from the parsed ``config.json`` to one word per block.
+    """
 
     def pattern(config: dict) -> list[str]:
         period = config.get("sliding_window_pattern") or count
-        return [
-            SLIDING if (block + 1) % period else FULL
-            for block in range(config["num_hidden_layers"])
-        ]
+        types = [SLIDING] * config["num_hidden_layers"]
+        types[period - 1 :: period] = [FULL] * len(types[period - 1 :: period])
+        return types
 
     return pattern
 
@@ -94,15 +108,26 @@ def one_full_in(count: int) -> Callable[[dict], list[str]]:
 class Family:
     """Names of the parts of a decoder-only model, as in its transformers implementation.
 
-    linear_groups: the linear layers in the order in which they compute. norms: those of a block, as
-        wide as the model.
-    qkv_bias, o_bias, mlp_bias: whether these linear layers have biases: always, never, or as an
-        entry of the config says.
-    qk_norm: whether queries and keys are normalised per head.
-    layer_types: config -> what each block attends to (None: all alike), where ``config.json`` does
-        not list it.
-    defaults: what the family's configuration class assumes for entries that ``config.json`` may
-    leave out."""
+    Attributes:
+        model_type: Its name in ``config.json``.
+        linear_groups: The linear layers in the order in which they compute.
+        norms: Those of a block, as wide as the model.
+        blocks: Where the list of blocks is.
+        embeddings: The token embedding.
+        final_norm: The norm after the last block.
+        head: The projection to the vocabulary.
+        attention: The attention within a block.
+        mlp: The MLP within a block.
+        qkv_bias: Whether the query, key and value projections have biases: always, never, or as an
+            entry of the config says.
+        o_bias: The same of the output projection.
+        mlp_bias: The same of the MLP's linear layers.
+        qk_norm: Whether queries and keys are normalised per head.
+        layer_types: config -> what each block attends to (None: all alike), where ``config.json``
+            does not list it.
+        defaults: What the family's configuration class assumes for entries that ``config.json``
+            may leave out.
+    """
 
     model_type: str
     linear_groups: tuple[LinearGroupSpec, ...] = LLAMA_SEGMENTS
@@ -123,12 +148,10 @@ class Family:
     @property
     def fused(self) -> tuple[str, ...]:
         """Names of the linear layers that hold several projections."""
-        return tuple(
-            name
-            for group in self.linear_groups
-            for name in group.linears
-            if name.split(".")[-1] in FUSED
-        )
+        names: list[str] = []
+        for group in self.linear_groups:
+            names += [name for name in group.linears if name.split(".")[-1] in FUSED]
+        return tuple(names)
 
     @property
     def norms_outputs(self) -> bool:
@@ -136,9 +159,17 @@ class Family:
         return not set(self.norms) <= {group.scale_into for group in self.linear_groups}
 
     def offset(self, tensor: str) -> float:
-        """Return what the model adds to a stored weight before it multiplies by it: not 0 only for
-        norms of Gemma."""
-        return self.linear_groups[0].offset if tensor.endswith("norm.weight") else 0.0
+        """Return what the model adds to a stored weight before it multiplies by it.
+
+        Args:
+            tensor: Full name of a tensor.
+
+        Returns:
+            0, except for the norms of Gemma.
+        """
+        if not tensor.endswith("norm.weight"):
+            return 0.0
+        return self.linear_groups[0].offset
 
 
 ATTENTION_BIAS = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}

@@ -10,11 +10,18 @@ if TYPE_CHECKING:
 
 
 def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits [..., vocabulary], in the type of ``hidden``, for normalised last hidden
-    states [..., hidden].
+    """Return the logits of normalised last hidden states.
 
-    model: a causal language model of transformers, of a family in ``slim.models.families``: its
-    head is one matrix, behind it at most Gemma's soft cap, c tanh(x / c)."""
+    Args:
+        model: A causal language model of transformers, of a family in ``slim.models.families``: its
+            head is one matrix, followed by at most Gemma's soft cap, c tanh(x / c).
+        hidden: [..., hidden], after the final norm.
+
+    Returns:
+        [..., vocabulary], in the type of ``hidden``.
+    """
     logits = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else (logits / cap).tanh() * cap
+    if cap is None:
+        return logits
+    return (logits / cap).tanh() * cap

@@ -15,6 +15,14 @@ from slim.models.families import FAMILIES, FUSED, Family, LinearGroupSpec
 
 # entry of config.json, and below it "parameters": how many the adapter has
 ADAPTER = "slim_adapter"
+# entries that every config must have, whole numbers
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -29,8 +37,9 @@ DTYPE_BYTES = {
 class ModelSpec:
     """A checkpoint as far as ``config.json`` tells: sizes, counts, how its weights are stored.
 
-    config: the parsed ``config.json``.
-    name: how to call the model in messages.
+    Attributes:
+        config: The parsed ``config.json``.
+        name: How to call the model in messages.
     """
 
     config: dict
@@ -38,34 +47,30 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if "text_config" in self.config:
+            model_type = self.config.get("model_type")
             raise SlimError(
-                f"{self.name} is a model of several parts (model_type '{self.config.get('model_type')}'); slim compresses "
-                "text models.\nSave its text part as a checkpoint first: docs/extending/family.md, 'Models of several parts'."
+                f"{self.name} is a model of several parts (model_type '{model_type}'); slim "
+                "compresses text models.\nSave its text part as a checkpoint first: docs/extending/family.md, 'Models of several parts'."
             )
-        missing = [
-            key
-            for key in (
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "intermediate_size",
-                "vocab_size",
-            )
-            if not isinstance(self.config.get(key), int)
-        ]
+        missing = [key for key in SIZES if not isinstance(self.config.get(key), int)]
         if missing:
             raise SlimError(
-                f"config.json of {self.name} lacks {', '.join(missing)}: not a decoder-only language model."
+                f"config.json of {self.name} lacks {', '.join(missing)}: not a decoder-only "
+                "language model."
             )
 
     @property
     def family(self) -> Family:
-        """The family's description. Raises ``SlimError`` for a family without one."""
+        """The family's description.
+
+        Raises:
+            SlimError: slim has none; the message says where to add one.
+        """
         model_type = self.config.get("model_type", "")
         if model_type not in FAMILIES:
             raise SlimError(
-                f"slim does not know the model family '{model_type}' of {self.name}. Known: {', '.join(FAMILIES)}.\n"
-                f"To describe it, add Family('{model_type}', ...) to FAMILIES in slim/models/families.py; "
+                f"slim does not know the model family '{model_type}' of {self.name}. Known: "
+                f"{', '.join(FAMILIES)}.\nTo describe it, add Family('{model_type}', ...) to FAMILIES in slim/models/families.py; "
                 "docs/extending/family.md says how."
             )
         return FAMILIES[model_type]
@@ -76,38 +81,51 @@ class ModelSpec:
         return self.config.get("model_type") in FAMILIES
 
     def entry(self, key: str) -> Any:
-        """Return an entry of the config, or what the family assumes where ``config.json`` does not
-        have it, or None."""
+        """Return an entry of the config, or what the family assumes where it is left out.
+
+        Args:
+            key: Name of the entry.
+
+        Returns:
+            Its value; None where neither says anything.
+        """
         if key in self.config or not self.known:
             return self.config.get(key)
         return self.family.defaults.get(key)
 
     @property
     def blocks(self) -> int:
+        """Number of decoder blocks."""
         return self.config["num_hidden_layers"]
 
     @property
     def hidden_size(self) -> int:
+        """Width of the residual stream."""
         return self.config["hidden_size"]
 
     @property
     def intermediate_size(self) -> int:
+        """Channels of the MLP."""
         return self.config["intermediate_size"]
 
     @property
     def vocab_size(self) -> int:
+        """Rows of the embedding."""
         return self.config["vocab_size"]
 
     @property
     def heads(self) -> int:
+        """Query heads."""
         return self.config["num_attention_heads"]
 
     @property
     def kv_heads(self) -> int:
+        """Key and value heads."""
         return self.entry("num_key_value_heads") or self.heads
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.entry("head_dim") or self.hidden_size // self.heads
 
     @property
@@ -134,24 +152,32 @@ class ModelSpec:
 
     @property
     def adapter(self) -> dict | None:
-        """What ``config.json`` says of an adapter beside the weights
+        """What ``config.json`` says of an adapter next to the weights
         (``slim/loading/adapters.py``), or None."""
         return self.config.get(ADAPTER)
 
     def require_merged(self) -> None:
-        """Raise ``SlimError`` where an adapter lies beside the weights: it was trained for these
-        weights as they are."""
+        """Refuse a model with an adapter next to its weights, which was trained for them as they
+        are.
+
+        Raises:
+            SlimError: There is one.
+        """
         if self.adapter is not None:
             raise SlimError(
-                f"{self.name} has an adapter beside its weights, and changing these would leave the adapter without what it "
-                "was trained on. Put this stage before the tuner, or tune with tuner.merge=true."
+                f"{self.name} has an adapter beside its weights, and changing these would leave the "
+                "adapter without what it was trained on.\n"
+                "Put this stage before the tuner, or tune with tuner.merge=true."
             )
 
     def require_plain(self, advice: str) -> None:
-        """Raise ``SlimError`` where weights are quantized, or an adapter was trained for them.
+        """Refuse weights that are quantized, or that an adapter was trained for.
 
         Args:
             advice: What to do instead of changing quantized weights, one sentence.
+
+        Raises:
+            SlimError: They are.
         """
         self.require_merged()
         if self.quantization is not None:
@@ -168,29 +194,34 @@ class ModelSpec:
         }
 
     def at(self, block: int) -> ModelSpec:
-        """Return the description of a model whose blocks are all like ``block``; itself where
-        blocks do not differ."""
+        """Return the description of a model whose blocks are all like one of this model's.
+
+        Args:
+            block: Its number. Where blocks do not differ, the result is this description.
+        """
         if not self.config.get("per_layer_config"):
             return self
-        plain = {key: value for key, value in self.config.items() if key != "per_layer_config"}
-        return dataclasses.replace(self, config={**plain, **self.differing.get(block, {})})
+        config = {**self.config, **self.differing.get(block, {})}
+        del config["per_layer_config"]
+        return dataclasses.replace(self, config=config)
 
     def block_linears(self, block: int | None = None) -> dict[str, tuple[int, int]]:
-        """Return name within a block -> (out_features, in_features) for every linear layer of
-        ``block``.
+        """Return the sizes of the linear layers of a block.
 
-        Without a number those of every block, or, where blocks differ, the largest rows and columns
-        of each layer."""
-        if block is not None:
-            return self.at(block)._linears()
-        every = [
-            self.at(index)._linears()
-            for index in ([*range(self.blocks)] if self.differing else [0])
-        ]
-        return {
-            name: (max(sizes[name][0] for sizes in every), max(sizes[name][1] for sizes in every))
-            for name in every[0]
-        }
+        Args:
+            block: Its number; None: those of every block, or, where blocks differ, the largest rows
+                and columns of each layer.
+
+        Returns:
+            Name within the block -> (out_features, in_features).
+        """
+        if block is not None or not self.differing:
+            return self.at(block or 0)._linears()
+        largest = self.at(0)._linears()
+        for index in range(1, self.blocks):
+            for name, (rows, columns) in self.at(index)._linears().items():
+                largest[name] = (max(rows, largest[name][0]), max(columns, largest[name][1]))
+        return largest
 
     def _projections(self) -> dict[str, tuple[int, int]]:
         """Return projection -> (out_features, in_features), fused ones and their parts alike."""
@@ -205,30 +236,38 @@ class ModelSpec:
             "up_proj": (width, hidden),
             "down_proj": (hidden, width),
         }
-        fused = {
-            name: (sum(sizes[part][0] for part in parts), hidden) for name, parts in FUSED.items()
-        }
-        return sizes | fused
+        for name, parts in FUSED.items():
+            sizes[name] = (sum(sizes[part][0] for part in parts), hidden)
+        return sizes
 
     def _linears(self) -> dict[str, tuple[int, int]]:
-        sizes = self._projections()
-        return {
-            name: sizes[name.split(".")[-1]]
-            for group in self.family.linear_groups
-            for name in group.linears
-        }
+        """Return name within a block -> sizes, where all blocks are alike."""
+        sizes, linears = self._projections(), {}
+        for group in self.family.linear_groups:
+            for name in group.linears:
+                linears[name] = sizes[name.split(".")[-1]]
+        return linears
 
     def first_scaled_row(self, group: LinearGroupSpec) -> int:
-        """Return the first row of the linear layer ``group.scale_into`` that feeds the segment: 0
-        unless it is fused."""
+        """Return the first row of the layer ``group.scale_into`` that feeds a linear group.
+
+        Args:
+            group: The linear group.
+
+        Returns:
+            0, unless that layer holds several projections.
+        """
         if group.scale_into_part is None:
             return 0
         parts, sizes = FUSED[group.scale_into.split(".")[-1]], self._projections()
         return sum(sizes[part][0] for part in parts[: parts.index(group.scale_into_part)])
 
     def block_parameters(self, block: int | None = None) -> int:
-        """Count the parameters of ``block``: linear layers, biases, norms. Without a number as
-        ``block_linears``."""
+        """Count the parameters of a block: linear layers, biases, norms.
+
+        Args:
+            block: Its number; None as in :meth:`block_linears`.
+        """
         linears = self.block_linears(block)
         weights = sum(rows * columns for rows, columns in linears.values())
         biases = sum(rows for name, (rows, _) in linears.items() if self._has_bias(name))
@@ -252,53 +291,71 @@ class ModelSpec:
 
     @property
     def adapter_parameters(self) -> int:
-        """Parameters of the adapter beside the weights; 0 without one. They are stored in
+        """Parameters of the adapter next to the weights; 0 without one. They are stored in
         float32."""
         return 0 if self.adapter is None else self.adapter["parameters"]
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Return full name -> (out_features, in_features) of all linear layers and embeddings, a
         shared one once."""
-        ends = [self.family.embeddings] if self.tied else [self.family.embeddings, self.family.head]
-        blocks = {
-            f"{self.family.blocks}.{block}.{name}": shape
-            for block in range(self.blocks)
-            for name, shape in self.block_linears(block).items()
-        }
-        return blocks | dict.fromkeys(ends, (self.vocab_size, self.hidden_size))
+        matrices = self.linears()
+        matrices[self.family.embeddings] = (self.vocab_size, self.hidden_size)
+        if not self.tied:
+            matrices[self.family.head] = (self.vocab_size, self.hidden_size)
+        return matrices
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Return full name -> (out_features, in_features) of the blocks' linear layers, in order."""
+        linears = {}
+        for block in range(self.blocks):
+            for name, shape in self.block_linears(block).items():
+                linears[f"{self.family.blocks}.{block}.{name}"] = shape
+        return linears
 
     def with_config(self, **changes) -> ModelSpec:
-        """Return a copy with some entries of the config replaced."""
+        """Return a copy with some entries of the config replaced.
+
+        Args:
+            **changes: Entry of ``config.json`` -> its new value.
+        """
         return dataclasses.replace(self, config={**self.config, **changes})
 
     def with_blocks(self, kept: list[int]) -> ModelSpec:
-        """Return the description after keeping only the blocks ``kept``; lists with one entry per
-        block are cut too.
+        """Return the description after keeping only some blocks.
 
-        What each block attends to is listed in the result where the config so far says it by the
-        blocks' numbers."""
-        per_block = {
-            key: [value[index] for index in kept]
-            for key, value in self.config.items()
-            if isinstance(value, list)
-            and len(value) == self.blocks
-            and not key.endswith("token_id")
-        }
-        types = self.family.layer_types(self.config) if self.known else None
-        if types is not None and not self.config.get("layer_types"):
-            per_block["layer_types"] = [types[index] for index in kept]
+        Lists with one entry per block are cut too. What each block attends to is listed in the
+        result where the config so far says it by the blocks' numbers.
+
+        Args:
+            kept: Numbers of the blocks that stay, in their new order.
+        """
+        changes: dict[str, Any] = {}
+        for key, value in self.config.items():
+            per_block = isinstance(value, list) and len(value) == self.blocks
+            # as many tokens that end a text as blocks would be a coincidence
+            if per_block and not key.endswith("token_id"):
+                changes[key] = [value[index] for index in kept]
+        if self.known and not self.config.get("layer_types"):
+            types = self.family.layer_types(self.config)
+            if types is not None:
+                changes["layer_types"] = [types[index] for index in kept]
         if "per_layer_config" in self.config:
-            per_block["per_layer_config"] = {
-                str(new): self.differing[old]
-                for new, old in enumerate(kept)
-                if old in self.differing
-            }
-        return self.with_config(num_hidden_layers=len(kept), **per_block)
+            changes["per_layer_config"] = {}
+            for new, old in enumerate(kept):
+                if old in self.differing:
+                    changes["per_layer_config"][str(new)] = self.differing[old]
+        return self.with_config(num_hidden_layers=len(kept), **changes)
 
 
 def resolve_dtype(spec: ModelSpec, dtype: str, device: str) -> str:
-    """Return the type to compute in: ``"auto"`` is float32 on a CPU and the stored type
-    elsewhere."""
+    """Return the type to compute in.
+
+    Args:
+        spec: The model.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32 on a CPU, the
+            stored type elsewhere.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
     if dtype != "auto":
         return dtype
     return "float32" if device == "cpu" else spec.dtype

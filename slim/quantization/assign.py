@@ -23,13 +23,12 @@ OVERRIDE_KEYS = {
 
 
 def layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """Return full name -> (out_features, in_features) for every linear layer of the blocks, in
-    order."""
-    return {
-        f"{spec.family.blocks}.{block}.{name}": shape
-        for block in range(spec.blocks)
-        for name, shape in spec.block_linears(block).items()
-    }
+    """Return full name -> (out_features, in_features) of the blocks' linear layers, in order.
+
+    Args:
+        spec: The model.
+    """
+    return spec.linears()
 
 
 def check_overrides(overrides: Mapping) -> None:
