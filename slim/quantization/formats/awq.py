@@ -43,7 +43,7 @@ else:
 BITS = 4
 FIELDS = 8  # codes in a word
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-OTHERWISE = "take quant.format=compressed-tensors or gptq"
+OTHERWISE = "use quant.format=compressed-tensors or gptq"
 
 
 class AwqGemm(Format):
@@ -62,24 +62,29 @@ class AwqGemm(Format):
         different = sorted({scheme.bits for scheme in schemes.values()} - {BITS})
         if different:
             raise SlimError(
-                f"quant.format=awq holds 4 bits only, not {different[0]}. Set quant.bits=4 or {OTHERWISE}."
+                f"quant.format=awq holds 4 bits only, not {different[0]}. Set quant.bits=4 or "
+                f"{OTHERWISE}."
             )
         if len(set(schemes.values())) > 1:
             raise SlimError(
-                f"quant.format=awq holds one scheme for all layers. Quantise them alike or {OTHERWISE}."
+                "quant.format=awq holds one scheme for all layers. Quantize them alike or "
+                f"{OTHERWISE}."
             )
         if ordered:
             raise SlimError(
-                f"quant.format=awq has no place for groups in activation order. Switch that off or {OTHERWISE}."
+                "quant.format=awq has no place for groups in activation order. Switch that off or "
+                f"{OTHERWISE}."
             )
         for layer in HEADS & schemes.keys():
             raise SlimError(
-                f"quant.format=awq leaves the head plain, so {layer} cannot be quantised. Or {OTHERWISE}."
+                f"quant.format=awq leaves the head plain: set quant.lm_head=false, or {OTHERWISE} "
+                f"for {layer}."
             )
         for layer in schemes:
             if sizes and sizes[layer][0] % FIELDS:
                 raise SlimError(
-                    f"quant.format=awq: the {sizes[layer][0]} outputs of {layer} are no multiple of 8; {OTHERWISE}."
+                    f"quant.format=awq: the {sizes[layer][0]} outputs of {layer} are no multiple of "
+                    f"8; {OTHERWISE}."
                 )
 
     def config(
@@ -91,15 +96,17 @@ class AwqGemm(Format):
     ) -> dict:
         plain = [layer for layer in linears if layer not in schemes]
         inside = [layer for layer in plain if layer not in HEADS]
-        return {
+        config = {
             "quant_method": self.quant_method,
             "version": "gemm",
             "bits": BITS,
             "group_size": next(iter(schemes.values())).group_size,
             "zero_point": True,
             "modules_to_not_convert": plain,
-            **({"dynamic": {f"-:{any_of(inside)}": {}}} if inside else {}),  # GPTQModel looks here
         }
+        if inside:  # GPTQModel looks here
+            config["dynamic"] = {f"-:{any_of(inside)}": {}}
+        return config
 
     def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
         return {
@@ -125,12 +132,12 @@ class AwqGemm(Format):
                 f"{name} is quantised as awq in the version {version}. slim reads the version gemm."
             )
         # as AutoAWQ's own file says
-        settings = {"bits": config.get("w_bit"), "group_size": config.get("q_group_size")}
-        settings = {key: value for key, value in settings.items() if value is not None} | config
-        bits, group = (
-            require_integer(settings, "bits", name),
-            require_integer(settings, "group_size", name),
-        )
+        settings = dict(config)
+        for key, old in (("bits", "w_bit"), ("group_size", "q_group_size")):
+            if config.get(old) is not None:
+                settings.setdefault(key, config[old])
+        bits = require_integer(settings, "bits", name)
+        group = require_integer(settings, "group_size", name)
         if bits != BITS:
             raise SlimError(
                 f"{name}: the quantization_config says awq with {bits} bits. slim reads awq with 4."
@@ -139,11 +146,14 @@ class AwqGemm(Format):
         return Stored(self, settings, name)
 
     def scheme_of(self, config: dict, layer: str) -> Scheme | None:
-        plain = config.get("modules_to_not_convert") or []
-        found = overridden(config, layer)
-        if found is None or layer in EMBEDDINGS | HEADS or any(part in layer for part in plain):
+        if layer in EMBEDDINGS | HEADS:
             return None
-        return Scheme(BITS, found["group_size"], not config.get("zero_point", True))
+        if any(part in layer for part in config.get("modules_to_not_convert") or []):
+            return None
+        settings = overridden(config, layer)
+        if settings is None:
+            return None
+        return Scheme(BITS, settings["group_size"], not config.get("zero_point", True))
 
     def read(
         self,
@@ -166,13 +176,26 @@ class AwqGemm(Format):
 
 
 def pack_interleaved(codes: torch.Tensor) -> torch.Tensor:
-    """Pack codes [n, m], m a multiple of 8, into int32 [n, m / 8] in AWQ's order within each
-    word."""
+    """Pack codes in AWQ's order within each word.
+
+    Args:
+        codes: uint8 [n, m], m a multiple of 8.
+
+    Returns:
+        int32 [n, m / 8].
+    """
     return pack(codes.unflatten(-1, (-1, FIELDS))[..., list(ORDER)].flatten(-2), BITS)
 
 
 def unpack_interleaved(words: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`pack_interleaved`: uint8 [n, m]."""
+    """Undo :func:`pack_interleaved`.
+
+    Args:
+        words: int32 [n, m / 8].
+
+    Returns:
+        uint8 [n, m].
+    """
     fields = unpack(words, BITS, FIELDS * words.shape[-1]).unflatten(-1, (-1, FIELDS))
     places = sorted(range(FIELDS), key=ORDER.__getitem__)
     return fields[..., places].flatten(-2)

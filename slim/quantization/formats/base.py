@@ -31,7 +31,10 @@ Sizes = Mapping[str, tuple[int, int]]  # layer -> (outputs, inputs)
 class Stored:
     """How an existing checkpoint is quantised: its format and its checked ``quantization_config``.
 
-    name: how to call the model in messages.
+    Attributes:
+        format: Its format.
+        config: The checked ``quantization_config``.
+        name: How to call the model in messages.
     """
 
     format: Format
@@ -69,7 +72,14 @@ class Stored:
         return (codes - packed.zero.float()[:, group]) * packed.scale.float()[:, group]
 
     def layer_bytes(self, layer: str, rows: int, columns: int, model_dtype: str) -> int:
-        """Return the bytes that a quantized layer [rows, columns] takes in the file."""
+        """Return the bytes that a quantized layer takes in the file.
+
+        Args:
+            layer: Its full name.
+            rows: Its outputs.
+            columns: Its inputs.
+            model_dtype: Type of the model's plain weights.
+        """
         return self.format.bytes_of(self.config, layer, rows, columns, model_dtype)
 
 
@@ -77,10 +87,12 @@ class Stored:
 class Packed:
     """A layer as it runs, whatever the file's layout.
 
-    packed: int32 [out, ceil(in b / 32)], the dense stream along the rows. scale: [out, groups] as
-        stored.
-    zero: uint8 [out, groups]. group_index: int64 [in], the group of every column; None: column //
-    group."""
+    Attributes:
+        packed: int32 [out, ceil(in b / 32)], the dense stream along the rows.
+        scale: [out, groups], as stored.
+        zero: uint8 [out, groups].
+        group_index: int64 [in], the group of every column; None: column // group.
+    """
 
     packed: torch.Tensor
     scale: torch.Tensor
@@ -91,19 +103,26 @@ class Packed:
 class Format:
     """A way to store packed weights.
 
-    name: as in ``quant.format``. quant_method: as in ``quantization_config``. codes: end of the
-        name of the tensor that holds a layer's codes; the file has the layer packed where it is
-        there.
+    Attributes:
+        name: As in ``quant.format``.
+        quant_method: As in ``quantization_config``.
+        codes: End of the name of the tensor that holds a layer's codes; the file has the layer
+            packed where it is there.
+        trains_dora: Whether DoRA, which needs the norms of whole weights, can be trained on top of
+            packed layers.
     """
 
     name: str
     quant_method: str
     codes: str
-    # whether DoRA, which needs the norms of whole weights, can be trained on top of packed layers
     trains_dora: bool = False
 
     def describes(self, config: Mapping[str, Any]) -> bool:
-        """Whether a ``quantization_config`` is one of this format's."""
+        """Whether a ``quantization_config`` is one of this format's.
+
+        Args:
+            config: The ``quantization_config``.
+        """
         return config.get("quant_method") == self.quant_method
 
     def require_library(self) -> None:
@@ -113,17 +132,26 @@ class Format:
         """Import the package that runs the format's layers, where it is not slim itself."""
 
     def scale_dtype(self, model_dtype: str) -> str:
-        """Return the type scales are stored in, such as ``"float16"``, for a model of
-        ``model_dtype``."""
+        """Return the type scales are stored in, such as ``"float16"``.
+
+        Args:
+            model_dtype: Type of the model's plain weights.
+        """
         return model_dtype
 
     def check(
         self, schemes: Mapping[str, Scheme], ordered: bool, sizes: Sizes | None = None
     ) -> None:
-        """Raise ``SlimError`` for what the format cannot hold.
+        """Check that the format can hold what is asked for.
 
-        ordered: whether groups are in activation order. sizes: those of the layers, where they are
-        to be checked too."""
+        Args:
+            schemes: Full layer name -> scheme.
+            ordered: Whether groups are in activation order.
+            sizes: Full layer name -> (outputs, inputs), where they are to be checked too.
+
+        Raises:
+            SlimError: It cannot; the message says what to type instead.
+        """
 
     def config(
         self,
@@ -134,39 +162,83 @@ class Format:
     ) -> dict:
         """Return the ``quantization_config``.
 
-        linears: names of all linear layers of the model, the head included; those without a scheme
-            are listed as plain.
-        extra: settings of the method that the format has a place for, such as ``damp_percent``;
-        others are left out."""
+        Args:
+            schemes: Full layer name -> scheme.
+            linears: Names of all linear layers of the model, the head included; those without a
+                scheme are listed as plain.
+            ordered: Whether groups are in activation order.
+            **extra: Settings of the method that the format has a place for, such as
+                ``damp_percent``; others are left out.
+        """
         raise NotImplementedError
 
     def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
-        """Return a quantised layer as it is stored: end of the tensor's name -> tensor."""
+        """Return a quantized layer as it is stored.
+
+        Args:
+            layer: Codes uint8 [out, in], scales and zero points [out, groups].
+
+        Returns:
+            End of the tensor's name -> tensor.
+        """
         raise NotImplementedError
 
     def layer_bytes(
         self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False
     ) -> int:
-        """Return the bytes a layer [rows, columns] takes in the file."""
+        """Return the bytes a layer takes in the file.
+
+        Args:
+            rows: Its outputs.
+            columns: Its inputs.
+            scheme: Its scheme.
+            model_dtype: Type of the model's plain weights.
+            ordered: Whether its groups are in activation order.
+        """
         raise NotImplementedError
 
     def read_config(self, config: dict, name: str) -> Stored:
-        """Check a ``quantization_config`` of this ``quant_method``. Raises ``SlimError`` for what
-        cannot be read."""
+        """Check a ``quantization_config`` of this format's.
+
+        Args:
+            config: The ``quantization_config``.
+            name: How to call the model in messages.
+
+        Raises:
+            SlimError: slim cannot read it.
+        """
         raise NotImplementedError
 
     def scheme_of(self, config: dict, layer: str) -> Scheme | None:
-        """Return the scheme of a layer according to a checked config; None: it is plain."""
+        """Return the scheme of a layer according to a checked config; None: it is plain.
+
+        Args:
+            config: The ``quantization_config``.
+            layer: The layer's full name.
+        """
         raise NotImplementedError
 
     def bytes_of(self, config: dict, layer: str, rows: int, columns: int, model_dtype: str) -> int:
-        """Return the bytes that layer [rows, columns] takes in the file, according to a checked
-        config."""
-        scheme, ordered = self.scheme_of(config, layer), self.is_ordered(config, layer)
+        """Return the bytes that a layer takes in the file, according to a checked config.
+
+        Args:
+            config: The ``quantization_config``.
+            layer: The layer's full name.
+            rows: Its outputs.
+            columns: Its inputs.
+            model_dtype: Type of the model's plain weights.
+        """
+        scheme = self.scheme_of(config, layer)
+        ordered = self.is_ordered(config, layer)
         return self.layer_bytes(rows, columns, scheme, model_dtype, ordered)
 
     def is_ordered(self, config: dict, layer: str) -> bool:
-        """Whether a layer's groups are in activation order, according to a checked config."""
+        """Whether a layer's groups are in activation order, according to a checked config.
+
+        Args:
+            config: The ``quantization_config``.
+            layer: The layer's full name.
+        """
         return False
 
     def read(
@@ -178,60 +250,116 @@ class Format:
         scheme: Scheme,
         stored: Stored,
     ) -> Packed:
-        """Read layer ``name`` [rows, columns]. Raises ``SlimError`` for tensors that are missing or
-        do not fit."""
+        """Read a packed layer.
+
+        Args:
+            reader: On the checkpoint.
+            name: The layer's full name.
+            columns: Its inputs.
+            rows: Its outputs.
+            scheme: Its scheme.
+            stored: How the checkpoint is quantized.
+
+        Raises:
+            SlimError: Tensors are missing or do not fit.
+        """
         raise NotImplementedError
 
 
 def refuse_embeddings(format_name: str, schemes: Mapping[str, Scheme]) -> None:
-    """Raise ``SlimError`` if there is an embedding among the layers: the formats of linear layers
-    have no place for it."""
+    """Refuse embeddings, which formats of linear layers have no place for.
+
+    Args:
+        format_name: Value of ``quant.format``.
+        schemes: Full layer name -> scheme.
+
+    Raises:
+        SlimError: There is an embedding among the layers.
+    """
     for layer in EMBEDDINGS & schemes.keys():
         raise SlimError(
-            f"quant.format={format_name} holds linear layers only, so {layer} cannot be quantised. "
-            "Leave the embedding plain or take quant.format=compressed-tensors."
+            f"quant.format={format_name} holds linear layers only, so {layer} cannot be quantized. "
+            "Leave the embedding plain or use quant.format=compressed-tensors."
         )
 
 
 def require_integer(config: dict, key: str, name: str) -> int:
-    """Return a whole number of a ``quantization_config``. Raises ``SlimError`` if it is missing or
-    something else."""
+    """Return a whole number of a ``quantization_config``.
+
+    Args:
+        config: The ``quantization_config``.
+        key: Name of the entry.
+        name: How to call the model in messages.
+
+    Raises:
+        SlimError: It is missing or something else.
+    """
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        found = f"{key}={value}" if key in config else f"no {key}"
-        raise SlimError(
-            f"{name}: the quantization_config has {found}. slim reads a whole number there."
-        )
-    return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    entry = f"no {key}"
+    if key in config:
+        entry = f"{key}={value}"
+    raise SlimError(
+        f"{name}: the quantization_config has {entry}. slim reads a whole number there."
+    )
 
 
 def require_scheme(bits: int, group_size: int, symmetric: bool, name: str) -> Scheme:
-    """Return a scheme read from a ``quantization_config``. Raises ``SlimError`` for bits or groups
-    that cannot be."""
+    """Return a scheme read from a ``quantization_config``.
+
+    Args:
+        bits: Per code.
+        group_size: Weights that share a scale; -1: a whole row.
+        symmetric: Whether there are no zero points.
+        name: How to call the model in messages.
+
+    Raises:
+        SlimError: There are no such bits or groups.
+    """
     if not 1 <= bits <= MAX_BITS:
         raise SlimError(
             f"{name}: the quantization_config says {bits} bits. slim reads 1 to {MAX_BITS}."
         )
     if group_size < 1 and group_size != WHOLE_ROW:
         raise SlimError(
-            f"{name}: the quantization_config says group_size={group_size}. slim reads -1 or 1 and above."
+            f"{name}: the quantization_config says group_size={group_size}. slim reads -1 or 1 and "
+            "above."
         )
     return Scheme(bits, group_size, symmetric)
 
 
 def read_tensor(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Read a tensor. Raises ``SlimError`` if it is missing or has another shape."""
+    """Read a tensor.
+
+    Args:
+        reader: On the checkpoint.
+        name: The tensor's full name.
+        shape: What it must have.
+
+    Raises:
+        SlimError: It is missing or has another shape.
+    """
     tensor = reader.read(name)
     if tuple(tensor.shape) != tuple(shape):
         raise SlimError(
-            f"{name} in {reader.checkpoint.folder} is {show(tensor.shape)}, but the config asks for {show(shape)}. "
-            "The quantization_config does not belong to these weights."
+            f"{name} in {reader.checkpoint.folder} is {show(tensor.shape)}, but the config asks for "
+            f"{show(shape)}. The quantization_config does not belong to these weights."
         )
     return tensor
 
 
 def read_scale(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Read scales. Raises ``SlimError`` also for NaN and infinity."""
+    """Read scales.
+
+    Args:
+        reader: On the checkpoint.
+        name: The tensor's full name.
+        shape: What it must have.
+
+    Raises:
+        SlimError: As :func:`read_tensor`, and for NaN and infinity.
+    """
     scale = read_tensor(reader, name, shape)
     if not torch.isfinite(scale).all():
         raise SlimError(
@@ -241,7 +369,16 @@ def read_scale(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torch
 
 
 def read_words(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Read packed codes. Raises ``SlimError`` also where they are not int32."""
+    """Read packed codes.
+
+    Args:
+        reader: On the checkpoint.
+        name: The tensor's full name.
+        shape: What it must have.
+
+    Raises:
+        SlimError: As :func:`read_tensor`, and where they are not int32.
+    """
     words = read_tensor(reader, name, shape)
     if words.dtype != torch.int32:
         raise SlimError(
@@ -253,19 +390,30 @@ def read_words(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torch
 def read_group_index(
     reader: TensorReader, name: str, columns: int, scheme: Scheme
 ) -> torch.Tensor | None:
-    """Read the group of every column, int64 [columns]; None where it is column // group.
+    """Read the group of every column.
 
-    Raises ``SlimError`` for groups that do not exist.
+    Args:
+        reader: On the checkpoint.
+        name: The tensor's full name.
+        columns: The layer's inputs.
+        scheme: Its scheme.
+
+    Returns:
+        int64 [columns]; None where it is column // group.
+
+    Raises:
+        SlimError: Groups do not exist.
     """
     index = read_tensor(reader, name, (columns,)).to(torch.int64)
     groups = scheme.groups(columns)
     if columns and not 0 <= int(index.min()) <= int(index.max()) < groups:
         raise SlimError(
-            f"{name} in {reader.checkpoint.folder} names the groups {int(index.min())} to {int(index.max())}; "
-            f"the layer has groups 0 to {groups - 1}."
+            f"{name} in {reader.checkpoint.folder} names the groups {int(index.min())} to "
+            f"{int(index.max())}; the layer has groups 0 to {groups - 1}."
         )
-    plain = torch.arange(columns) // scheme.group(columns)
-    return None if torch.equal(index, plain) else index
+    if torch.equal(index, torch.arange(columns) // scheme.group(columns)):
+        return None
+    return index
 
 
 def plain_index(layer: Quantized) -> torch.Tensor:

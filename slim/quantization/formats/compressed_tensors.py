@@ -74,10 +74,9 @@ class CompressedTensors(Format):
         if len(targets) == 1:
             (scheme, layers) = next(iter(targets.items()))
             targets = {scheme: ["Linear", *(layer for layer in layers if layer not in linears)]}
-        groups = {
-            f"group_{number}": group_config(scheme, layers, ordered)
-            for number, (scheme, layers) in enumerate(targets.items())
-        }
+        groups = {}
+        for number, (scheme, layers) in enumerate(targets.items()):
+            groups[f"group_{number}"] = group_config(scheme, layers, ordered)
         return {
             "quant_method": self.quant_method,
             "format": LAYOUT,
@@ -132,7 +131,9 @@ class CompressedTensors(Format):
 
     def scheme_of(self, config: dict, layer: str) -> Scheme | None:
         group = group_of(config, layer)
-        return None if group is None else scheme_of_weights(group["weights"])
+        if group is None:
+            return None
+        return scheme_of_weights(group["weights"])
 
     def is_ordered(self, config: dict, layer: str) -> bool:
         group = group_of(config, layer)
@@ -158,27 +159,41 @@ class CompressedTensors(Format):
                 reader, f"{name}.weight_zero_point", (words_per_row(rows, bits), groups)
             )
             zero = unpack_columns(words, bits, rows)
-        index = (
-            read_group_index(reader, f"{name}.weight_g_idx", columns, scheme)
-            if stored.ordered(name)
-            else None
-        )
+        index = None
+        if stored.ordered(name):
+            index = read_group_index(reader, f"{name}.weight_g_idx", columns, scheme)
         if f"{name}.weight_shape" in reader:
             check_shape(reader, f"{name}.weight_shape", (rows, columns))
         return Packed(packed, scale, zero, index)
 
 
 def check_shape(reader: TensorReader, name: str, shape: tuple[int, int]) -> None:
-    """Raise ``SlimError`` if the layer's own note of its shape says something else."""
-    found = tuple(read_tensor(reader, name, (2,)).tolist())
-    if found != shape:
+    """Compare the layer's own note of its shape with the model.
+
+    Args:
+        reader: On the checkpoint.
+        name: Full name of the note.
+        shape: (out, in) by ``config.json``.
+
+    Raises:
+        SlimError: They differ.
+    """
+    noted = tuple(read_tensor(reader, name, (2,)).tolist())
+    if noted != shape:
         raise SlimError(
-            f"{name} in {reader.checkpoint.folder} says {show(found)} where config.json asks for {show(shape)}."
+            f"{name} in {reader.checkpoint.folder} says {show(noted)} where config.json asks for "
+            f"{show(shape)}."
         )
 
 
 def group_config(scheme: Scheme, targets: list[str], ordered: bool) -> dict:
-    """Return an entry of ``config_groups``."""
+    """Return an entry of ``config_groups``.
+
+    Args:
+        scheme: Of its layers.
+        targets: Names of layers, or classes such as ``Linear``.
+        ordered: Whether groups are in activation order.
+    """
     whole_row = scheme.group_size == WHOLE_ROW
     weights = {
         "num_bits": scheme.bits,
@@ -199,8 +214,15 @@ def group_config(scheme: Scheme, targets: list[str], ordered: bool) -> dict:
 
 
 def check_group(group: dict, name: str) -> None:
-    """Raise ``SlimError`` if slim cannot run a group's weights. name: model and group, for the
-    message."""
+    """Check that slim can run a group's weights.
+
+    Args:
+        group: An entry of ``config_groups``.
+        name: Model and group, for the message.
+
+    Raises:
+        SlimError: It cannot.
+    """
     weights = group.get("weights") or {}
     if group.get("format") not in (LAYOUT, None):
         raise SlimError(f"{name}: weights stored as {group['format']}. slim reads {LAYOUT}.")
@@ -236,25 +258,37 @@ def group_of(config: dict, layer: str) -> dict | None:
     """Return the entry of ``config_groups`` that holds for a layer; None: it is plain.
 
     As the library itself decides: a name goes before a pattern, a pattern before a class, whatever
-    the order of the groups; of groups with the same target the last holds."""
+    the order of the groups; of groups with the same target the last holds.
+
+    Args:
+        config: The ``quantization_config``.
+        layer: The layer's full name.
+    """
     kind = "Embedding" if layer in EMBEDDINGS else "Linear"
     if matching(layer, kind, config.get("ignore") or []):
         return None
-    groups = {
-        target: group
-        for group in config["config_groups"].values()
-        for target in group.get("targets") or []
-    }
+    groups: dict[str, dict] = {}
+    for group in config["config_groups"].values():
+        groups.update(dict.fromkeys(group.get("targets") or [], group))
     target = matching(layer, kind, groups)
-    return groups[target] if target else None
+    if target is None:
+        return None
+    return groups[target]
 
 
 def matching(layer: str, kind: str, targets: Collection[str]) -> str | None:
-    """Return the target (a name, ``re:`` and a pattern, or a class) that holds for a layer of class
-    ``kind``."""
+    """Return the target that holds for a layer; None: there is none.
+
+    Args:
+        layer: The layer's full name.
+        kind: Its class, ``"Linear"`` or ``"Embedding"``.
+        targets: Names, patterns after ``re:``, and classes.
+    """
     if layer in targets:
         return layer
-    patterns = sorted(
-        target for target in targets if target.startswith("re:") and re.match(target[3:], layer)
-    )
-    return patterns[0] if patterns else (kind if kind in targets else None)
+    for target in sorted(targets):
+        if target.startswith("re:") and re.match(target[3:], layer):
+            return target
+    if kind in targets:
+        return kind
+    return None

@@ -65,8 +65,9 @@ class Gptq(Format):
         refuse_embeddings(self.name, schemes)
         if len({scheme.symmetric for scheme in schemes.values()}) > 1:
             raise SlimError(
-                "quant.format=gptq stores all zero points in one way, so layers are symmetric or asymmetric together. "
-                "Set quant.symmetric for all layers or take quant.format=compressed-tensors."
+                "quant.format=gptq stores all zero points in one way, so layers are symmetric or "
+                "asymmetric together.\n"
+                "Set quant.symmetric for all layers or use quant.format=compressed-tensors."
             )
 
     def config(
@@ -131,24 +132,20 @@ class Gptq(Format):
             )
         for entry in (config, *overrides(config).values()):
             merged = {**config, **entry}
-            bits, group = (
-                require_integer(merged, "bits", name),
-                require_integer(merged, "group_size", name),
-            )
+            bits = require_integer(merged, "bits", name)
+            group = require_integer(merged, "group_size", name)
             require_scheme(bits, group, bool(merged.get("sym", True)), name)
         return Stored(self, config, name)
 
     def scheme_of(self, config: dict, layer: str) -> Scheme | None:
-        found = settings_of(config, layer)
-        return (
-            None
-            if found is None
-            else Scheme(found["bits"], found["group_size"], bool(found.get("sym", True)))
-        )
+        settings = settings_of(config, layer)
+        if settings is None:
+            return None
+        return Scheme(settings["bits"], settings["group_size"], bool(settings.get("sym", True)))
 
     def is_ordered(self, config: dict, layer: str) -> bool:
-        found = settings_of(config, layer) or {}
-        return bool(found.get("desc_act")) and found["group_size"] != WHOLE_ROW
+        settings = settings_of(config, layer) or {}
+        return bool(settings.get("desc_act")) and settings["group_size"] != WHOLE_ROW
 
     def read(
         self,
@@ -195,20 +192,34 @@ def overrides(config: dict) -> dict[str, dict]:
 
 
 def overridden(config: dict, layer: str) -> dict | None:
-    """Return the config with what ``dynamic`` says of a layer; None: it is plain."""
+    """Return the config with what ``dynamic`` says of a layer; None: it is plain.
+
+    Args:
+        config: The ``quantization_config``.
+        layer: The layer's full name.
+    """
     for pattern, entry in overrides(config).items():
         if re.match(pattern.removeprefix("-:").removeprefix("+:"), layer):
-            return None if pattern.startswith("-:") else {**config, **entry}
+            if pattern.startswith("-:"):
+                return None
+            return {**config, **entry}
     return config
 
 
 def settings_of(config: dict, layer: str) -> dict | None:
-    """Return the settings that hold for a layer; None: it is plain."""
+    """Return the settings that hold for a layer; None: it is plain.
+
+    Args:
+        config: The ``quantization_config``.
+        layer: The layer's full name.
+    """
     if layer in EMBEDDINGS or (layer in HEADS and not config.get("lm_head")):
         return None
     listed = config.get("modules_in_block_to_quantize")
     if listed and layer not in HEADS:
-        names = [name for part in listed for name in ([part] if isinstance(part, str) else part)]
+        names: list[str] = []
+        for part in listed:  # a name, or the names of layers that are quantized together
+            names += [part] if isinstance(part, str) else part
         if not layer.endswith(tuple(f".{name}" for name in names)):
             return None
     return overridden(config, layer)
