@@ -32,8 +32,14 @@ def layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 
 
 def check_overrides(overrides: Mapping) -> None:
-    """Raise ``SlimError`` for overrides that are no mapping of patterns to settings that a scheme
-    has."""
+    """Check the setting ``quant.overrides``.
+
+    Args:
+        overrides: Its value.
+
+    Raises:
+        SlimError: It is no mapping of patterns to settings that a scheme has.
+    """
     if not isinstance(overrides, Mapping):
         raise SlimError(
             f"quant.overrides={overrides}: must map layer names to settings, such as "
@@ -42,8 +48,8 @@ def check_overrides(overrides: Mapping) -> None:
     for pattern, settings in overrides.items():
         if not isinstance(settings, Mapping):
             raise SlimError(
-                f"quant.overrides: '{pattern}' is given {settings}. It takes settings in braces, such as {{bits:8}}; "
-                f"bits:{PLAIN_BITS} leaves a layer as it is."
+                f"quant.overrides: '{pattern}' is given {settings}. It takes settings in braces, "
+                f"such as {{bits:8}}; bits:{PLAIN_BITS} leaves a layer as it is."
             )
         for key, value in settings.items():
             require_choice(f"quant.overrides: the setting for '{pattern}'", key, OVERRIDE_KEYS)
@@ -57,53 +63,92 @@ def assign(
     lm_head: bool,
     embeddings: bool,
 ) -> dict[str, Scheme]:
-    """Return full layer name -> scheme, with ``overrides`` applied in their order; layers left
-    plain are not in it.
+    """Return the scheme of every layer that is quantized.
 
-    schemes: of the blocks' layers before overrides. A pattern is a whole name with ``*`` for
-    anything. Raises ``SlimError`` for patterns that no layer has, and for groups that do not divide
-    a layer's inputs."""
-    family, found = spec.family, dict(schemes)
+    Args:
+        spec: The model.
+        schemes: Full layer name -> scheme of the blocks' layers, before overrides.
+        overrides: Pattern -> settings, applied in their order; a pattern is a whole name with ``*``
+            for anything.
+        lm_head: Whether the head is quantized.
+        embeddings: Whether the embedding is, and a head that shares it.
+
+    Returns:
+        Full layer name -> scheme; layers left plain are not in it.
+
+    Raises:
+        SlimError: No layer has a pattern's name, or groups do not divide a layer's inputs.
+    """
+    family = spec.family
+    assigned = dict(schemes)
     if lm_head or (embeddings and spec.tied):
-        found[family.head] = HEAD_SCHEME
+        assigned[family.head] = HEAD_SCHEME
     if embeddings:
-        found[family.embeddings] = HEAD_SCHEME
+        assigned[family.embeddings] = HEAD_SCHEME
     for pattern, settings in overrides.items():
-        names = [name for name in found if fnmatchcase(name, pattern)]
+        names = [name for name in assigned if fnmatchcase(name, pattern)]
         if not names:
             raise SlimError(
-                f"quant.overrides: '{pattern}' is not the name of any quantised layer of {spec.name}. "
-                f"Names look like '{next(iter(schemes))}'; * stands for anything, such as '*.down_proj'."
+                f"quant.overrides: '{pattern}' is not the name of any quantized layer of "
+                f"{spec.name}.\nNames look like '{next(iter(schemes))}'; * stands for anything, "
+                "such as '*.down_proj'."
             )
         for name in names:
-            found[name] = replace(found[name], **settings)
-    found = {name: scheme for name, scheme in found.items() if scheme.bits != PLAIN_BITS}
-    if not found:
-        raise SlimError("quant.overrides leave no layer to quantise. Use quant=none for that.")
-    check_groups(spec, found)
-    return found
+            assigned[name] = replace(assigned[name], **settings)
+    assigned = {name: scheme for name, scheme in assigned.items() if scheme.bits != PLAIN_BITS}
+    if not assigned:
+        raise SlimError("quant.overrides leave no layer to quantize. Use quant=none for that.")
+    check_groups(spec, assigned)
+    return assigned
 
 
 def pinned_layers(names: Iterable[str], overrides: Mapping[str, Mapping]) -> set[str]:
-    """Return the layers whose bits an override sets."""
-    patterns = [pattern for pattern, settings in overrides.items() if "bits" in settings]
-    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    """Return the layers whose bits an override sets.
+
+    Args:
+        names: Full layer names.
+        overrides: Pattern -> settings.
+    """
+    pinned: set[str] = set()
+    names = list(names)
+    for pattern, settings in overrides.items():
+        if "bits" in settings:
+            pinned.update(name for name in names if fnmatchcase(name, pattern))
+    return pinned
 
 
 def check_plain(spec: ModelSpec) -> None:
-    """Raise ``SlimError`` if ``spec`` is quantised already or of an unknown family."""
+    """Check that a model can be quantized.
+
+    Args:
+        spec: The model.
+
+    Raises:
+        SlimError: It is quantized already, has an adapter, or is of an unknown family.
+    """
     spec.family  # noqa: B018 - refuses families whose parts are unknown
     spec.require_plain("Quantize the model it was made from.")
 
 
 def check_groups(spec: ModelSpec, schemes: Mapping[str, Scheme]) -> None:
-    """Raise ``SlimError`` if a layer's groups do not divide its inputs."""
+    """Check that groups divide the inputs of their layers.
+
+    Args:
+        spec: The model.
+        schemes: Full layer name -> scheme.
+
+    Raises:
+        SlimError: They do not; the message names the sizes that fit.
+    """
     inputs = {name: columns for name, (_, columns) in layer_shapes(spec).items()}
     inputs |= dict.fromkeys((spec.family.head, spec.family.embeddings), spec.hidden_size)
-    bad = [name for name, scheme in schemes.items() if inputs[name] % scheme.group(inputs[name])]
-    if bad:
-        fits = [size for size in GROUP_SIZES if all(inputs[name] % size == 0 for name in schemes)]
+    for name, scheme in schemes.items():
+        if inputs[name] % scheme.group(inputs[name]) == 0:
+            continue
+        widths = {inputs[layer] for layer in schemes}
+        fits = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+        allowed = ", ".join(map(str, [*fits, WHOLE_ROW]))
         raise SlimError(
-            f"quant.group_size={schemes[bad[0]].group_size} does not divide the {inputs[bad[0]]} inputs of {bad[0]} "
-            f"in {spec.name}. Sizes that fit all layers: {', '.join(map(str, [*fits, WHOLE_ROW]))}."
+            f"quant.group_size={scheme.group_size} does not divide the {inputs[name]} inputs of "
+            f"{name} in {spec.name}. Sizes that fit all layers: {allowed}."
         )

@@ -103,7 +103,7 @@ def test_texts_are_read_and_mistakes_in_them_named(tmp_path):
     assert list(Text(str(path)).documents()) == ["one", "two"]
     assert Text(str(path), column="page").joined() == "x\n\ny"
     before = Text(str(path)).text_identity()
-    with pytest.raises(SlimError, match=r"row 1: no column 'body' \(has: text, page\)"):
+    with pytest.raises(SlimError, match=r"line 1: no column 'body' \(has: text, page\)"):
         list(Text(str(path), column="body").documents())
     path.write_text('{"text": "one"}\nnot json\n')
     assert Text(str(path)).text_identity() != before

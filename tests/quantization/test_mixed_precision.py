@@ -220,7 +220,7 @@ def test_overrides_hold_for_the_layers_they_name(small_llama, tmp_path):
         ({"overrides": {"*": {"bits": 5}}}, r"must be one of 2, 3, 4, 8, 16"),
         ({"overrides": {"*": 8}}, r"braces"),
         ({"overrides": ["x"]}, r"must map layer names"),
-        ({"overrides": {"*": {"bits": 16}}}, r"no layer to quantise"),
+        ({"overrides": {"*": {"bits": 16}}}, r"no layer to quantize"),
         ({"overrides": {"*.q_proj": {"group_size": 128}}}, r"does not divide the 64 inputs"),
         ({"bits": "auto"}, r"needs one of quant\.average_bits"),
         ({"bits": "auto", "average_bits": 3, "budget_gb": 1}, r"needs one of"),

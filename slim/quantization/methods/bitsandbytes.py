@@ -1,4 +1,4 @@
-"""Quantisation by bitsandbytes: LLM.int8() (``quant=int8``) and NF4 (``quant=nf4``). Settings and
+"""Quantization by bitsandbytes: LLM.int8() (``quant=int8``) and NF4 (``quant=nf4``). Settings and
 sizes; needs no torch.
 
 int8 (Dettmers et al., arXiv:2208.07339, section 3): a row of weights has one scale, and so has,
@@ -9,10 +9,10 @@ when the model runs, every token's input; columns of the input with an entry of 
 
 nf4 (QLoRA, Dettmers et al., arXiv:2305.14314, section 3): 64 weights in a row share a scale m = max
 |w|; w / m goes to the nearest of 16 numbers between -1 and 1 that a normal distribution uses
-equally often. Double quantisation stores m less its mean over the layer in 8 bits, 256 of them
+equally often. Double quantization stores m less its mean over the layer in 8 bits, 256 of them
 sharing a scale.
 
-Both look at weights only. What is written is what transformers writes for a model it quantised
+Both look at weights only. What is written is what transformers writes for a model it quantized
 while loading it (``BitsAndBytesConfig``), tensor for tensor, so transformers, PEFT and others load
 it. ``bitsandbytes_packing.py`` holds what needs the library."""
 
@@ -40,19 +40,32 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass
 class BitsAndBytes(Stage):
-    """What both methods share: checks, the walk through the blocks, the report. They have settings
-    of their own."""
+    """What both methods share: checks, the pass over the blocks, the report. They have settings of
+    their own.
+
+    Attributes:
+        bits: Per weight, of the codes.
+        divisors: What must divide a layer's outputs and inputs.
+    """
 
     kind: ClassVar[str] = "quantize"
     bits: ClassVar[int]
-    divisors: ClassVar[tuple[int, int]] = (1, 1)  # what must divide a layer's outputs and inputs
+    divisors: ClassVar[tuple[int, int]] = (1, 1)
 
     def library_settings(self, spec: ModelSpec) -> dict:
-        """Return the entries of the ``quantization_config`` that are not the library's defaults."""
+        """Return the entries of the ``quantization_config`` that are not the library's defaults.
+
+        Args:
+            spec: The model that is quantized.
+        """
         raise NotImplementedError
 
     def method(self, spec: ModelSpec) -> BitsAndBytesMethod:
-        """Return the method as a visitor of the walk."""
+        """Return what is done to the blocks.
+
+        Args:
+            spec: The model that is quantized.
+        """
         raise NotImplementedError
 
     def check(self, spec: ModelSpec) -> None:
@@ -62,9 +75,10 @@ class BitsAndBytes(Stage):
         for name, (rows, columns) in layer_shapes(spec).items():
             if rows % outputs or columns % inputs:
                 raise SlimError(
-                    f"quant={type(self).__name__.lower()} takes layers whose inputs are divisible by {inputs} and whose "
-                    f"outputs are divisible by {outputs}; {name} in {spec.name} has {columns} and {rows}. "
-                    "Take quant=rtn or quant=hqq with quant.group_size=-1."
+                    f"quant={type(self).__name__.lower()} takes layers whose inputs are divisible "
+                    f"by {inputs} and whose outputs are divisible by {outputs}; {name} in "
+                    f"{spec.name} has {columns} and {rows}.\n"
+                    "Use quant=rtn or quant=hqq with quant.group_size=-1."
                 )
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
@@ -79,6 +93,7 @@ class BitsAndBytes(Stage):
         return 5 * spec.block_parameters() + 8 * 4 * largest + 2 * embeddings
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
+        # these load torch and matplotlib
         from slim.calibration.sequential import transform_checkpoint
         from slim.quantization.report import plot_layer_errors
 
@@ -105,8 +120,10 @@ class BitsAndBytes(Stage):
 class Int8(BitsAndBytes):
     """Settings of LLM.int8().
 
-    threshold: input columns with an entry of at least this magnitude are multiplied in 16 bits; 0:
-    none are. It changes how the model runs, not what is stored."""
+    Attributes:
+        threshold: Input columns with an entry of at least this magnitude are multiplied in 16 bits;
+            0: none are. It changes how the model runs, not what is stored.
+    """
 
     cache_name: ClassVar[str] = "Int8"
 
@@ -132,10 +149,12 @@ class Int8(BitsAndBytes):
 class NF4(BitsAndBytes):
     """Settings of NF4.
 
-    double_quant: whether scales are quantised too: 0.37 bits per weight less, a little less exact.
-    compute_dtype: type in which other programs multiply, ``"bfloat16"``, ``"float16"``,
-        ``"float32"``, or ``"auto"``: the model's own. slim multiplies in the type it loads a model
-        in.
+    Attributes:
+        double_quant: Whether scales are quantized too: 0.37 bits per weight less, a little less
+            exact.
+        compute_dtype: Type in which other programs multiply, ``"bfloat16"``, ``"float16"``,
+            ``"float32"``, or ``"auto"``: the model's own. slim multiplies in the type it loads a
+            model in.
     """
 
     cache_name: ClassVar[str] = "NF4"
@@ -152,14 +171,15 @@ class NF4(BitsAndBytes):
         require_choice("quant.compute_dtype", self.compute_dtype, DTYPES)
 
     def library_settings(self, spec: ModelSpec) -> dict:
+        compute_dtype = self.compute_dtype
+        if compute_dtype == "auto":
+            compute_dtype = spec.dtype
         return {
             "_load_in_4bit": True,
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": self.double_quant,
-            "bnb_4bit_compute_dtype": spec.dtype
-            if self.compute_dtype == "auto"
-            else self.compute_dtype,
+            "bnb_4bit_compute_dtype": compute_dtype,
         }
 
     def method(self, spec: ModelSpec) -> BitsAndBytesMethod:

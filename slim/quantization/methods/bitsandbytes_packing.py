@@ -17,15 +17,23 @@ Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 def pack_int8(weight: torch.Tensor) -> Packed:
-    """Quantise a 16- or 32-bit weight [out, in] row by row.
+    """Quantize a weight row by row.
 
-    weight: int8 [out, in]. SCB: float32 [out], max |w| of each row. weight_format: uint8, 0 for "by rows". Raises
-    ``SlimError`` for weights that float16 cannot hold, which the library goes through.
+    Args:
+        weight: [out, in], of a 16- or 32-bit type.
+
+    Returns:
+        The tensors that are stored: ``weight`` int8 [out, in]; ``SCB`` float32 [out], max |w| of each
+        row; ``weight_format`` uint8, 0 for "by rows". And the weights they stand for, float32.
+
+    Raises:
+        SlimError: float16, which the library goes through, cannot hold a weight.
     """
     half = weight.to(torch.float16)
     if not torch.isfinite(half).all():
         raise SlimError(
-            "quant=int8 takes weights through float16, and some are beyond 65504. Take quant=rtn quant.bits=8."
+            "quant=int8 takes weights through float16, and some are beyond 65504. "
+            "Use quant=rtn quant.bits=8."
         )
     codes, scale, _ = library().functional.int8_vectorwise_quant(half)
     tensors = {"weight": codes, "SCB": scale, "weight_format": torch.zeros((), dtype=torch.uint8)}
@@ -33,41 +41,53 @@ def pack_int8(weight: torch.Tensor) -> Packed:
 
 
 def pack_nf4(weight: torch.Tensor, double_quant: bool = True) -> Packed:
-    """Quantise a 16- or 32-bit weight [out, in] in blocks of 64 to NF4.
+    """Quantize a weight in blocks of 64 to NF4.
 
-    weight: uint8 [out in / 2, 1], the first of two codes in the high half. weight.absmax: the scale
-    of each block, float32, or uint8 with ``double_quant``; then also weight.nested_absmax and
-    weight.nested_quant_map, float32. weight.quant_map: the 16 numbers, float32.
-    weight.quant_state.bitsandbytes__nf4: a JSON text, uint8."""
+    Args:
+        weight: [out, in], of a 16- or 32-bit type.
+        double_quant: Whether the scales are quantized too.
+
+    Returns:
+        The tensors that are stored: ``weight`` uint8 [out in / 2, 1], the first of two codes in the
+        high half; ``weight.absmax``, the scale of each block, float32, or uint8 with
+        ``double_quant``, then also ``weight.nested_absmax`` and ``weight.nested_quant_map``,
+        float32; ``weight.quant_map`` float32 [16]; ``weight.quant_state.bitsandbytes__nf4``, a JSON
+        text, uint8. And the weights they stand for, float32 [out, in].
+    """
     functional = library().functional
     codes, state = functional.quantize_4bit(
         weight, blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4"
     )
-    tensors = {
-        "weight": codes,
-        **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()},
-    }
+    tensors = {"weight": codes, **prefixed("weight.", state.as_dict(packed=True))}
     state.dtype = torch.float32  # of what it is decoded to; the text above names the model's own
     return tensors, functional.dequantize_4bit(codes, state)
 
 
 class BitsAndBytesMethod(BlockMethod):
-    """A method of bitsandbytes on the walk; looks at weights only.
+    """A method of bitsandbytes; looks at weights only.
 
-    pack: what is done to a layer. dtype: the model's type, to which weights are brought back first,
-    as the library's result depends on it."""
+    Attributes:
+        done: Stored tensors of the block at hand, by the layer's name within it.
+    """
 
     needs_hessian = False
     resumable = True
 
     def __init__(self, pack: Callable[[torch.Tensor], Packed], dtype: str):
-        self.pack, self.dtype = pack, getattr(torch, dtype)
-        # of the block at hand, by the layer's name within it
+        """Take the settings.
+
+        Args:
+            pack: What is done to a layer.
+            dtype: The model's type, to which weights are brought back first, as the library's
+                result depends on it.
+        """
+        self.pack = pack
+        self.dtype = getattr(torch, dtype)
         self.done: dict[str, dict[str, torch.Tensor]] = {}
 
-    def process(self, view: LinearGroup) -> dict[str, float]:
+    def process(self, group: LinearGroup) -> dict[str, float]:
         errors = {}
-        for name, linear in view.linears.items():
+        for name, linear in group.linears.items():
             self.done[name], weight = self.pack(linear.weight.to(self.dtype))
             errors[name] = relative_error(weight - linear.weight, linear.weight, None)
             linear.weight.copy_(weight)
@@ -76,16 +96,20 @@ class BitsAndBytesMethod(BlockMethod):
     def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors = {}
         for name, tensor in module.state_dict().items():
-            packed = (
-                self.done.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            )
-            tensors.update(
-                {name: tensor} if packed is None else prefixed(name.removesuffix("weight"), packed)
-            )
+            layer = name.removesuffix(".weight")
+            if layer == name or layer not in self.done:
+                tensors[name] = tensor
+            else:
+                tensors.update(prefixed(f"{layer}.", self.done[layer]))
         self.done = {}
         return tensors
 
 
 def prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return ``tensors`` with ``prefix`` before their names."""
+    """Return tensors under longer names.
+
+    Args:
+        prefix: What is put in front.
+        tensors: Name -> tensor.
+    """
     return {prefix + name: tensor for name, tensor in tensors.items()}
