@@ -286,8 +286,8 @@ def transform_checkpoint(
             context.metric("layer_error", sum(item.error for item in errors) / len(errors), block)
 
     progress = None
-    if context.work and method.resumable:
-        progress = CalibrationProgress(context.work, context.device)
+    if context.resume_dir and method.resumable:
+        progress = CalibrationProgress(context.resume_dir, context.device)
     writer = ShardWriter(target, work=progress and progress.folder)
     calibration = SequentialCalibration(
         source, method, writer, tokens, context.device, on_block=report, progress=progress

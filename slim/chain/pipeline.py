@@ -192,7 +192,7 @@ class Pipeline:
         context = Context(
             self.device,
             metric=lambda key, value, at=None: curves.append([key, value, at]),
-            work=self.store.work_folder(folder),
+            resume_dir=self.store.work_folder(folder),
         )
         started = time.time()
         if stage.together:
@@ -200,7 +200,7 @@ class Pipeline:
                 {
                     "stage": self._number(stage),
                     "source": str(parent.checkpoint.folder),
-                    "work": str(context.work),
+                    "work": str(context.resume_dir),
                 }
             )
         with self.store.writing(folder) as partial:

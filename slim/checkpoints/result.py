@@ -15,7 +15,17 @@ from slim.models.spec import ModelSpec
 @dataclass
 class Step:
     """One row of the plan: a stage (or the source), what it will give, and whether it is there
-    already."""
+    already.
+
+    Attributes:
+        label: Its name in tables.
+        stage: What makes it.
+        spec: The model it will be.
+        digest: Its name; None where that is known only once its parent is.
+        folder: Where it is or will be.
+        cached: Whether it is there already.
+        peak_bytes: Memory that making it takes, at most.
+    """
 
     label: str
     stage: Stage | Source
@@ -28,7 +38,19 @@ class Step:
 
 @dataclass
 class Result:
-    """A checkpoint of the chain with its figures."""
+    """A checkpoint of the chain with what was measured of it.
+
+    Attributes:
+        label: Its name in tables.
+        checkpoint: The checkpoint.
+        digest: Its name: a hash of the settings that made it.
+        cached: Whether it was there already.
+        seconds: What making it took.
+        content: Hash of the files themselves, wherever they came from.
+        facts: What the stage says of its work, plain JSON values.
+        quality: What the evaluation measured of the checkpoint alone.
+        speed: What it measured of the checkpoint on this machine.
+    """
 
     label: str
     checkpoint: Checkpoint
@@ -42,15 +64,17 @@ class Result:
 
     @property
     def parameters(self) -> int:
+        """Parameters, packed weights as the weights they stand for."""
         return self.checkpoint.spec.parameters()
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All figures of the checkpoint under the names they are tracked by."""
-        spec = self.checkpoint.spec
-        figures = {
+        """All metrics of the checkpoint under the names they are tracked by."""
+        metrics = {
             "parameters": self.parameters,
             "bytes_on_disk": self.checkpoint.bytes_on_disk,
-            "macs_per_token": macs_per_token(spec),
+            "macs_per_token": macs_per_token(self.checkpoint.spec),
         }
-        return {**figures, **self.quality.get("metrics", {}), **self.speed.get("metrics", {})}
+        metrics.update(self.quality.get("metrics", {}))
+        metrics.update(self.speed.get("metrics", {}))
+        return metrics

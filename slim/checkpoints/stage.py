@@ -26,15 +26,16 @@ def _ignore(name: str, value: float, step: int | None = None) -> None:
 class Context:
     """What the surroundings offer a stage while it runs.
 
-    device: torch device for the work, ``"cpu"`` or ``"cuda"``.
-    metric: ``metric(name, value, step)`` records a curve (training loss, error per block) as it
-        appears.
-    work: folder that outlives a run that is killed and goes when the stage is done: what it needs
-        to go on is kept there. None: nothing is kept.
+    Attributes:
+        device: torch device for the work, ``"cpu"`` or ``"cuda"``.
+        resume_dir: Folder that outlives a run that is killed and is removed when the stage is done:
+            what it needs to resume is kept there. None: nothing is kept.
+        metric: ``metric(name, value, step)`` records a curve (training loss, error per block) as it
+            appears.
     """
 
     device: str = "cpu"
-    work: Path | None = None
+    resume_dir: Path | None = None
     metric: Callable[[str, float, int | None], None] = field(default=_ignore)
 
 
@@ -42,12 +43,13 @@ class Stage:
     """Base of every stage. Subclasses are dataclasses whose fields are the settings, checked in
     ``__post_init__``.
 
-    kind: what it does to a model: ``prune``, ``tune``, ``distill``, ``quantize``; also the start of
-        its folder's name.
-    version: raised whenever the same settings begin to give a different result, so that old results
-        are not reused.
-    together: whether all processes that torchrun started run it. What returns in others than
-        process zero, which get no target, is ignored.
+    Attributes:
+        kind: What it does to a model: ``prune``, ``tune``, ``distill``, ``quantize``; also the
+            start of its folder's name.
+        version: Raised whenever the same settings begin to give a different result, so that old
+            results are not reused.
+        together: Whether all processes that torchrun started run it. What returns in others than
+            process zero, which get no target, is ignored.
     """
 
     kind: ClassVar[str]
@@ -59,23 +61,45 @@ class Stage:
         return dataclass_cache_key(self)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ``SlimError`` if the stage cannot work on ``spec``. Runs before any work and needs
-        no weights."""
+        """Check that the stage can work on a model. Runs before any work and needs no weights.
+
+        Args:
+            spec: The model.
+
+        Raises:
+            SlimError: It cannot.
+        """
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
-        """Describe the result of running on ``spec``, for the plan and for the checks of later
-        stages."""
+        """Describe the result, for the plan and for the checks of later stages.
+
+        Args:
+            spec: The model that the stage runs on.
+        """
         return spec
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
-        """Estimate the peak memory of ``run`` over the bare interpreter, in bytes."""
+        """Estimate the peak memory of ``run`` over the bare interpreter, in bytes.
+
+        Args:
+            spec: The model that the stage runs on.
+            device: ``"cpu"`` or ``"cuda"``.
+        """
         raise NotImplementedError
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        """Read the checkpoint in ``source``, write the new one into the existing, empty folder
-        ``target``.
+        """Read a checkpoint and write the new one.
 
         Files for people (plots, score tables) go to ``target / "report"``; the pipeline hands them
-        to the tracker. Returns facts for the manifest as plain JSON values (what was removed,
-        losses, errors); numbers at its top level are also logged as metrics."""
+        to the tracker.
+
+        Args:
+            source: The checkpoint to read.
+            target: An existing, empty folder.
+            context: What the surroundings offer.
+
+        Returns:
+            Metadata for the manifest as plain JSON values (what was removed, losses, errors);
+            numbers at its top level are also logged as metrics.
+        """
         raise NotImplementedError

@@ -20,11 +20,19 @@ class Untrained(Stage):
     """A fresh Llama-architecture model with random weights and a tokenizer trained on the tiny
     world's text.
 
-    vocab_size: tokens of the byte-level BPE tokenizer. hidden_size, intermediate_size, blocks,
-        heads, kv_heads: shape.
-    context_length: longest input in tokens. tied: whether the head shares the embedding's weights.
-    matrix_std, embedding_std: standard deviations of the random weights; norms begin at 1.
-    seed: of the weights; the world has its own, ``world_seed``.
+    Attributes:
+        vocab_size: Tokens of the byte-level BPE tokenizer.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Channels of the MLP.
+        blocks: Decoder blocks.
+        heads: Query heads; must divide ``hidden_size``.
+        kv_heads: Key and value heads; must divide ``heads``.
+        context_length: Longest input in tokens.
+        tied: Whether the head shares the embedding's weights.
+        matrix_std: Standard deviation of the random matrices; norms begin at 1.
+        embedding_std: That of the random embeddings.
+        world_seed: Of the world whose text the tokenizer is trained on.
+        seed: Of the random weights.
     """
 
     cache_name: ClassVar[str] = "Untrained"

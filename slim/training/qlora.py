@@ -106,7 +106,7 @@ class QLora(Lora):
         Returns:
             The quantised base.
         """
-        folder = context.work / BASE
+        folder = context.resume_dir / BASE
         if processes.is_main_process() and not folder.is_dir():
             with atomic_path(folder) as partial:
                 partial.mkdir()
@@ -115,10 +115,10 @@ class QLora(Lora):
         return open_checkpoint(folder)
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
-        if context.work is not None:
+        if context.resume_dir is not None:
             return super().run(source, target, context)
         with tempfile.TemporaryDirectory() as work:
-            return super().run(source, target, replace(context, work=Path(work)))
+            return super().run(source, target, replace(context, resume_dir=Path(work)))
 
     def merged(
         self, model, probe: torch.Tensor, learned: task.Task

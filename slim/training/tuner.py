@@ -402,7 +402,7 @@ class Tuner(Stage):
             precision=learned.precision,
             strategy=self.trainer.resolved_strategy,
             patience=self.patience,
-            resume_dir=context.work,
+            resume_dir=context.resume_dir,
         )
         with progress_bar(f"{self.title} ({type(self).__name__.lower()})", steps) as advance:
             outcome = fit.fit(learner, data, learned.held_out, loop, context.metric, advance)

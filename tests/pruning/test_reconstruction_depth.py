@@ -17,9 +17,9 @@ from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.errors import SlimError
 from slim.data.calibration import Calibration
 from slim.loading.load_model import load_model
-from slim.pruning.reconstruction import find_gaps
 from slim.pruning.magnitude import Magnitude
 from slim.pruning.ppl import Greedy, Perplexity
+from slim.pruning.reconstruction import find_gaps
 from slim.pruning.taylor import Taylor
 from tests.conftest import ROOT, build_small
 

@@ -355,7 +355,7 @@ def test_progress_made_elsewhere_is_not_taken_up(small_llama, tmp_path, monkeypa
             target,
             method,
             stage.output_spec(source.spec).config,
-            Context(work=tmp_path / "work"),
+            Context(resume_dir=tmp_path / "work"),
         )
 
     transform(tmp_path / "a")

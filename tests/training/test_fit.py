@@ -52,7 +52,7 @@ def run(
 ) -> dict:
     target.mkdir(parents=True)
     stage.check(open_checkpoint(source).spec)
-    return stage.run(source, target, Context(work=work, metric=metric))
+    return stage.run(source, target, Context(resume_dir=work, metric=metric))
 
 
 def save_always(monkeypatch) -> None:

@@ -155,7 +155,7 @@ def test_an_unfinished_quantised_base_is_made_again_and_a_finished_one_used(
     stage, work = QLora(data=TinyText(), **QUICK), tmp_path / "work"
     (work / "base.partial").mkdir(parents=True)
     (work / "base.partial" / "config.json").write_text("half")
-    context = Context(work=work)
+    context = Context(resume_dir=work)
     base = stage.trained_on(open_checkpoint(little), context)
     assert base.spec.quantization and [path.name for path in work.iterdir()] == ["base"]
     monkeypatch.setattr(NF4, "run", lambda *_: pytest.fail("it was there"))

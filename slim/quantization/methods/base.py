@@ -233,8 +233,8 @@ class Quantization(Stage):
         scheme = Scheme(4, self.group_size, self.symmetric)
         method = Sensitivity(scheme, scale_dtype, tokens is not None)
         progress = None
-        if context.work:
-            progress = CalibrationProgress(context.work / "sensitivity", context.device)
+        if context.resume_dir:
+            progress = CalibrationProgress(context.resume_dir / "sensitivity", context.device)
         SequentialCalibration(
             source, method, None, tokens, context.device, title="Sensitivity", progress=progress
         ).run()
