@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from slim.checkpoints.configuration import read_config
+from slim.checkpoints.configuration import check_entries, read_config
 from slim.checkpoints.files import (
     ADAPTER_CONFIG,
     INDEX,
@@ -56,7 +56,8 @@ class Checkpoint:
         """The config, the tensors, and what was changed in reading them."""
         raw = read_json(self.folder / "config.json")
         if not isinstance(raw, dict):
-            raise SlimError(f"{self.folder / 'config.json'} is not a JSON object.")
+            raise SlimError(f"{self.folder / 'config.json'} is not a JSON object: not a config.")
+        check_entries(raw, self.folder)
         tensors, notes = normalize(stored_tensors(self.weight_files), raw, self.folder)
         config = read_config(self.folder, tensors, notes)
         family = FAMILIES.get(config.get("model_type"))

@@ -14,11 +14,14 @@ from slim.checkpoints.stored import StoredTensor, equal_contents, plain_dtype
 from slim.core.errors import SlimError
 from slim.core.io import read_json
 from slim.models.families import FAMILIES, Family
-from slim.models.spec import DTYPE_BYTES
+from slim.models.spec import DTYPE_BYTES, SIZES
 
 # transformers' own; any other value names a package that may not be installed
 ATTENTION = ("eager", "sdpa", "flex_attention")
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+# entries that slim computes with, where they are there
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window_pattern")
+OBJECTS = ("quantization_config", "compression_config", "per_layer_config", "slim_adapter")
 NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -34,9 +37,6 @@ def read_config(folder: Path, tensors: dict[str, StoredTensor], notes: list[str]
         SlimError: An entry has a value that no model can be built with.
     """
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise SlimError(f"{folder / 'config.json'} is not a JSON object: not a model's config.")
-    check_entries(config, folder)
     config = _with_quantization(config, folder, tensors, notes)
     config = _with_dtype(config, tensors)
     for key in ATTENTION_KEYS:
@@ -64,6 +64,15 @@ def check_entries(config: dict, folder: Path) -> None:
         SlimError: It names the file and the entry.
     """
     file = folder / "config.json"
+    for key in (*SIZES, *OPTIONAL_SIZES):
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise SlimError(f"{file}: {key}={show(value)} must be a whole number of at least 1.")
+    for key in OBJECTS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise SlimError(f"{file}: {key}={show(config[key])} must be a JSON object.")
+    if not isinstance(config.get("model_type", ""), str):
+        raise SlimError(f"{file}: model_type={show(config['model_type'])} must be a name.")
     if "max_position_embeddings" in config:
         length = config["max_position_embeddings"]
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:

@@ -14,8 +14,10 @@ from slim.core.errors import SlimError
 from slim.core.io import read_header, same_data
 from slim.models.families import FAMILIES, Family
 
-# in front of all names: of DataParallel, torch.compile, PEFT, models of several parts
-WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
+# in front of all names: of DataParallel, PEFT, models of several parts
+WRAPPERS = ("module.", "base_model.model.", "language_model.")
+# names of modules that wrappers put in between
+BETWEEN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # what models compute for themselves and older files hold
 COMPUTED = re.compile(r"(?:^|\.)rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)$")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -130,21 +132,31 @@ def canonical_names(names: list[str], family: Family | None) -> list[str]:
         names: All names of a checkpoint.
         family: Its family; None leaves the base model's prefix as it is.
     """
-    names = [name.replace("._orig_mod.", ".") for name in names]
-    while prefix := next((p for p in WRAPPERS if all(n.startswith(p) for n in names)), None):
-        if not names:
-            break
-        names = [name.removeprefix(prefix) for name in names]
+    names = [".".join(p for p in name.split(".") if p not in BETWEEN) for name in names]
+    names = without_wrappers(names)
     if family is None:
         return names
     base, _, blocks = family.blocks.partition(".")  # "model" and "layers"
     inside = [name for name in names if name.split(".")[0] != family.head]
-    if inside and all(name.startswith(f"{base}.{base}.") for name in inside):
-        return [name.removeprefix(f"{base}.") for name in names]
+    for doubled in (f"{base}.{base}.", f"{base}.language_model."):
+        if inside and all(name.startswith(doubled) for name in inside):
+            return [name.replace(doubled, f"{base}.", 1) for name in names]
     if any(name.startswith(f"{base}.") for name in names):
         return names
     if any(name.startswith(f"{blocks}.") for name in names):
         return [n if n.split(".")[0] == family.head else f"{base}.{n}" for n in names]
+    return names
+
+
+def without_wrappers(names: list[str]) -> list[str]:
+    """Take off what all names have in front of them.
+
+    Args:
+        names: All names of a checkpoint.
+    """
+    for prefix in WRAPPERS * 2:  # one wrapper may stand in another
+        if all(name.startswith(prefix) for name in names):
+            names = [name.removeprefix(prefix) for name in names]
     return names
 
 
@@ -185,7 +197,10 @@ def _cut_vocabulary(
     tensors: dict[str, StoredTensor], config: dict, family: Family, notes: list[str]
 ) -> dict[str, StoredTensor]:
     """Leave out the rows of embedding and head that lie beyond the config's vocabulary."""
-    rows, cut = config.get("vocab_size"), dict(tensors)
+    rows = config.get("vocab_size")
+    cut = dict(tensors)
+    if not isinstance(rows, int):  # refused when the spec is made
+        return cut
     for name in (f"{family.embeddings}.weight", f"{family.head}.weight"):
         tensor = tensors.get(name)
         plain = tensor is not None and len(tensor.shape) == 2

@@ -12,6 +12,7 @@ from slim.core.errors import SlimError
 if TYPE_CHECKING:
     from torch import nn
 
+PLAIN = ("F64", "F32", "BF16", "F16")  # safetensors' names of the types of plain weights
 NAMED = 3  # names in a message
 BELONG = "The config and the weights are not of the same model."
 
@@ -46,6 +47,12 @@ def verify(checkpoint: Checkpoint) -> None:
     for name in plain:
         if tensors[name] != expected[name]:
             refuse_shape(checkpoint, name, tensors[name], expected[name])
+        dtype = checkpoint.tensors[name][1]
+        if dtype not in PLAIN:
+            raise SlimError(
+                f"{name} in {checkpoint.folder} is stored as {dtype}, and nothing says how to read "
+                f"it as a weight. slim reads {', '.join(PLAIN)}, and float8."
+            )
 
 
 def packed_modules(checkpoint: Checkpoint, model: nn.Module) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from slim.core.errors import SlimError
 if TYPE_CHECKING:
     import torch
 
+# of safetensors' types; files may hold others
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 COMPARED_AT_ONCE = 2**24  # bytes
 _same: dict[tuple, bool] = {}  # what same_data compared, by the files' states
 PARTIAL = ".partial"  # end of the name of what is being written
@@ -67,7 +73,8 @@ def _end_of_data(path: Path, header: dict[str, dict]) -> int:
     """
     try:
         spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        [(entry["dtype"], entry["shape"]) for entry in header.values()]
+        sizes = {name: math.prod(entry["shape"]) for name, entry in header.items()}
+        items = {name: ITEM_BYTES.get(entry["dtype"]) for name, entry in header.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise SlimError(f"{path} has a damaged header. Fetch or make it again.") from error
     end = 0
@@ -76,6 +83,11 @@ def _end_of_data(path: Path, header: dict[str, dict]) -> int:
             raise SlimError(
                 f"{path} has invalid offsets: '{name}' begins at {start} where {end} is next. "
                 "Fetch or make it again."
+            )
+        if items[name] is not None and stop - start != sizes[name] * items[name]:
+            raise SlimError(
+                f"{path} is damaged: '{name}' has {stop - start} bytes for {sizes[name]} numbers of "
+                f"{items[name]}. Fetch or make it again."
             )
         end = stop
     return end

@@ -154,6 +154,9 @@ def test_rows_beyond_the_vocabulary_are_cut_and_it_is_said(folder, untied, tmp_p
         lambda name: f"_orig_mod.{name}",
         lambda name: f"module.{name}",
         lambda name: f"module._orig_mod.{name}",
+        lambda name: f"module.module.{name}",
+        lambda name: name.replace("model.", "model.language_model.", 1),
+        lambda name: name.replace("layers.1.", "layers.1._fsdp_wrapped_module."),
         lambda name: f"base_model.model.{name}",
         lambda name: name if name.startswith("lm_head") else f"model.{name}",
         lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
@@ -336,7 +339,11 @@ def test_scales_of_another_shape_are_refused():
             {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}, "rope_parameters": ...},
             "spiral",
         ),
-        ({"num_attention_heads": 0}, "config.json"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number"),
+        ({"num_key_value_heads": "two"}, "num_key_value_heads=.two. must be"),
+        ({"vocab_size": True}, "vocab_size=true must be"),
+        ({"quantization_config": "gptq"}, "quantization_config=.gptq. must be a JSON object"),
+        ({"model_type": ["llama"]}, "model_type"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
     ],
 )
@@ -390,6 +397,12 @@ def test_a_folder_that_is_only_an_adapter_says_how_to_merge_it(folder):
         open_checkpoint(folder)
 
 
+def test_whole_numbers_are_no_weights(folder):
+    change_tensors(folder, lambda old: {**old, f"{PROJECTION}.weight": torch.ones(64, 64).char()})
+    with pytest.raises(SlimError, match=f"{PROJECTION}.weight .* is stored as I8"):
+        opened(folder)
+
+
 # Writing
 # ------------------------------------------------------------------------------------------------
 
@@ -399,6 +412,15 @@ def test_a_tensor_is_written_once_only(tmp_path):
     writer.add("w", torch.ones(4))
     with pytest.raises(ValueError, match="added twice"):
         writer.add("w", torch.ones(4))
+
+
+def test_a_tensor_of_fewer_bytes_than_its_shape_is_damage(tmp_path):
+    entry = {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}
+    header = json.dumps({"a": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(SlimError, match="'a' has 8 bytes for 3 numbers of 4"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("start", [4, 12])
