@@ -9,6 +9,7 @@ from slim.core.console import warn
 from slim.core.tables import Table, print_table
 from slim.report.table import BEST, WORST, cell, headline_columns, mark
 from slim.sweeps.protocols import OpenSweep
+from slim.tracking.tracker import ending
 
 SHOWN = ("number", "overrides", "run_id", "status", "error", "seconds")
 
@@ -25,25 +26,20 @@ class Figures:
 
 
 def finish(sweep: OpenSweep, error: BaseException | None) -> int:
-    """Say and record how the sweep ended, and return the exit code: 0, 1 (an error of slim's own),
-    2 (a point failed), 130."""
+    """Say and record how the sweep ended.
+
+    Args:
+        sweep: whose points have ended.
+        error: what ended it early, None if nothing did.
+
+    Returns:
+        The exit code: 0, 1 (an error of slim's own), 2 (a point failed), 130.
+    """
     points = sweep.folder.points()
-    kind = (
-        "KILLED"
-        if isinstance(error, KeyboardInterrupt)
-        else "FAILED"
-        if error is not None
-        else "FINISHED"
-    )
-    whole = error is None and not sweep.lost  # else points may be under way elsewhere, or missing
-    failed = [
-        point for point in points if point["status"] != "FINISHED" and not point.get("skipped")
-    ]
-    summary = {
-        **sweep.header(),
-        "swept": sweep.swept or varied(points),
-        "points": [{name: point[name] for name in SHOWN} for point in points],
-    }
+    failed = [point for point in points if has_failed(point)]
+    summary = sweep.header()
+    summary["swept"] = sweep.swept or varied(points)
+    summary["points"] = [short_record(point) for point in points]
     sweep.folder.write_header(summary)
     tracker = sweep.tracker
     tracker.log_text(json.dumps(summary, indent=1) + "\n", "sweep.json")
@@ -55,29 +51,53 @@ def finish(sweep: OpenSweep, error: BaseException | None) -> int:
     counts = {
         "points": len(points),
         "points_failed": len(failed),
-        "points_skipped": sum(bool(p.get("skipped")) for p in points),
+        "points_skipped": sum(bool(point.get("skipped")) for point in points),
     }
-    tracker.close(kind, counts, {point["run_id"] for point in points} if whole else None)
+    kept = None
+    if error is None and not sweep.lost:  # else points may be under way elsewhere, or missing
+        kept = {point["run_id"] for point in points}
+    status_of_all = "FINISHED" if error is None else ending(error)
+    tracker.close(status_of_all, counts, kept)
     for line in tracker.browse_lines():
         print(line)
-    return (
-        130
-        if kind == "KILLED"
-        else 1
-        if any(point.get("own") for point in failed)
-        else 2
-        if failed
-        else 0
-    )
+    return exit_code(error, failed)
+
+
+def has_failed(point: dict) -> bool:
+    """Whether a point was tried and did not finish."""
+    return point["status"] != "FINISHED" and not point.get("skipped")
+
+
+def short_record(point: dict) -> dict:
+    """Return what ``sweep.json`` says of a point."""
+    return {name: point[name] for name in SHOWN}
+
+
+def exit_code(error: BaseException | None, failed: list[dict]) -> int:
+    """Return the exit code of a sweep.
+
+    Args:
+        error: what ended it early, None if nothing did.
+        failed: the records of the points that failed.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if any(point.get("own") for point in failed):  # an error of slim's own
+        return 1
+    return 2 if failed else 0
 
 
 def varied(points: list[dict]) -> dict[str, list[str]]:
     """Return key -> values of the settings in which the points differ, in order of appearance."""
-    values: dict[str, dict] = {}
+    values: dict[str, list[str]] = {}
     for point in points:
         for key, value in point["overrides"].items():
-            values.setdefault(key, {})[value] = None
-    return {key: list(found) for key, found in values.items() if len(found) > 1 or len(points) == 1}
+            seen = values.setdefault(key, [])
+            if value not in seen:
+                seen.append(value)
+    if len(points) == 1:
+        return values
+    return {key: seen for key, seen in values.items() if len(seen) > 1}
 
 
 def print_points(sweep: OpenSweep, points: list[dict]) -> None:
@@ -133,9 +153,9 @@ def status(point: dict) -> str:
     """Say how a point ended in a word or two."""
     if point.get("reused"):
         return "done before"
-    return (
-        "done" if point["status"] == "FINISHED" else "skipped" if point.get("skipped") else "failed"
-    )
+    if point["status"] == "FINISHED":
+        return "done"
+    return "skipped" if point.get("skipped") else "failed"
 
 
 def attach_report(tracker) -> None:

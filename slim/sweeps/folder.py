@@ -30,7 +30,8 @@ class SweepFolder:
         pid = self.header()["pid"]
         if pid != os.getpid() and Path(f"/proc/{pid}").exists():
             raise SlimError(
-                f"Another sweep is running in {self.path}. Start this one again, or set hydra.sweep.dir=FOLDER."
+                f"Another sweep is running in {self.path}. "
+                "Start this one again, or set hydra.sweep.dir=FOLDER."
             )
         for path in self.path.glob(f"*/{POINT}"):
             path.unlink()
@@ -48,13 +49,18 @@ class SweepFolder:
         return self.path / str(number)
 
     def write_point(self, number: int, record: dict) -> None:
-        """Record how a point ended: ``status``, ``error``, ``run_id``, ``seconds``, ``final`` (of
-        the last checkpoint)."""
+        """Record how a point ended.
+
+        Args:
+            number: of the point.
+            record: ``status``, ``error``, ``run_id``, ``seconds``, ``final`` (of the last
+                checkpoint).
+        """
         write_json(self.point(number) / POINT, {"number": number, **record})
 
     def points(self) -> list[dict]:
         """Return the records of the points that have ended, by number."""
-        records = [
-            json.loads(path.read_text(encoding="utf-8")) for path in self.path.glob(f"*/{POINT}")
-        ]
+        records = []
+        for path in self.path.glob(f"*/{POINT}"):
+            records.append(json.loads(path.read_text(encoding="utf-8")))
         return sorted(records, key=lambda record: record["number"])

@@ -37,14 +37,17 @@ class Planned:
 
 
 def run_grid(sweeper: HydraSweeper, arguments: list[str]) -> list[Sequence[JobReturn]]:
-    """Run every combination of ``arguments`` and the sweeper's ``params`` that can run and is not
-    finished."""
+    """Run every combination of the swept values that can run and is not finished.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        arguments: what was typed.
+    """
     sweep = current()
     combinations, sweep.swept = expand(parse(sweeper, arguments))
-    points = [
-        plan_point(sweeper, sweep, number, overrides)
-        for number, overrides in enumerate(combinations)
-    ]
+    points = []
+    for number, overrides in enumerate(combinations):
+        points.append(plan_point(sweeper, sweep, number, overrides))
     refuse_at_once(sweep, points)
     if sweep.config.plan:
         show_plans(sweep, points)
@@ -58,8 +61,13 @@ def run_grid(sweeper: HydraSweeper, arguments: list[str]) -> list[Sequence[JobRe
 
 
 def parse(sweeper: HydraSweeper, arguments: list[str]) -> list[Override]:
-    """Return the parsed overrides: those of ``params`` that are not typed, with what is typed
-    behind them."""
+    """Return the parsed overrides: those of the sweeper's ``params`` that are not typed, then what
+    is typed.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        arguments: what was typed.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     params = expand_alias([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
@@ -89,7 +97,8 @@ def expand(overrides: list[Override]) -> tuple[list[list[str]], dict[str, list[s
             continue
         if not override.is_discrete_sweep():
             raise SlimError(
-                f"{override.input_line} is no list of values. Give some, such as {key}=1,2,3 or {key}=range(1,4)."
+                f"{override.input_line} is no list of values. "
+                f"Give some, such as {key}=1,2,3 or {key}=range(1,4)."
             )
         values = list(override.sweep_string_iterator())
         choices[key] = [f"{key}={value}" for value in values]
@@ -99,7 +108,14 @@ def expand(overrides: list[Override]) -> tuple[list[list[str]], dict[str, list[s
 
 
 def plan_point(sweeper: HydraSweeper, sweep: Sweep, number: int, overrides: list[str]) -> Planned:
-    """Compose and plan one combination, without any work; what is wrong with it is kept."""
+    """Compose and plan one combination, without any work; what is wrong with it is kept.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        sweep: that the point belongs to.
+        number: of the point.
+        overrides: its settings as typed.
+    """
     point = Planned(number, overrides)
     loader = sweeper.hydra_context.config_loader
     try:
@@ -113,23 +129,32 @@ def plan_point(sweeper: HydraSweeper, sweep: Sweep, number: int, overrides: list
 
 
 def refuse_at_once(sweep: Sweep, points: list[Planned]) -> None:
-    """Raise what is wrong with every point, before anything is recorded: it is a mistake in the
-    command."""
-    reasons = [
-        explain(point.error, sweep.command, point.overrides) if point.error else None
-        for point in points
-    ]
-    if all(point.config is None for point in points) and len(set(reasons)) == 1 and reasons[0]:
-        raise SlimError(reasons[0])
-    outputs = [
-        point.config.output
-        for point in points
-        if point.config is not None and point.config.output is not None
-    ]
+    """Refuse what is wrong with every point, before anything is recorded: it is a mistake in the
+    command.
+
+    Args:
+        sweep: whose command it is.
+        points: all of them, planned.
+
+    Raises:
+        SlimError: when no point can run, for one reason, or several have one output.
+    """
+    reasons = set()
+    outputs = []
+    for point in points:
+        reason = None
+        if point.error is not None:
+            reason = explain(point.error, sweep.command, point.overrides)
+        reasons.add(reason)
+        if point.config is not None and point.config.output is not None:
+            outputs.append(point.config.output)
+    composed = any(point.config is not None for point in points)
+    if not composed and len(reasons) == 1 and None not in reasons:
+        raise SlimError(reasons.pop())
     if len(outputs) > len(set(outputs)):
         raise SlimError(
-            f"output={outputs[0]} would take the result of several points. Leave it out, or name what is swept: "
-            "output='small-${quantizer.bits}'."
+            f"output={outputs[0]} would take the result of several points. Leave it out, "
+            "or name what is swept: output='small-${quantizer.bits}'."
         )
 
 
@@ -141,20 +166,29 @@ def show_plans(sweep: Sweep, points: list[Planned]) -> None:
     for point in points:
         print(f"point {point.number}: {' '.join(point.overrides)}", flush=True)
         if point.error is not None:
-            print(
-                f"cannot run: {explain(point.error, sweep.command, point.overrides) or repr(point.error)}"
-            )
+            reason = explain(point.error, sweep.command, point.overrides)
+            print(f"cannot run: {reason or repr(point.error)}")
             continue
         pipeline = build_pipeline(point.config)
         show_plan(pipeline, pipeline.plan())
 
 
 def finalize(sweep: Sweep, planned: Planned) -> bool:
-    """Record a point that needs no run: it cannot be run, or is finished. Returns whether it is
-    so."""
+    """Record a point that needs no run: it cannot be run, or is finished.
+
+    Args:
+        sweep: that the point belongs to.
+        planned: the point.
+
+    Returns:
+        Whether it needs none.
+    """
     point = Point(sweep.folder, planned.number, planned.overrides, sweep.header())
     if planned.error is not None:
-        reason = lambda error: explain(error, sweep.command, planned.overrides)  # noqa: E731
+
+        def reason(error: BaseException) -> str | None:
+            return explain(error, sweep.command, planned.overrides)
+
         message, own = describe(planned.error, reason, sweep.folder.point(planned.number))
         record_failure(point, sweep.config if planned.config is None else planned.config, message)
         point.end("FAILED", message, own=own)
@@ -169,24 +203,38 @@ def finalize(sweep: Sweep, planned: Planned) -> bool:
 
 
 def announce(total: int, wrong: int, done: int) -> None:
-    """Say what there is to do."""
-    notes = (
-        [f"{done} done before"] * bool(done)
-        + [f"{wrong} cannot run"] * bool(wrong)
-        + [f"{total - wrong - done} to run"]
-    )
+    """Say what there is to do.
+
+    Args:
+        total: number of points.
+        wrong: how many of them cannot run.
+        done: how many are finished already.
+    """
+    notes = []
+    if done:
+        notes.append(f"{done} done before")
+    if wrong:
+        notes.append(f"{wrong} cannot run")
+    notes.append(f"{total - wrong - done} to run")
     say(", ".join(notes), head=f"Sweep of {total} point{'s' * (total != 1)}:")
 
 
 def launch(sweeper: HydraSweeper, sweep: Sweep, points: list[Planned]) -> list[Any]:
-    """Hand the points to Hydra's launcher, each under its own number."""
+    """Hand the points to Hydra's launcher, each under its own number.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        sweep: that the points belong to.
+        points: those that are to run.
+    """
     size = sweeper.max_batch_size or max(len(points), 1)
     returns = []
-    for batch in (points[start : start + size] for start in range(0, len(points), size)):
+    for start in range(0, len(points), size):
+        batch = points[start : start + size]
         numbered = [[*point.overrides, f"hydra.sweep.subdir={point.number}"] for point in batch]
         try:
             returns.append(sweeper.launcher.launch(numbered, initial_job_idx=batch[0].number))
-            record_lost(sweep, batch, RuntimeError("it ended without a word"))
+            record_lost(sweep, batch, RuntimeError("its process ended without a message"))
         except Exception as error:  # a process that died takes the launcher's other points with it
             sweep.lost = True
             record_lost(sweep, batch, error)
@@ -195,7 +243,13 @@ def launch(sweeper: HydraSweeper, sweep: Sweep, points: list[Planned]) -> list[A
 
 def record_lost(sweep: Sweep, batch: list[Planned], error: Exception) -> None:
     """Record the points of a batch that have no record of how they ended, since the process that
-    ran them did."""
+    ran them did.
+
+    Args:
+        sweep: that the points belong to.
+        batch: points that the launcher was given.
+        error: why they have none.
+    """
     ended = {record["number"] for record in sweep.folder.points()}
     for planned in batch:
         if planned.number not in ended:

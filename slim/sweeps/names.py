@@ -28,8 +28,12 @@ def sweep_id(command: str, experiment: str, overrides: Sequence[str], params: di
     """Name a sweep by its command (``compress``), MLflow experiment and what is set and swept, in
     whatever order.
 
-    overrides: what was typed, without Hydra's own settings. params: ``hydra.sweeper.params`` of an
-    experiment file."""
+    Args:
+        command: ``compress``, ``train`` or ``evaluate``.
+        experiment: name of the MLflow experiment.
+        overrides: what was typed, without Hydra's own settings.
+        params: ``hydra.sweeper.params`` of an experiment file.
+    """
     what = sorted(override for override in overrides if not PLACE.match(override))
     return digest(["sweep", command, experiment, what, params])
 
@@ -38,8 +42,11 @@ def point_name(chains: Sequence[Sequence[Step]], config: DictConfig) -> str:
     """Name a point by what determines its results: every step, how it is measured, and on which
     kind of device.
 
-    chains: the planned steps of every pipeline of the point. A step behind a source that has to be
-    fetched first has no digest yet; there its settings count."""
+    Args:
+        chains: the planned steps of every pipeline of the point. A step after a source that has to
+            be fetched first has no digest yet; there its settings count.
+        config: the point's configuration.
+    """
     steps = [[step.digest or _settings(step) for step in chain] for chain in chains]
     return digest(
         ["point", steps, OmegaConf.to_container(config.eval, resolve=True), config.device]

@@ -29,9 +29,14 @@ _active: Point | None = None
 class Point:
     """A point while it runs.
 
-    overrides: what was set for it, as typed. header: the sweep's (see :class:`SweepFolder`).
-        run_id: its run in MLflow.
-    final: the record of its last checkpoint in ``results.json``, once it has one.
+    Attributes:
+        folder: the sweep's.
+        number: of the point in its sweep.
+        overrides: what was set for it, as typed.
+        header: the sweep's (see :class:`SweepFolder`).
+        run_id: its run in MLflow, once it has one.
+        final: the record of its last checkpoint in ``results.json``, once it has one.
+        started: seconds since 1970.
     """
 
     folder: SweepFolder
@@ -50,14 +55,16 @@ class Point:
     @property
     def name(self) -> str:
         """Its name on screen and in MLflow."""
-        told = " ".join(f"{key}={value}" for key, value in self.settings.items()) or " ".join(
-            self.overrides
-        )
-        return told[:NAME_LIMIT] or "(defaults)"
+        pairs = [f"{key}={value}" for key, value in self.settings.items()]
+        return " ".join(pairs or self.overrides)[:NAME_LIMIT] or "(defaults)"
 
     def tracker(self, config: DictConfig, name: str) -> Tracker:
-        """Return the tracker of this point: below the sweep's run, under ``slim.point`` =
-        ``name``."""
+        """Return the tracker of this point, below the sweep's run.
+
+        Args:
+            config: the point's configuration.
+            name: what tells it from other points (:func:`slim.sweeps.names.point_name`).
+        """
         from slim.tracking.tracker import Tracker, published_tag
 
         tags = {"slim.point": name, "slim.sweep": self.header["sweep"], **published_tag(config)}
@@ -79,18 +86,32 @@ class Point:
         sweep; return them as JSON."""
         metrics = result.metrics
         self.final = {
-            "label": result.label, "folder": str(result.checkpoint.folder), "hash": result.digest, "metrics": metrics,
+            "label": result.label,
+            "folder": str(result.checkpoint.folder),
+            "hash": result.digest,
+            "metrics": metrics,
             "quality": {part: result.quality.get(part, {}) for part in ("protocol", "metrics")},
             "speed": {part: result.speed.get(part, {}) for part in ("protocol", "metrics")},
-        }  # fmt: skip
+        }
         return json.dumps(self.final, indent=1) + "\n"
 
     def end(self, status: str, error: str | None = None, **more: Any) -> None:
-        """Record how the point ended for the sweep's own process."""
+        """Record how the point ended for the sweep's own process.
+
+        Args:
+            status: ``FINISHED`` or ``FAILED``.
+            error: why it failed, in a line or two.
+            more: further entries of the record.
+        """
         record = {
-            "overrides": self.settings, "name": self.name, "run_id": self.run_id, "status": status, "error": error,
-            "seconds": round(time.time() - self.started, 3), "final": self.final,
-        }  # fmt: skip
+            "overrides": self.settings,
+            "name": self.name,
+            "run_id": self.run_id,
+            "status": status,
+            "error": error,
+            "seconds": round(time.time() - self.started, 3),
+            "final": self.final,
+        }
         self.folder.write_point(self.number, {**record, **more})
 
 

@@ -21,9 +21,20 @@ ENDED = ("FINISHED", "FAILED", "KILLED")
 class SweepRun:
     """The run that the points of a sweep are below.
 
-    finished: (what determines a point's results, its settings) -> id of its finished run, its final
-    folder still there. Raises ``SlimError`` if the tracking store is not to be had, or another
-    process is running the same sweep."""
+    Args:
+        root: the store.
+        config: the configuration without what is swept.
+        sweep: what the sweep is found again by (:func:`slim.sweeps.names.sweep_id`).
+        overrides: what was typed.
+
+    Attributes:
+        finished: (what determines a point's results, its settings) -> id of its finished run, its
+            final folder still there.
+
+    Raises:
+        SlimError: when the tracking store does not answer, or another process is running the same
+            sweep.
+    """
 
     def __init__(self, root: Path, config: DictConfig, sweep: str, overrides: str):
         self.root, self.sweep = root, sweep
@@ -36,9 +47,9 @@ class SweepRun:
         self.experiment = open_experiment(
             self.client, config.tracking.experiment, self._tracking.place
         )
-        found = self._find()
+        earlier = self._find()
         self.finished: dict[tuple[str, str], str] = {}
-        if found is None:
+        if earlier is None:
             tags = {
                 "slim.kind": "sweep",
                 "slim.sweep": sweep,
@@ -50,7 +61,7 @@ class SweepRun:
                 config.tracking.experiment, name, {**tags, "mlflow.source.name": "slim"}
             )
         else:
-            self.run_id = found.info.run_id
+            self.run_id = earlier.info.run_id
             self.client.update_run(self.run_id, status="RUNNING")
             self.client.set_tag(self.run_id, PROCESS, process_tag())
             self._clear_up()
@@ -97,8 +108,8 @@ class SweepRun:
         self.client.set_terminated(run.info.run_id, "KILLED")
 
     def figures(self, run_id: str) -> dict | None:
-        """Return the figures of a finished run's last checkpoint, None if they are not to be
-        had."""
+        """Return the figures of a finished run's last checkpoint, None where they cannot be
+        read."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -113,12 +124,18 @@ class SweepRun:
         return browse_lines(self.uri, self.experiment)
 
     def log_text(self, text: str, name: str) -> None:
-        """Put a file beside the sweep's run."""
+        """Put ``text`` next to the sweep's run as the file ``name``."""
         self._tracking.text(self.run_id, text, name)
 
     def close(self, status: str, counts: dict[str, int], kept: set[str] | None) -> None:
-        """End the sweep's run. Of its points the runs ``kept`` stay, and finished ones that no kept
-        one repeats; None: all."""
+        """End the sweep's run.
+
+        Args:
+            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+            counts: how many points there were, failed and were skipped.
+            kept: runs of its points that stay, with finished ones that no kept one repeats; None
+                for all.
+        """
         self._tracking.log(
             self.run_id, {}, [[name, float(count), now(), 0] for name, count in counts.items()], {}
         )

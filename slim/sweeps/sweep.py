@@ -1,5 +1,5 @@
-"""A sweep in the process that was started: its run in MLflow, what is done already, and what is
-said at its end."""
+"""A sweep in the process that was started: its run in MLflow, what is done already, and how it
+ends."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ _current: Sweep | None = None
 class Sweep:
     """What the process that was started knows of its sweep.
 
-    config: the configuration without what is swept. command: ``compress``, ``train`` or
-    ``evaluate``."""
+    Args:
+        config: the configuration without what is swept.
+        command: ``compress``, ``train`` or ``evaluate``.
+    """
 
     def __init__(self, config: DictConfig, command: str):
         self.config, self.command = config, command
@@ -55,7 +57,9 @@ class Sweep:
     def workers(self) -> int:
         """How many points run at the same time, as far as the launcher says."""
         count = self.config.hydra.launcher.get("n_jobs") or 1
-        return count if count > 0 else os.cpu_count() or 1
+        if count < 0:  # joblib's way to say all processors
+            return os.cpu_count() or 1
+        return count
 
     @property
     def elsewhere(self) -> bool:
@@ -63,14 +67,18 @@ class Sweep:
         return not self.config.hydra.launcher._target_.endswith(".BasicLauncher")
 
     def open(self) -> None:
-        """Begin, or go on with, the sweep's run. Raises ``SlimError`` if the tracking store is not
-        to be had."""
+        """Begin, or continue, the sweep's run.
+
+        Raises:
+            SlimError: when the tracking store does not answer, or the sweep is running already.
+        """
         # local: MLflow's classes take a second, and a mistake is answered before
         from slim.sweeps.runs import SweepRun
 
         if self.config.plan:
             raise SlimError(
-                "plan=true shows a run or a grid. A search chooses its next point when it knows the last one."
+                "plan=true shows a run or a grid. "
+                "A search chooses its next point when it knows the last one."
             )
         self.tracker = SweepRun(self.root, self.config, self.id, " ".join(self.overrides))
         self.folder.claim()
@@ -82,10 +90,16 @@ class Sweep:
         """Return what ``sweep.json`` says before the points are known."""
         tracking = self.config.tracking
         return {
-            "sweep": self.id, "run_id": self.tracker.run_id, "command": self.command, "experiment": tracking.experiment,
-            "store": str(self.root), "uri": tracking.uri, "pid": os.getpid(),
-            "overrides": self.overrides, "swept": self.swept,
-        }  # fmt: skip
+            "sweep": self.id,
+            "run_id": self.tracker.run_id,
+            "command": self.command,
+            "experiment": tracking.experiment,
+            "store": str(self.root),
+            "uri": tracking.uri,
+            "pid": os.getpid(),
+            "overrides": self.overrides,
+            "swept": self.swept,
+        }
 
     def close(self, error: BaseException | None = None) -> int:
         """End the sweep: table, ``sweep.json``, report. Returns the exit code."""
@@ -96,12 +110,20 @@ class Sweep:
 
 
 def prepare(config: DictConfig, command: str) -> Sweep:
-    """Make the sweep of this process known."""
+    """Make the sweep of this process known.
+
+    Args:
+        config: the configuration without what is swept.
+        command: ``compress``, ``train`` or ``evaluate``.
+
+    Raises:
+        SlimError: when torchrun started this process.
+    """
     global _current
     if processes.launched():
         raise SlimError(
-            "torchrun starts the processes of one run, not of a sweep. Start the points one by one, or let a launcher start "
-            "them: hydra/launcher=submitit_slurm."
+            "torchrun starts the processes of one run, not of a sweep. Start the points one by "
+            "one, or let a launcher start them: hydra/launcher=submitit_slurm."
         )
     _current = Sweep(config, command)
     return _current
@@ -116,14 +138,15 @@ def close_current(error: BaseException | None = None) -> int:
     """End the sweep of this process, if there is one that was opened. Returns the exit code, 0
     without one."""
     global _current
-    sweep, _current = _current, None
+    sweep = _current
+    _current = None
     if sweep is None:
         return 0
     try:
         return sweep.close(error)
-    except Exception as other:
+    except Exception as second_error:
         if error is None:
             raise
-        # error says more
-        warn(str(other), head="The sweep's run could not be ended:")
+        # the first one says more
+        warn(str(second_error), head="The sweep's run could not be ended:")
         return 1
