@@ -14,18 +14,34 @@ from slim.cache.cleaning import leftovers, remove, require_uploaded, unneeded_re
 from slim.cache.inventory import damage, entries, existing_store, size_of, size_rows, tracked_runs
 from slim.cache.usage import Run
 from slim.checkpoints.store import Store
-from slim.core.console import track
+from slim.core.console import never_fail_on_a_character, output_may_be_cut, track
 from slim.core.errors import SlimError
 from slim.core.tables import Table, print_table
 from slim.core.text import gigabytes
 
+ABOUT = {
+    "list": "every result, what it was made from, and the runs that use it",
+    "size": "how much room results, figures, work in progress and tracking take",
+    "prune": "remove results that no run uses, and what killed processes left",
+    "verify": "read every result again and compare it with its checksums",
+}
+PRUNE_OPTIONS = {
+    "--intermediate": "remove also what is not the end of a run's chain",
+    "--failed": "let runs that failed or were killed count as needing nothing",
+    "--evaluations": "remove all figures too: they are measured again when asked for",
+    "--dry-run": "show what would go, and remove nothing",
+    "--yes": "do not ask",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    never_fail_on_a_character()
     options = parser().parse_args(arguments)
     try:
-        store = existing_store(options.store)
-        return COMMANDS[options.command](store, options)
+        with output_may_be_cut():
+            return COMMANDS[options.command](existing_store(options.store), options)
+        return 0  # whoever read the output has seen enough
     except SlimError as error:
         print(f"slim: {error}", file=sys.stderr)
         return 2
@@ -40,16 +56,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m slim.cache", description="The results that slim keeps: docs/cache.md"
     )
     commands = root.add_subparsers(dest="command", required=True)
-    about = {
-        "list": "every result, what it was made from, and the runs that use it",
-        "size": "how much room results, figures, work in progress and tracking take",
-        "prune": "remove results that no run uses, and what killed processes left",
-        "verify": "read every result again and compare it with its checksums",
-    }
-    added = {
-        name: commands.add_parser(name, help=text, description=text) for name, text in about.items()
-    }
-    for command in added.values():
+    added = {}
+    for name, text in ABOUT.items():
+        added[name] = command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
             "--store",
             default=os.environ.get("SLIM_STORE", "runs"),
@@ -59,13 +68,7 @@ def parser() -> argparse.ArgumentParser:
         added[name].add_argument(
             "--uri", action="append", default=[], help="a tracking server whose runs count too"
         )
-    for name, text in {
-        "--intermediate": "remove also what is not the end of a run's chain",
-        "--failed": "let runs that failed or were killed count as needing nothing",
-        "--evaluations": "remove all figures too: they are measured again when asked for",
-        "--dry-run": "show what would go, and remove nothing",
-        "--yes": "do not ask",
-    }.items():
+    for name, text in PRUNE_OPTIONS.items():
         added["prune"].add_argument(name, action="store_true", help=text)
     added["verify"].add_argument(
         "--remove", action="store_true", help="remove what is damaged: it is made again when needed"
@@ -75,16 +78,16 @@ def parser() -> argparse.ArgumentParser:
 
 def list_command(store: Store, options: argparse.Namespace) -> int:
     """Print every result."""
-    found = entries(store, tracked_runs(store, options.uri))
+    results = entries(store, tracked_runs(store, options.uri))
     rows = []
-    for entry in found:
+    for entry in results:
         method = entry.manifest.get("method", "no readable slim.json")
         times = [age(entry.made), age(entry.used)]
         users = shown_users(entry.users)
         size = gigabytes(entry.size)
         rows.append([entry.folder.name, method, size, *times, entry.parent, users])
     headings = ["result", "method", "size", "made", "last used", "made from", "used by"]
-    title = f"{len(found)} results in {store.root}"
+    title = f"{len(results)} results in {store.root}"
     print_table(Table(headings, rows, fold=[1, 5, 6], title=title))
     return 0
 
@@ -92,7 +95,9 @@ def list_command(store: Store, options: argparse.Namespace) -> int:
 def shown_users(runs: list[Run]) -> str:
     """Name up to three runs, each with its experiment."""
     names = [f"{run.experiment}: {run.name}" for run in runs[:3]]
-    return "\n".join(names + [f"and {len(runs) - 3} more"] * (len(runs) > 3)) or "no run"
+    if len(runs) > 3:
+        names.append(f"and {len(runs) - 3} more")
+    return "\n".join(names) or "no run"
 
 
 def age(moment: float) -> str:
@@ -117,24 +122,27 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
     """Show what no run needs, ask, and remove it."""
     runs = tracked_runs(store, options.uri, needed=True)
     require_uploaded(store)
-    found, unneeded, running = unneeded_results(store, runs, options.intermediate, options.failed)
-    figures = sorted((store.root / "evaluations").glob("*.json")) if options.evaluations else []
-    shown = [*(entry.folder for entry in unneeded), *leftovers(store)]
+    results, unneeded, running = unneeded_results(store, runs, options.intermediate, options.failed)
+    shown = [entry.folder for entry in unneeded] + leftovers(store)
+    evaluations = []
+    if options.evaluations:
+        evaluations = sorted((store.root / "evaluations").glob("*.json"))
     if running:
         print(
-            f"'{running[0].name}' is marked as running in MLflow: what was used since it began is kept."
+            f"'{running[0].name}' is marked as running in MLflow: "
+            "what was used since it began is kept."
         )
-    if not shown and not figures:
-        print(f"Nothing to remove: {len(found)} results, {len(runs)} runs.")
+    if not shown and not evaluations:
+        print(f"Nothing to remove: {len(results)} results, {len(runs)} runs.")
         return 0
-    sizes = {path: size_of(path) for path in [*shown, *figures]}
-    for path in shown:
-        print(f"{gigabytes(sizes[path]):>10}  {path.name}")
-    if figures:
-        print(
-            f"{gigabytes(sum(sizes[path] for path in figures)):>10}  all {len(figures)} evaluations"
-        )
-    total = f"{len(unneeded)} of {len(found)} results, {gigabytes(sum(sizes.values()))} in all"
+    sizes = {path: size_of(path) for path in shown}
+    for path, size in sizes.items():
+        print(f"{gigabytes(size):>10}  {path.name}")
+    if evaluations:
+        size = sum(map(size_of, evaluations))
+        print(f"{gigabytes(size):>10}  all {len(evaluations)} evaluations")
+        sizes.update((path, size_of(path)) for path in evaluations)
+    total = f"{len(unneeded)} of {len(results)} results, {gigabytes(sum(sizes.values()))} in all"
     if options.dry_run:
         print(f"Would remove {total}.")
     elif options.yes or confirmed(f"Remove {total}? [y/N] "):
@@ -145,38 +153,52 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
 
 
 def removed_line(freed: int, busy: list[str]) -> str:
-    """Say what a removal came to."""
-    left = f" In use by another process and left alone: {', '.join(busy)}." if busy else ""
-    return f"{gigabytes(freed)} removed.{left}"
+    """Say what a removal came to.
+
+    Args:
+        freed: bytes.
+        busy: names of what is in use.
+    """
+    line = f"{gigabytes(freed)} removed."
+    if busy:
+        line += f" In use by another process and left alone: {', '.join(busy)}."
+    return line
 
 
 def confirmed(question: str) -> bool:
-    """Ask. Raises ``SlimError`` where nobody can answer."""
+    """Ask a question and return whether the answer is yes.
+
+    Raises:
+        SlimError: when nobody can answer.
+    """
     if not sys.stdin.isatty():
         raise SlimError(
-            "prune asks before it removes anything, and there is no terminal. Add --yes, or --dry-run to look."
+            "prune asks before it removes anything, and there is no terminal. "
+            "Add --yes, or --dry-run to look."
         )
     return input(question).strip().lower() in ("y", "yes")
 
 
 def verify_command(store: Store, options: argparse.Namespace) -> int:
     """Read all results again; say which are damaged."""
-    found = entries(store)
+    results = entries(store)
     damaged = {}
-    for entry in track(found, "Verifying"):
+    for entry in track(results, "Verifying"):
         with store.lock_if_free(entry.folder) as free:
-            reason = damage(entry) if free and entry.folder.is_dir() else None
-        if reason:
-            damaged[entry.folder] = reason
-    figures = sorted((store.root / "evaluations").glob("*.json"))
-    damaged.update(
-        {path: "differs from its digest" for path in figures if store.find_evaluation(path) is None}
-    )
+            if free and entry.folder.is_dir():
+                damaged[entry.folder] = damage(entry)
+    damaged = {folder: reason for folder, reason in damaged.items() if reason}
+    evaluations = sorted((store.root / "evaluations").glob("*.json"))
+    for path in evaluations:
+        if store.find_evaluation(path) is None:
+            damaged[path] = "differs from its digest"
     for path, reason in damaged.items():
         print(f"damaged: {path.name}: {reason}")
     if damaged and options.remove:
         print(removed_line(*remove(store, list(damaged))))
-    print(f"{len(found)} results and {len(figures)} evaluations read, {len(damaged)} damaged.")
+    print(
+        f"{len(results)} results and {len(evaluations)} evaluations read, {len(damaged)} damaged."
+    )
     return 1 if damaged else 0
 
 

@@ -20,58 +20,72 @@ def unneeded_results(
     """Return all results, those that can go, and the running runs for whose sake others stay, the
     first to begin first.
 
-    intermediate: what is not the end of a run's chain can go too. failed: runs that ended badly
-    need nothing."""
+    Args:
+        store: whose results they are.
+        runs: all runs.
+        intermediate: whether what is not the end of a run's chain can go too.
+        failed: whether runs that ended badly need nothing.
+    """
     needing = [run for run in runs if not (failed and run.status in ENDED_BADLY)]
-    found = entries(store, needing)
-    unused = [
-        entry
-        for entry in found
-        if not (final_users(needing, entry.folder) if intermediate else entry.users)
-    ]
-    # A run records a result only once it is measured: what was used since it began may be what it
-    # is at work on.
-    running = sorted((run for run in runs if run.status == "RUNNING"), key=lambda run: run.started)
-    kept = [entry for entry in unused if running and entry.used >= running[0].started]
-    return found, [entry for entry in unused if entry not in kept], running if kept else []
+    results = entries(store, needing)
+    running = [run for run in runs if run.status == "RUNNING"]
+    running.sort(key=lambda run: run.started)
+    unneeded = []
+    kept = False
+    for entry in results:
+        needed_by = final_users(needing, entry.folder) if intermediate else entry.users
+        if needed_by:
+            continue
+        # A run records a result only once it is measured: what was used since it began may be what
+        # it is at work on.
+        if running and entry.used >= running[0].started:
+            kept = True
+        else:
+            unneeded.append(entry)
+    return results, unneeded, running if kept else []
 
 
 def require_uploaded(store: Store) -> None:
     """Raise ``SlimError`` where runs wait for their server: nobody knows yet what they use."""
-    waiting = [
-        path
-        for path in (store.root / OUTBOX).rglob("*")
-        if path.is_file() and not path.name.endswith(".lock")
-    ]
-    if waiting:
-        raise SlimError(
-            f"{store.root / OUTBOX} holds runs that have not reached their tracking server, so what they use is unknown. "
-            "Run any command with that tracking.uri first: it uploads them."
-        )
+    for path in (store.root / OUTBOX).rglob("*"):
+        if path.is_file() and not path.name.endswith(".lock"):
+            raise SlimError(
+                f"{store.root / OUTBOX} holds runs that have not reached their tracking server, "
+                "so what they use is unknown.\n"
+                "Run any command with that tracking.uri first: it uploads them."
+            )
 
 
 def leftovers(store: Store) -> list[Path]:
     """Return what killed processes left: unfinished folders that nobody holds the lock of, and
     half-written figures."""
-    found = []
+    left = []
     for path in unfinished_folders(store):
         with store.lock_if_free(path.with_suffix("")) as free:
-            found += [path] if free else []
+            if free:
+                left.append(path)
     old = time.time() - WRITING_SECONDS
-    return found + [
-        path
-        for path in (store.root / "evaluations").glob("*.partial")
-        if path.stat().st_mtime < old
-    ]
+    for path in (store.root / "evaluations").glob("*.partial"):
+        if path.stat().st_mtime < old:
+            left.append(path)
+    return left
 
 
 def remove(store: Store, paths: list[Path]) -> tuple[int, list[str]]:
-    """Remove results, leftovers and files of figures; return the bytes freed and the names of what
-    others hold the lock of.
+    """Remove results, leftovers and files of figures.
 
     A result is renamed first, so that it is there whole or not at all even if this process is
-    killed."""
-    freed, busy = 0, []
+    killed.
+
+    Args:
+        store: that they are in.
+        paths: what is to go.
+
+    Returns:
+        The bytes freed, and the names of what others hold the lock of.
+    """
+    freed = 0
+    busy = []
     for path in paths:
         result = path.with_suffix("") if path.suffix in UNFINISHED else path
         with store.lock_if_free(result) as free:

@@ -21,8 +21,16 @@ UNFINISHED = (".partial", ".work")
 
 @dataclass
 class Entry:
-    """A stage's result. size: bytes on disk. made, used: seconds since 1970; users: runs that have
-    it in their chain."""
+    """A stage's result.
+
+    Attributes:
+        folder: where it is.
+        manifest: its ``slim.json``, empty where that cannot be read.
+        size: bytes on disk.
+        made: seconds since 1970.
+        used: when it was last used, seconds since 1970.
+        users: runs that have it in their chain.
+    """
 
     folder: Path
     manifest: dict
@@ -39,15 +47,22 @@ class Entry:
     def parent(self) -> str:
         """Label and hash of what it was made from."""
         lineage = self.manifest.get("lineage", [])
-        return f"{lineage[-2]['label']} ({lineage[-2]['hash'][:6]})" if len(lineage) > 1 else "-"
+        if len(lineage) < 2:
+            return "-"
+        return f"{lineage[-2]['label']} ({lineage[-2]['hash'][:6]})"
 
 
 def existing_store(root: str) -> Store:
-    """Return the store in ``root``. Raises ``SlimError`` if there is none."""
+    """Return the store in ``root``.
+
+    Raises:
+        SlimError: when there is none.
+    """
     store = Store(root)
     if not store.root.is_dir():
         raise SlimError(
-            f"There is no store {root}. Give --store FOLDER, the one of store=FOLDER in the runs' commands."
+            f"There is no store {root}. "
+            "Give --store FOLDER, the one of store=FOLDER in the runs' commands."
         )
     parts = ("stages", "evaluations", DATABASE)
     if any(store.root.iterdir()) and not any((store.root / part).exists() for part in parts):
@@ -58,27 +73,27 @@ def existing_store(root: str) -> Store:
 
 
 def entries(store: Store, runs: Iterable[Run] = ()) -> list[Entry]:
-    """Return all finished results, the oldest first, with the runs that use them."""
-    runs, found = list(runs), []
-    for folder in sorted(path for path in (store.root / "stages").glob("*") if path.is_dir()):
-        if folder.suffix in UNFINISHED:
+    """Return all finished results, the oldest first.
+
+    Args:
+        store: whose results they are.
+        runs: runs that may use them.
+    """
+    runs = list(runs)
+    results = []
+    for folder in sorted((store.root / "stages").glob("*")):
+        if folder.suffix in UNFINISHED or not folder.is_dir():
             continue
         try:
             manifest = read_json(folder / MANIFEST)
             made = (folder / MANIFEST).stat().st_mtime
         except (SlimError, OSError):
-            manifest, made = {}, folder.stat().st_mtime
-        found.append(
-            Entry(
-                folder,
-                manifest,
-                folder_bytes(folder),
-                made,
-                folder.stat().st_mtime,
-                users(runs, folder),
-            )
-        )
-    return sorted(found, key=lambda entry: entry.made)
+            manifest = {}
+            made = folder.stat().st_mtime
+        size = folder_bytes(folder)
+        last_used = folder.stat().st_mtime
+        results.append(Entry(folder, manifest, size, made, last_used, users(runs, folder)))
+    return sorted(results, key=lambda entry: entry.made)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -86,7 +101,8 @@ def folder_bytes(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         try:
-            total += path.lstat().st_size if path.is_file() else 0
+            if path.is_file():
+                total += path.lstat().st_size
         except FileNotFoundError:
             continue
     return total
@@ -100,50 +116,61 @@ def size_of(path: Path) -> int:
 def size_rows(store: Store) -> list[tuple[str, int, int]]:
     """Return name, number and bytes of each part of the store, results by kind; together everything
     in its folder."""
-    found, unfinished = entries(store), unfinished_folders(store)
-    rows = []
-    for kind in dict.fromkeys(entry.kind for entry in found):
-        sizes = [entry.size for entry in found if entry.kind == kind]
-        rows.append((f"results of {kind}", len(sizes), sum(sizes)))
-    rows.append(
-        (
-            "work in progress or left behind",
-            len(unfinished),
-            sum(size_of(path) for path in unfinished),
-        )
-    )
-    figures = [path for path in (store.root / "evaluations").glob("*.json")]
-    rows.append(("evaluations", len(figures), sum(size_of(path) for path in figures)))
-    teachers = [path for path in (store.root / "teacher").glob("*") if path.is_dir()]
-    rows.append(
-        ("distributions of teachers", len(teachers), sum(size_of(path) for path in teachers))
-    )
-    runs = [path for path in (store.root / "artifacts").glob("*") if path.is_dir()]
-    databases = list(store.root.glob(f"{DATABASE}*"))
-    rows.append(("tracking: files of runs", len(runs), folder_bytes(store.root / "artifacts")))
-    rows.append(("tracking: database", len(databases), sum(size_of(path) for path in databases)))
+    by_kind: dict[str, list[int]] = {}
+    for entry in entries(store):
+        by_kind.setdefault(entry.kind, []).append(entry.size)
+    rows = [(f"results of {kind}", len(sizes), sum(sizes)) for kind, sizes in by_kind.items()]
+    artifacts = store.root / "artifacts"
+    parts = {
+        "work in progress or left behind": unfinished_folders(store),
+        "evaluations": list((store.root / "evaluations").glob("*.json")),
+        "distributions of teachers": _folders(store.root / "teacher"),
+        "tracking: database": list(store.root.glob(f"{DATABASE}*")),
+    }
+    for name, paths in parts.items():
+        rows.append((name, len(paths), sum(map(size_of, paths))))
+    # an experiment's folder counts as one, with whatever lies next to the runs in it
+    rows.append(("tracking: files of runs", len(_folders(artifacts)), folder_bytes(artifacts)))
     other = folder_bytes(store.root) - sum(size for _, _, size in rows)
-    return [*rows, ("other", 0, other)] if other else rows
+    if other:
+        rows.append(("other", 0, other))
+    return rows
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if path.is_dir()]
 
 
 def unfinished_folders(store: Store) -> list[Path]:
     """Return the folders that stages write into or keep their progress in, whether at work or left
     by a killed process."""
-    return sorted(path for path in (store.root / "stages").glob("*") if path.suffix in UNFINISHED)
+    folders = []
+    for suffix in UNFINISHED:
+        folders.extend((store.root / "stages").glob(f"*{suffix}"))
+    return sorted(folders)
 
 
 def tracked_runs(store: Store, uris: list[str], needed: bool = False) -> list[Run]:
-    """Return the runs of the store's own database and of ``uris``.
+    """Return the runs of the store's own database and of other tracking stores.
 
-    needed: raise ``SlimError`` where there is no place to read runs from, since everything would
-    count as unused."""
-    own = [database_uri(store.root / DATABASE)] if (store.root / DATABASE).is_file() else []
-    if needed and not own and not uris:
+    Args:
+        store: whose database is read, if it has one.
+        uris: addresses of further tracking stores.
+        needed: whether there must be a place to read runs from, since everything would count as
+            unused.
+
+    Raises:
+        SlimError: when there is none, or one does not answer.
+    """
+    places = list(uris)
+    if (store.root / DATABASE).is_file():
+        places.insert(0, database_uri(store.root / DATABASE))
+    if needed and not places:
         raise SlimError(
             f"{store.root} has no {DATABASE}, so nothing tells which results are in use. "
             "Give --uri ADDRESS of the tracking server that the runs were recorded on."
         )
-    return read_runs([*own, *uris])
+    return read_runs(places)
 
 
 def damage(entry: Entry) -> str | None:
@@ -153,5 +180,10 @@ def damage(entry: Entry) -> str | None:
         now = checksums(entry.folder)
     except (SlimError, OSError) as error:
         return str(error).splitlines()[0]
-    differing = sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))
-    return f"{', '.join(differing)} differs from the recorded checksum" if differing else None
+    differing = []
+    for name in sorted(set(recorded) | set(now)):
+        if recorded.get(name) != now.get(name):
+            differing.append(name)
+    if not differing:
+        return None
+    return f"{', '.join(differing)} differs from the recorded checksum"

@@ -19,7 +19,13 @@ ENDED_BADLY = ("FAILED", "KILLED")
 
 @dataclass(frozen=True)
 class Checkpointed:
-    """A checkpoint in a run's chain. lineage: hashes of the chain up to it, its own included."""
+    """A checkpoint in a run's chain.
+
+    Attributes:
+        hash: name of the result.
+        folder: where it was when the run recorded it.
+        lineage: hashes of the chain up to it, its own included.
+    """
 
     hash: str
     folder: str
@@ -28,7 +34,15 @@ class Checkpointed:
 
 @dataclass
 class Run:
-    """A command or a point of a sweep. started: seconds since 1970. chain: its checkpoints."""
+    """A command or a point of a sweep.
+
+    Attributes:
+        name: as MLflow shows it.
+        experiment: name of its experiment.
+        status: as MLflow has it.
+        started: seconds since 1970.
+        chain: its checkpoints.
+    """
 
     name: str
     experiment: str
@@ -38,38 +52,39 @@ class Run:
 
     def finals(self) -> list[Checkpointed]:
         """Return the checkpoints from which no other of the run was made."""
-        return [
-            one
-            for one in self.chain
-            if not any(one.hash in other.lineage for other in self.chain if other.hash != one.hash)
-        ]
+        used = set()
+        for checkpoint in self.chain:
+            used |= checkpoint.lineage - {checkpoint.hash}
+        return [checkpoint for checkpoint in self.chain if checkpoint.hash not in used]
 
 
 def read_runs(uris: Iterable[str]) -> list[Run]:
-    """Return all runs of the tracking stores ``uris`` that are not deleted. ``SlimError`` if a
-    store does not answer."""
-    return [run for uri in uris for run in _runs(uri)]
+    """Return all runs of the tracking stores ``uris`` that are not deleted.
+
+    Raises:
+        SlimError: when a store does not answer.
+    """
+    runs = []
+    for uri in uris:
+        runs.extend(_runs(uri))
+    return runs
 
 
 def _runs(uri: str) -> list[Run]:
     records, names = _records(uri)
-    found = {
-        run_id: Run(
-            record.info.run_name,
-            names[record.info.experiment_id],
-            record.info.status,
-            record.info.start_time / 1000,
-        )
-        for run_id, record in records.items()
-    }
+    runs = {}  # those of commands and points: a checkpoint's run has a hash
+    for run_id, record in records.items():
+        if "hash" not in record.data.tags:
+            info = record.info
+            experiment = names[info.experiment_id]
+            runs[run_id] = Run(info.run_name, experiment, info.status, info.start_time / 1000)
     for record in records.values():
         tags = record.data.tags
         if "hash" in tags and _stands(record, records):
             hashes = frozenset(HASH.findall(tags.get("lineage", ""))) | {tags["hash"]}
-            found[tags[PARENT]].chain.append(
-                Checkpointed(tags["hash"], tags.get("folder", ""), hashes)
-            )
-    return [run for run_id, run in found.items() if "hash" not in records[run_id].data.tags]
+            checkpoint = Checkpointed(tags["hash"], tags.get("folder", ""), hashes)
+            runs[tags[PARENT]].chain.append(checkpoint)
+    return list(runs.values())
 
 
 def _stands(record, records: dict) -> bool:
@@ -90,10 +105,9 @@ def _records(uri: str) -> tuple[dict, dict[str, str]]:
 
     try:
         client = connect(uri)
-        names = {found.experiment_id: found.name for found in client.search_experiments()}
-        records = {
-            record.info.run_id: record for record in reversed(search_runs(client, list(names)))
-        }
+        names = {entry.experiment_id: entry.name for entry in client.search_experiments()}
+        newest_first = reversed(search_runs(client, list(names)))
+        records = {record.info.run_id: record for record in newest_first}
     except MlflowException as error:
         raise SlimError(
             f"The runs in {uri} cannot be read: {str(error).splitlines()[0]}"
@@ -102,16 +116,29 @@ def _records(uri: str) -> tuple[dict, dict[str, str]]:
 
 
 def users(runs: Iterable[Run], folder: Path) -> list[Run]:
-    """Return the runs that have the result in ``folder`` in their chain."""
-    return [run for run in runs if any(_is(one, folder) for one in run.chain)]
+    """Return the runs that have a result in their chain.
+
+    Args:
+        runs: all runs.
+        folder: of the result.
+    """
+    return [run for run in runs if _holds(run.chain, folder)]
 
 
 def final_users(runs: Iterable[Run], folder: Path) -> list[Run]:
-    """Return the runs whose chain ends in the result in ``folder``."""
-    return [run for run in runs if any(_is(one, folder) for one in run.finals())]
+    """Return the runs whose chain ends in a result.
+
+    Args:
+        runs: all runs.
+        folder: of the result.
+    """
+    return [run for run in runs if _holds(run.finals(), folder)]
 
 
-def _is(one: Checkpointed, folder: Path) -> bool:
-    """Whether a checkpoint is the result in ``folder``: by its hash, so that a store can be moved,
-    or by its folder."""
-    return folder.name.endswith(f"-{one.hash}") or one.folder == str(folder)
+def _holds(checkpoints: list[Checkpointed], folder: Path) -> bool:
+    """Whether one of some checkpoints is the result in ``folder``: by its hash, so that a store can
+    be moved, or by its folder."""
+    for checkpoint in checkpoints:
+        if folder.name.endswith(f"-{checkpoint.hash}") or checkpoint.folder == str(folder):
+            return True
+    return False
