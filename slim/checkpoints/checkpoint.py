@@ -32,6 +32,8 @@ MANIFEST = "slim.json"
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 REPORT = "report"  # folder inside a checkpoint with plots and tables for people
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# the same weights for other engines, next to slim's own files (slim/gguf/export.py)
+EXPORTS = ("model.gguf", "Modelfile")
 # Files that belong to a model but hold neither weights nor its configuration: copied along
 # unchanged.
 COMPANIONS = (
@@ -189,6 +191,7 @@ def checksums(folder: Path) -> dict[str, str]:
         }
     checkpoint = Checkpoint(folder)
     further = [*checkpoint.weight_files, *checkpoint.adapter_files, folder / INDEX]
+    further += [folder / name for name in EXPORTS]
     described = quantization_file(folder)
     if described is not None and "quantization_config" not in read_json(folder / "config.json"):
         further.append(described)

@@ -18,7 +18,7 @@ from slim.quantization.formats import read_config
 # modules that load a format's files: load(checkpoint, dtype, device, trainable) and
 # use_fast_kernels(model); named, not imported, as each brings torch
 PACKED = "slim.loading.packed"
-LOADERS = {"bitsandbytes": "slim.loading.bitsandbytes"}
+LOADERS = {"bitsandbytes": "slim.loading.bitsandbytes", "gguf": "slim.loading.gguf"}
 
 
 def load_model(

@@ -27,9 +27,10 @@ FORMATS = {
     "gptq": "slim.quantization.formats.gptq:Gptq",
     "awq": "slim.quantization.formats.awq:AwqGemm",
     "bitsandbytes": "slim.quantization.formats.bitsandbytes:BitsAndBytesFormat",
+    "gguf": "slim.gguf.format:GgufFormat",
 }
 # values of quant.format; what bitsandbytes writes belongs to its own two methods
-WRITTEN = ("compressed-tensors", "gptq", "awq")
+WRITTEN = ("compressed-tensors", "gptq", "awq", "gguf")
 
 
 @functools.cache

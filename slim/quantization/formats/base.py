@@ -14,9 +14,13 @@ from slim.quantization.kernels.packing import MAX_BITS, unpack
 from slim.quantization.scheme import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from slim.checkpoints.checkpoint import Checkpoint
     from slim.checkpoints.reader import TensorReader
+    from slim.models.spec import ModelSpec
     from slim.quantization.solvers.grid import Quantized
 else:
     torch = LazyModule("torch")
@@ -63,13 +67,7 @@ class Stored:
         Returns:
             float32 [out, in].
         """
-        scheme = self.scheme(layer)
-        packed = self.format.read(reader, layer, columns, rows, scheme, self)
-        codes = unpack(packed.packed, scheme.bits, columns).float()
-        group = packed.group_index
-        if group is None:  # columns are in their order
-            group = torch.arange(columns) // scheme.group(columns)
-        return (codes - packed.zero.float()[:, group]) * packed.scale.float()[:, group]
+        return self.format.dense_weight(reader, layer, rows, columns, self)
 
     def layer_bytes(self, layer: str, rows: int, columns: int, model_dtype: str) -> int:
         """Return the bytes that a quantized layer takes in the file.
@@ -152,6 +150,27 @@ class Format:
         Raises:
             SlimError: It cannot; the message says what to type instead.
         """
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise ``SlimError`` for a model that the format cannot hold, whatever the schemes."""
+
+    def begin(self, source: Checkpoint) -> None:
+        """Raise ``SlimError`` for a checkpoint whose files the format cannot hold, before any work.
+
+        Args:
+            source: The checkpoint that is going to be quantized.
+        """
+
+    def finish(self, folder: Path) -> list[str]:
+        """Add the files that the format has besides weights and config, once these are complete.
+
+        Args:
+            folder: The quantized checkpoint.
+
+        Returns:
+            What the user should know, in sentences.
+        """
+        return []
 
     def config(
         self,
@@ -264,6 +283,20 @@ class Format:
             SlimError: Tensors are missing or do not fit.
         """
         raise NotImplementedError
+
+    def dense_weight(
+        self, reader: TensorReader, layer: str, rows: int, columns: int, stored: Stored
+    ) -> torch.Tensor:
+        """Return the numbers that a packed layer [rows, columns] stands for, float32; arguments as
+        in :meth:`Stored.dense_weight`.
+        """
+        scheme = stored.scheme(layer)
+        packed = self.read(reader, layer, columns, rows, scheme, stored)
+        codes = unpack(packed.packed, scheme.bits, columns).float()
+        group = packed.group_index
+        if group is None:  # columns are in their order
+            group = torch.arange(columns) // scheme.group(columns)
+        return (codes - packed.zero.float()[:, group]) * packed.scale.float()[:, group]
 
 
 def refuse_embeddings(format_name: str, schemes: Mapping[str, Scheme]) -> None:

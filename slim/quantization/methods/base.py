@@ -54,7 +54,7 @@ class Quantization(Stage):
         lm_head: whether the head is quantised too: 8 bits, symmetric, a scale per row, unless
             overrides say otherwise.
         embeddings: whether the embedding is, likewise.
-        format: of the files: ``compressed-tensors``, ``gptq`` or ``awq``.
+        format: of the files: ``compressed-tensors``, ``gptq``, ``awq`` or ``gguf``.
     """
 
     bits: int | str = 4
@@ -144,7 +144,9 @@ class Quantization(Stage):
 
     def check(self, spec: ModelSpec) -> None:
         check_plain(spec)
-        get_format(self.format).check(self.schemes(spec), self.ordered, layer_shapes(spec))
+        form = get_format(self.format)
+        form.check_model(spec)
+        form.check(self.schemes(spec), self.ordered, layer_shapes(spec))
 
     def described(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> ModelSpec:
         """Describe a model once it is quantised.
@@ -198,6 +200,7 @@ class Quantization(Stage):
         checkpoint = open_checkpoint(source)
         spec = checkpoint.spec
         self.check(spec)
+        get_format(self.format).begin(checkpoint)
         tokens = self.tokens(checkpoint)
         bits = None
         if self.bits == AUTO:
@@ -210,9 +213,10 @@ class Quantization(Stage):
         errors = transform_checkpoint(checkpoint, target, method, result.config, context, tokens)
         check_written(target, method.meant)
         metadata = self._metadata(target, result, schemes, errors)
-        if method.notes:
-            metadata["notes"] = method.notes
-        for note in method.notes:
+        notes = [*method.notes, *get_format(self.format).finish(target)]
+        if notes:
+            metadata["notes"] = notes
+        for note in notes:
             warn(note)
         return metadata
 
