@@ -61,13 +61,7 @@ def export_gguf(folder: Path) -> list[str]:
         add_entry(writer, key, value)
     file.write(writer)
     write_modelfile(folder, tokens)
-    notes = model_notes(spec)
-    if "Q4_1" in (spec.quantization or {}).get("types", {}).values():
-        notes.append(
-            "Q4_1 stores offsets in float16: they round by at most 2^-11 of themselves, below 0.7 % "
-            "of a step of the grid (docs/gguf.md)."
-        )
-    return notes
+    return model_notes(spec)
 
 
 class GgufTensors:

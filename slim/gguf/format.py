@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slim.core.errors import SlimError
+from slim.core.io import read_json
 from slim.core.lazy import LazyModule
 from slim.gguf.blocks import (
     BLOCK,
@@ -41,6 +42,10 @@ else:
 FITTING = (
     "GGUF holds codes of 4 bits (quant.symmetric=false: Q4_1, true: Q4_0) and symmetric ones of "
     "8 bits (Q8_0)."
+)
+ROUNDED_OFFSETS = (
+    "Q4_1 stores offsets in float16: they round by at most 2^-11 of themselves, below 0.8 % of a "
+    "step of the grid (docs/gguf.md). Figures are those of the rounded weights."
 )
 
 
@@ -87,7 +92,10 @@ class GgufFormat(Format):
     def finish(self, folder: Path) -> list[str]:
         from slim.gguf.export import export_gguf
 
-        return export_gguf(folder)
+        notes = export_gguf(folder)
+        if "Q4_1" in read_json(folder / "config.json")["quantization_config"]["types"].values():
+            notes.append(ROUNDED_OFFSETS)
+        return notes
 
     def config(
         self,

@@ -18,7 +18,7 @@ from slim.checkpoints.checkpoint import open_checkpoint
 from slim.core.errors import SlimError
 from slim.loading.load_model import load_model
 from slim.models.spec import ModelSpec
-from slim.quantization.formats import WRITTEN, get_format, read_config
+from slim.quantization.formats import get_format, read_config
 from slim.quantization.formats.base import Packed
 from slim.quantization.kernels.int4_layout import int4_layout
 from slim.quantization.kernels.linear import (
@@ -33,6 +33,8 @@ from slim.quantization.solvers.grid import Quantized, minmax
 from slim.quantization.storage import packed_bits, packed_schemes, weight_bytes
 from tests.conftest import build_small
 
+# formats of integers with scales and zero points; GGUF's blocks are tested in tests/gguf
+INTEGERS = ("compressed-tensors", "gptq", "awq")
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -309,7 +311,7 @@ def tied(tmp_path_factory):
 
 CASES = [
     (name, bits, symmetric, ordered)
-    for name in WRITTEN
+    for name in INTEGERS
     for bits in (2, 3, 4, 8)
     for symmetric in (True, False)
     for ordered in (False, True)
@@ -901,7 +903,7 @@ def test_damaged_files_and_wrong_configs(tensor, value, config, message, gptq_fi
         load_model(folder, "float32")
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scales_that_are_not_finite(name, value):
     codes, zero, scale = random_layer(4, 8, 32, 16, False)

