@@ -1,6 +1,6 @@
 """GGUF's block types: 32 weights of a row with their scale, and for some types an offset.
 
-    Q4_0, Q5_0, Q8_0    w^ = d (q - middle)     d in float16, middle 8, 16, 0 (Q8_0 has signed codes)
+    Q4_0, Q5_0, Q8_0    w^ = d (q - middle)     d in float16; middle 8, 16, 0 (Q8_0: signed codes)
     Q4_1, Q5_1          w^ = d q + m            d and m in float16
 
 Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. The ``gguf`` library

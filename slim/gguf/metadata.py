@@ -221,7 +221,9 @@ def _rotary_entries(spec: ModelSpec) -> dict[str, Any]:
         if settings.get(setting) is not None and kind in ("yarn", "longrope"):
             entries[f"rope.scaling.{key}"] = float(settings[setting])
     if kind == "longrope" and original and "rope.scaling.attn_factor" not in entries:
-        entries["rope.scaling.attn_factor"] = _longrope_factor(spec.context_length / original, original)
+        entries["rope.scaling.attn_factor"] = _longrope_factor(
+            spec.context_length / original, original
+        )
     return entries
 
 

@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 AUTO = "auto"
 TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "BF16", "F16", "F32")
 # begin of llama.cpp's names of types that slim does not write yet -> what fits
-LATER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q4_1", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ": "Q4_0"}
+LATER = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q4_1",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ": "Q4_0",
+}
 FALLBACK = "F16"  # of matrices whose rows blocks do not divide
 
 
@@ -145,8 +152,8 @@ class Gguf(Stage):
         if not names:
             return []
         return [
-            f"{len(names)} layers are stored as {FALLBACK}: blocks of {BLOCK} weights do not divide "
-            f"their inputs (first {names[0]})."
+            f"{len(names)} layers are stored as {FALLBACK}: blocks of {BLOCK} weights do not "
+            f"divide their inputs (first {names[0]})."
         ]
 
 

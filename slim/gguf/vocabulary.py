@@ -233,9 +233,9 @@ def _end_of_turn(folder: Path, tokenizer, tokens: list[str]) -> int | None:
         return None
     stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     for number in stops if isinstance(stops, list) else []:
-        if number < len(tokens) and number != tokenizer.eos_token_id:
-            if tokens[number] in END_OF_TURN:
-                return number
+        known = number < len(tokens) and number != tokenizer.eos_token_id
+        if known and tokens[number] in END_OF_TURN:
+            return number
     return None
 
 

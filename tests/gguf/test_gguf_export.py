@@ -28,7 +28,7 @@ from slim.quantization.methods.gptq import GPTQ
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.grid import Quantized
-from tests.gguf.test_gguf_import import DEFAULTS, FAMILIES, TOKENS, load, logits
+from tests.gguf.test_gguf_import import DEFAULTS, FAMILIES, load, logits
 from tests.support.gguf_files import ASSETS, random_model
 from tests.support.stages import run
 
@@ -59,12 +59,17 @@ def imported(path, folder):
     return folder
 
 
+def difference(model, other) -> float:
+    """The largest difference between two models' logits."""
+    return (logits(model) - logits(other)).abs().max().item()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_comes_back(name, tmp_path):
     family, changes = FAMILIES[name]
     source, result = written(family, tmp_path, **changes)
     folder = imported(result / "model.gguf", tmp_path / "folder")
-    assert (logits(load(folder)) - logits(load(source))).abs().max() < 1e-5
+    assert difference(load(folder), load(source)) < 1e-5
     assert open_checkpoint(folder).config["model_type"] == family
 
 
@@ -79,7 +84,7 @@ def test_transformers_reads_the_same_model(name, kind, tmp_path):
         result, gguf_file="model.gguf", dtype=torch.float32, config=None
     ).eval()
     ours = load_model(result, "float32")
-    assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
+    assert difference(ours, theirs) < 1e-5
 
 
 # Blocks -------------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def test_the_file_holds_what_slim_chose(bits, symmetric, name, group, tmp_path):
     types = {type_name(entry.type) for entry in GgufModel(file).tensors.values()}
     assert types == {name, "F32"}
     folder = imported(file, tmp_path / "folder")
-    assert (logits(load(folder)) - logits(load_model(tmp_path / "result", "float32"))).abs().max() < 1e-5
+    assert difference(load(folder), load_model(tmp_path / "result", "float32")) < 1e-5
     assert facts["bits_per_weight"] == 8 * BLOCK_TYPES[name].size / 32
     assert any("offsets" in note for note in facts.get("notes", [])) == (name == "Q4_1")
 
@@ -188,7 +193,7 @@ def test_layers_may_differ(tmp_path):
     found = [type_name(tensors[f"{name}.weight"].type) for name in names]
     assert found == ["Q4_1", "Q8_0", "F32", "Q8_0", "F32"]
     folder = imported(tmp_path / "result" / "model.gguf", tmp_path / "folder")
-    assert (logits(load(folder)) - logits(load_model(tmp_path / "result", "float32"))).abs().max() < 1e-5
+    assert difference(load(folder), load_model(tmp_path / "result", "float32")) < 1e-5
 
 
 def test_a_shared_embedding_is_written_once(tmp_path):
@@ -307,6 +312,7 @@ SIZES = dict(
     num_key_value_heads=2,
     max_position_embeddings=256,
 )
+UNEVEN = ["sliding_attention"] * 2 + ["full_attention"] * 4
 GEMMA2 = dict(model_type="gemma2", head_dim=16, query_pre_attn_scalar=16, sliding_window=8)
 
 
@@ -319,11 +325,12 @@ GEMMA2 = dict(model_type="gemma2", head_dim=16, query_pre_attn_scalar=16, slidin
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=true"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8,
+             "max_window_layers": 3},
             "window of 8 tokens in some blocks",
         ),
         ({**GEMMA2, "query_pre_attn_scalar": 99}, "query_pre_attn_scalar=99"),
-        ({**GEMMA2, "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 4}, "follow no such pattern"),
+        ({**GEMMA2, "layer_types": UNEVEN}, "follow no such pattern"),
     ],
 )  # fmt: skip
 def test_models_that_gguf_cannot_be_told(config, message):
@@ -337,8 +344,9 @@ def test_models_that_gguf_cannot_be_told(config, message):
 def test_both_spellings_of_rotary_settings():
     scaling = {"rope_type": "linear", "factor": 4.0}
     old = ModelSpec({**SIZES, "model_type": "llama", "rope_theta": 5e5, "rope_scaling": scaling})
-    new = {**scaling, "rope_theta": 5e5}
-    assert rotary(old)[0] == rotary(ModelSpec({**SIZES, "model_type": "llama", "rope_parameters": new}))[0]
+    parameters = {**scaling, "rope_theta": 5e5}
+    new = ModelSpec({**SIZES, "model_type": "llama", "rope_parameters": parameters})
+    assert rotary(old)[0] == rotary(new)[0]
 
 
 def test_a_pruned_gemma_may_keep_a_pattern():
@@ -358,7 +366,7 @@ def test_byte_level_tokens_by_transformers(tmp_path):
         assert theirs(text).input_ids == ours(text).input_ids, text
 
 
-def sentence_piece_folder(folder, spec_folder, prefix: bool = True):
+def sentence_piece_folder(folder, prefix: bool = True):
     """Put a SentencePiece-like tokenizer of as many tokens as the embedding has into a folder."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -390,7 +398,7 @@ def sentence_piece_folder(folder, spec_folder, prefix: bool = True):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentence_piece_tokens_come_back(prefix, tmp_path):
     source = checkpoint_of("llama", tmp_path / "source")
-    original = sentence_piece_folder(source, source, prefix)
+    original = sentence_piece_folder(source, prefix)
     run(Gguf(), source, tmp_path / "result")
     metadata = GgufModel(tmp_path / "result" / "model.gguf").metadata
     assert metadata["tokenizer.ggml.model"] == "llama"
