@@ -37,6 +37,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             f"The tokenizer in {folder} cannot be loaded: {reason}\n"
             "It may be of another version of the library: save it again with the installed one."
         ) from error
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, (int, float)) or isinstance(longest, bool):
+        raise SlimError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length={longest!r} must be a number, "
+            "the longest input in tokens. Leave it out if there is none."
+        )
     rows = embedding_rows(folder)
     if rows is not None and largest_id(tokenizer) >= rows:
         watch_ids(tokenizer, rows, folder)

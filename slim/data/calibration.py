@@ -74,29 +74,24 @@ class Calibration(Text):
 
     def tokens_for(self, source: Checkpoint) -> torch.Tensor:
         """Return the samples as tokens of a checkpoint, see :meth:`tokens`."""
-        tokenizer = load_tokenizer(source.folder)
-        return self.tokens(tokenizer, source.spec.context_length, source.spec.vocab_size)
+        return self.tokens(load_tokenizer(source.folder), source.spec.context_length)
 
-    def tokens(self, tokenizer, context_length: int, vocab_size: int | None = None) -> torch.Tensor:
+    def tokens(self, tokenizer, context_length: int) -> torch.Tensor:
         """Return the samples as tokens.
 
         Args:
             tokenizer: the model's.
             context_length: the model's, in tokens; longer windows are cut to it.
-            vocab_size: rows of the model's embedding, to check the tokens against; None: no check.
 
         Returns:
             int64 [samples, min(length, context_length)].
 
         Raises:
-            SlimError: when the text is shorter than one window, or has a token that the model does
-                not know.
+            SlimError: when the text is shorter than one window.
         """
         length = min(self.length, context_length)
         ids = torch.tensor(encode_long(tokenizer, self.joined()), dtype=torch.long)
         self._require_window(len(ids), length)
-        if vocab_size is not None and int(ids.max()) >= vocab_size:
-            raise SlimError(self._unknown_token(tokenizer, int(ids.max()), vocab_size))
         generator = torch.Generator().manual_seed(self.seed)
         starts = torch.randint(0, len(ids) - length + 1, (self.samples,), generator=generator)
         self._warn_of_overlap(len(ids), starts.tolist(), length)
@@ -129,12 +124,4 @@ class Calibration(Text):
             f"The calibration text {self.text} has {available} tokens, too few for {len(starts)} "
             f"samples of {length}: {1 - distinct / drawn:.0%} of the sampled tokens are repeats. "
             f"Give a longer text or {self.samples_setting}={apart}."
-        )
-
-    def _unknown_token(self, tokenizer, token: int, vocab_size: int) -> str:
-        """Return the message for a token that has no row in the embedding."""
-        return (
-            f"The tokenizer writes token {token} ('{tokenizer.convert_ids_to_tokens(token)}') for "
-            f"the calibration text, but the model's embedding has {vocab_size} rows. "
-            "Use the tokenizer that the model was trained with."
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +73,9 @@ def test_a_pruners_own_length_is_what_has_to_change(tokenizer, tmp_path):
         windows.tokens(tokenizer, 512)
 
 
-def test_a_token_beyond_the_embedding_is_an_error(tokenizer):
-    with pytest.raises(SlimError, match="but the model's embedding has 700 rows"):
-        Calibration("tiny:calibration", samples=1, length=8).tokens(tokenizer, 512, 700)
+def test_a_token_beyond_the_embedding_is_an_error(small_llama, tmp_path):
+    folder = Path(shutil.copytree(small_llama, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 700}))
+    with pytest.raises(SlimError, match="but the embedding has 700 rows"):
+        Calibration("tiny:calibration", samples=1, length=8).tokens(load_tokenizer(folder), 512)
