@@ -35,7 +35,7 @@ def save_calibration(options: argparse.Namespace, folder: Path) -> Path:
     calibration = Calibration(
         str(options.calibration), samples=options.samples, length=options.length
     )
-    context = open_checkpoint(options.model).description.context_length
+    context = open_checkpoint(options.model).spec.context_length
     save_file(
         {TOKENS: calibration.tokens(load_tokenizer(options.model), context)},
         folder / "tokens.safetensors",

@@ -161,7 +161,7 @@ def decode(options: argparse.Namespace) -> None:
             128,
             False,
         )
-        assert open_checkpoint(packed).description.quantization
+        assert open_checkpoint(packed).spec.quantization
         for name, folder, dtype in (("bfloat16", model, "bfloat16"), ("float32", model, "float32"),
                                     ("4 bits", Path(packed), "bfloat16")):  # fmt: skip
             speed = in_child(decode_speed, folder, dtype, *timing)

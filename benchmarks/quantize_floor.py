@@ -38,7 +38,10 @@ class Floor:
         return self.read + self.forward + self.hessian + self.factor
 
     def __str__(self) -> str:
-        parts = f"read {self.read:.2f}, forward {self.forward:.2f}, Hessian {self.hessian:.2f}, factor {self.factor:.2f}"
+        parts = (
+            f"read {self.read:.2f}, forward {self.forward:.2f}, Hessian {self.hessian:.2f}, "
+            f"factor {self.factor:.2f}"
+        )
         return f"{self.total:.2f} s ({parts})"
 
 
@@ -46,12 +49,12 @@ def floor(folder: Path, shape: tuple[int, int]) -> Floor:
     """Measure the floor of one float32 pass over ``shape`` = (samples, length) tokens through all
     blocks of a checkpoint."""
     checkpoint = open_checkpoint(folder)
-    model = checkpoint.description
+    model = checkpoint.spec
     widths = input_widths(model)
     return Floor(
         read=best(lambda: read_blocks(checkpoint)),
         forward=forward_seconds(model, folder, shape) * model.blocks,
-        hessian=sum(gram_seconds(width, shape[0] * shape[1]) for width in widths) * model.blocks,
+        hessian=sum(hessian_seconds(width, shape[0] * shape[1]) for width in widths) * model.blocks,
         factor=sum(factor_seconds(width) for width in widths) * model.blocks,
     )
 
@@ -76,7 +79,7 @@ def read_blocks(checkpoint) -> None:
     """Read every tensor of the blocks, as stored."""
     reader = TensorReader(checkpoint)
     for name in checkpoint.tensors:
-        if name.startswith(checkpoint.description.family.blocks + "."):
+        if name.startswith(checkpoint.spec.family.blocks + "."):
             reader.read(name).clone()  # a mapped tensor is on disk until it is touched
 
 
@@ -107,7 +110,7 @@ def forward_seconds(spec: ModelSpec, folder: Path, shape: tuple[int, int]) -> fl
     return min(times)
 
 
-def gram_seconds(width: int, tokens: int) -> float:
+def hessian_seconds(width: int, tokens: int) -> float:
     """Return seconds of X^T X for float32 X [tokens, width], by the faster of one product and
     slim's half of one."""
     inputs = torch.randn(min(tokens, max(BATCHES)), width)

@@ -33,11 +33,11 @@ class Run:
 
 
 def make_stage(spec: str, bits: int, group: int, symmetric: bool) -> Stage:
-    """Return the stage for a name in ``slim.quantization``, with settings after a colon:
+    """Return the stage for a name in ``slim.quantization.methods``, with settings after a colon:
     ``rtn:search=20,bits=3``."""
     name, _, settings = spec.partition(":")
     given = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
-    stage = getattr(importlib.import_module(f"slim.quantization.{name}"), name.upper())
+    stage = getattr(importlib.import_module(f"slim.quantization.methods.{name}"), name.upper())
     common = {"bits": bits, "group_size": group, "symmetric": symmetric}
     return stage(**common | {key: yaml.safe_load(value) for key, value in given.items()})
 

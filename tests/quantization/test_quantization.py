@@ -258,7 +258,7 @@ def test_no_dense_copy_is_held(tmp_path):
 
 
 # AWQ
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 class Recording(ActivationAware):
@@ -379,7 +379,7 @@ def test_same_call_twice_gives_the_same_file(small_llama, calibration, tmp_path)
 
 
 # A trained model
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def perplexity(folder, tokens):
@@ -408,7 +408,7 @@ def test_perplexity_of_a_trained_model(ref_llama, shared, tmp_path):
 
 
 # Files and facts
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def test_facts_report_and_expected_size(small_llama, calibration, tmp_path):
@@ -460,7 +460,8 @@ def test_refusals(small_llama, tmp_path):
         RTN(4, 128, "yes")
     with pytest.raises(
         SlimError,
-        match=r"group_size=128 does not divide the 64 inputs of model\.layers\.0\.self_attn\.q_proj.*: 32, 64, -1",
+        match=r"group_size=128 does not divide the 64 inputs of model\.layers\.0\.self_attn\.q_proj"
+        r".*: 32, 64, -1",
     ):
         RTN(4, 128).check(spec)
     with pytest.raises(SlimError, match="already quantized"):
@@ -511,7 +512,7 @@ def test_lost_tensors_are_named(lost, small_llama, tmp_path):
 
 
 # QuantLinear
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def layer_of(rows, columns, scheme, dtype, bias=False):

@@ -1,5 +1,4 @@
-"""One dense bit stream, least significant bit first: how integers of 1 to 8 bits stand in int32
-words.
+"""One dense bit stream, least significant bit first: integers of 1 to 8 bits in int32 words.
 
 Along a row, code k occupies bits [k b, (k + 1) b) of the stream, whatever b; a code may straddle
 two words. The last word of a row is filled with zeros. This is the layout of compressed-tensors'
@@ -8,7 +7,8 @@ bytes, so both directions work on eight codes at a time.
 
 For running, codes are wanted as floating-point numbers and fast: 8 or 12 bits of the stream, a
 whole number of codes, are one index into a small table whose entries are those codes side by side
-(:func:`unpack_as`)."""
+(:func:`unpack_as`).
+"""
 
 from __future__ import annotations
 
@@ -29,13 +29,28 @@ CHUNK = 2**20  # codes that are packed or moved at once
 
 
 def words_per_row(codes: int, bits: int) -> int:
-    """Return the number of int32 words that ``codes`` integers of ``bits`` bits take."""
+    """Return the number of int32 words that a row takes.
+
+    Args:
+        codes: integers in the row.
+        bits: of each.
+    """
     return math.ceil(codes * bits / 32)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack unsigned codes [..., n] (any integer dtype, 0 <= code < 2**bits) into int32 [..., ceil(n
-    bits / 32)]."""
+    """Pack unsigned codes.
+
+    Args:
+        codes: [..., n], any integer dtype, 0 <= code < 2^bits.
+        bits: of each, 1 to 8.
+
+    Returns:
+        int32 [..., ceil(n bits / 32)].
+
+    Raises:
+        ValueError: for other widths.
+    """
     _require_bits(bits)
     lead, count = codes.shape[:-1], codes.shape[-1]
     rows = codes.reshape(-1, count)
@@ -51,7 +66,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def _pack_rows(codes: torch.Tensor, bits: int, words: torch.Tensor) -> None:
     """Pack codes [rows, n] into zeroed ``words`` [rows, m]."""
     filled = words.view(torch.uint8)
-    octets = _bytes_of(codes, bits) if MAX_BITS % bits == 0 else _bytes_of_eights(codes, bits)
+    join = _bytes_of if MAX_BITS % bits == 0 else _bytes_of_eights
+    octets = join(codes, bits)
+    # the two differ by what fills up the last eight codes and the last word: zeros
     filled[:, : octets.shape[-1]] = octets[:, : filled.shape[-1]]
 
 
@@ -80,8 +97,16 @@ def _bytes_of_eights(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Return the first ``count`` codes of each row of int32 ``words`` [..., m] as uint8 [...,
-    count]."""
+    """Return the first codes of each row, uint8 [..., count].
+
+    Args:
+        words: int32 [..., m].
+        bits: of each code, 1 to 8.
+        count: how many.
+
+    Raises:
+        ValueError: for other widths.
+    """
     _require_bits(bits)
     octets = words.contiguous().view(torch.uint8)
     if bits == MAX_BITS:
@@ -106,8 +131,7 @@ def _unpack_bytes(octets: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _join_bytes(octets: torch.Tensor) -> torch.Tensor:
-    """Join bytes [..., b] to integers [...], the first byte lowest: int32 where 24 bits suffice,
-    else int64."""
+    """Join bytes [..., b] to integers [...], the first byte lowest; int32 where 24 bits suffice."""
     wide = torch.int32 if octets.shape[-1] <= 3 else torch.int64
     stream = octets[..., 0].to(wide)
     for index in range(1, octets.shape[-1]):
@@ -116,8 +140,14 @@ def _join_bytes(octets: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_as(words: torch.Tensor, bits: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return what :func:`unpack` does, as a floating-point ``dtype``: new [rows, count] for
-    ``words`` [rows, m]."""
+    """Return what :func:`unpack` does as floating-point numbers, new [rows, count].
+
+    Args:
+        words: int32 [rows, m].
+        bits: of each code.
+        count: codes per row.
+        dtype: of the result.
+    """
     # otherwise padding would have to be cut out of every row
     if bits in (2, 4) and count * bits % 32 == 0:
         return lookup(words.contiguous().view(torch.uint8), bits, 8, dtype).view(len(words), count)
@@ -132,16 +162,23 @@ def unpack_as(words: torch.Tensor, bits: int, count: int, dtype: torch.dtype) ->
 
 
 def lookup(fields: torch.Tensor, bits: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the codes in ``fields`` (integers of ``width`` bits) as ``dtype``, one-dimensional, in
-    their order."""
+    """Return the codes in some fields of a stream as floating-point numbers, [n].
+
+    Args:
+        fields: integers of ``width`` bits, any shape; their codes follow one another.
+        bits: of each code.
+        width: bits of a field, a whole number of codes.
+        dtype: of the result.
+    """
     table = _table(bits, width, dtype, str(fields.device))
     return table.index_select(0, fields.reshape(-1).to(torch.int32)).view(dtype)
 
 
 @cache
 def _table(bits: int, width: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Return all 2**width fields decoded; one entry is one element of a type as wide as its codes
-    together."""
+    """Return all 2^width fields decoded, [2^width], for one index_select to copy several codes.
+
+    One entry is one element of a type as wide as its codes together."""
     fields = torch.arange(2**width, device=device)
     codes = torch.stack(
         [(fields >> shift) & (2**bits - 1) for shift in range(0, width, bits)], dim=-1
@@ -153,18 +190,37 @@ def _table(bits: int, width: int, dtype: torch.dtype, device: str) -> torch.Tens
 
 
 def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes [n, m] along the first dimension into int32 [ceil(n bits / 32), m]."""
+    """Pack along the first dimension.
+
+    Args:
+        codes: [n, m].
+        bits: of each.
+
+    Returns:
+        int32 [ceil(n bits / 32), m].
+    """
     return pack(codes.T, bits).T.contiguous()
 
 
 def unpack_columns(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Inverse of :func:`pack_columns`: uint8 [count, m]."""
+    """Return what :func:`pack_columns` packed, uint8 [count, m].
+
+    Args:
+        words: int32 [ceil(count bits / 32), m].
+        bits: of each code.
+        count: codes per column.
+    """
     return unpack(words.T, bits, count).T.contiguous()
 
 
 def permute_columns(words: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
-    """Return ``words`` [rows, m] with the codes of every row in another order: new code k is old
-    code order[k]."""
+    """Return packed rows with the codes of every row in another order, int32 [rows, m].
+
+    Args:
+        words: int32 [rows, m].
+        bits: of each code.
+        order: int64 [in]; new code k is old code order[k].
+    """
     moved = torch.empty_like(words)
     step = max(1, CHUNK // len(order))
     for start in range(0, len(words), step):
