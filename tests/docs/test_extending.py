@@ -211,7 +211,7 @@ def test_loss(project, tmp_path, monkeypatch):
     last = run_command(words, project, tmp_path / "store", *short)[-1]
     settings = read_json(last.checkpoint.folder / "slim.json")["settings"]
     assert settings["loss"] == "alpha_divergence"
-    assert settings["order"] == 0.3
+    assert settings["loss_settings"] == {"order": 0.3}
 
 
 def test_help_knows_choices_of_ones_own(project, monkeypatch):
