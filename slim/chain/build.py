@@ -27,7 +27,13 @@ def build_pipeline(config: DictConfig) -> Pipeline:
 
     adapter = config.model.get("adapter")
     config = import_gguf(learn_from_teacher(merge_alias(config)))
-    chosen = [config[group] for group in STAGES if config[group] and config[group].get("_target_")]
+    for group in STAGES:
+        if config[group] and "_target_" not in config[group]:
+            raise SlimError(
+                f"{group}: that file is what choices are made of, not one of them. "
+                f"Use {group}=CHOICE; --help lists the choices."
+            )
+    chosen = [config[group] for group in STAGES if config[group]]
     # plain dicts and lists as settings
     stages = [instantiate(settings, _convert_="all") for settings in chosen]
     if adapter is not None:

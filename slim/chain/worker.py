@@ -14,7 +14,8 @@ def run_worker(build: Callable[[], Pipeline]) -> None:
     """Take part in the stages that all processes run until process zero is done, without any
     output.
 
-    build: makes the pipeline, as process zero has it.
+    Args:
+        build: Makes the pipeline, as process zero has it.
     """
     pipeline = None
     for message in processes.broadcasts():

@@ -3,7 +3,8 @@ others.
 
 Process zero runs the whole chain. The others wait for a stage that all processes run (a training),
 take part in it, and wait again (:mod:`slim.chain.worker`). They read the checkpoints that process
-zero writes, so with several machines the store must be on a file system that all of them share."""
+zero writes, so with several machines the store must be on a file system that all of them share.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-# the others wait as long as process zero prunes, quantises and evaluates
+# The others wait as long as process zero prunes, quantises and evaluates.
 PATIENCE = timedelta(days=30)
 
 
@@ -73,13 +74,19 @@ def main_process() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(RuntimeError):  # the others may be gone, which must not hide why
+        with suppress(RuntimeError):  # the others may have ended, which must not hide why
             broadcast(None)
 
 
 def broadcast(message: Any) -> Any:
-    """Give ``message``, plain values, of process zero to all; return it. None tells the others to
-    end."""
+    """Give a message of process zero to all.
+
+    Args:
+        message: Plain values; None tells the others to end. What other processes give is ignored.
+
+    Returns:
+        The message of process zero.
+    """
     if world_size() == 1:
         return message
     box = [message]
@@ -95,7 +102,11 @@ def broadcasts() -> Iterator[Any]:
 
 
 def broadcast_flag(decision: bool) -> bool:
-    """Return the decision of process zero."""
+    """Return the decision of process zero; all processes must call this.
+
+    Args:
+        decision: What this process thinks.
+    """
     if world_size() == 1:
         return decision
     flag = torch.tensor([int(decision)])

@@ -597,3 +597,12 @@ def test_qlora_in_eight_bits(little, tmp_path):
     )
     assert facts["merge_error"] < 0.5 * facts["adapter_effect"]
     assert facts["validation_loss_after"] < facts["validation_loss_before"]
+
+
+@pytest.mark.parametrize("name", ["_base", "_adapters"])
+def test_a_file_that_choices_are_made_of_is_no_choice(name):
+    """Without a class it would be no stage at all, silently."""
+    from slim.chain.build import build_pipeline
+
+    with pytest.raises(SlimError, match="tuner: that file is what choices are made of"):
+        build_pipeline(compose("compress", [f"tuner={name}"]))
