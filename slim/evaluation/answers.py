@@ -7,6 +7,7 @@ the embedded model was not trained on."""
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -27,14 +28,17 @@ EMBEDDED = {"tiny:questions": ASSETS / "tiny_world" / "conversations_validation.
 class Answers:
     """Which questions, how they are asked, and what the answers are compared with.
 
-    questions: ``tiny:questions`` or a .jsonl file with a question a line. question, reference:
-        names of its fields.
-    limit: number of questions from the start; None for all.
-    new_tokens: most tokens generated for each answer.
-    chat: ask through the tokenizer's chat template, as models tuned for conversation want it.
+    Attributes:
+        questions: ``tiny:questions`` or a .jsonl file with a question a line.
+        question: name of the field with the question.
+        reference: name of the field with the answer to compare with.
+        limit: number of questions from the start; None for all.
+        new_tokens: most tokens generated for each answer.
+        chat: ask through the tokenizer's chat template, as models tuned for conversation want it.
         system: what the system says first in such a chat; None for nothing.
-    similarity: embedding model (a checkpoint folder, or a hub id with sentence-transformers); None
-    compares nothing."""
+        similarity: embedding model (a checkpoint folder, or a hub id with sentence-transformers);
+            None compares nothing.
+    """
 
     cache_name: ClassVar[str] = "Answers"
 
@@ -54,16 +58,15 @@ class Answers:
         require_flag("eval.answers.chat", self.chat)
         if self.system is not None and not self.chat:
             raise SlimError(
-                "eval.answers.system is said in a chat only: add eval.answers.chat=true, or leave it out."
+                "eval.answers.system is said in a chat only: add eval.answers.chat=true, or leave "
+                "it out."
             )
         self._text = Text(str(EMBEDDED.get(self.questions, self.questions)))
 
     def cache_key(self) -> dict:
-        own = {
-            name: getattr(self, name)
-            for name in ("question", "reference", "limit", "new_tokens", "chat", "system")
-        }
-        return {**self._text.text_identity(), **own, "similarity": self._encoder_identity()}
+        settings = ("question", "reference", "limit", "new_tokens", "chat", "system")
+        asked = {name: getattr(self, name) for name in settings}
+        return {**self._text.text_identity(), **asked, "similarity": self._encoder_identity()}
 
     def _encoder_identity(self) -> str | dict | None:
         from slim.evaluation.similarity import encoder_cache_key
@@ -80,8 +83,8 @@ class Answers:
             check_encoder(self.similarity)
         if self.new_tokens >= spec.context_length:
             raise SlimError(
-                f"eval.answers.new_tokens={self.new_tokens} leaves no room for a question in the context of "
-                f"{spec.context_length} tokens of {spec.name}. Take fewer."
+                f"eval.answers.new_tokens={self.new_tokens} leaves no room for a question in the "
+                f"context of {spec.context_length} tokens of {spec.name}. Use fewer."
             )
 
     def check_tokenizer(self, tokenizer) -> None:
@@ -97,26 +100,27 @@ class Answers:
     def pairs(self) -> list[tuple[str, str]]:
         """Return questions and references. Raises ``SlimError`` naming the line where one of them
         is missing."""
-        found = []
+        pairs = []
         for number, row in enumerate(itertools.islice(self._text.rows(), self.limit), 1):
             for name in (self.question, self.reference):
                 if not isinstance(row.get(name), str) or not row[name].strip():
                     raise SlimError(
-                        f"{self.questions}, row {number}: no text in the field '{name}' (has: {', '.join(row)}). "
+                        f"{self.questions}, row {number}: no text in the field '{name}' "
+                        f"(has: {', '.join(row)}). "
                         "Name the fields with eval.answers.question= and eval.answers.reference="
                     )
-            found.append((row[self.question], row[self.reference]))
-        if not found:
+            pairs.append((row[self.question], row[self.reference]))
+        if not pairs:
             raise SlimError(f"There are no questions in {self.questions}.")
-        return found
+        return pairs
 
     def prompt(self, tokenizer, question: str) -> list[int]:
         """Return the tokens that the model goes on from."""
         if not self.chat:
             return tokenizer(question)["input_ids"]
-        said = [{"role": "system", "content": self.system}] if self.system else []
-        said.append({"role": "user", "content": question})
-        text = render_chat(tokenizer, said, add_generation_prompt=True)
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": question})
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
@@ -159,21 +163,19 @@ class Answers:
         from slim.evaluation.similarity import cosines, encoder_name
         from slim.evaluation.tasks import mean
 
-        found = cosines(
+        values = cosines(
             [row["answer"] for row in rows],
             [row["reference"] for row in rows],
             self.similarity,
             device,
         )
-        rows = [{**row, "similarity": value} for row, value in zip(rows, found, strict=True)]
-        average = mean(found)
-        metrics = {
-            "similarity/mean": average,
-            # NaN stays NaN
-            "similarity/median": average if average != average else statistics.median(found),
-        }
+        for row, value in zip(rows, values, strict=True):
+            row["similarity"] = value
+        average = mean(values)
+        # NaN stays NaN: a median would sort it anywhere
+        median = average if math.isnan(average) else statistics.median(values)
         return {
-            "metrics": metrics,
+            "metrics": {"similarity/mean": average, "similarity/median": median},
             "protocol": {**protocol, "encoder": encoder_name(self.similarity)},
             "records": rows,
         }

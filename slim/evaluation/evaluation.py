@@ -152,7 +152,7 @@ class Evaluation:
         if self.prompts and self.new_tokens >= spec.context_length:
             raise SlimError(
                 f"eval.new_tokens={self.new_tokens} leaves no room for a prompt in the context of "
-                f"{spec.context_length} tokens of {spec.name}. Take fewer."
+                f"{spec.context_length} tokens of {spec.name}. Use fewer."
             )
 
     def quality_cache_key(self) -> dict:

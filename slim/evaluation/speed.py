@@ -45,17 +45,23 @@ THESIS_PROMPTS = (
 class Speed:
     """How long prompts and answers are, how many are run at once, and how often each is timed.
 
-    prompts: texts to use as they are; empty: ``count`` prompts of ``prompt_length`` tokens from the
-        evaluation's text.
-    prompt_length, batch_size: a number, or a list of them: every combination is timed, and the
-        first is the one in tables. A batch holds the same prompt several times, and its rates count
-        the tokens of all rows.
-    new_tokens: generated per prompt, always all of them. max_length: prompt and answer together, in
-        place of new_tokens.
-    repeats: timed runs per prompt. warmup: runs before them that are not counted. The result is the
-        median of all runs, with the distance between their quartiles beside it.
-    compile: run the forward pass through torch.compile, with a cache of fixed size; the warm-up
-    compiles."""
+    The result is the median of all runs, with the distance between their quartiles.
+
+    Attributes:
+        prompts: texts to use as they are; empty: ``count`` prompts of ``prompt_length`` tokens from
+            the evaluation's text.
+        count: number of prompts cut from that text.
+        prompt_length: tokens of a prompt: a number, or a list of them. With ``batch_size`` every
+            combination is timed; the first is the one in tables.
+        new_tokens: tokens generated per prompt, always all of them.
+        repeats: timed runs per prompt.
+        warmup: runs before them that are not counted.
+        batch_size: prompts at once: a number, or a list of them. A batch holds the same prompt
+            several times, and its rates count the tokens of all rows.
+        max_length: tokens of prompt and answer together, instead of ``new_tokens``; None: that.
+        compile: run the forward pass through torch.compile, with a cache of fixed size; the warm-up
+            compiles.
+    """
 
     cache_name: ClassVar[str] = "Speed"
 
@@ -85,29 +91,37 @@ class Speed:
         require_flag("eval.speed.compile", self.compile)
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
             raise SlimError(
-                "eval.speed.prompts takes texts that are not empty, such as eval.speed.prompts=['Hello']."
+                "eval.speed.prompts takes texts that are not empty, such as "
+                "eval.speed.prompts=['Hello']."
             )
 
     def check(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` if prompt and answer do not fit into the model's context."""
+        context = f"the context of {spec.context_length} tokens of {spec.name}"
         if self.max_length is not None:
             if self.max_length > spec.context_length:
                 raise SlimError(
-                    f"eval.speed.max_length={self.max_length} exceeds the context of {spec.context_length} tokens of "
-                    f"{spec.name}. Take at most that many."
+                    f"eval.speed.max_length={self.max_length} exceeds {context}. "
+                    "Use at most that many."
                 )
             return
         room = spec.context_length - self.new_tokens
-        if room < (1 if self.prompts else max(self.prompt_length)):
+        needed = 1 if self.prompts else max(self.prompt_length)
+        if room < needed:
             raise SlimError(
-                f"eval.speed.prompt_length={max(self.prompt_length)} and new_tokens={self.new_tokens} exceed the context of "
-                f"{spec.context_length} tokens of {spec.name}. "
-                f"Take prompt_length up to {max(room, 0)}, or fewer new tokens."
+                f"eval.speed.prompt_length={max(self.prompt_length)} and "
+                f"new_tokens={self.new_tokens} exceed {context}. "
+                f"Use prompt_length up to {max(room, 0)}, or fewer new tokens."
             )
 
     def prompt_ids(self, tokenizer, text: Text) -> list[list[int]]:
-        """Return the tokens of each prompt. A text that is too short is repeated: speed does not
-        depend on sense."""
+        """Return the tokens of each prompt.
+
+        Args:
+            tokenizer: of the checkpoint.
+            text: where prompts are cut from, unless there are ``prompts``. One that is too short is
+                repeated: speed does not depend on sense.
+        """
         if self.prompts:
             return [tokenizer(prompt)["input_ids"] for prompt in self.prompts]
         length = max(self.prompt_length)
@@ -122,29 +136,39 @@ class Speed:
         """Return suffix of the metrics -> (batch size, prompts); the first case has none: it is the
         one in tables."""
         lengths = [None] if self.prompts else self.prompt_length
-        found = {}
+        cases = {}
         for length, batch in itertools.product(lengths, self.batch_size):
-            shown = f"p{length}_b{batch}" if length else f"b{batch}"
-            found[f"/{shown}" if found else ""] = (batch, [ids[:length] for ids in prompt_ids])
-        return found
+            suffix = ""
+            if cases:  # all but the first
+                suffix = f"/p{length}_b{batch}" if length else f"/b{batch}"
+            cases[suffix] = (batch, [ids[:length] for ids in prompt_ids])
+        return cases
 
     def measure(self, model, prompt_ids: list[list[int]]) -> dict:
-        """Return ``{"metrics": {...}, "protocol": {...}}``; times in seconds, rates in tokens per
-        second."""
+        """Time all cases.
+
+        Args:
+            model: a torch module of transformers.
+            prompt_ids: tokens of each prompt.
+
+        Returns:
+            ``metrics``: times in seconds, rates in tokens per second; ``protocol``: what they
+            depend on.
+        """
         metrics: dict[str, float] = {}
         cases = self.cases(prompt_ids)
         with torch.inference_mode(), compiled(model, self.compile):
             for suffix, (batch, prompts) in cases.items():
-                runs = self._runs(model, batch, prompts)
-                metrics.update(
-                    {name + suffix: value for name, value in self._figures(runs).items()}
-                )
+                rates = self._metrics(self._runs(model, batch, prompts))
+                for name, value in rates.items():
+                    metrics[name + suffix] = value
         prompts = cases[""][1]
+        new_tokens = self.new_tokens
+        if self.max_length:
+            new_tokens = self.max_length - max(map(len, prompts))
         protocol = {
             "prompt_tokens": [len(ids) for ids in prompts],
-            "new_tokens": self.max_length - max(map(len, prompts))
-            if self.max_length
-            else self.new_tokens,
+            "new_tokens": new_tokens,
             "max_length": self.max_length,
             "runs": len(prompts) * self.repeats,
             "warmup_runs": self.warmup,
@@ -159,33 +183,33 @@ class Speed:
         return max(2, self.max_length - len(prompt)) if self.max_length else self.new_tokens
 
     def _runs(self, model, batch: int, prompts: list[list[int]]) -> list[Run]:
-        tensors = [
-            (torch.tensor([ids] * batch, device=model.device), self.new_after(ids))
-            for ids in prompts
-        ]
-        for prompt, count in itertools.islice(itertools.cycle(tensors), self.warmup):
-            timed_run(model, prompt, count, self.compile)
-        return [
-            timed_run(model, *case, self.compile) for case in track(tensors * self.repeats, "speed")
-        ]
+        """Warm up, then time every prompt; return the timed runs."""
+        cases = []
+        for ids in prompts:
+            rows = torch.tensor([ids] * batch, device=model.device)
+            cases.append((rows, self.new_after(ids)))
+        for rows, count in itertools.islice(itertools.cycle(cases), self.warmup):
+            timed_run(model, rows, count, self.compile)
+        runs = []
+        for rows, count in track(cases * self.repeats, "speed"):
+            runs.append(timed_run(model, rows, count, self.compile))
+        return runs
 
-    def _figures(self, runs: list[Run]) -> dict[str, float]:
+    def _metrics(self, runs: list[Run]) -> dict[str, float]:
+        """Return the median of every rate and time, and the distance between its quartiles."""
         samples = {
             "time_to_first_token": [run.prefill for run in runs],
             "prefill_tokens_per_second": [run.prompt_tokens / run.prefill for run in runs],
             "decode_tokens_per_second": [run.decode_tokens / run.decode for run in runs],
         }
-        # prompt counted with the answer and the first run left out, as nobody should: to compare
-        # tables
+        # prompt counted with the answer, as nobody should: to compare with tables that do
         if self.max_length:
-            samples["whole_length_tokens_per_second"] = [
-                run.all_tokens / (run.prefill + run.decode) for run in runs
-            ]
-        figures = {name: statistics.median(values) for name, values in samples.items()}
-        return {
-            **figures,
-            **{f"{name}_iqr": quartile_distance(values) for name, values in samples.items()},
-        }
+            rates = [run.all_tokens / (run.prefill + run.decode) for run in runs]
+            samples["whole_length_tokens_per_second"] = rates
+        metrics = {name: statistics.median(values) for name, values in samples.items()}
+        for name, values in samples.items():
+            metrics[f"{name}_iqr"] = quartile_distance(values)
+        return metrics
 
 
 def quartile_distance(values: list[float]) -> float:

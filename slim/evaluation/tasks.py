@@ -20,19 +20,22 @@ from slim.evaluation.local_data import check_rows, local_files
 
 FEWSHOT_SEED = 1234  # lm-eval's own default, so that figures equal those of its command line
 
+PROTOCOL = ("questions", "num_fewshot", "version", "questions_sha256")
+
 
 @dataclass
 class Tasks:
     """Which tasks, and how much of them.
 
-    names: embedded tasks, tasks that lm-eval ships, or YAML files.
-    limit: number of questions from the start of each task; None for all.
-    num_fewshot: solved examples before each question; None for what the task says.
-    batch_size: answers scored in one forward pass; None for the most that fits on a GPU, 32 on a
-        CPU. Changes the speed, and the result only by rounding.
-    local_data: folder with the questions of stock tasks, one ``TASK.jsonl`` each in the hub's
-        schema; None for the hub's.
-    seed: of the choice of few-shot examples; the default is lm-eval's own.
+    Attributes:
+        names: embedded tasks, tasks that lm-eval ships, or YAML files.
+        limit: number of questions from the start of each task; None for all.
+        num_fewshot: solved examples before each question; None for what the task says.
+        batch_size: answers scored in one forward pass; None for the most that fits on a GPU, 32 on
+            a CPU. Changes the speed, and the result only by rounding.
+        local_data: folder with the questions of stock tasks, one ``TASK.jsonl`` each in the hub's
+            schema; None for the hub's.
+        seed: of the choice of few-shot examples; the default is lm-eval's own.
     """
 
     cache_name: ClassVar[str] = "Tasks"
@@ -46,11 +49,11 @@ class Tasks:
 
     def __post_init__(self) -> None:
         self.names = [self.names] if isinstance(self.names, str) else list(self.names or [])
-        if not all(isinstance(name, str) and name for name in self.names) or len(
-            set(self.names)
-        ) != len(self.names):
+        named = all(isinstance(name, str) and name for name in self.names)
+        if not named or len(set(self.names)) != len(self.names):
             raise SlimError(
-                "eval.tasks.names takes different task names, for example eval.tasks.names=[tiny_facts]."
+                "eval.tasks.names takes different task names, for example "
+                "eval.tasks.names=[tiny_facts]."
             )
         require_number("eval.tasks.seed", self.seed, 0, integer=True)
         for name, low in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
@@ -92,40 +95,46 @@ class Tasks:
             seen.add(name)
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``metrics``: per task ``<task>/acc`` and the like, and ``tasks/acc``;
-        ``protocol``; and ``records``.
+        """Ask all questions of all tasks.
 
-        ``records`` hold every question of every task with the scores of its answers, as
-        :func:`harness.records` gives them."""
+        Args:
+            model: a torch module of transformers.
+            tokenizer: of the checkpoint.
+            context_length: tokens that the model has room for.
+
+        Returns:
+            ``metrics``: per task ``<task>/acc`` and the like, and their mean ``tasks/acc``;
+            ``protocol``: what each depends on; ``records``: every question of every task with the
+            scores of its answers, as :func:`slim.evaluation.harness.records` gives them.
+        """
+        # imported here: lm-eval takes seconds
         from slim.evaluation.harness import evaluate
 
-        paths = [task_files.find_task(name) for name in self.names]
-        found = evaluate(
+        paths = {}
+        for name in self.names:
+            path = task_files.find_task(name)
+            paths[path] = self.local_files(path)
+        results = evaluate(
             model,
             tokenizer,
-            {path: self.local_files(path) for path in paths},
+            paths,
             limit=self.limit,
             num_fewshot=self.num_fewshot,
             seed=self.seed,
             batch_size=self.batch_size,
             max_length=context_length,
         )
-        metrics, protocol = {}, {}
-        for task, result in found.items():
-            metrics.update({f"{task}/{name}": value for name, value in result["metrics"].items()})
-            protocol[task] = {
-                key: result[key]
-                for key in ("questions", "num_fewshot", "version", "questions_sha256")
-            }
+        metrics, protocol, records = {}, {}, {}
+        for task, result in results.items():
+            for name, value in result["metrics"].items():
+                metrics[f"{task}/{name}"] = value
+            protocol[task] = {key: result[key] for key in PROTOCOL}
+            records[task] = result["records"]
         accuracies = [value for name, value in metrics.items() if name.endswith("/acc")]
         if accuracies:
             metrics["tasks/acc"] = mean(accuracies)
-        records = {task: result["records"] for task, result in found.items()}
-        return {
-            "metrics": metrics,
-            "protocol": {**protocol, "lm_eval": task_files.harness_version()},
-            "records": records,
-        }
+        protocol["lm_eval"] = task_files.harness_version()
+        return {"metrics": metrics, "protocol": protocol, "records": records}
 
 
 def mean(values: list[float]) -> float:
