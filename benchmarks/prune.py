@@ -9,8 +9,8 @@ or makes as many weights of the blocks zero; with and without reconstruction. Te
 tiny:calibration and tiny:heldout.
 memory: peak memory over the weights of Taylor scores, and of a plain loss.backward(), on a random
 bfloat16 model of TinyLlama-1.1B's shape, each in a process of its own.
-speed: Wanda 2:4 and SparseGPT 2:4 against one forward over the calibration set plus the Gram
-matrices, on blocks of that shape, in seconds of processor time, and block calls of the ppl
+speed: Wanda 2:4 and SparseGPT 2:4 against one forward pass over the calibration set plus the
+Hessians, on blocks of that shape, in seconds of processor time, and block calls of the ppl
 criterion. OMP_NUM_THREADS sets the cores."""
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from pathlib import Path
 
 import torch
 
+from slim.calibration.block_method import BlockMethod
 from slim.calibration.loaded_blocks import BlockChain
-from slim.calibration.sequential import BlockMethod, SequentialCalibration
+from slim.calibration.sequential import SequentialCalibration
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.stage import Context
 from slim.checkpoints.tokenizer import load_tokenizer
@@ -211,15 +212,15 @@ def memory(args: argparse.Namespace) -> None:
 
 
 class Nothing(BlockMethod):
-    """Asks for all Gram matrices and leaves the weights alone: the floor of every calibrated
+    """Asks for all Hessians and leaves the weights alone: the floor of every calibrated
     method."""
 
-    def process(self, view) -> dict[str, float]:
+    def process(self, group) -> dict[str, float]:
         return {}
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Print times of the walk with and without a method, and block calls of ppl."""
+    """Print times of sequential calibration with and without a method, and block calls of ppl."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "model", Path(folder) / "out"
         random_model(args.layers)[0].save_pretrained(source)
@@ -231,7 +232,8 @@ def speed(args: argparse.Namespace) -> None:
         SequentialCalibration(open_checkpoint(source), Nothing(), None, tokens).run()
         floor = time.process_time() - started
         print(
-            f"one forward over {tokens.numel()} tokens and the Gram matrices, {args.layers} blocks: {floor:.1f} s"
+            f"one forward pass over {tokens.numel()} tokens and the Hessians, {args.layers} blocks: "
+            f"{floor:.1f} s"
         )
         for name, stage in (
             ("wanda 2:4", Wanda),
