@@ -47,7 +47,8 @@ class Endpoint:
             if not again:
                 raise Unreachable(f"The judge at {self.address} refuses: {problem}.")
         raise Unreachable(
-            f"The judge at {self.address} does not answer after {self.retries + 1} tries: {problem}."
+            f"The judge at {self.address} does not answer after {self.retries + 1} tries: "
+            f"{problem}."
         )
 
     def _try(self, messages: list[dict], new_tokens: int) -> tuple[str | None, str, bool]:
@@ -100,7 +101,8 @@ class LocalModel:
         room = model.config.max_position_embeddings - new_tokens
         if len(ids) > room:
             raise Unreachable(
-                f"The judge {self.folder.name} has room for {room} tokens, and a question has {len(ids)}."
+                f"The judge {self.folder.name} has room for {room} tokens, and a question has "
+                f"{len(ids)}."
             )
         return continue_ids(model, tokenizer, ids, new_tokens)
 
@@ -112,7 +114,8 @@ class LocalModel:
             tokenizer = load_tokenizer(self.folder)
             if not has_chat_template(tokenizer):
                 raise Unreachable(
-                    f"The judge {self.folder} has no chat template. Give a model tuned for conversation."
+                    f"The judge {self.folder} has no chat template. Give a model tuned for "
+                    "conversation."
                 )
             self._loaded = load_model(self.folder, "auto", self.device), tokenizer
         return self._loaded

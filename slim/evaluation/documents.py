@@ -1,14 +1,19 @@
-r"""Perplexity per word and per byte, document by document, as lm-eval's ``wikitext`` task computes it.
+r"""Perplexity per word and per byte, document by document, as lm-eval's ``wikitext`` task computes
+it.
 
-Unlike token perplexity it can be compared between models with different tokenizers. With N_w words and N_b bytes (UTF-8)
-of the documents as they are, and NLL the sum over all their tokens::
+Unlike token perplexity it can be compared between models with different tokenizers. With N_w words
+and N_b bytes (UTF-8) of the documents as they are, and NLL the sum over all their tokens::
 
-    word_perplexity = exp(NLL / N_w)    byte_perplexity = exp(NLL / N_b)    bits_per_byte = NLL / (N_b log 2)
+    word_perplexity = exp(NLL / N_w)
+    byte_perplexity = exp(NLL / N_b)
+    bits_per_byte = NLL / (N_b log 2)
 
-Every document starts with the begin-of-text token (else end-of-text); blocks of as many tokens as the context holds are
-scored one after the other, each token once: block s..e is predicted from the tokens max(0, e-L)..e, so that the last, shorter
-block has a full context. Source: EleutherAI/lm-evaluation-harness, ``loglikelihood_rolling`` and ``tasks/wikitext``.
-The logits are computed for a slice of the tokens at a time (``slim/evaluation/perplexity.py``), so a large vocabulary fits.
+Every document starts with the begin-of-text token (else end-of-text); blocks of as many tokens as
+the context holds are scored one after the other, each token once: block s..e is predicted from the
+tokens max(0, e-L)..e, so that the last, shorter block has a full context. Source:
+EleutherAI/lm-evaluation-harness, ``loglikelihood_rolling`` and ``tasks/wikitext``. The logits are
+computed for a slice of the tokens at a time (``slim/evaluation/perplexity.py``), so a large
+vocabulary fits.
 """
 
 from __future__ import annotations
@@ -114,7 +119,8 @@ def document_tokens(tokenizer, text: str) -> tuple[int, list[int]]:
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise SlimError(
-            "The tokenizer has neither a begin-of-text nor an end-of-text token to start a document with."
+            "The tokenizer has neither a begin-of-text nor an end-of-text token to start a "
+            "document with."
         )
     return first, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

@@ -43,7 +43,8 @@ def check_country(country: str) -> None:
     known = sorted(json.loads(mix.read_text(encoding="utf-8"))) if mix.is_file() else [country]
     if country not in known:
         raise SlimError(
-            f"eval.energy={country} is no country that codecarbon knows. It takes an ISO code of three letters, such as DEU, "
+            f"eval.energy={country} is no country that codecarbon knows. It takes an ISO code of "
+            "three letters, such as DEU, "
             f"FRA or USA.{did_you_mean(str(country), known)}"
         )
 

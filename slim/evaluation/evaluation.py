@@ -82,7 +82,8 @@ class Evaluation:
             )
         if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
             raise SlimError(
-                "eval.prompts takes texts that are not empty, for example eval.prompts=['The town of']."
+                "eval.prompts takes texts that are not empty, for example eval.prompts=['The town "
+                "of']."
             )
         require_number("eval.new_tokens", self.new_tokens, 1, integer=True)
         require_choice("eval.dtype", self.dtype, DTYPES)
@@ -260,7 +261,7 @@ class Evaluation:
         return {"metrics": metrics, "protocol": {"speed": protocol}, "samples": []}
 
     def measure_use(self, model, prompts: list[list[int]]) -> dict[str, float]:
-        """Return what generating takes beside time: memory of each phase, and energy where it is
+        """Return what generating takes besides time: memory of each phase, and energy where it is
         asked for."""
         from slim.evaluation.energy import generation_energy
         from slim.evaluation.memory import phase_peaks

@@ -200,7 +200,8 @@ def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]]
             ) from error
         raise SlimError(
             f"The task in {path.name} cannot be set up: {reason}\n"
-            "Its data come from the hub unless they are embedded: without a network, name YAML files of your own."
+            "Its data come from the hub unless they are embedded: without a network, name YAML "
+            "files of your own."
         ) from error
     # as on lm-eval's command line, a fixed 0 stays
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:

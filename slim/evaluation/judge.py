@@ -23,13 +23,16 @@ from slim.evaluation.chat import Endpoint, LocalModel
 from slim.evaluation.verdicts import Verdicts
 
 RULES = """\
-You compare two answers to a question with a reference answer. Judge how correct and how helpful each is; length, style and \
-the order in which they are shown do not count. First give your reason in one or two sentences. Then write the verdict on a \
-line of its own, exactly one of:
+You compare two answers to a question with a reference answer. Judge how correct and how helpful \
+each is; length, style and the order in which they are shown do not count. First give your reason \
+in one or two sentences. Then write the verdict on a line of its own, exactly one of:
 Verdict: A
 Verdict: B
 Verdict: tie"""
-CASE = "[Question]\n{question}\n\n[Reference]\n{reference}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
+CASE = (
+    "[Question]\n{question}\n\n[Reference]\n{reference}\n\n"
+    "[Answer A]\n{first}\n\n[Answer B]\n{second}"
+)
 VERDICT = re.compile(r"verdict\W{0,6}(?:answer\s+)?(A|B|C|tie)\b", re.IGNORECASE)
 BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 HOPELESS = 3  # questions in a row without a readable verdict, after which a judge is given up
@@ -68,7 +71,8 @@ class Judge:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise SlimError(
-                "eval.judge.model is missing. Give the name of the endpoint's model, or a checkpoint folder."
+                "eval.judge.model is missing. Give the name of the endpoint's model, or a "
+                "checkpoint folder."
             )
         require_flag("eval.judge.both_orders", self.both_orders)
         for name, low in (("limit", 1), ("new_tokens", 8), ("retries", 0), ("seed", 0)):
@@ -77,11 +81,13 @@ class Judge:
             require_number(f"eval.judge.{name}", getattr(self, name), 0)
         if self.endpoint is not None and not re.match(r"https?://[^/\s]+", str(self.endpoint)):
             raise SlimError(
-                f"eval.judge.endpoint={self.endpoint} is no address. It looks like http://127.0.0.1:8000/v1."
+                f"eval.judge.endpoint={self.endpoint} is no address. It looks like "
+                "http://127.0.0.1:8000/v1."
             )
         if self.endpoint is None and not Path(self.model).expanduser().is_dir():
             raise SlimError(
-                f"eval.judge.model={self.model} is no checkpoint folder. Give one, or the server that has the model with "
+                f"eval.judge.model={self.model} is no checkpoint folder. Give one, or the server "
+                "that has the model with "
                 "eval.judge.endpoint=http://HOST:PORT/v1."
             )
 
@@ -121,8 +127,10 @@ class Judge:
             silent = silent + 1 if row["winner"] is None else 0
             if silent >= HOPELESS:
                 raise SlimError(
-                    f"The judge {self.model} gave no verdict that can be read on {silent} questions in a row; the last answer: "
-                    f"{row['opinions'][-1]['reason'][:120]!r}. {verdicts.kept()} Try another eval.judge.model."
+                    f"The judge {self.model} gave no verdict that can be read on {silent} "
+                    "questions in a row; the last answer: "
+                    f"{row['opinions'][-1]['reason'][:120]!r}. {verdicts.kept()} Try another "
+                    "eval.judge.model."
                 )
         return rows
 

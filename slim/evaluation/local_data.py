@@ -29,14 +29,16 @@ def local_files(task: str, folder: str | Path, config: dict) -> dict[str, list[P
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise SlimError(
-            f"eval.local_data={folder} is not a folder. Give one with a file TASK.jsonl for each task."
+            f"eval.local_data={folder} is not a folder. Give one with a file TASK.jsonl for each "
+            "task."
         )
     candidates = [folder / f"{name}.jsonl" for name in (task, *OTHER_NAMES.get(task, ()))]
     asked = next((path for path in candidates if path.is_file()), None)
     if asked is None:
         there = ", ".join(sorted(path.name for path in folder.glob("*.jsonl"))) or "no .jsonl file"
         raise SlimError(
-            f"eval.local_data={folder} has no {candidates[0].name} for the task '{task}'. There: {there}. "
+            f"eval.local_data={folder} has no {candidates[0].name} for the task '{task}'. There: "
+            f"{there}. "
             "Add the file, name other tasks, or eval.local_data=null to take the hub's data."
         )
     files = {config.get("test_split") or config["validation_split"]: [asked]}
@@ -72,7 +74,8 @@ def check_rows(path: Path, files: dict[str, list[Path]]) -> None:
         missing = [name for name in sorted(needed) if name not in rows[0]]
         if missing:
             raise SlimError(
-                f"{paths[0]}, line 1: the field '{missing[0]}' is missing (has: {', '.join(rows[0])}). "
+                f"{paths[0]}, line 1: the field '{missing[0]}' is missing (has: "
+                f"{', '.join(rows[0])}). "
                 f"The task {read_plain(path).get('task')} needs: {', '.join(sorted(needed))}."
             )
 
@@ -139,7 +142,7 @@ def _template_fields(template: str) -> set[str]:
 
 
 def _function_fields(path: Path, tag: str) -> set[str]:
-    """Return the constant keys by which a function in a Python file beside the task reads its rows;
+    """Return the constant keys by which a function in a Python file next to the task reads rows;
     it is not run."""
     module, _, name = tag.removeprefix("!function").strip().rpartition(".")
     source = path.parent / f"{module.replace('.', '/')}.py"

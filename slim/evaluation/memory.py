@@ -110,7 +110,7 @@ class MemoryMeter:
 
 
 def phase_peaks(model, prompt: list[int], new_tokens: int) -> dict[str, float]:
-    """Return what generating takes beside the loaded, idle model, in bytes; a run of its own, which
+    """Return what generating takes on top of the idle model, in bytes; a run of its own, which
     nothing times.
 
     ``prefill_peak_bytes`` and ``decode_peak_bytes``: most held at any moment of each phase (missing

@@ -117,7 +117,8 @@ METRICS = [
     Metric("macs_per_token", "multiplications per token", "", "M", 1e-6, 2, "low"),
     Metric("perplexity", "perplexity", "", "", 1, 3, "low", "perplexity", HEADLINE),
     Metric(
-        "word_perplexity", "word perplexity", "", "", 1, 3, "low", "documents", HEADLINE, per="words"
+        "word_perplexity", "word perplexity", "", "", 1, 3, "low", "documents", HEADLINE,
+        per="words",
     ),
     Metric(
         "byte_perplexity", "byte perplexity", "", "", 1, 4, "low", "documents", DETAIL, per="bytes"

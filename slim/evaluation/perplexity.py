@@ -3,10 +3,11 @@
 The documents are joined to one text, tokenised once, and cut into windows of w tokens that do not
 overlap; the tail that fills no window is dropped. With the tokens x of window j::
 
-    NLL_j = -1/(w-1) * sum_{i=2..w} log p(x_i | x_1 .. x_{i-1})        perplexity = exp(mean_j NLL_j)
+    NLL_j = -1/(w-1) * sum_{i=2..w} log p(x_i | x_1 .. x_{i-1})
+    perplexity = exp(mean_j NLL_j)
 
 Each window starts without context, so a shorter window gives a higher perplexity: figures compare
-only where the window and the tokens are the same. The protocol beside the figure states both, the
+only where the window and the tokens are the same. The protocol next to the figure states both, the
 tokens by their checksum.
 
 The papers join WikiText-2's lines by empty lines, PTB's sentences and the first 1100 documents of

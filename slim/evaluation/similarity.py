@@ -34,7 +34,8 @@ def check_encoder(name: str) -> None:
     """Raise ``SlimError`` if the embedding model ``name`` cannot be used here."""
     if not Path(name).expanduser().is_dir() and importlib.util.find_spec(PACKAGE) is None:
         raise SlimError(
-            f"eval.answers.similarity={name} is no folder, and a model of the hub needs sentence-transformers: "
+            f"eval.answers.similarity={name} is no folder, and a model of the hub needs "
+            "sentence-transformers: "
             "pip install 'slim[similarity]', or give the folder of an embedding model."
         )
 

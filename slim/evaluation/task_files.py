@@ -2,7 +2,7 @@
 minute to build.
 
 A task is an embedded one (``tiny_facts``), a YAML file of one's own, or one that lm-eval ships. The
-first two read their questions from JSON Lines beside the YAML file. Nothing here imports lm-eval,
+first two read their questions from JSON Lines next to the YAML file. Nothing here imports lm-eval,
 so a wrong name is answered at once."""
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def read_rows(files: Iterable[Path]) -> list[dict]:
         for place, row in json_rows(path):
             if rows and row.keys() != rows[0].keys():
                 raise SlimError(
-                    f"{path}, {place}: expected a JSON object with the fields: {', '.join(rows[0])}. "
+                    f"{path}, {place}: expected a JSON object with the fields: "
+                    f"{', '.join(rows[0])}. "
                     f"It has: {', '.join(row) or 'none'}."
                 )
             rows.append(row)

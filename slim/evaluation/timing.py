@@ -107,7 +107,8 @@ def compiled(model, wanted: bool) -> Iterator[None]:
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise SlimError(
-            f"torch.compile fails on this model or machine: {reason}\nLeave it out with eval.speed.compile=false."
+            f"torch.compile fails on this model or machine: {reason}\nLeave it out with "
+            "eval.speed.compile=false."
         ) from error
     finally:
         model.forward = plain

@@ -138,8 +138,10 @@ def _summary(points: list[Point]) -> str:
         return f"A model of {last.metrics['parameters']:,} parameters."
     share = last.metrics["bytes_on_disk"] / first.metrics["bytes_on_disk"]
     return (
-        f"`{first.label}` made smaller: {last.metrics['parameters']:,} of {first.metrics['parameters']:,} parameters, "
-        f"{last.metrics['bytes_on_disk'] / 1e6:,.2f} of {first.metrics['bytes_on_disk'] / 1e6:,.2f} MB ({100 * share:.0f} %)."
+        f"`{first.label}` made smaller: {last.metrics['parameters']:,} of "
+        f"{first.metrics['parameters']:,} parameters, "
+        f"{last.metrics['bytes_on_disk'] / 1e6:,.2f} of "
+        f"{first.metrics['bytes_on_disk'] / 1e6:,.2f} MB ({100 * share:.0f} %)."
     )
 
 
@@ -244,7 +246,10 @@ def _licence(points: list[Point], source: dict) -> list[str]:
     if points[0].row.kind not in SOURCES:
         return ["## Licence", "", "There is no base model: the weights began at random."]
     licence = "unknown: see the base model" if source["license"] == UNKNOWN else source["license"]
-    said = f"Base model: `{points[0].row.label}`. Its licence: {licence}. What is made from a model is under its licence too."
+    said = (
+        f"Base model: `{points[0].row.label}`. Its licence: {licence}. What is made from a model "
+        "is under its licence too."
+    )
     return ["## Licence and base model", "", said]
 
 

@@ -119,7 +119,10 @@ def _change(chain: list[Point], columns: list[Column]) -> str:
     for column in columns:
         first, last = value(chain[0], column), value(chain[-1], column)
         if first is not None and last is not None:
-            return f"From {with_error(chain[0], column)} to {with_error(chain[-1], column)} in {column.heading}."
+            return (
+                f"From {with_error(chain[0], column)} to {with_error(chain[-1], column)} in "
+                f"{column.heading}."
+            )
     return ""
 
 
@@ -187,4 +190,7 @@ def _loss_sentence(validation: list[tuple[int, float]]) -> str:
         if best[0] == first
         else f"at step {best[0]}, which was kept"
     )
-    return f"On held-out text the loss was {before:.3f} before training; the lowest is {best[1]:.3f}, {moved}."
+    return (
+        f"On held-out text the loss was {before:.3f} before training; the lowest is "
+        f"{best[1]:.3f}, {moved}."
+    )

@@ -45,61 +45,69 @@ LOG_FROM = 8  # ratio of largest to smallest figure from which an axis is logari
 # models in the legend of the bars, and of them those that are drawn before a click
 BARS, BARS_SHOWN = 24, 8
 
+ACCURACIES = (
+    ("acc", "accuracy"),
+    ("acc_norm", "accuracy, answers weighed by length (acc_norm)"),
+)
+
 
 def pareto_picture(points: list[Point], x: Metric, identity: str) -> dict | None:
-    """Return quality over the metric ``x``, one option per measure and protocol; None without
-    data."""
+    """Return the picture of quality over another metric.
+
+    Args:
+        points: of the report.
+        x: what lies along the horizontal axis.
+        identity: the picture's id on the page.
+
+    Returns:
+        One option per measure of quality and protocol; None without data.
+    """
     places, measures = by_protocol([x], [point.row for point in points]), quality_columns(points)
     first = primary(points, measures)
-    ordered = sorted(measures, key=lambda column: column is not first)
-    options = [
-        _pareto_option(points, place, measure, len(places) > 1)
-        for measure in ordered
-        for place in places
-    ]
-    options = [option for option in options if option is not None]
+    options = []
+    for measure in sorted(measures, key=lambda column: column is not first):
+        for place in places:
+            option = _pareto_option(points, place, measure, len(places) > 1)
+            if option is not None:
+                options.append(option)
+    if not options:
+        return None
     title = "Quality against size" if x is SIZE.metric else "Quality against speed"
-    return {"id": identity, "title": title, "options": options} if options else None
+    return {"id": identity, "title": title, "options": options}
 
 
 def _pareto_option(points: list[Point], x: Column, y: Column, several: bool) -> dict | None:
     best, others = pareto(points, x, y)
     if not best:
         return None
-    left = len(points) - len(best) - len(others)
+    drawn = [*best, *others]
     better = "left" if x.metric.better == "low" else "right"
     sentence = (
-        f"Up and to the {better} is better. {len(best)} of {len(best) + len(others)} models are on the front: no other is "
-        f"at least as good in both and better in one. The dotted line is the best to be had at each place."
-        + (
-            f" {left} without both figures of this protocol (or NaN) {'is' if left == 1 else 'are'} not drawn."
-            if left
-            else ""
-        )
+        f"Up and to the {better} is better. {len(best)} of {len(drawn)} models are on the front: "
+        "no other is at least as good in both and better in one. The dotted line is the best that "
+        "each place allows."
     )
-    if any(error(p, y) is not None for p in (*best, *others)):
+    left = len(points) - len(drawn)
+    if left:
+        verb = "is" if left == 1 else "are"
+        sentence += f" {left} without both figures of this protocol (or NaN) {verb} not drawn."
+    if any(error(point, y) is not None for point in drawn):
         sentence += " The thin lines are ± one standard error."
     traces = [
         _scatter(others, x, y, "not on the front", False),
         _scatter(best, x, y, "on the front", True),
     ]
-    yaxis = {
-        "title": {"text": axis_title(y)},
-        **_scale([value(p, y) for p in (*best, *others)], y.metric.is_perplexity),
-    }
+    heights = [value(point, y) for point in drawn]
+    yaxis = {"title": {"text": axis_title(y)}, **_scale(heights, y.metric.is_perplexity)}
     if y.metric.better == "low":
         yaxis["autorange"] = "reversed"
-    xaxis = {
-        "title": {"text": axis_title(x)},
-        **_scale([value(p, x) for p in (*best, *others)], True),
-    }
-    label = f"{y.heading} against {x.heading}" if several else y.heading
-    layout = {"xaxis": xaxis, "yaxis": yaxis, "hovermode": "closest"}
+    places = [value(point, x) for point in drawn]
+    xaxis = {"title": {"text": axis_title(x)}, **_scale(places, True)}
     return {
-        "label": label,
+        "label": f"{y.heading} against {x.heading}" if several else y.heading,
         "sentence": sentence,
         "data": [trace for trace in traces if trace["x"]],
-        "layout": layout,
+        "layout": {"xaxis": xaxis, "yaxis": yaxis, "hovermode": "closest"},
     }
 
 
@@ -146,16 +154,20 @@ def _scatter(points: list[Point], x: Column, y: Column, name: str, on_front: boo
 
 
 def hover(point: Point, columns: tuple[Column, ...]) -> str:
-    """Return what shows over a point: its chain, the figures in ``columns``, all settings; safe as
-    plotly's HTML."""
+    """Return what shows over a point, safe as plotly's HTML.
+
+    Args:
+        point: whose chain and settings it shows.
+        columns: whose values it shows.
+    """
     lines = [f"<b>{_wrap(point.name)}</b>"]
-    lines += [f"{html.escape(column.heading)}: {with_error(point, column)}" for column in columns]
-    lines += (
-        [f"parameters: {point.row.metrics['parameters']:,}"]
-        if "parameters" in point.row.metrics
-        else []
-    )
-    return "<br>".join([*lines, *(f"<i>{_wrap(line)}</i>" for line in settings_lines(point.chain))])
+    for column in columns:
+        lines.append(f"{html.escape(column.heading)}: {with_error(point, column)}")
+    if "parameters" in point.row.metrics:
+        lines.append(f"parameters: {point.row.metrics['parameters']:,}")
+    for line in settings_lines(point.chain):
+        lines.append(f"<i>{_wrap(line)}</i>")
+    return "<br>".join(lines)
 
 
 def _wrap(text: str) -> str:
@@ -167,10 +179,7 @@ def task_bars(points: list[Point]) -> dict | None:
     without tasks."""
     shown = [point for point in points if point.role != "step"]
     options = []
-    for metric, label in (
-        ("acc", "accuracy"),
-        ("acc_norm", "accuracy, answers weighed by length (acc_norm)"),
-    ):
+    for metric, label in ACCURACIES:
         columns = by_protocol(task_metrics(shown, metric), [point.row for point in shown])
         if columns:
             options.append(_bars(shown, columns, label))
@@ -179,41 +188,48 @@ def task_bars(points: list[Point]) -> dict | None:
 
 def _bars(candidates: list[Point], columns: list[Column], label: str) -> dict:
     points = shortlist(candidates, BARS)
-    shown = {id(point) for point in shortlist(points, BARS_SHOWN)}
-    data = [
-        {
-            "type": "bar",
-            "name": html.escape(point.name),
-            "x": [column.heading for column in columns],
-            "y": [value(point, column) for column in columns],
-            "error_y": {
-                "type": "data",
-                "array": [error(point, column) for column in columns],
-                "thickness": 1.2,
-                "width": 3,
-            },
-            "hoverinfo": "text",
-            "hovertext": [
-                f"<b>{_wrap(point.name)}</b><br>{html.escape(c.heading)}: {with_error(point, c)}"
-                for c in columns
-            ],
-            "marker": {"color": COLORS[number % len(COLORS)]},
-            "visible": True if id(point) in shown else "legendonly",
-        }
-        for number, point in enumerate(points)
-    ]
+    at_first = {id(point) for point in shortlist(points, BARS_SHOWN)}
+    data = []
+    for number, point in enumerate(points):
+        bars = _point_bars(point, columns)
+        bars["marker"] = {"color": COLORS[number % len(COLORS)]}
+        bars["visible"] = True if id(point) in at_first else "legendonly"
+        data.append(bars)
     sentence = (
-        "Bars of one group answered the same questions. The thin lines are ± one standard error: a difference below two of "
-        "them may be chance."
+        "Bars of one group answered the same questions. The thin lines are ± one standard error: a "
+        "difference below two of them may be chance."
     )
     if len(points) > BARS_SHOWN:
-        sentence += f" {BARS_SHOWN} of {len(candidates)} models are drawn, the front first; a click on a name below draws more."
+        sentence += (
+            f" {BARS_SHOWN} of {len(candidates)} models are drawn, the front first; a click on a "
+            "name below draws more."
+        )
     layout = {
         "barmode": "group",
         "yaxis": {"title": {"text": "correct (%)"}, "rangemode": "tozero"},
         "legend": {"orientation": "h", "y": -0.15},
     }
     return {"label": label, "sentence": sentence, "data": data, "layout": layout}
+
+
+def _point_bars(point: Point, columns: list[Column]) -> dict:
+    """Return the bars of one model, without colour."""
+    headings, heights, errors, hovers = [], [], [], []
+    for column in columns:
+        headings.append(column.heading)
+        heights.append(value(point, column))
+        errors.append(error(point, column))
+        shown = f"{html.escape(column.heading)}: {with_error(point, column)}"
+        hovers.append(f"<b>{_wrap(point.name)}</b><br>{shown}")
+    return {
+        "type": "bar",
+        "name": html.escape(point.name),
+        "x": headings,
+        "y": heights,
+        "error_y": {"type": "data", "array": errors, "thickness": 1.2, "width": 3},
+        "hoverinfo": "text",
+        "hovertext": hovers,
+    }
 
 
 def speed_picture(points: list[Point]) -> dict | None:

@@ -32,7 +32,8 @@ def connect(what: str, store: str | None, uri: str | None) -> MlflowClient:
     )
     if uri is None and not (root / "mlflow.db").is_file():
         raise SlimError(
-            f"There are no tracked runs in {root}. Give --store FOLDER as in store=FOLDER, or --uri of a server."
+            f"There are no tracked runs in {root}. Give --store FOLDER as in store=FOLDER, or "
+            "--uri of a server."
         )
     return client_of(tracking_uri(root, uri))
 
@@ -54,11 +55,13 @@ def find(client: MlflowClient, what: str) -> tuple[list[str], str | None]:
         return [named], None
     if Path(what).is_dir():
         raise SlimError(
-            f"The folder {what} has no {SUMMARY}: it is none of a sweep. Give the sweep's id or its experiment."
+            f"The folder {what} has no {SUMMARY}: it is none of a sweep. Give the sweep's id or "
+            "its experiment."
         )
     names = [experiment.name for experiment in experiments if experiment.name != "Default"]
     raise SlimError(
-        f"Nothing is called '{what}'. Give an experiment ({', '.join(names) or 'there is none yet'}), the id or name of a "
+        f"Nothing is called '{what}'. Give an experiment "
+        f"({', '.join(names) or 'there is none yet'}), the id or name of a "
         f"run or sweep, or a multirun folder.{did_you_mean(what, names)}"
     )
 

@@ -61,7 +61,8 @@ def _by_format(quantization: dict | None) -> Loading:
 
 def _code(line: str, imported: str = "", first: str = "") -> str:
     names = ", ".join(sorted(filter(None, ("AutoModelForCausalLM", "AutoTokenizer", imported))))
-    return f'{first}from transformers import {names}\n\n{line}\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    return f"{first}from transformers import {names}\n\n{line}\n{tokenizer}"
 
 
 def _compressed_tensors(quantization: dict) -> Loading:
@@ -83,11 +84,14 @@ def _compressed_tensors(quantization: dict) -> Loading:
     if several:
         asymmetric, embedding = (
             "an asymmetric grid that differs by layer",
-            "a quantised embedding beside layers of other settings",
+            "a quantised embedding next to layers of other settings",
         )
         reason = embedding if symmetric else asymmetric
         return Loading(f"No: it cannot read {reason}. Use slim.", None, vllm)
-    needed = "With `compressed-tensors` installed, and `dequantize=True`: it cannot run such a grid packed."
+    needed = (
+        "With `compressed-tensors` installed, and `dequantize=True`: it cannot run such a grid "
+        "packed."
+    )
     return Loading(needed, _code(DEQUANTIZED, "CompressedTensorsConfig"), vllm)
 
 
@@ -95,7 +99,10 @@ def _gptq(quantization: dict) -> Loading:
     symmetric, bits = quantization.get("sym", True), quantization.get("bits")
     documented = symmetric and bits in (4, 8)
     vllm = f"`vllm serve FOLDER` is documented for 4 and 8 bits on a symmetric grid. {NOT_TRIED}"
-    needed = "With `gptqmodel` and `optimum` installed, which want an environment of their own (a newer torch)."
+    needed = (
+        "With `gptqmodel` and `optimum` installed, which want an environment of their own (a "
+        "newer torch)."
+    )
     return Loading(
         needed, _code(PLAIN), vllm if documented else f"Not documented for this grid. {NOT_TRIED}"
     )
@@ -113,8 +120,10 @@ def _bitsandbytes(quantization: dict) -> Loading:
 def _unequal(found: Loading, quantization: dict | None) -> Loading:
     """Blocks of unequal sizes: transformers builds them only once slim is imported."""
     text = (
-        "The sizes of every block are in `config.json` under `per_layer_config`. The model classes of transformers do not read "
-        "them yet; with slim imported they do. Without it loading ends with an error, never with wrong weights."
+        "The sizes of every block are in `config.json` under `per_layer_config`. The model "
+        "classes of transformers do not read "
+        "them yet; with slim imported they do. Without it loading ends with an error, never with "
+        "wrong weights."
     )
     tried = quantization is None or quantization.get("quant_method") == "compressed-tensors"
     said = [text, *([found.transformers] if quantization else []), *([] if tried else [NOT_TRIED])]
@@ -124,11 +133,16 @@ def _unequal(found: Loading, quantization: dict | None) -> Loading:
 
 def _with_adapter() -> Loading:
     code = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("FOLDER"), "FOLDER/adapter")\n'
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, "
+        "AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        'model = PeftModel.from_pretrained(model, "FOLDER/adapter")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
     )
-    text = "An adapter lies beside the weights. slim applies it by itself; elsewhere PEFT must be told to, or it is left out:"
+    text = (
+        "An adapter lies next to the weights. slim applies it by itself; elsewhere PEFT must be "
+        "told to, or it is left out:"
+    )
     return Loading(
         text,
         code,

@@ -24,8 +24,14 @@ SHARES = ("acc", "acc_norm")
 class Published:
     """One table of a study, and the same measures of ours in a table of its own.
 
-    headings, rows: of the published figures, model first. own_headings, own_rows: ours; empty where
-    these runs measured none of it.
+    Attributes:
+        title: heading above both.
+        source: which study, in words.
+        notes: sentences on how its figures were measured, and what is wrong with them.
+        headings: of the published figures, model first.
+        rows: the published figures.
+        own_headings: of ours.
+        own_rows: ours; empty where these runs measured none of it.
     """
 
     title: str
@@ -45,51 +51,49 @@ def facts() -> dict:
 
 def known_tables() -> list[str]:
     """Return the names of all tables there are figures of."""
-    return [
-        *dict.fromkeys(row["table"] for row in facts()["rows"]),
-        *facts()["inference"]["tables"],
-    ]
+    names = dict.fromkeys(row["table"] for row in facts()["rows"])
+    return [*names, *facts()["inference"]["tables"]]
 
 
 def published_tables(names: list[str], points: list[Point]) -> tuple[list[Published], list[str]]:
-    """Return the tables ``names`` with ours beside them, and sentences on names that do not
-    exist."""
-    inference = facts()["inference"]["tables"]
-    unknown = [name for name in names if name not in known_tables()]
-    tables = [
-        _quality(name, points) for name in names if name in known_tables() and name not in inference
-    ]
-    if any(name in inference for name in names):
-        tables.append(_inference([name for name in names if name in inference], points))
-    said = [
-        f"No published table {name} is known. There are: {', '.join(known_tables())}."
-        for name in unknown
-    ]
-    return tables, said
+    """Return tables of the studies, each with ours.
+
+    Args:
+        names: of the tables.
+        points: the checkpoints of the report.
+
+    Returns:
+        The tables, and sentences on names that do not exist.
+    """
+    known, inference = known_tables(), facts()["inference"]["tables"]
+    tables, timed, problems = [], [], []
+    for name in names:
+        if name not in known:
+            problems.append(f"No published table {name} is known. There are: {', '.join(known)}.")
+        elif name in inference:
+            timed.append(name)
+        else:
+            tables.append(_quality(name, points))
+    if timed:
+        tables.append(_inference(timed, points))
+    return tables, problems
 
 
 def _quality(name: str, points: list[Point]) -> Published:
-    found = [row for row in facts()["rows"] if row["table"] == name]
-    metrics = list(dict.fromkeys(metric for row in found for metric in row["metrics"]))
-    rows = [
-        [
-            row["model"],
-            row["method"],
-            *(_figure(row["metrics"].get(metric), metric) for metric in metrics),
-        ]
-        for row in found
-    ]
-    headings = ["model", "method", *(_heading(metric) for metric in metrics)]
-    study = "seed-2" if name == "seed-2" else "thesis"
-    title = "Width pruning of TinyLlama" if study == "seed-2" else f"Table {name}"
-    return Published(
-        title,
-        facts()["sources"][study],
-        _notes(name, rows),
-        headings,
-        rows,
-        *_ours(metrics, points),
-    )
+    published = [row for row in facts()["rows"] if row["table"] == name]
+    metrics: dict[str, None] = {}
+    for row in published:
+        metrics.update(dict.fromkeys(row["metrics"]))
+    rows = []
+    for row in published:
+        cells = [_figure(row["metrics"].get(metric), metric) for metric in metrics]
+        rows.append([row["model"], row["method"], *cells])
+    headings = ["model", "method", *map(_heading, metrics)]
+    study, title = "thesis", f"Table {name}"
+    if name == "seed-2":
+        study, title = name, "Width pruning of TinyLlama"
+    source, notes = facts()["sources"][study], _notes(name, rows)
+    return Published(title, source, notes, headings, rows, *_ours(list(metrics), points))
 
 
 def _notes(name: str, rows: list[list[str]]) -> list[str]:
@@ -98,15 +102,15 @@ def _notes(name: str, rows: list[list[str]]) -> list[str]:
     if name == "seed-2":
         return []
     notes = facts()["notes"]
-    found = [f"Protocol: {notes['protocol']}."] if name != "4.12" else []
-    found += [
-        f"Table {name}: {text}."
-        for key, text in notes.items()
-        if name in key.split(" ")[0].split("/")
-    ]
+    sentences = []
+    if name != "4.12":
+        sentences.append(f"Protocol: {notes['protocol']}.")
+    for key, text in notes.items():
+        if name in key.split(" ")[0].split("/"):
+            sentences.append(f"Table {name}: {text}.")
     if any(row[1] == "reference" for row in rows):
-        found.append(f"Reference rows: {notes['reference rows']}.")
-    return found
+        sentences.append(f"Reference rows: {notes['reference rows']}.")
+    return sentences
 
 
 def _heading(metric: str) -> str:
@@ -144,8 +148,10 @@ def _own_rows(wanted: list[Metric], points: list[Point]) -> tuple[list[str], lis
 
 
 def _inference(names: list[str], points: list[Point]) -> Published:
-    found = facts()["inference"]
-    rows = [[row["model"], f"{row['tok_s']:.1f}", f"{row['mem_gib']:.2f}"] for row in found["rows"]]
+    inference = facts()["inference"]
+    rows = []
+    for row in inference["rows"]:
+        rows.append([row["model"], f"{row['tok_s']:.1f}", f"{row['mem_gib']:.2f}"])
     wanted = [
         replace(BY_NAME["whole_length_tokens_per_second"], digits=1),
         replace(BY_NAME["decode_tokens_per_second"], digits=1),
@@ -153,7 +159,7 @@ def _inference(names: list[str], points: list[Point]) -> Published:
         replace(BY_NAME["resident_bytes"], unit="GiB", scale=2**-30, digits=2),
     ]
     title = f"Table{'s' if len(names) > 1 else ''} {' and '.join(names)}: inference"
-    notes = [f"Protocol: {found['method']}."]
+    notes = [f"Protocol: {inference['method']}."]
     headings = ["model", "tok/s, prompt included", "memory (GiB)"]
     return Published(
         title, facts()["sources"]["thesis"], notes, headings, rows, *_own_rows(wanted, points)

@@ -103,7 +103,7 @@ class Failure:
 @dataclass
 class Collection:
     """All that a report shows. notes: sentences on what was left out. published: tables of the
-    studies to set beside it."""
+    studies to set next to it."""
 
     title: str
     chains: list[Chain] = field(default_factory=list)
@@ -137,7 +137,8 @@ def collect(client: MlflowClient, run_ids: list[str], title: str | None = None) 
     found.failures = [failure for failure in found.failures if failure.typed not in done]
     if repeated:
         found.notes.append(
-            f"{count(repeated, 'run')} repeated a chain with the same protocol; such a chain is shown once."
+            f"{count(repeated, 'run')} repeated a chain with the same protocol; such a chain is "
+            "shown once."
         )
     if running:
         found.notes.append(f"{count(running, 'run')} had not ended when this report was made.")
@@ -230,7 +231,8 @@ def _chains(client: MlflowClient, run: Run, found: Collection) -> list[Chain]:
         rows = [Row.from_record(record) for record in json.loads(text)]
     except (KeyError, TypeError, ValueError):
         found.notes.append(
-            f"Left out: {run.info.run_name}, whose results.json this version cannot read. Run the command again."
+            f"Left out: {run.info.run_name}, whose results.json this version cannot read. Run the "
+            "command again."
         )
         return []
     starts = [index for index, row in enumerate(rows) if index == 0 or row.kind in FIRST_KINDS]

@@ -107,7 +107,8 @@ def summary(collection: Collection, points: list[Point]) -> str:
     parts = [count(failed, "run") + " failed"] if failed else []
     parts += (
         [
-            f"{count(skipped, 'run')} {'was' if skipped == 1 else 'were'} ruled out by the plan before any work"
+            f"{count(skipped, 'run')} {'was' if skipped == 1 else 'were'} ruled out by the plan "
+            "before any work"
         ]
         if skipped
         else []
@@ -124,9 +125,11 @@ def protocol_notes(points: list[Point]) -> list[str]:
     if not several:
         return []
     return [
-        f"These runs were not all measured by the same protocol (more than one for: {', '.join(several)}). "
+        "These runs were not all measured by the same protocol (more than one for: "
+        f"{', '.join(several)}). "
         "Figures of different protocols do not "
-        "compare: each protocol has columns and pictures of its own, and the heading says what tells it apart."
+        "compare: each protocol has columns and pictures of its own, and the heading says what "
+        "tells it apart."
     ]
 
 
@@ -151,7 +154,8 @@ def best_table(points: list[Point]) -> Table | None:
     if not best:
         return None
     sentence = (
-        f"Take the last row whose size you can afford: nothing smaller or equally large has a better {quality.heading} "
+        "Take the last row whose size you can afford: nothing smaller or equally large has a "
+        f"better {quality.heading} "
         f"({axis_title(quality).rpartition(', ')[2]}). Sizes are those of the weight files; "
         "the numbers are those in the picture of quality against size."
     )
@@ -166,10 +170,16 @@ def best_table(points: list[Point]) -> Table | None:
     rows = []
     for number, point in enumerate(best, 1):
         share = point.row.metrics["bytes_on_disk"] / point.source.metrics["bytes_on_disk"]
-        rows.append([
-            Cell(str(number), number), _cell(point, SIZE), Cell(point.name), _cell(point, quality, True),
-            Cell(against_source(point, quality)), Cell(f"{100 * share:.0f} %", share),
-        ])  # fmt: skip
+        rows.append(
+            [
+                Cell(str(number), number),
+                _cell(point, SIZE),
+                Cell(point.name),
+                _cell(point, quality, True),
+                Cell(against_source(point, quality)),
+                Cell(f"{100 * share:.0f} %", share),
+            ]
+        )
     return Table(sentence, headings, rows)
 
 
@@ -184,8 +194,10 @@ def models_table(points: list[Point]) -> Table | None:
         for p in points
     ]
     sentence = (
-        "Every checkpoint once: sources first, then in the order of the runs. ± is one standard error of a figure alone; rows "
-        "that answered the same questions differ more surely than it suggests. A dash: not measured, or not by the protocol of "
+        "Every checkpoint once: sources first, then in the order of the runs. ± is one standard "
+        "error of a figure alone; rows "
+        "that answered the same questions differ more surely than it suggests. A dash: not "
+        "measured, or not by the protocol of "
         "the column."
     )
     return Table(sentence, ["model", "what it is", *(column.heading for column in shown)], rows)

@@ -135,13 +135,15 @@ def notes(results: list[Result], comparison: Comparison) -> list[str]:
         share = result.quality.get("metrics", {}).get("repeated_4grams", 0.0)
         if share > REPEATING:
             found.append(
-                f"{result.label}: repeats itself; {100 * share:.0f} % of the 4-grams in its answers are repeated."
+                f"{result.label}: repeats itself; {100 * share:.0f} % of the 4-grams in its "
+                "answers are repeated."
             )
     for label, rows in comparison.judged.items():
         count = tally(rows)
         unread = f", {count['unread']} without a verdict" if count["unread"] else ""
         found.append(
-            f"{label}: judged better {count['wins']}, equal {count['ties']}, worse {count['losses']} times{unread}."
+            f"{label}: judged better {count['wins']}, equal {count['ties']}, worse "
+            f"{count['losses']} times{unread}."
         )
     for label, count in comparison.similar.items():
         shown = "nearer to the reference {wins}, equal {ties}, further {losses} times".format(
