@@ -39,11 +39,10 @@ metadata:
 
 
 def asset_files(world: World) -> dict[str, str]:
-    """Name and content of every file. The content depends on the world's seed alone."""
-    files = {
-        f"{split}.txt": "\n\n".join(world.documents(split)) + "\n"
-        for split in ("heldout", "calibration")
-    }
+    """Return name and content of every file. The content depends on the world's seed alone."""
+    files = {}
+    for split in ("heldout", "calibration"):
+        files[f"{split}.txt"] = "\n\n".join(world.documents(split)) + "\n"
     for name, questions in world.tasks().items():
         files[f"{name}.jsonl"] = _lines(questions)
         files[f"{name}.yaml"] = TASK_FILE.format(name=name, data=f"{name}.jsonl")

@@ -52,36 +52,56 @@ def holding_scene(rng: random.Random) -> Scene:
     names = rng.sample((*lex.WOMEN, *lex.MEN), 2)
     things = rng.sample(tuple(lex.THINGS), 2)
     asked = rng.randrange(2)
-    told = rng.choice(HOLDINGS).format(A=names[0], B=names[1], x=things[0], y=things[1])
-    thing, answer, other = things[asked], names[asked], names[1 - asked]
+    text = rng.choice(HOLDINGS).format(A=names[0], B=names[1], x=things[0], y=things[1])
+    thing = things[asked]
+    answer = names[asked]
     reply = f"{answer} has the {thing}."
-    return Scene("holding", told, told, f"Who has the {thing}?", answer, (other,), reply, reply)
+    return Scene(
+        kind="holding",
+        key=text,
+        text=text,
+        question=f"Who has the {thing}?",
+        answer=answer,
+        wrong=(names[1 - asked],),
+        moral=reply,
+        reply=reply,
+    )
 
 
 def pronoun_scene(rng: random.Random) -> Scene:
     """One scene with two people; with the same gender the cause decides alone, else the gender says
     it as well."""
     number = rng.randrange(len(PATTERNS))
-    event, *reasons = PATTERNS[number]
+    event, first_reason, second_reason = PATTERNS[number]
     first, second = rng.sample((*lex.WOMEN, *lex.MEN), 2)
     mixed = lex.is_woman(first) != lex.is_woman(second)
     role = rng.randrange(2)
     neutral = mixed and rng.random() < 0.3
+    reasons = (first_reason, second_reason)
     reason = rng.choice(NEUTRAL) if neutral else reasons[role]
     thing = rng.choice(tuple(lex.THINGS))
-    opener = rng.choice(lex.OPENERS) + " " if rng.random() < 0.5 else ""
+    opener = ""
+    if rng.random() < 0.5:
+        opener = rng.choice(lex.OPENERS) + " "
     names = (first, second)
-    event, reason = (part.format(A=first, B=second, x=thing) for part in (event, reason))
-    answer, other = names[role], names[1 - role]
-    kind = "gender" if neutral else "both" if mixed else "cause"
-    told = f"{event} because {lex.subject_pronoun(answer)} {reason}."
+    event = event.format(A=first, B=second, x=thing)
+    reason = reason.format(A=first, B=second, x=thing)
+    answer = names[role]
+    sentence = f"{event} because {lex.subject_pronoun(answer)} {reason}."
     return Scene(
-        kind=kind,
-        key=told,
-        text=opener + told,
+        kind=_deciding(neutral, mixed),
+        key=sentence,
+        text=opener + sentence,
         question=f"Who {reason}?",
         answer=answer,
-        wrong=(other,),
+        wrong=(names[1 - role],),
         moral=f"{answer} {reason}.",
         reply=f"{answer} {reason}.",
     )
+
+
+def _deciding(neutral: bool, mixed: bool) -> str:
+    """Return what decides who is meant: the gender alone, the cause alone, or both."""
+    if neutral:
+        return "gender"
+    return "both" if mixed else "cause"

@@ -17,21 +17,27 @@ Question = dict[str, object]  # question: str, choices: list[str], answer: int, 
 
 
 def fact_questions(facts: tuple[Fact, ...], rng: random.Random) -> list[Question]:
-    """One question for each of 400 facts, in the one wording that training never uses for that
-    fact."""
+    """Return one question for each of 400 facts, in the one wording that training never uses for
+    that fact.
+
+    Args:
+        facts: of the world.
+        rng: makes every choice.
+    """
     items = []
     for fact in rng.sample(facts, QUESTIONS):
-        values = [v for v in RELATIONS[fact.relation].values if v not in (fact.value, fact.subject)]
-        items.append(
-            (fact.relation, ask(fact, "tasks", rng), fact.value, tuple(rng.sample(values, 3)))
-        )
+        excluded = (fact.value, fact.subject)
+        values = [value for value in RELATIONS[fact.relation].values if value not in excluded]
+        question = ask(fact, "tasks", rng)
+        items.append((fact.relation, question, fact.value, tuple(rng.sample(values, 3))))
     return _place(items, 4, rng)
 
 
 def pronoun_questions(rng: random.Random) -> list[Question]:
     """Both people named equally often as first and as second; combinations that training never
     shows."""
-    scenes, wanted = [], Counter({0: QUESTIONS // 2, 1: QUESTIONS // 2})
+    scenes = []
+    wanted = Counter({0: QUESTIONS // 2, 1: QUESTIONS // 2})
     for scene in _scenes(pronoun_scene, rng):
         role = int(scene.text.index(scene.answer) > scene.text.index(scene.wrong[0]))
         if wanted[role]:
@@ -48,7 +54,8 @@ def next_questions(rng: random.Random) -> list[Question]:
     items = []
     for maker, (_, share) in HAPPENINGS.items():
         scenes = _scenes(maker, rng)
-        items += [_item(next(scenes)) for _ in range(round(share * QUESTIONS))]
+        for _ in range(round(share * QUESTIONS)):
+            items.append(_item(next(scenes)))
     return _place(items, 4, rng)
 
 

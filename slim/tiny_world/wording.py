@@ -25,8 +25,14 @@ def capitalize(text: str) -> str:
 
 
 def state(fact: Fact, split: str, rng: random.Random, pronoun: bool = False) -> str | None:
-    """One sentence that says ``fact`` in a wording of this split; None where the split has no
-    wording of it."""
+    """Return one sentence that says a fact; None where the split has no wording of it.
+
+    Args:
+        fact: what to say.
+        split: whose wordings count.
+        rng: makes every choice.
+        pronoun: call a person "he" or "she".
+    """
     choices = _statements(fact.key, len(RELATIONS[fact.relation].statements), split)
     if not choices:
         return None
@@ -37,12 +43,19 @@ def state(fact: Fact, split: str, rng: random.Random, pronoun: bool = False) -> 
 
 
 def ask(fact: Fact, split: str, rng: random.Random) -> str:
-    """A question for ``fact``'s value. One wording of each fact is kept for the tasks, one for
-    held-out text."""
+    """Return a question for a fact's value. One wording of each fact is kept for the tasks, one for
+    held-out text.
+
+    Args:
+        fact: what is asked.
+        split: whose wordings count.
+        rng: makes every choice.
+    """
     questions = RELATIONS[fact.relation].questions
     start = bucket(f"{fact.key}|question", len(questions))
     offsets = {"train": range(2, len(questions)), "tasks": (0,)}.get(split, (1,))
-    return capitalize(fill(questions[(start + rng.choice(offsets)) % len(questions)], fact))
+    number = (start + rng.choice(offsets)) % len(questions)
+    return capitalize(fill(questions[number], fact))
 
 
 @cache

@@ -22,30 +22,42 @@ class World:
         self.facts = build_facts(seed)
 
     def documents(self, split: str = "train", seed: int = 0) -> Iterator[str]:
-        """Distinct documents of some 40 to 200 words: endless for "train", 500 for "heldout" and
-        "calibration".
+        """Yield distinct documents of some 40 to 200 words.
 
         A wording of a fact and a combination of persons and things in a scene belong to one split
-        only. Raises ValueError for another split."""
+        only.
+
+        Args:
+            split: ``"train"`` (endless), ``"heldout"`` or ``"calibration"`` (500 each).
+            seed: of the documents.
+
+        Raises:
+            ValueError: for another split.
+        """
         writer = self._writer(split, seed, "documents", DOCUMENTS)
         return _distinct(writer.document, DOCUMENTS[split])
 
     def conversations(self, split: str = "train", seed: int = 0) -> Iterator[tuple[str, str]]:
-        """Distinct pairs of instruction and answer: endless for "train", 200 for "validation"."""
+        """Yield distinct pairs of instruction and answer.
+
+        Args:
+            split: ``"train"`` (endless) or ``"validation"`` (200).
+            seed: of the pairs.
+
+        Raises:
+            ValueError: for another split.
+        """
         writer = self._writer(split, seed, "conversations", CONVERSATIONS)
         return _distinct(writer.turn, CONVERSATIONS[split])
 
     def tasks(self) -> dict[str, list[Question]]:
         """The three multiple-choice sets: tiny_facts (4 choices), tiny_pronouns (2), tiny_next
         (4)."""
-        rngs = (
-            random.Random(f"{self.seed}/tasks/{name}") for name in ("facts", "pronouns", "next")
-        )
-        facts, pronouns, happenings = rngs
+        prefix = f"{self.seed}/tasks"
         return {
-            "tiny_facts": fact_questions(self.facts, facts),
-            "tiny_pronouns": pronoun_questions(pronouns),
-            "tiny_next": next_questions(happenings),
+            "tiny_facts": fact_questions(self.facts, random.Random(f"{prefix}/facts")),
+            "tiny_pronouns": pronoun_questions(random.Random(f"{prefix}/pronouns")),
+            "tiny_next": next_questions(random.Random(f"{prefix}/next")),
         }
 
     def _writer(self, split: str, seed: int, what: str, splits: dict[str, int | None]) -> Writer:
