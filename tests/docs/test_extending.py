@@ -13,13 +13,16 @@ from hydra.errors import ConfigCompositionException
 from slim.chain.build import build_pipeline
 from slim.chain.compose import compose, config_dirs
 from slim.chain.explain import explain
+from slim.chain.pipeline import Pipeline
 from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.result import Result
 from slim.cli.help import help_page
 from slim.core.io import read_json
 from slim.distillation import losses
 from slim.evaluation import metrics
 from slim.models import families
 from slim.report.table import markdown_table
+from slim.search.metrics import offered
 from tests.conftest import ROOT, build_small
 from tests.models import test_families
 from tests.support.pages import commands, fences, files
@@ -63,14 +66,18 @@ def run_tests(project: Path, tmp_path: Path) -> int:
     return count
 
 
-def run_command(words: list[str], project: Path, store: Path, *further: str) -> list:
-    """Run the chain of a command with choices of one's own; without ``eval=`` measure nothing."""
+def pipeline(words: list[str], project: Path, store: Path, *further: str) -> Pipeline:
+    """Build the chain of a command with choices of one's own; without ``eval=`` measure nothing."""
     overrides = [word for word in words[1:] if "=" in word]
     if not any(word.startswith("eval=") for word in overrides):
         overrides.append("eval=none")
     folders = [project / folder for folder in config_dirs(words)]
-    config = compose("compress", [*overrides, f"store={store}", *further], folders)
-    return build_pipeline(config).run()
+    return build_pipeline(compose("compress", [*overrides, f"store={store}", *further], folders))
+
+
+def run_command(words: list[str], project: Path, store: Path, *further: str) -> list[Result]:
+    """Run the chain of a command."""
+    return pipeline(words, project, store, *further).run()
 
 
 def own_commands(text: str) -> list[list[str]]:
@@ -172,10 +179,12 @@ def test_mistake_in_a_setting_of_ones_own(project, monkeypatch):
 
 
 @pytest.fixture
-def own_metrics(monkeypatch):
+def own_metrics():
     """Metrics that a test registers are forgotten after it."""
-    monkeypatch.setattr(metrics, "METRICS", list(metrics.METRICS))
-    monkeypatch.setattr(metrics, "BY_NAME", dict(metrics.BY_NAME))
+    known = list(metrics.METRICS)
+    yield
+    metrics.METRICS[:] = known
+    metrics.BY_NAME.pop("next_token", None)
 
 
 def test_metric(project, tmp_path, own_metrics):
@@ -192,9 +201,9 @@ def test_metric(project, tmp_path, own_metrics):
     assert 0.5 < source.metrics["next_token"] < 1
     assert pruned.metrics["next_token"] < source.metrics["next_token"]
     assert "next token" in markdown_table([source, pruned])
+    assert "next_token" in offered(pipeline(words, project, tmp_path / "store").evaluation)
 
 
-@pytest.mark.skipif(not hasattr(losses, "LOSSES"), reason="losses are not registered yet")
 def test_loss(project, tmp_path, monkeypatch):
     monkeypatch.setitem(losses.LOSSES, "alpha_divergence", None)  # forgotten after the test
     text = type_in("docs/extending/loss.md", project)
