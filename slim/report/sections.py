@@ -97,23 +97,28 @@ def sections(collection: Collection) -> Sections:
 
 
 def summary(collection: Collection, points: list[Point]) -> str:
-    """Say in a sentence or two what the report is about."""
+    """Say in a sentence or two what the report is about.
+
+    Args:
+        collection: the runs.
+        points: their checkpoints.
+    """
+    text = f"{count(len(collection.chains), 'run')} of slim"
+    sources = sorted({point.source.label for point in points})
+    if sources:
+        text += f" on {', '.join(sources)}"
+    if points:
+        text += f", with {count(len(points), 'checkpoint')} measured"
     skipped = sum(failure.skipped for failure in collection.failures)
     failed = len(collection.failures) - skipped
-    sources = sorted({point.source.label for point in points})
-    text = f"{count(len(collection.chains), 'run')} of slim"
-    text += f" on {', '.join(sources)}" if sources else ""
-    text += f", with {count(len(points), 'checkpoint')} measured" if points else ""
-    parts = [count(failed, "run") + " failed"] if failed else []
-    parts += (
-        [
-            f"{count(skipped, 'run')} {'was' if skipped == 1 else 'were'} ruled out by the plan "
-            "before any work"
-        ]
-        if skipped
-        else []
-    )
-    return f"{text}. " + (" and ".join(parts) + "." if parts else "")
+    without = []
+    if failed:
+        without.append(f"{count(failed, 'run')} failed")
+    if skipped:
+        verb = "was" if skipped == 1 else "were"
+        without.append(f"{count(skipped, 'run')} {verb} ruled out by the plan before any work")
+    ending = f"{' and '.join(without)}." if without else ""
+    return f"{text}. {ending}"
 
 
 def protocol_notes(points: list[Point]) -> list[str]:
@@ -189,16 +194,14 @@ def models_table(points: list[Point]) -> Table | None:
     if not points:
         return None
     shown = columns([point.row for point in points])
-    rows = [
-        [Cell(p.name), Cell(ROLES[p.role]), *(_cell(p, column, True) for column in shown)]
-        for p in points
-    ]
+    rows = []
+    for point in points:
+        cells = [_cell(point, column, errors=True) for column in shown]
+        rows.append([Cell(point.name), Cell(ROLES[point.role]), *cells])
     sentence = (
         "Every checkpoint once: sources first, then in the order of the runs. ± is one standard "
-        "error of a figure alone; rows "
-        "that answered the same questions differ more surely than it suggests. A dash: not "
-        "measured, or not by the protocol of "
-        "the column."
+        "error of a figure alone; rows that answered the same questions differ more surely than it "
+        "suggests. A dash: not measured, or not by the protocol of the column."
     )
     return Table(sentence, ["model", "what it is", *(column.heading for column in shown)], rows)
 
@@ -213,25 +216,19 @@ def failures_table(collection: Collection) -> Table | None:
     """Return the runs without results, with their reasons."""
     if not collection.failures:
         return None
-    state = lambda failure: "ruled out by the plan" if failure.skipped else failure.status.lower()  # noqa: E731
-    rows = [[Cell(f.typed or f.name), Cell(state(f)), Cell(f.reason)] for f in collection.failures]
+    rows = []
+    for failure in collection.failures:
+        state = "ruled out by the plan" if failure.skipped else failure.status.lower()
+        rows.append([Cell(failure.typed or failure.name), Cell(state), Cell(failure.reason)])
     return Table("These have no figures and stand in no picture.", ["run", "state", "reason"], rows)
 
 
 def answers(points: list[Point]) -> list[Answers]:
     """Return prompt by prompt what the models answered, in the order of the table; of many models
     those that matter most."""
-    chosen = shortlist([point for point in points if point.row.samples], MODELS_ANSWERING)
-    prompts = dict.fromkeys(sample["prompt"] for point in chosen for sample in point.row.samples)
-    return [
-        Answers(
-            prompt,
-            [
-                (p.name, sample["answer"])
-                for p in chosen
-                for sample in p.row.samples
-                if sample["prompt"] == prompt
-            ],
-        )
-        for prompt in prompts
-    ]
+    answering = [point for point in points if point.row.samples]
+    by_prompt: dict[str, list[tuple[str, str]]] = {}
+    for point in shortlist(answering, MODELS_ANSWERING):
+        for sample in point.row.samples:
+            by_prompt.setdefault(sample["prompt"], []).append((point.name, sample["answer"]))
+    return [Answers(prompt, given) for prompt, given in by_prompt.items()]
