@@ -6,11 +6,11 @@ sweep varies."""
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,38 +25,61 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_experiments(arguments: list[str], conf: Path, command: str = "compress") -> None:
-    """Check the files of ``experiment=...`` on the command line of ``command``.
+    """Check the files of ``experiment=...`` on a command line.
 
-    Raises ``SlimError`` naming the file and what is unknown in it, or the experiments there are.
     ``--config-dir FOLDER`` adds files of one's own; with ``hydra.searchpath`` Hydra alone knows
-    where to look."""
-    folders, elsewhere = (
-        [conf],
-        any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments),
-    )
-    folders += config_dirs(arguments)
-    chosen = [
-        argument.partition("=")[2]
-        for argument in arguments
-        if argument.lstrip("+").startswith("experiment=")
-    ]
-    for name in (name.strip() for value in chosen for name in value.split(",")):
-        found = [
-            path for folder in folders if (path := folder / "experiment" / f"{name}.yaml").is_file()
-        ]
-        for path in found:
+    where to look.
+
+    Args:
+        arguments: what was typed.
+        conf: slim's own folder of choices.
+        command: ``compress``, ``train`` or ``evaluate``.
+
+    Raises:
+        SlimError: naming the file and what is unknown in it, or the experiments there are.
+    """
+    folders = [conf, *config_dirs(arguments)]
+    elsewhere = any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments)
+    for name in chosen_experiments(arguments):
+        files = [folder / "experiment" / f"{name}.yaml" for folder in folders]
+        files = [path for path in files if path.is_file()]
+        for path in files:
             ExperimentFile(path, folders, command).check()
-        if not found and not elsewhere and name not in ("null", ""):
-            known = [path.relative_to(folder / "experiment").with_suffix("").as_posix()
-                     for folder in folders for path in sorted(folder.glob("experiment/**/*.yaml"))]  # fmt: skip
+        if not files and not elsewhere:
+            known = known_experiments(folders)
+            hint = did_you_mean(name, known)
             raise SlimError(
-                f"experiment={name} does not exist. There are: {', '.join(known)}.{did_you_mean(name, known)}"
+                f"experiment={name} does not exist. There are: {', '.join(known)}.{hint}"
             )
 
 
+def chosen_experiments(arguments: list[str]) -> list[str]:
+    """Return the experiments that are typed, several with ``-m``."""
+    names = []
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key == "experiment":
+            names.extend(name.strip() for name in value.split(","))
+    return [name for name in names if name not in ("null", "")]
+
+
+def known_experiments(folders: list[Path]) -> list[str]:
+    """Return the names of all experiments in some folders of choices."""
+    names = []
+    for folder in folders:
+        for path in sorted(folder.glob("experiment/**/*.yaml")):
+            names.append(path.relative_to(folder / "experiment").with_suffix("").as_posix())
+    return names
+
+
 class ExperimentFile:
-    """One file. folders: where groups and choices are looked for. command: the one it is to run
-    under."""
+    """One experiment file.
+
+    Args:
+        path: of the file.
+        folders: where groups and choices are looked for.
+        command: the one it is to run under.
+    """
 
     def __init__(self, path: Path, folders: list[Path], command: str):
         self.path, self.folders, self.command = path, folders, command
@@ -70,11 +93,10 @@ class ExperimentFile:
     @cached_property
     def groups(self) -> list[str]:
         """The groups there are."""
-        own = ("hydra", "experiment", "__pycache__")
-        return sorted(
-            {path.name for folder in self.folders for path in folder.iterdir() if path.is_dir()}
-            - {*own}
-        )
+        names = set()
+        for folder in self.folders:
+            names |= {path.name for path in folder.iterdir() if path.is_dir()}
+        return sorted(names - {"hydra", "experiment", "__pycache__"})
 
     def check(self) -> None:
         """Raise ``SlimError`` for the first name that does not exist."""
@@ -94,17 +116,23 @@ class ExperimentFile:
             self.check_swept(str(key), values)
 
     def check_entry(self, key: str, choices) -> None:
-        """Check one entry of the defaults list."""
-        found = ENTRY.match(key)
-        if found is None or found.group(1).startswith("hydra/"):
+        """Check one entry of the defaults list.
+
+        Args:
+            key: such as ``override /pruner``.
+            choices: the choice, or a list of several.
+        """
+        entry = ENTRY.match(key)
+        if entry is None or entry.group(1).startswith("hydra/"):
             return
-        group = found.group(1)
+        group = entry.group(1)
         if group.split("/")[0] not in [*self.groups, "experiment"]:
             self.fail(f"there is no group '{group}'", self.groups, group)
         if key.startswith("override") and group not in self.used_groups(self.command):
-            fitting = [
-                f"{command}.py" for command in COMMANDS[1:] if group in self.used_groups(command)
-            ]
+            fitting = []
+            for command in COMMANDS[1:]:
+                if group in self.used_groups(command):
+                    fitting.append(f"{command}.py")
             self.fail(
                 f"{self.command}.py has no group '{group}', so this experiment is none for it",
                 fitting,
@@ -116,31 +144,43 @@ class ExperimentFile:
 
     def used_groups(self, command: str) -> set[str]:
         """Return the groups a command has."""
-        entries = [
-            entry for path in self.files(command) for entry in load(path).get("defaults", [])
-        ]
-        return {
-            str(key).removeprefix("/").split("@")[0]
-            for entry in entries
-            if isinstance(entry, dict)
-            for key in entry
-        }
+        groups = set()
+        for path in self.files(command):
+            for entry in load(path).get("defaults", []):
+                if isinstance(entry, dict):
+                    groups |= {str(key).removeprefix("/").split("@")[0] for key in entry}
+        return groups
 
     def check_choice(self, group: str, choice) -> None:
-        """Check that a group has a choice; one that depends on another group's may be any that
-        fits."""
+        """Check that a group has a choice.
+
+        Args:
+            group: its name.
+            choice: one that depends on another group's may be any that fits.
+        """
         if choice is None or any(self.files(f"{group}/{INTERPOLATION.sub('*', str(choice))}")):
             return
         known = sorted(path.stem for path in self.files(f"{group}/*"))
         self.fail(f"there is no {group}={choice}", known, str(choice).rpartition("/")[2])
 
     def check_setting(self, group: str, name: str, known: list[str]) -> None:
-        """Check that some choice of a group has a setting."""
+        """Check that some choice of a group has a setting.
+
+        Args:
+            group: its name.
+            name: of the setting.
+            known: all settings of the group's choices.
+        """
         if name not in known:
             self.fail(f"{group} has no setting '{name}'", known, name)
 
     def check_swept(self, key: str, values) -> None:
-        """Check a key of the sweep, and its values where they are choices of a group."""
+        """Check a setting of the sweep, and its values where they are choices of a group.
+
+        Args:
+            key: such as ``quant.bits``.
+            values: as the file has them.
+        """
         group, _, setting = re.sub(r"^quant(?=\.|$)", "quantizer", key.lstrip("+")).partition(".")
         if group not in self.groups and group not in self.top_level():
             self.fail(
@@ -156,42 +196,64 @@ class ExperimentFile:
 
     def files(self, pattern: str) -> Iterator[Path]:
         """Yield the files of choices that fit a pattern such as ``eval/*/thesis``."""
-        return (path for folder in self.folders for path in folder.glob(f"{pattern}.yaml"))
+        for folder in self.folders:
+            yield from folder.glob(f"{pattern}.yaml")
 
     def top_level(self) -> list[str]:
         """Return the settings outside groups: those of the commands, and those that choices for all
         groups bring."""
-        commands = [path for name in COMMANDS for path in self.files(name)]
-        choices = [
-            path
-            for path in self.files("*/*")
-            if path.parent.name != "experiment" and is_global(path)
-        ]
-        found = itertools.chain.from_iterable(load(path) for path in [*commands, *choices])
-        return sorted({*found} - {"defaults", "hydra"} - {*self.groups} | {"quant"})
+        names = {"quant"}
+        for path in self.command_files():
+            names |= set(load(path))
+        for path in self.files("*/*"):
+            if path.parent.name != "experiment" and is_global(path):
+                names |= set(load(path))
+        return sorted(names - {"defaults", "hydra"} - set(self.groups))
+
+    def command_files(self) -> Iterator[Path]:
+        """Yield the files of the commands and what they share."""
+        for name in COMMANDS:
+            yield from self.files(name)
 
     def settings(self, key: str) -> list[str]:
         """Return the settings that any choice of a group has, or those below a setting of the
         commands; empty if unknown."""
         group = "quantizer" if key == "quant" else key
+        names = set()
+        for settings in self.bodies(group):
+            if isinstance(settings, dict):
+                names |= set(settings)
+        names.discard("defaults")
+        return sorted(name for name in names if not name.startswith("_"))
+
+    def bodies(self, group: str) -> Iterator[Any]:
+        """Yield what the files of a group say of it, or the commands of what is no group."""
         if group not in self.groups:
-            found = (load(path).get(key) for name in COMMANDS for path in self.files(name))
-        else:
-            files = [*self.files(f"{group}/*"), *self.files(f"{group}/*/*")]
-            found = (load(path).get(group) if is_global(path) else load(path) for path in files)
-        names = itertools.chain.from_iterable(
-            settings for settings in found if isinstance(settings, dict)
-        )
-        return sorted(name for name in {*names} if not name.startswith("_") and name != "defaults")
+            for path in self.command_files():
+                yield load(path).get(group)
+            return
+        for pattern in (f"{group}/*", f"{group}/*/*"):
+            for path in self.files(pattern):
+                content = load(path)
+                yield content.get(group) if is_global(path) else content
 
     def fail(
         self, problem: str, known: Iterable[str], word: str, there_are: str = "There are"
     ) -> None:
-        """Raise ``SlimError`` with the file's name."""
+        """Refuse the file.
+
+        Args:
+            problem: what is wrong in it.
+            known: names that would do.
+            word: the name that does not exist.
+            there_are: what stands in front of the names.
+
+        Raises:
+            SlimError: always, with the file's name.
+        """
         shown = "/".join(self.path.parts[self.path.parts.index("experiment") - 1 :])
-        raise SlimError(
-            f"{shown}: {problem}. {there_are}: {', '.join(known)}.{did_you_mean(word, known)}"
-        )
+        hint = did_you_mean(word, known)
+        raise SlimError(f"{shown}: {problem}. {there_are}: {', '.join(known)}.{hint}")
 
 
 def load(path: Path) -> dict:

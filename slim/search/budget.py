@@ -44,10 +44,13 @@ class OverBudget(SlimError):
 class Budget:
     """Limits of every point of a search; None limits nothing.
 
-    memory_gb: weights and keys and values in 10^9 bytes. context: tokens the keys and values are
-    for; at most what the model was built for counts. tokens_per_second: least decode rate, measured
-    (``eval.speed``). quality: the metric that is the best within the limits, which then have to be
-    given; None where ``search.objectives`` alone says what counts."""
+    Attributes:
+        memory_gb: weights and keys and values in 10^9 bytes.
+        context: tokens the keys and values are for; at most what the model was built for counts.
+        tokens_per_second: least decode rate, measured (``eval.speed``).
+        quality: the metric that is the best within the limits, which then have to be given; None
+            where ``search.objectives`` alone says what counts.
+    """
 
     memory_gb: float | None = None
     context: int = 2048
@@ -61,8 +64,8 @@ class Budget:
         require_number("budget.context", self.context, 0, integer=True)
         if self.quality is not None and self.memory_gb is None and self.tokens_per_second is None:
             raise SlimError(
-                "hparams_search=budget needs a budget: budget.memory_gb=4 (weights and cache, 10^9 bytes) or "
-                "budget.tokens_per_second=20, or both."
+                "hparams_search=budget needs a budget: budget.memory_gb=4 (weights and cache, "
+                "10^9 bytes) or budget.tokens_per_second=20, or both."
             )
 
     def check(self, evaluation: Evaluation | None) -> None:
@@ -71,11 +74,17 @@ class Budget:
             require_metric(f"budget.quality={self.quality}", self.quality, evaluation)
         if self.tokens_per_second is not None and DECODE not in offered(evaluation):
             raise SlimError(
-                "budget.tokens_per_second is measured, and eval.speed=null measures no speed. Choose eval=quick."
+                "budget.tokens_per_second is measured, and eval.speed=null measures no speed. "
+                "Choose eval=quick."
             )
 
     def memory(self, weights: float, spec: ModelSpec) -> float:
-        """Return the memory of a model whose weights take ``weights`` bytes, in bytes."""
+        """Return the memory of a model in bytes.
+
+        Args:
+            weights: bytes of its weights.
+            spec: its description.
+        """
         return weights + cache_bytes(spec, self.context)
 
     def check_plan(self, spec: ModelSpec) -> None:
@@ -88,8 +97,12 @@ class Budget:
             )
 
     def problem(self, memory: float, rate: float | None) -> str | None:
-        """Say which limit a finished model misses: ``memory`` in bytes, ``rate`` in tokens per
-        second; None if none."""
+        """Say which limit a finished model misses, None if none.
+
+        Args:
+            memory: in bytes.
+            rate: tokens per second, None where it was not measured.
+        """
         if self.memory_gb is not None and memory > self.memory_gb * GIGABYTE:
             return f"takes {size(memory)}"
         if self.tokens_per_second is not None and not (rate or 0.0) >= self.tokens_per_second:
@@ -98,12 +111,18 @@ class Budget:
 
 
 def cache_bytes(spec: ModelSpec, context: int) -> float:
-    """Return the bytes of keys and values of ``context`` tokens, at most the model's own context,
-    of all blocks.
+    """Return the bytes of keys and values of all blocks.
 
     A block that attends to a window keeps no more than the window. Keys and values have the type of
-    the plain weights."""
-    total, tokens, sliding = 0, min(context, spec.context_length), sliding_blocks(spec)
+    the plain weights.
+
+    Args:
+        spec: of the model.
+        context: tokens; at most the model's own context counts.
+    """
+    total = 0
+    tokens = min(context, spec.context_length)
+    sliding = sliding_blocks(spec)
     for block in range(spec.blocks):
         shape = spec.at(block)
         kept = min(tokens, spec.entry("sliding_window")) if block in sliding else tokens

@@ -33,11 +33,17 @@ JSON, MARKDOWN = "search.json", "search.md"
 class Trial:
     """A point that was run or ruled out.
 
-    number: of the point in its sweep. point: key -> value. asked: Optuna's trial. planned: its
-    configuration. model: the description of the model that it ends in. needed: memory that the plan
-    foresees, bytes. result: see
-    :func:`slim.search.point.judge`; None if it failed. skipped: ruled out by its plan. error: why
-    it failed."""
+    Attributes:
+        number: of the point in its sweep.
+        point: setting -> value.
+        asked: Optuna's trial.
+        planned: its configuration.
+        model: the description of the model that it ends in.
+        needed: memory that the plan foresees, bytes.
+        result: see :func:`slim.search.point.judge`; None if it failed.
+        skipped: whether its plan rules it out.
+        error: why it failed.
+    """
 
     number: int
     point: dict[str, Any]
@@ -55,12 +61,18 @@ class Trial:
         return self.result is not None and self.result["problem"] is None
 
     def take(self, folder: SweepFolder, search: Search) -> None:
-        """Take what the sweep's folder records of it."""
-        record = next(
-            (record for record in folder.points() if record["number"] == self.number), None
-        )
-        if record is None or record["status"] != "FINISHED" or not record["final"]:
-            self.error = (record or {}).get("error") or "it ended without a result"
+        """Take what the sweep's folder records of it.
+
+        Args:
+            folder: of the sweep.
+            search: says what counts.
+        """
+        record = {}
+        for candidate in folder.points():
+            if candidate["number"] == self.number:
+                record = candidate
+        if record.get("status") != "FINISHED" or not record["final"]:
+            self.error = record.get("error") or "it ended without a result"
             return
         final = record["final"]
         self.result = {**judge(search, final["metrics"], self.model), "folder": final["folder"]}
@@ -95,72 +107,72 @@ def best(trials: list[Trial], objectives: list[str]) -> list[Trial]:
 
     A trial is beaten by one that is at least as good in all objectives and better in one; of equal
     ones the first stays."""
-    good, signs = (
-        [trial for trial in trials if trial.good],
-        [-1 if is_better_high(name) else 1 for name in objectives],
-    )
-    costs = [
-        tuple(
-            sign * trial.result["objectives"][name]
-            for name, sign in zip(objectives, signs, strict=True)
-        )
-        for trial in good
-    ]
-    first = {costs[index]: index for index in sorted(front(costs), reverse=True)}
-    return [
-        good[index] for index in sorted(first.values(), key=lambda index: (costs[index][-1], index))
-    ]
+    good = [trial for trial in trials if trial.good]
+    costs = [costs_of(trial, objectives) for trial in good]
+    first: dict[tuple, int] = {}  # costs -> the first trial that has them
+    for index in sorted(front(costs)):
+        first.setdefault(costs[index], index)
+    order = sorted(first.values(), key=lambda index: (costs[index][-1], index))
+    return [good[index] for index in order]
+
+
+def costs_of(trial: Trial, objectives: list[str]) -> tuple[float, ...]:
+    """Return the objectives of a finished trial so that less of each is better."""
+    costs = []
+    for name in objectives:
+        value = trial.result["objectives"][name]
+        costs.append(-value if is_better_high(name) else value)
+    return tuple(costs)
 
 
 def entry(trial: Trial) -> dict:
     """Return a trial as plain JSON values."""
     result = trial.result or {"objectives": {}, "problem": None}
     problem = trial.error or result["problem"]
-    state = (
-        "skipped"
-        if trial.skipped
-        else "failed"
-        if trial.result is None
-        else "over budget"
-        if problem
-        else "good"
-    )
     return {
         "settings": trial.point,
-        "state": state,
+        "state": state_of(trial, problem),
         **result,
         "problem": problem,
         "planned_memory_bytes": trial.needed,
     }
 
 
+def state_of(trial: Trial, problem: str | None) -> str:
+    """Say in a word or two what became of a trial."""
+    if trial.skipped:
+        return "skipped"
+    if trial.result is None:
+        return "failed"
+    return "over budget" if problem else "good"
+
+
 def nothing_good(trials: list[Trial], budget: Budget) -> str:
     """Say in two lines why no trial is any good."""
-    skipped, run = (
-        [trial for trial in trials if trial.skipped],
-        [trial for trial in trials if trial.result is not None],
-    )
+    skipped = [trial for trial in trials if trial.skipped]
+    run = [trial for trial in trials if trial.result is not None]
     if run:
-        nearest = max(
-            run,
-            key=lambda trial: (
-                trial.result["tokens_per_second"] or 0,
-                -trial.result["memory_bytes"],
-            ),
-        )
+        nearest = max(run, key=nearness)
         return (
-            f"None of the {len(run)} points that were run is within the budget: {name(nearest.point)} "
-            f"{nearest.result['problem']}, and that is the nearest.\nAllow more, or search among smaller models."
+            f"None of the {len(run)} points that were run is within the budget: "
+            f"{name(nearest.point)} {nearest.result['problem']}, and that is the nearest.\n"
+            "Allow more, or search among smaller models."
         )
     if skipped:
         least = min(skipped, key=lambda trial: trial.needed)
         return (
-            f"No point meets budget.memory_gb={budget.memory_gb:g}: the smallest of {len(skipped)} would take "
-            f"{size(least.needed)} ({name(least.point)}).\nNothing was run. Allow more, take a smaller budget.context, or "
-            "search among smaller models."
+            f"No point meets budget.memory_gb={budget.memory_gb:g}: the smallest of "
+            f"{len(skipped)} would take {size(least.needed)} ({name(least.point)}).\n"
+            "Nothing was run. Allow more, use a smaller budget.context, or search among smaller "
+            "models."
         )
-    failed = next((trial.error for trial in trials if trial.error), "there was none")
-    return f"No point of the search could be run. The first: {failed}"
+    errors = [trial.error for trial in trials if trial.error] or ["there was none"]
+    return f"No point of the search could be run. The first: {errors[0]}"
+
+
+def nearness(trial: Trial) -> tuple[float, float]:
+    """Order finished trials by how near they come to a budget: rate first, then memory."""
+    return trial.result["tokens_per_second"] or 0, -trial.result["memory_bytes"]
 
 
 def name(point: dict) -> str:
@@ -170,20 +182,22 @@ def name(point: dict) -> str:
 
 def title(found: dict) -> str:
     """Return what stands above the table."""
-    states, objectives = [point["state"] for point in found["points"]], list(found["objectives"])
-    limits = [
-        f"{key}={value:g}"
-        for key, value in found["budget"].items()
-        if value is not None and key != "context"
-    ]
-    best = (
-        f"Best {objectives[0]}"
-        if len(objectives) == 1
-        else f"Pareto front of {' and '.join(objectives)}"
-    )
-    skipped = f", {states.count('skipped')} ruled out by their plan" if "skipped" in states else ""
-    within = f" within {' and '.join(limits)}" if limits else ""
-    return f"{best}{within} ({len(states) - states.count('skipped')} points tried{skipped})"
+    states = [point["state"] for point in found["points"]]
+    objectives = list(found["objectives"])
+    line = f"Pareto front of {' and '.join(objectives)}"
+    if len(objectives) == 1:
+        line = f"Best {objectives[0]}"
+    limits = []
+    for key, value in found["budget"].items():
+        if value is not None and key != "context":
+            limits.append(f"{key}={value:g}")
+    if limits:
+        line += f" within {' and '.join(limits)}"
+    skipped = states.count("skipped")
+    line += f" ({len(states) - skipped} points tried"
+    if skipped:
+        line += f", {skipped} ruled out by their plan"
+    return line + ")"
 
 
 def table(found: dict) -> tuple[list[str], list[list[str]]]:

@@ -33,18 +33,26 @@ def values(config: DictConfig, metrics: dict[str, float]) -> float | list[float]
 
     NaN for one that was not measured: the point is finished all the same, and who asked for it says
     what is wrong."""
-    found = [float(metrics.get(name, math.nan)) for name in read_search(config).objectives]
-    return found[0] if len(found) == 1 else found
+    objectives = read_search(config).objectives
+    measured = [float(metrics.get(name, math.nan)) for name in objectives]
+    return measured[0] if len(measured) == 1 else measured
 
 
 def objectives(search: Search, metrics: dict[str, float]) -> dict[str, float]:
-    """Return objective -> value. Raises ``SlimError`` for one that was not measured, such as an
-    unknown figure of a task."""
+    """Return objective -> value.
+
+    Args:
+        search: names the objectives.
+        metrics: of the point's last checkpoint.
+
+    Raises:
+        SlimError: when one was not measured, such as an unknown figure of a task.
+    """
     for name in search.objectives:
         if metrics.get(name) is None:
             raise SlimError(
-                f"search.objectives={name}: no such figure was measured. There are: {', '.join(sorted(metrics))}."
-                f"{did_you_mean(name, metrics)}"
+                f"search.objectives={name}: no such figure was measured. "
+                f"There are: {', '.join(sorted(metrics))}.{did_you_mean(name, metrics)}"
             )
     return {name: float(metrics[name]) for name in search.objectives}
 
@@ -55,14 +63,17 @@ def judge(search: Search, metrics: dict[str, float], spec: ModelSpec) -> dict:
 
     ``memory_bytes``: as the budget counts it, with the files of the weights as large as they are.
     Plain JSON values."""
-    found, rate = objectives(search, metrics), metrics.get(DECODE)
+    measured = objectives(search, metrics)
+    rate = metrics.get(DECODE)
     memory = search.budget.memory(metrics["bytes_on_disk"], spec)
-    undefined = [name for name, value in found.items() if not math.isfinite(value)]
+    problem = search.budget.problem(memory, rate)
+    for name, value in measured.items():
+        if not math.isfinite(value):
+            problem = f"{name} is not finite"
+            break
     return {
-        "objectives": found,
-        "problem": f"{undefined[0]} is not finite"
-        if undefined
-        else search.budget.problem(memory, rate),
+        "objectives": measured,
+        "problem": problem,
         "memory_bytes": memory,
         "tokens_per_second": rate,
         "parameters": metrics["parameters"],

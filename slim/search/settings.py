@@ -29,12 +29,11 @@ class Search:
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
-        self.objectives = (
-            [self.objectives] if isinstance(self.objectives, str) else list(self.objectives or [])
-        )
-        if not 1 <= len(self.objectives) <= MOST or len(set(self.objectives)) < len(
-            self.objectives
-        ):
+        if isinstance(self.objectives, str):
+            self.objectives = [self.objectives]
+        self.objectives = list(self.objectives or [])
+        repeated = len(set(self.objectives)) < len(self.objectives)
+        if repeated or not 1 <= len(self.objectives) <= MOST:
             raise SlimError(
                 f"search.objectives={self.objectives}: must be one to {MOST} different metrics, "
                 "such as [perplexity,bytes_on_disk]."
@@ -48,10 +47,8 @@ class Search:
     @property
     def worst(self) -> list[float]:
         """The values of a point that is no good, so that the search stays away from it."""
-        return [
-            float("-inf") if direction == "maximize" else float("inf")
-            for direction in self.directions
-        ]
+        infinite = {"maximize": float("-inf"), "minimize": float("inf")}
+        return [infinite[direction] for direction in self.directions]
 
     def check(self, evaluation: Evaluation | None) -> None:
         """Raise ``SlimError`` if the evaluation will not measure what is looked for. Needs no

@@ -72,34 +72,40 @@ class Space:
         chosen by ``generator``.
 
         In a space too large to be listed, random points until one is new. There must be one.
+
+        Args:
+            point: that was tried.
+            generator: of random numbers.
         """
         if self.size > LISTED:
-            drawn = (
-                {key: draw(values, generator) for key, values in self.varying.items()}
-                for _ in itertools.count()
-            )
-            return next(other for other in drawn if self.is_new(other))
-        listed = (
-            dict(zip(self.varying, values, strict=True))
-            for values in itertools.product(*map(members, self.varying.values()))
-        )
-        left = [other for other in listed if self.is_new(other)]
-        distances = [sum(other[key] != value for key, value in point.items()) for other in left]
-        return generator.choice(
-            [other for other, far in zip(left, distances, strict=True) if far == min(distances)]
-        )
+            while True:
+                drawn = {key: draw(values, generator) for key, values in self.varying.items()}
+                if self.is_new(drawn):
+                    return drawn
+        nearest: list[dict[str, Any]] = []
+        least = len(point) + 1
+        for values in itertools.product(*map(members, self.varying.values())):
+            candidate = dict(zip(self.varying, values, strict=True))
+            if not self.is_new(candidate):
+                continue
+            distance = sum(candidate[key] != value for key, value in point.items())
+            if distance < least:
+                nearest = []
+                least = distance
+            if distance == least:
+                nearest.append(candidate)
+        return generator.choice(nearest)
 
 
 def fixed_overrides(typed: list[str]) -> dict[str, str]:
     """Return key -> override as typed, of those with one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides(typed)
-    return {
-        override.get_key_element(): override.input_line
-        for override in parsed
-        if not override.is_sweep_override()
-    }
+    fixed = {}
+    for override in OverridesParser.create().parse_overrides(typed):
+        if not override.is_sweep_override():
+            fixed[override.get_key_element()] = override.input_line
+    return fixed
 
 
 def key_of(point: dict[str, Any]) -> tuple:
@@ -114,8 +120,11 @@ def settings(point: dict[str, Any]) -> list[str]:
 
 def as_typed(value: Any) -> str:
     """Return a value as it is typed on the command line."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def count(values) -> float:
@@ -133,17 +142,16 @@ def count(values) -> float:
 
 def shown(values) -> list[str]:
     """Return the values of a distribution as typed; of a continuous or a large one its ends."""
-    listed = members(values) if count(values) <= LISTED else [values.low, values.high]
-    return [as_typed(value) for value in listed]
+    if count(values) > LISTED:
+        return [as_typed(values.low), as_typed(values.high)]
+    return [as_typed(value) for value in members(values)]
 
 
 def example(values) -> Any:
     """Return one value of a distribution."""
-    return (
-        values.choices[0]
-        if isinstance(values, distributions.CategoricalDistribution)
-        else values.low
-    )
+    if isinstance(values, distributions.CategoricalDistribution):
+        return values.choices[0]
+    return values.low
 
 
 def members(values) -> list:
@@ -156,7 +164,12 @@ def members(values) -> list:
 
 
 def draw(values, generator: random.Random) -> Any:
-    """Return a random value of a distribution, a continuous one uniformly between its ends."""
+    """Return a random value of a distribution, a continuous one uniformly between its ends.
+
+    Args:
+        values: the distribution.
+        generator: of random numbers.
+    """
     if count(values) < LISTED:
         return generator.choice(members(values))
     number = generator.uniform(values.low, values.high)

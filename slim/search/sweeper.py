@@ -34,8 +34,15 @@ RULED_OUT = 20  # points per trial that may be ruled out before a search ends
 
 
 def run_search(sweeper: HydraSweeper, typed: list[str]) -> dict:
-    """Try points until there are enough, print and write what came of them, and return it (see
-    :func:`conclude`)."""
+    """Try points until there are enough, print and write what came of them.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        typed: what was typed.
+
+    Returns:
+        See :func:`slim.search.outcome.conclude`.
+    """
     fixed = fixed_overrides(typed)
     search = check_settings(sweeper, fixed)
     quiet_optuna()
@@ -44,31 +51,41 @@ def run_search(sweeper: HydraSweeper, typed: list[str]) -> dict:
     drop_unknown(sweeper, space, set(params))
     if not space.varying:
         raise SlimError(
-            "There is nothing to search: nothing is left that varies. Fix fewer settings, or let others vary, such as "
-            "-m quant.bits=2,3,4."
+            "There is nothing to search: nothing is left that varies. Fix fewer settings, "
+            "or let others vary, such as -m quant.bits=2,3,4."
         )
     run = Run(sweeper, space, search)
     run.announce()
     while run.goes_on:
         run.advance()
-    found = conclude(run.trials, search, Path(sweeper.config.hydra.sweep.dir))
-    show(found)
-    return found
+    outcome = conclude(run.trials, search, Path(sweeper.config.hydra.sweep.dir))
+    show(outcome)
+    return outcome
 
 
 class Run:
-    """A search under way. wanted: trials still to be made. trials: what was tried, in order, also
-    what was ruled out."""
+    """A search under way.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        space: what varies.
+        search: what is looked for.
+
+    Attributes:
+        wanted: trials still to be made.
+        trials: what was tried, in order, also what was ruled out.
+    """
 
     def __init__(self, sweeper: HydraSweeper, space: Space, search: Search):
         import optuna
         from hydra.utils import instantiate
 
-        self.sweeper, self.space, self.search, self.sweep = sweeper, space, search, current()
-        self.at_once, self.wanted = (
-            int(sweeper.settings["n_jobs"]),
-            int(sweeper.settings["n_trials"]),
-        )
+        self.sweeper = sweeper
+        self.space = space
+        self.search = search
+        self.sweep = current()
+        self.at_once = int(sweeper.settings["n_jobs"])
+        self.wanted = int(sweeper.settings["n_trials"])
         self.most = RULED_OUT * self.wanted
         self.study = optuna.create_study(
             sampler=instantiate(sweeper.settings["sampler"]), directions=search.directions
@@ -125,7 +142,8 @@ class Run:
                 trial.needed = self.search.budget.memory(weight_bytes(trial.model), trial.model)
                 self.search.budget.check_plan(trial.model)
         except OverBudget as error:
-            trial.skipped, trial.error = True, str(error)
+            trial.skipped = True
+            trial.error = str(error)
             record_skipped(self.sweep, planned, str(error))
             return True
         trial.planned = planned
@@ -135,9 +153,9 @@ class Run:
         """Run points and tell Optuna what came of them."""
         if not batch:
             return
-        numbered = [
-            [*trial.planned.overrides, f"hydra.sweep.subdir={trial.number}"] for trial in batch
-        ]
+        numbered = []
+        for trial in batch:
+            numbered.append([*trial.planned.overrides, f"hydra.sweep.subdir={trial.number}"])
         try:
             self.sweeper.launcher.launch(numbered, initial_job_idx=batch[0].number)
         except Exception as error:  # a process that died takes the others of the batch with it
@@ -165,7 +183,13 @@ class Run:
 
 
 def record_skipped(sweep: Sweep, planned: Planned, message: str) -> None:
-    """Record a point that its plan rules out: a failed run that was never begun."""
+    """Record a point that its plan rules out: a failed run that was never begun.
+
+    Args:
+        sweep: that it belongs to.
+        planned: the point.
+        message: why it is ruled out.
+    """
     point = Point(sweep.folder, planned.number, planned.overrides, sweep.header())
     record_failure(point, planned.config, message, skipped=True)
     point.end("FAILED", message, skipped=True)
@@ -177,8 +201,15 @@ def compose(sweeper: HydraSweeper, overrides: list[str]) -> DictConfig:
 
 
 def check_settings(sweeper: HydraSweeper, fixed: dict[str, str]) -> Search:
-    """Return the search's settings. Raises ``SlimError`` for a mistake in them, before the first
-    point."""
+    """Return the search's settings.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        fixed: setting -> override as typed, of those that do not vary.
+
+    Raises:
+        SlimError: for a mistake in them; before the first point.
+    """
     from hydra.utils import instantiate
 
     for name in ("n_trials", "n_jobs"):
@@ -186,7 +217,8 @@ def check_settings(sweeper: HydraSweeper, fixed: dict[str, str]) -> Search:
     config = compose(sweeper, list(fixed.values()))
     if config.plan:
         raise SlimError(
-            "plan=true shows a run or a grid. A search chooses its next point when it knows the last one."
+            "plan=true shows a run or a grid. "
+            "A search chooses its next point when it knows the last one."
         )
     search = read_search(config)
     if search is None:
@@ -198,20 +230,23 @@ def check_settings(sweeper: HydraSweeper, fixed: dict[str, str]) -> Search:
 
 
 def drop_unknown(sweeper: HydraSweeper, space: Space, own: set[str]) -> None:
-    """Leave out settings of the search's file (``own``) that what was typed does not have, such as
-    those of pruner=none."""
+    """Leave out settings of the search's file that what was typed does not have, such as those of
+    pruner=none.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        space: what varies; it is changed.
+        own: the settings that the search's file lets vary.
+    """
     for key in [key for key in space.varying if key in own]:
         group = key.partition(".")[0]
         searched = group != key and group in space.varying
-        choices = (
-            [settings({group: choice}) for choice in members(space.varying[group])]
-            if searched
-            else [[]]
-        )
+        choices = [[]]
+        if searched:
+            choices = [settings({group: choice}) for choice in members(space.varying[group])]
         value = settings({key: example(space.varying[key])})
-        if not any(
-            _composes(sweeper, [*space.fixed.values(), *choice, *value]) for choice in choices
-        ):
+        fixed = list(space.fixed.values())
+        if not any(_composes(sweeper, fixed + choice + value) for choice in choices):
             del space.varying[key]
             say(f"{key} is not searched: what was chosen has no such setting.")
 
