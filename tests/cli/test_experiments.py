@@ -259,7 +259,7 @@ def test_a_share_of_the_blocks():
         model = ModelSpec({**CONFIGS[TL], "num_hidden_layers": depth}, name="model")
         assert model.blocks - Magnitude(blocks=share).output_spec(model).blocks == expected
     for wrong in (1.5, 0.0, -0.25, 1.0):
-        with pytest.raises(SlimError, match=f"pruner.blocks={wrong} .*share"):
+        with pytest.raises(SlimError, match=f"pruner.blocks={wrong}: must be .*share"):
             Magnitude(blocks=wrong)
     model = ModelSpec({**CONFIGS[TL], "num_hidden_layers": 8}, name="model")
     with pytest.raises(SlimError, match="blocks=7 is too many"):

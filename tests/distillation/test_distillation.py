@@ -270,12 +270,12 @@ def test_a_vocabulary_padded_to_another_size_will_do(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(loss="foward"), "teacher.loss=foward .*Did you mean forward"),
+        (dict(loss="foward"), "teacher.loss=foward: .*Did you mean forward"),
         (dict(temperature=0), "teacher.temperature=0"),
         (dict(model=None), "teacher.model is missing"),
         (dict(hard_weight=2), "teacher.hard_weight=2"),
         (dict(skew=0), "teacher.skew=0"),
-        (dict(quant="int4"), "teacher.quant=int4 .*nf4"),
+        (dict(quant="int4"), "teacher.quant=int4: .*nf4"),
         (dict(steps=0), "teacher.steps=0"),
         (dict(r=0), "teacher.r=0"),
         (dict(top_k=0), "teacher.top_k=0"),

@@ -215,11 +215,11 @@ def test_the_stage_writes_what_it_measured(symmetric, small_llama, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"p": 0}, "quant.p=0 .*from 0.1 to 1"),
+        ({"p": 0}, "quant.p=0: .*from 0.1 to 1"),
         ({"p": 1.5}, "quant.p=1.5"),
         ({"beta": -1}, "quant.beta=-1"),
         ({"kappa": 0.9}, "quant.kappa=0.9"),
-        ({"steps": 0}, "quant.steps=0 .*whole number"),
+        ({"steps": 0}, "quant.steps=0: .*whole number"),
         ({"steps": 2.5}, "quant.steps=2.5"),
         ({"bits": 5}, "quant.bits=5"),
     ],
