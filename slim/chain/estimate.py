@@ -37,6 +37,8 @@ REMEMBERED = 5  # ratios kept per kind of work
 PASSES = {"prune": 3, "quantize": 2, "tune": 3, "distill": 4, "student": 1}
 OVERHEAD = 2.0  # seconds to load libraries and weights
 EVALUATED_TOKENS = 50_000  # of an evaluation, about, where its settings do not tell
+# the parts of an evaluation, by the names of their settings
+MEASURED = ("perplexity", "documents", "tasks", "answers", "prompts", "judge", "speed", "extra")
 # settings that make one kind of work take another time than the count of its tokens says
 COSTLY = ("reconstruct", "refine", "act_order", "bits")
 
@@ -93,10 +95,18 @@ class Clock:
         """
         return self._corrected(work_name(stage), self._counted(stage_operations(stage, spec)))
 
-    def evaluation_seconds(self, spec: ModelSpec) -> float:
-        """Estimate the time to measure one checkpoint."""
+    def evaluation_seconds(self, evaluation: object, spec: ModelSpec) -> float:
+        """Estimate the time to measure one checkpoint.
+
+        Args:
+            evaluation: its settings; None for no measuring.
+            spec: the model.
+        """
+        name = evaluation_name(evaluation)
+        if not name:
+            return 0.0
         counted = self._counted(2.0 * macs_per_token(spec) * EVALUATED_TOKENS)
-        return self._corrected("evaluate", counted)
+        return self._corrected(name, counted)
 
     def learn(self, name: str, estimate: float, seconds: float) -> None:
         """Take note of how long something took.
@@ -124,12 +134,12 @@ class Clock:
         return median(self.ratios.get(name) or [1.0])
 
 
-def time_line(steps: list[Step], evaluated: bool, store: Path, device: str) -> str:
+def time_line(steps: list[Step], evaluation: object, store: Path, device: str) -> str:
     """Say how long what is missing of a plan will take, in one line.
 
     Args:
         steps: the plan.
-        evaluated: whether every checkpoint is measured.
+        evaluation: how every checkpoint is measured, None for not at all.
         store: root of the store.
         device: ``cpu`` or ``cuda``.
     """
@@ -145,12 +155,12 @@ def time_line(steps: list[Step], evaluated: bool, store: Path, device: str) -> s
         parts.append(f"{step.label} {duration(seconds)}")
         total += seconds
         rough = rough or not clock.knows(work_name(step.stage))
-    if evaluated:
+    if evaluation_name(evaluation):
         # what is measured already is known by the files' content only, so all of it is counted
-        seconds = sum(clock.evaluation_seconds(step.spec) for step in steps)
+        seconds = sum(clock.evaluation_seconds(evaluation, step.spec) for step in steps)
         parts.append(f"measuring up to {duration(seconds)}")
         total += seconds
-        rough = rough or not clock.knows("evaluate")
+        rough = rough or not clock.knows(evaluation_name(evaluation))
     if not parts:
         return "Nothing has to be run."
     note = "; a rough estimate, until it has run here once" if rough else ""
@@ -189,6 +199,12 @@ def work_name(stage: Stage) -> str:
         if value is True or isinstance(value, str) or (setting == "refine" and value):
             words.append(f"{setting}={value}")
     return " ".join(words)
+
+
+def evaluation_name(evaluation: object) -> str:
+    """Name the kind of measuring whose time is comparable, by its parts; empty for none."""
+    parts = [part for part in MEASURED if getattr(evaluation, part, None)]
+    return " ".join(["evaluate", *parts]) if parts else ""
 
 
 def machine_key(device: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.chain.estimate import Clock, work_name
+from slim.chain.estimate import Clock, evaluation_name, work_name
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.result import Result, Step
 from slim.checkpoints.source import Source, verified_checksums
@@ -287,7 +287,7 @@ class Pipeline:
 
         say(f"evaluating {result.label} ...", dim=True)
         clock = Clock.read(self.store.root, self.device)
-        estimate = clock.evaluation_seconds(result.checkpoint.spec)
+        estimate = clock.evaluation_seconds(self.evaluation, result.checkpoint.spec)
         started = time.monotonic()
         with activity(f"evaluating {result.label}"):
             measured = measure(
@@ -297,8 +297,9 @@ class Pipeline:
                 quality="quality" in missing,
                 speed="speed" in missing,
             )
-        if len(missing) == 2:  # a part alone says little of the whole
-            clock.learn("evaluate", estimate, time.monotonic() - started)
+        name = evaluation_name(self.evaluation)
+        if name and len(missing) == 2:  # a part alone says little of the rest
+            clock.learn(name, estimate, time.monotonic() - started)
         return measured
 
     def _choose_speed_dtype(self) -> None:

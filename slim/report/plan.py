@@ -23,8 +23,7 @@ def show_plan(pipeline: Pipeline, steps: list[Step]) -> None:
     problem = pipeline.limit_problem(steps)
     verdict = f"This would not fit: {problem}" if problem else "Disk and memory suffice."
     results_console().print(verdict, highlight=False, markup=False, soft_wrap=True)
-    measured = pipeline.evaluation is not None
-    line = time_line(steps, measured, pipeline.store.root, pipeline.device)
+    line = time_line(steps, pipeline.evaluation, pipeline.store.root, pipeline.device)
     results_console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -69,17 +69,28 @@ def test_an_estimate_that_was_wrong_gets_better(tmp_path):
 def test_the_plan_says_the_total(tmp_path):
     steps = plan("pruner=taylor", "quant=rtn", f"store={tmp_path}")
     clock = Clock.read(tmp_path, "cpu")
-    seconds = [
-        clock.stage_seconds(step.stage, parent.spec) for parent, step in zip(steps, steps[1:])
-    ]  # noqa: B905, E501
-    line = time_line(steps, False, tmp_path, "cpu")
+    seconds = []
+    for parent, step in zip(steps, steps[1:], strict=False):
+        seconds.append(clock.stage_seconds(step.stage, parent.spec))
+    line = time_line(steps, None, tmp_path, "cpu")
     assert line.startswith(f"Time: about {duration(sum(seconds))} (prune taylor ")
     assert "a rough estimate" in line
 
 
+def test_measuring_nothing_takes_no_time_and_teaches_nothing(tmp_path):
+    (source,) = plan("pruner=none", "quant=none", f"store={tmp_path}")
+    clock = Clock.read(tmp_path, "cpu")
+    nothing = build_pipeline(compose("compress", ["eval=none"])).evaluation
+    assert estimate.evaluation_name(nothing) == ""
+    assert clock.evaluation_seconds(nothing, source.spec) == 0
+    quick = build_pipeline(compose("compress", ["eval=quick"])).evaluation
+    assert estimate.evaluation_name(quick) == "evaluate perplexity tasks prompts speed"
+    assert clock.evaluation_seconds(quick, source.spec) > estimate.OVERHEAD
+
+
 def test_what_is_there_takes_no_time(tmp_path):
     steps = plan("pruner=none", "quant=none", f"store={tmp_path}")
-    assert time_line(steps, False, tmp_path, "cpu") == "Nothing has to be run."
+    assert time_line(steps, None, tmp_path, "cpu") == "Nothing has to be run."
 
 
 def test_the_estimate_stands_next_to_the_truth(small_llama, tmp_path):
