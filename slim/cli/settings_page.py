@@ -106,7 +106,9 @@ def read_entries(text: str) -> dict[str, Entry]:
         key -> entry, in the file's order.
     """
     root = yaml.compose(text)
-    return _section(root, text.splitlines()) if isinstance(root, yaml.MappingNode) else {}
+    if not isinstance(root, yaml.MappingNode):  # a file of comments
+        return {}
+    return _section(root, text.splitlines())
 
 
 def _section(node: yaml.MappingNode, lines: list[str]) -> dict[str, Entry]:
@@ -131,16 +133,15 @@ def _comment_above(lines: list[str], line: int) -> str:
     first = line
     while first > 0 and lines[first - 1].lstrip().startswith("#"):
         first -= 1
-    words = [row.lstrip().removeprefix("#").strip() for row in lines[first:line]]
-    # what stands at the top speaks of the whole file
-    return "" if first == 0 else " ".join(words)
+    if first == 0:  # what stands at the top speaks of the whole file
+        return ""
+    return " ".join(row.lstrip().removeprefix("#").strip() for row in lines[first:line])
 
 
 def _comment_after(row: str, value: yaml.Node, line: int) -> str:
-    # a "#" inside a quoted value is none
-    rest = row[value.end_mark.column :] if value.end_mark.line == line else row
-    _, mark, comment = rest.partition("#")
-    return comment.strip() if mark else ""
+    if value.end_mark.line == line:  # a "#" inside a quoted value begins no comment
+        row = row[value.end_mark.column :]
+    return row.partition("#")[2].strip()
 
 
 def summary(text: str) -> str:
@@ -175,10 +176,9 @@ def read_choice(group: str, name: str) -> Choice:
 
 def _compose(group: str, name: str) -> tuple[dict[str, Entry], list[str]]:
     """Return the entries of a file merged over those of its defaults list, and what it chooses."""
-    text = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8")
-    own = read_entries(text)
-    defaults = own.pop("defaults", Entry(value=[])).value
-    own.pop("hydra", None)
+    entries = read_entries((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    defaults = entries.pop("defaults", Entry(value=[])).value
+    entries.pop("hydra", None)
     merged: dict[str, Entry] = {}
     chooses: list[str] = []
     notes = True  # whether comments of the file win over those it builds on
@@ -189,12 +189,14 @@ def _compose(group: str, name: str) -> tuple[dict[str, Entry], list[str]]:
             path, _, package = item.partition("@")
             folder, _, base = path.rpartition("/")
             below, more = _compose(folder.strip("/") or group, base)
-            placed = below if package in ("", "_here_") else {package: Entry(children=below)}
-            merged, chooses = _merge(merged, placed), chooses + more
+            if package not in ("", "_here_"):
+                below = {package: Entry(children=below)}
+            merged = _merge(merged, below)
+            chooses += more
             # a preset says why it sets a value; what the setting means stands in the full file
             notes = base.startswith("_")
     # whatever the order in the list: a file that builds on another wants its own values
-    return _merge(merged, own, notes), chooses
+    return _merge(merged, entries, notes), chooses
 
 
 def _chosen(item: dict) -> list[str]:
@@ -210,8 +212,9 @@ def _merge(base: dict[str, Entry], over: dict[str, Entry], notes: bool = True) -
     merged = dict(base)
     for key, entry in over.items():
         below = base.get(key, Entry())
-        comments = [entry.comment, below.comment] if notes else [below.comment, entry.comment]
-        comment = comments[0] or comments[1]
+        comment = entry.comment or below.comment
+        if not notes:
+            comment = below.comment or entry.comment
         merged[key] = Entry(entry.value, comment, _merge(below.children, entry.children, notes))
     return merged
 
@@ -224,22 +227,26 @@ def type_of(target: Any, name: str, value: Any) -> list[str]:
         name: the setting.
         value: its default, which speaks where the class does not.
     """
-    annotation = None
+    annotation = type(value).__name__
+    if value is None:
+        annotation = "str | None"
     for known in _fields(target):
         if known.name == name:
             annotation = str(known.type)
-    if annotation is None:
-        annotation = type(value).__name__ if value is not None else "str | None"
-    parts = [part.strip() for part in annotation.split("|")]
-    return [TYPES.get(part, "") or _setting_class(part) for part in parts]
+    types = []
+    for part in annotation.split("|"):
+        types.append(TYPES.get(part.strip()) or _setting_class(part.strip()))
+    return types
 
 
 def _fields(target: Any) -> list[dataclasses.Field]:
     """Return the fields of a class, or of the classes that a function chooses between."""
     if dataclasses.is_dataclass(target):
         return list(dataclasses.fields(target))
+    if target is None:
+        return []
     fields = []
-    for known in vars(sys.modules[target.__module__]).values() if target else ():
+    for known in vars(sys.modules[target.__module__]).values():
         if dataclasses.is_dataclass(known) and known.__module__ == target.__module__:
             fields += dataclasses.fields(known)
     return fields
@@ -285,8 +292,11 @@ def _by_choice(values: dict[str, list[str]]) -> str:
     if len(values) < 2:
         return "".join(values)
     commonest = max(values, key=lambda value: len(values[value]))
-    rest = [f"{value} (`{'`, `'.join(values[value])}`)" for value in values if value != commonest]
-    return "<br>".join([commonest, *rest])
+    lines = [commonest]
+    for value, choices in values.items():
+        if value != commonest:
+            lines.append(f"{value} (`{'`, `'.join(choices)}`)")
+    return "<br>".join(lines)
 
 
 def collect(rows: dict[str, Row], choice: str, path: str, entries: dict[str, Entry]) -> None:
@@ -302,7 +312,7 @@ def collect(rows: dict[str, Row], choice: str, path: str, entries: dict[str, Ent
     for name, entry in entries.items():
         if name.startswith("_"):
             continue
-        full = f"{path}.{name}" if path else name
+        full = f"{path}.{name}".removeprefix(".")
         if entry.children:
             collect(rows, choice, full, entry.children)
             continue
@@ -315,22 +325,25 @@ def collect(rows: dict[str, Row], choice: str, path: str, entries: dict[str, Ent
 def _target(entries: dict[str, Entry]) -> Any:
     from hydra.utils import get_object
 
-    return get_object(entries["_target_"].value) if "_target_" in entries else None
+    if "_target_" not in entries:
+        return None
+    return get_object(entries["_target_"].value)
 
 
 def shown(value: Any) -> str:
     """Show a default as it is typed."""
-    text = value if isinstance(value, str) and value.strip() else json.dumps(value)
-    return f"`{text}`"
+    if isinstance(value, str) and value.strip():
+        return f"`{value}`"
+    return f"`{json.dumps(value)}`"
 
 
 def table(rows: dict[str, Row]) -> list[str]:
     """Return the lines of a group's table."""
     lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     sections = list(dict.fromkeys(section(name) for name in rows))
-    for name, row in sorted(rows.items(), key=lambda item: sections.index(section(item[0]))):
-        cells = [cell.replace("|", BAR) for cell in row.cells()]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    for name in sorted(rows, key=lambda name: sections.index(section(name))):
+        kind, default, meaning = rows[name].cells()
+        lines.append(f"| `{name}` | {kind} | {default} | {meaning.replace('|', BAR)} |")
     return lines
 
 
@@ -353,34 +366,39 @@ def group_lines(group: str) -> list[str]:
         choice = read_choice(group, name)
         text = choice.summary.rstrip(".") + "."
         if choice.chooses:
-            text += f" Chooses {', '.join(f'`{item}`' for item in choice.chooses)}."
+            text += f" Chooses `{'`, `'.join(choice.chooses)}`."
         lines.append(f"| `{name}` | {text.replace('|', BAR)} |")
         # files for the whole configuration name their group themselves
         placed = choice.entries
         if group != "hparams_search" and not (group in placed and placed[group].children):
             placed = {group: Entry(children=placed)}
-        collect(rows, name, "", {key: entry for key, entry in placed.items() if entry.children})
-    return [*lines, "", *(table(rows) if rows else []), ""]
+        for key, entry in placed.items():
+            if entry.children:
+                collect(rows, name, key, entry.children)
+    return [*lines, "", *table(rows), ""]
 
 
 def general_lines() -> list[str]:
     """Return the lines of the settings outside groups."""
     rows: dict[str, Row] = {}
     entries = read_entries((CONF / "base.yaml").read_text(encoding="utf-8"))
-    entries = {key: item for key, item in entries.items() if key not in ("defaults", "hydra")}
+    for key in ("defaults", "hydra"):  # how the file is composed, and Hydra's own settings
+        entries.pop(key, None)
     collect(rows, "", "", entries)
     return ["## General", "", *table(rows), ""]
 
 
 def helper_lines() -> list[str]:
     """Return the lines of the groups that experiment files are made of."""
-    lines = ["## What experiments are made of", "", "[The studies as experiments](studies.md) has"]
-    lines[-1] += " more on these groups.\n"
+    lines = ["## What experiments are made of", ""]
+    lines += ["[The studies as experiments](studies.md) has more on these groups.", ""]
     for group in HELPERS:
-        found = sorted((CONF / group).rglob("*.yaml"))
-        names = [path.relative_to(CONF / group).with_suffix("").as_posix() for path in found]
-        lines.append(f"- `{group}`: {', '.join(f'`{name}`' for name in names)}")
-    return [*lines, ""]
+        names = []
+        for path in sorted((CONF / group).rglob("*.yaml")):
+            names.append(path.relative_to(CONF / group).with_suffix("").as_posix())
+        lines.append(f"- `{group}`: `{'`, `'.join(names)}`")
+    lines.append("")
+    return lines
 
 
 def page() -> str:
