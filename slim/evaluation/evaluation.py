@@ -34,19 +34,23 @@ DTYPE_RULES = {"auto": "float32 on a CPU, the stored type elsewhere"}
 class Evaluation:
     """The parts of an evaluation; a part that is None is left out.
 
-    perplexity: per token. documents: per word and byte. tasks: accuracies. answers: to questions
-        with a reference.
-    extra: further parts by name: objects with ``measure(model, tokenizer, context_length)``
-        (docs/extending/metric.md).
-    judge: compares the answers of every checkpoint with those of the first one. speed: also the
-        name of a preset.
-    energy: country whose electricity the machine uses, three letters, to measure energy and CO2;
-        None measures none.
-    local_data: folder with the questions of stock tasks (see :class:`Tasks`).
-    prompts: texts that the model continues greedily, by up to ``new_tokens`` tokens each; shown as
-        sample generations.
-    dtype: type to compute in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: float32
-        on a CPU (speed in the type that is faster on this machine), the stored type elsewhere.
+    Attributes:
+        perplexity: per token.
+        tasks: accuracies on multiple-choice questions.
+        speed: rates and memory; also the name of a preset.
+        prompts: texts that the model continues greedily; shown as sample generations.
+        new_tokens: most tokens of each continuation.
+        dtype: type to compute in: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``:
+            float32 on a CPU (speed in the type that is faster on this machine), the stored type
+            elsewhere.
+        documents: perplexity per word and byte.
+        answers: to questions with a reference.
+        judge: compares the answers of every checkpoint with those of the first one.
+        energy: country whose electricity the machine uses, three letters, to measure energy and
+            CO2; None measures none.
+        local_data: folder with the questions of stock tasks (see :class:`Tasks`).
+        extra: further parts by name: objects with ``measure(model, tokenizer, context_length)``
+            (docs/extending/metric.md).
     """
 
     perplexity: Perplexity | None = None
@@ -179,53 +183,59 @@ class Evaluation:
         }
 
     def measure_quality(self, model, tokenizer) -> dict:
-        """Return ``metrics`` (flat name -> float), ``protocol`` per part, ``samples`` (``prompt``,
-        ``answer``), and more.
+        """Measure what is a fact about the checkpoint alone.
 
-        ``records``: per part what was measured question by question. ``health``: where NaN or
-        infinity starts (absent if all is finite)."""
+        Args:
+            model: a torch module of transformers.
+            tokenizer: of the checkpoint.
+
+        Returns:
+            ``metrics``: name -> float; ``protocol``: per part what they depend on; ``samples``:
+            ``prompt`` and ``answer`` of each; ``records``: per part what was measured question by
+            question; ``health``: where NaN or infinity starts (empty if all is finite).
+        """
         from slim.evaluation.generation import samples
         from slim.evaluation.health import repetition
 
         context_length = model.config.max_position_embeddings
         metrics: dict[str, float] = {}
         protocol: dict = {"dtype": dtype_name(model)}
-        found = {
-            name: part.measure(model, tokenizer, context_length)
-            for name, part in self._quality_parts().items()
-        }
-        for name, figures in found.items():
-            metrics.update(figures["metrics"])
-            protocol[name] = figures["protocol"]
-        said = samples(model, tokenizer, self.prompts, self.new_tokens) if self.prompts else []
-        answers = found.get("answers", {}).get("records", [])
-        metrics.update(repetition(tokenizer, [row["answer"] for row in [*said, *answers]]))
+        measured, records = {}, {}
+        for name, part in self._quality_parts().items():
+            result = part.measure(model, tokenizer, context_length)
+            metrics.update(result["metrics"])
+            protocol[name] = result["protocol"]
+            records[name] = result["records"]
+            measured[name] = result
+        continued = samples(model, tokenizer, self.prompts, self.new_tokens)
+        answers = records.get("answers", [])
+        texts = [row["answer"] for row in [*continued, *answers]]
+        metrics.update(repetition(tokenizer, texts))
         protocol["generation"] = {
-            "prompts": len(said),
+            "prompts": len(continued),
             "new_tokens": self.new_tokens,
             "answers": len(answers),
         }
-        records = {name: figures["records"] for name, figures in found.items()}
-        health = self._health(model, tokenizer, metrics, found, context_length)
+        health = self._health(model, tokenizer, metrics, measured, context_length)
         return {
             "metrics": metrics,
             "protocol": protocol,
-            "samples": said,
+            "samples": continued,
             "records": records,
             "health": health,
         }
 
-    def _health(self, model, tokenizer, metrics: dict, found: dict, context_length: int) -> dict:
-        """Return ``{"non_finite": ...}`` (see :func:`first_non_finite`) where a figure is not
+    def _health(self, model, tokenizer, metrics: dict, measured: dict, context_length: int) -> dict:
+        """Return ``{"non_finite": ...}`` (see :func:`first_non_finite`) where a metric is not
         finite, else nothing."""
         from slim.evaluation.health import finite, first_non_finite, suspects
 
         if finite(metrics):
             return {}
-        windows = (
-            self.perplexity.windows(tokenizer, context_length).tolist() if self.perplexity else []
-        )
-        return {"non_finite": first_non_finite(model, suspects(tokenizer, found, windows))}
+        windows = []
+        if self.perplexity:
+            windows = self.perplexity.windows(tokenizer, context_length).tolist()
+        return {"non_finite": first_non_finite(model, suspects(tokenizer, measured, windows))}
 
     def check_tokenizer(self, tokenizer, context_length: int) -> None:
         """Raise ``SlimError`` for what the checkpoint's tokenizer cannot do, and for prompts that
