@@ -17,7 +17,7 @@ from slim.models.families import FAMILIES, Family
 # in front of all names: of DataParallel, PEFT, models of several parts
 WRAPPERS = ("module.", "base_model.model.", "language_model.")
 # names of modules that wrappers put in between
-BETWEEN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # what models compute for themselves and older files hold
 COMPUTED = re.compile(r"(?:^|\.)rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)$")
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -132,8 +132,7 @@ def canonical_names(names: list[str], family: Family | None) -> list[str]:
         names: All names of a checkpoint.
         family: Its family; None leaves the base model's prefix as it is.
     """
-    names = [".".join(p for p in name.split(".") if p not in BETWEEN) for name in names]
-    names = without_wrappers(names)
+    names = without_wrappers([INFIXES.sub("", name) for name in names])
     if family is None:
         return names
     base, _, blocks = family.blocks.partition(".")  # "model" and "layers"
@@ -144,7 +143,9 @@ def canonical_names(names: list[str], family: Family | None) -> list[str]:
     if any(name.startswith(f"{base}.") for name in names):
         return names
     if any(name.startswith(f"{blocks}.") for name in names):
-        return [n if n.split(".")[0] == family.head else f"{base}.{n}" for n in names]
+        for index, name in enumerate(names):
+            if name.split(".")[0] != family.head:
+                names[index] = f"{base}.{name}"
     return names
 
 

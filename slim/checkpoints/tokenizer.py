@@ -52,8 +52,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 def embedding_rows(folder: Path) -> int | None:
     """Return the vocabulary's size by ``config.json``; None where the folder does not say."""
     file = folder / "config.json"
-    rows = read_json(file).get("vocab_size") if file.is_file() else None
-    return rows if isinstance(rows, int) else None
+    if not file.is_file():
+        return None
+    rows = read_json(file).get("vocab_size")
+    if not isinstance(rows, int):
+        return None
+    return rows
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -93,7 +97,8 @@ def watch_ids(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> No
 
 def flat(ids) -> list[int]:
     """Return the ids of one text or of several, as lists or tensors, in one list."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
     if ids and isinstance(ids[0], list):
         return [number for text in ids for number in text]
     return list(ids)

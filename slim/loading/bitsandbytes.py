@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.verify import refuse_missing_tensors
 from slim.core.errors import SlimError
 from slim.quantization.formats.bitsandbytes import KERNEL_ROWS, library
 from slim.quantization.storage import packed_schemes
 
-# types in which 4-bit codes may be stored
+# ends of the names of a layer's tensors
+EIGHT_BITS = ("weight", "SCB")
+FOUR_BITS = ("weight", "weight.absmax", "weight.quant_map")
+# types in which codes may be stored
 ITEM_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
@@ -57,9 +63,7 @@ def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -
     )  # fmt: skip
     missing = sorted(info["missing_keys"])
     if missing:
-        raise SlimError(
-            f"{checkpoint.folder} lacks {len(missing)} weights its config asks for, first '{missing[0]}'."
-        )
+        refuse_missing_tensors(checkpoint, missing)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = wanted, True
@@ -74,25 +78,37 @@ def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Raise ``SlimError`` if a quantised layer's codes are missing, or are not as many as the
-    config says."""
+    """Check that every quantized layer's codes are there, and as many as the config says.
+
+    Args:
+        checkpoint: A checkpoint of bitsandbytes.
+
+    Raises:
+        SlimError: They are not.
+    """
     spec = checkpoint.spec
-    eight = bool(spec.quantization.get("load_in_8bit"))
-    for name in packed_schemes(spec) if spec.known else ():
-        rows, columns = spec.matrices()[name]
-        for end in ("weight", "SCB") if eight else ("weight", "weight.absmax", "weight.quant_map"):
+    if not spec.known:
+        return
+    matrices = spec.matrices()
+    ends, bits = FOUR_BITS, 4
+    if spec.quantization.get("load_in_8bit"):
+        ends, bits = EIGHT_BITS, 8
+    for name in packed_schemes(spec):
+        for end in ends:
             if f"{name}.{end}" not in checkpoint.tensors:
                 raise SlimError(
-                    f"{checkpoint.folder} has no tensor '{name}.{end}', which its quantization_config asks for."
+                    f"{checkpoint.folder} has no tensor '{name}.{end}', which its "
+                    "quantization_config asks for."
                 )
+        rows, columns = matrices[name]
         _, dtype, shape = checkpoint.tensors[f"{name}.weight"]
-        count = 1 if eight else 2 * ITEM_BYTES.get(dtype, 0)
-        for size in shape:
-            count *= size
-        if count != rows * columns + (0 if eight else rows * columns % 2):
+        stored = math.prod(shape) * ITEM_BYTES.get(dtype, 0)
+        if stored != math.ceil(rows * columns * bits / 8):
+            shown = " x ".join(map(str, shape))
             raise SlimError(
-                f"{name}.weight in {checkpoint.folder} is {' x '.join(map(str, shape))} of {dtype}, which is not a layer of "
-                f"{rows} x {columns} at {8 if eight else 4} bits. The config and the weights are not of the same model."
+                f"{name}.weight in {checkpoint.folder} is {shown} of {dtype}, which is not a layer "
+                f"of {rows} x {columns} at {bits} bits.\n"
+                "The config and the weights are not of the same model."
             )
 
 

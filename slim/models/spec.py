@@ -275,17 +275,23 @@ class ModelSpec:
         return weights + biases + norms
 
     def _has_bias(self, linear: str) -> bool:
+        """Whether a linear layer, by its name within a block, has a bias."""
         family = self.family
+        bias = family.qkv_bias
         if linear.startswith(family.mlp + "."):
             bias = family.mlp_bias
-        else:
-            bias = family.o_bias if linear.endswith(".o_proj") else family.qkv_bias
-        return bool(self.entry(bias)) if isinstance(bias, str) else bias
+        elif linear.endswith(".o_proj"):
+            bias = family.o_bias
+        if isinstance(bias, str):  # an entry of the config decides
+            return bool(self.entry(bias))
+        return bias
 
     def parameters(self) -> int:
         """Count all parameters, a shared embedding once, packed weights as the weights they stand
         for, an adapter too."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        embeddings = self.vocab_size * self.hidden_size
+        if not self.tied:
+            embeddings *= 2
         blocks = sum(self.block_parameters(block) for block in range(self.blocks))
         return embeddings + self.hidden_size + blocks + self.adapter_parameters
 
@@ -293,7 +299,9 @@ class ModelSpec:
     def adapter_parameters(self) -> int:
         """Parameters of the adapter next to the weights; 0 without one. They are stored in
         float32."""
-        return 0 if self.adapter is None else self.adapter["parameters"]
+        if self.adapter is None:
+            return 0
+        return self.adapter["parameters"]
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Return full name -> (out_features, in_features) of all linear layers and embeddings, a

@@ -194,17 +194,20 @@ def group_config(scheme: Scheme, targets: list[str], ordered: bool) -> dict:
         targets: Names of layers, or classes such as ``Linear``.
         ordered: Whether groups are in activation order.
     """
-    whole_row = scheme.group_size == WHOLE_ROW
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.symmetric,
-        "strategy": "channel" if whole_row else "group",
-        "group_size": None if whole_row else scheme.group_size,
+        "strategy": "channel",
+        "group_size": None,
         "dynamic": False,
-        "actorder": "group" if ordered and not whole_row else None,
+        "actorder": None,
         "block_structure": None,
     }
+    if scheme.group_size != WHOLE_ROW:
+        weights.update(strategy="group", group_size=scheme.group_size)
+        if ordered:
+            weights["actorder"] = "group"
     return {
         "targets": targets,
         "weights": weights,

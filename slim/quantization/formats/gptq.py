@@ -80,22 +80,26 @@ class Gptq(Format):
         """Return the settings of most layers, and under ``dynamic`` what differs."""
         ((usual, _),) = Counter(schemes.values()).most_common(1)
         plain = [layer for layer in linears if layer not in schemes and layer not in HEADS]
-        dynamic = {f"-:{any_of(plain)}": {}} if plain else {}
+        dynamic: dict[str, dict] = {}
+        if plain:
+            dynamic[f"-:{any_of(plain)}"] = {}
         for scheme in dict.fromkeys(schemes.values()):
             if scheme != usual:
-                layers = [layer for layer, own in schemes.items() if own == scheme]
+                layers = [layer for layer in schemes if schemes[layer] == scheme]
                 dynamic[f"+:{any_of(layers)}"] = settings(scheme)
-        return {
+        config = {
             "quant_method": self.quant_method,
             "checkpoint_format": V1 if usual.symmetric else V2,
             **settings(usual),
             "desc_act": ordered,
             "lm_head": bool(HEADS & schemes.keys()),
             "pack_dtype": "int32",
-            **({"dynamic": dynamic} if dynamic else {}),
-            **{key: extra[key] for key in METHOD_SETTINGS if key in extra},
-            "meta": {"quantizer": ["slim"]},
         }
+        if dynamic:
+            config["dynamic"] = dynamic
+        config.update((key, extra[key]) for key in METHOD_SETTINGS if key in extra)
+        config["meta"] = {"quantizer": ["slim"]}
+        return config
 
     def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
         bits, zero = layer.scheme.bits, layer.zero
