@@ -30,15 +30,22 @@ from slim.loading.load_model import load_model
 
 model = load_model("FOLDER")
 tokenizer = load_tokenizer("FOLDER")"""
+LICENCE_KEYS = ("license", "license_name", "license_link")  # as the hub spells them
 PROMPT, ANSWER = 200, 300  # characters shown
 
 
 def write_card(results: list[Result], typed: list[str], script: str = "compress.py") -> Path | None:
-    """Write README.md into the folder of the last result, whole or not at all, and return its path.
+    """Write README.md into the folder of the last result, complete or not at all.
 
-    results: a chain's checkpoints, source first. typed: the overrides of the command. script: the
-    command's file. None, and nothing is written, where the last checkpoint is a source: what was
-    not made here is not touched."""
+    Args:
+        results: a chain's checkpoints, source first.
+        typed: the overrides of the command.
+        script: file name of the command.
+
+    Returns:
+        The path of the card; None, and nothing is written, where the last checkpoint is a source:
+        what was not made here is not touched.
+    """
     from slim.report.chain_plot import chain_points
 
     points = chain_points(results)
@@ -59,8 +66,12 @@ def write_card(results: list[Result], typed: list[str], script: str = "compress.
 
 
 def command(typed: list[str], script: str) -> str:
-    """Return the command that made the checkpoint, without what only says where results and records
-    go."""
+    """Return the command that made the checkpoint, without what only says where results go.
+
+    Args:
+        typed: the overrides as typed.
+        script: file name of the command.
+    """
     return shlex.join(["python", script, *without_places(typed)])
 
 
@@ -70,13 +81,12 @@ def source_facts(source: Checkpoint) -> dict:
 
     if source.folder.resolve().is_relative_to(ASSETS.resolve()):
         return {"license": "apache-2.0"}  # the embedded model is part of slim
-    facts = front_matter(source.folder / CARD)
-    named = {
-        key: facts[key]
-        for key in ("license", "license_name", "license_link", "base_model")
-        if facts.get(key)
-    }
-    return {"license": UNKNOWN, **named}
+    metadata = front_matter(source.folder / CARD)
+    stated = {"license": UNKNOWN}
+    for key in (*LICENCE_KEYS, "base_model"):
+        if metadata.get(key):
+            stated[key] = metadata[key]
+    return stated
 
 
 def front_matter(path: Path) -> dict:
@@ -84,52 +94,79 @@ def front_matter(path: Path) -> dict:
     import yaml
 
     try:
-        found = FRONT_MATTER.match(path.read_text(encoding="utf-8"))
-        facts = yaml.safe_load(found.group(1)) if found else {}
+        match = FRONT_MATTER.match(path.read_text(encoding="utf-8"))
+        if match is None:
+            return {}
+        metadata = yaml.safe_load(match.group(1))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    # YAML may also hold a list or a single word; neither has the keys of a model card
+    if not isinstance(metadata, dict):
+        return {}
+    return metadata
 
 
 def card(points: list[Point], config: dict, source: dict, made_by: str) -> str:
-    """Return the text of the card. config: ``config.json`` of the final checkpoint. source: from
-    :func:`source_facts`."""
+    """Return the text of the card.
+
+    Args:
+        points: the checkpoints of the chain, source first.
+        config: ``config.json`` of the final checkpoint.
+        source: what is known of the source (:func:`source_facts`).
+        made_by: the command that made the final checkpoint.
+    """
     from slim.report.points import chain_name
 
-    lines = [*_head(points, source), f"# {chain_name(points[-1].chain)}", ""]
-    lines += [_summary(points), "", "## How it was made", "", *_chain(points), ""]
-    lines += ["The command:", "", *_code(made_by, "sh"), ""]
-    lines += [*_results(points), *_load(config), *_samples(points), *_licence(points, source)]
+    lines = _head(points, source)
+    lines += [f"# {chain_name(points[-1].chain)}", ""]
+    lines += [_summary(points), "", "## How it was made", ""]
+    lines += _chain(points)
+    lines += ["", "The command:", ""]
+    lines += _code(made_by, "sh")
+    lines.append("")
+    for section in (_results(points), _load(config), _samples(points), _licence(points, source)):
+        lines += section
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _head(points: list[Point], source: dict) -> list[str]:
-    """Return the front matter that the hub reads. A base model is named only if it has a name
-    there."""
+    """Return the front matter that the hub reads."""
     import yaml
 
+    head = {}
+    base = _base_model(points[0].row.label, source)
+    if base:
+        head["base_model"] = base
+    for key in LICENCE_KEYS:
+        if key in source:
+            head[key] = source[key]
+    head["library_name"] = "transformers"
+    head["tags"] = _tags(points)
+    head["pipeline_tag"] = "text-generation"
+    return ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", ""]
+
+
+def _base_model(label: str, source: dict) -> str | None:
+    """Return the base model's name on the hub; a folder's or a file's name is none."""
     from slim.checkpoints.source import HUB_ID
 
-    label = points[0].row.label
-    base = label if HUB_ID.fullmatch(label) else source.get("base_model")
-    made = [point.row for point in points if point.row.kind not in SOURCES]
-    methods = [row.method.lower() for row in made if row.method]
-    tags = dict.fromkeys(["slim", *(TAGS[row.kind] for row in made if row.kind in TAGS), *methods])
-    licence = {
-        key: source[key] for key in ("license", "license_name", "license_link") if key in source
-    }
-    head = {
-        **({"base_model": base} if base else {}),
-        **licence,
-        "library_name": "transformers",
-        "tags": list(tags),
-    }
-    return [
-        "---",
-        yaml.safe_dump({**head, "pipeline_tag": "text-generation"}, sort_keys=False).rstrip(),
-        "---",
-        "",
-    ]
+    if HUB_ID.fullmatch(label):
+        return label
+    return source.get("base_model")
+
+
+def _tags(points: list[Point]) -> list[str]:
+    """Return the hub's tags: slim, then what was done, then by which methods, each once."""
+    kinds, methods = [], []
+    for point in points:
+        row = point.row
+        if row.kind in SOURCES:
+            continue
+        if row.kind in TAGS:
+            kinds.append(TAGS[row.kind])
+        if row.method:
+            methods.append(row.method.lower())
+    return list(dict.fromkeys(["slim"] + kinds + methods))
 
 
 def _summary(points: list[Point]) -> str:
@@ -152,55 +189,69 @@ def _chain(points: list[Point]) -> list[str]:
 
     lines = []
     for number, point in enumerate(points, 1):
-        settings = {
-            name: value
-            for name, value in plain_settings(point.row).items()
-            if value not in (None, {}, [])
-        }
-        stated = ", ".join(f"{name} {str(value)[:PROMPT]}" for name, value in settings.items())
-        lines.append(
-            f"{number}. **{plain(point.row.label)}** (`{point.row.digest}`): {plain(stated)}"
-        )
+        stated = []
+        for name, value in plain_settings(point.row).items():
+            # a setting that was left empty says nothing about the result
+            if value not in (None, {}, []):
+                stated.append(f"{name} {str(value)[:PROMPT]}")
+        label, settings = plain(point.row.label), plain(", ".join(stated))
+        lines.append(f"{number}. **{label}** (`{point.row.digest}`): {settings}")
     return lines
 
 
 def _results(points: list[Point]) -> list[str]:
-    """Return the table of all checkpoints with standard errors, and the protocols they were
-    measured by."""
+    """Return the table of all checkpoints with standard errors, and their protocols."""
     from slim.core.text import markdown_lines
-    from slim.evaluation.protocol import flat
     from slim.report.markdown import plain
     from slim.report.sections import models_table
 
-    table = models_table(points)
-    keep = [index for index, heading in enumerate(table.headings) if heading != "what it is"]
-    rows = [[plain(row[index].text) for index in keep] for row in table.rows]
     lines = [
         "## Results",
         "",
         "Every row is the row above it after one more step. ± is one standard error.",
         "",
     ]
-    lines += [*markdown_lines([plain(table.headings[index]) for index in keep], rows), ""]
-    for name in ("quality", "speed"):
-        said = dict.fromkeys(
-            json.dumps(getattr(point.row, name)["protocol"], sort_keys=True) for point in points
-        )
-        for text in said:
-            facts = {
-                key: value
-                for key, value in flat(json.loads(text)).items()
-                if not key.endswith(".host")
-            }
-            stated = ", ".join(f"{key} {shortened(value)}" for key, value in facts.items())
-            lines += [f"- {name}: {plain(stated)}"] if stated else []
-    return [*lines, ""]
+    table = models_table(points)
+    # the rows of a chain are all steps of it: what each one is goes without saying
+    kept = [index for index, heading in enumerate(table.headings) if heading != "what it is"]
+    rows = []
+    for row in table.rows:
+        rows.append([plain(row[index].text) for index in kept])
+    lines += markdown_lines([plain(table.headings[index]) for index in kept], rows)
+    lines.append("")
+    for part in ("quality", "speed"):
+        lines += _protocol_lines(part, points)
+    lines.append("")
+    return lines
+
+
+def _protocol_lines(part: str, points: list[Point]) -> list[str]:
+    """Return one line per protocol of a part; where all rows share a protocol that is one."""
+    from slim.evaluation.protocol import flat
+    from slim.report.markdown import plain
+
+    protocols = {}
+    for point in points:
+        protocol = getattr(point.row, part)["protocol"]
+        protocols.setdefault(json.dumps(protocol, sort_keys=True), None)
+    lines = []
+    for text in protocols:
+        stated = []
+        for key, value in flat(json.loads(text)).items():
+            # the name of a private machine is nobody's business
+            if not key.endswith(".host"):
+                stated.append(f"{key} {shortened(value)}")
+        if stated:
+            lines.append(f"- {part}: {plain(', '.join(stated))}")
+    return lines
 
 
 def shortened(value) -> str:
     """Return a value of a protocol as text; of a checksum the first digits."""
     text = str(value)
-    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text[:12]
+    return text
 
 
 def _load(config: dict) -> list[str]:
@@ -215,8 +266,11 @@ def _load(config: dict) -> list[str]:
     ]
     lines += _code(SLIM)
     lines += ["", f"**transformers**: {how.transformers}", ""]
-    lines += [*_code(how.code), ""] if how.code else []
-    return [*lines, f"**vLLM**: {how.vllm}", ""]
+    if how.code:
+        lines += _code(how.code)
+        lines.append("")
+    lines += [f"**vLLM**: {how.vllm}", ""]
+    return lines
 
 
 def _samples(points: list[Point]) -> list[str]:
@@ -224,33 +278,33 @@ def _samples(points: list[Point]) -> list[str]:
     from slim.report.markdown import plain
     from slim.report.sections import answers
 
-    ends = [points[0], points[-1]] if len(points) > 1 else points
+    ends = points[:1]
+    if len(points) > 1:
+        ends = [points[0], points[-1]]
     lines = []
-    for one in answers(ends):
-        lines += [
-            f"**{plain(one.prompt[:PROMPT])}**{' ...' if len(one.prompt) > PROMPT else ''}",
-            "",
-        ]
-        lines += [
-            *(f"- {plain(name)}: {plain(answer.strip()[:ANSWER])}" for name, answer in one.answers),
-            "",
-        ]
-    return (
-        ["## What it says", "", "Greedy answers; an impression and no measure.", "", *lines]
-        if lines
-        else []
-    )
+    for question in answers(ends):
+        prompt = plain(question.prompt[:PROMPT])
+        ellipsis = " ..." if len(question.prompt) > PROMPT else ""
+        lines += [f"**{prompt}**{ellipsis}", ""]
+        for name, answer in question.answers:
+            lines.append(f"- {plain(name)}: {plain(answer.strip()[:ANSWER])}")
+        lines.append("")
+    if not lines:
+        return []
+    return ["## What it says", "", "Greedy answers; an impression and no measure.", ""] + lines
 
 
 def _licence(points: list[Point], source: dict) -> list[str]:
     if points[0].row.kind not in SOURCES:
         return ["## Licence", "", "There is no base model: the weights began at random."]
-    licence = "unknown: see the base model" if source["license"] == UNKNOWN else source["license"]
-    said = (
+    licence = source["license"]
+    if licence == UNKNOWN:
+        licence = "unknown: see the base model"
+    sentence = (
         f"Base model: `{points[0].row.label}`. Its licence: {licence}. What is made from a model "
         "is under its licence too."
     )
-    return ["## Licence and base model", "", said]
+    return ["## Licence and base model", "", sentence]
 
 
 def _code(text: str, language: str = "python") -> list[str]:
