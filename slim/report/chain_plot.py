@@ -28,24 +28,26 @@ FLAT_TO = 4  # ratio of largest to smallest perplexity from which the axis is lo
 
 
 def plot_chain(path: Path, results: list[Result]) -> bool:
-    """Draw the perplexity and the accuracies of a chain's checkpoints, source first, into the PNG
-    ``path``.
+    """Draw the perplexity and the accuracies of a chain's checkpoints.
 
     Bars of error are one standard error, where known. Figures of different protocols are lines of
-    their own. Returns whether there was anything to draw: a chain of two checkpoints at least, with
-    a figure of quality."""
+    their own.
+
+    Args:
+        path: the PNG to write.
+        results: the checkpoints, source first.
+
+    Returns:
+        Whether there was anything to draw: a chain of two checkpoints at least, with a figure of
+        quality.
+    """
     points = chain_points(results)
-    perplexity = primary(
-        points, [column for column in quality_columns(points) if column.metric.is_perplexity]
-    )
-    tasks = by_protocol(
-        [*task_metrics(points, "acc"), MEAN_ACCURACY], [point.row for point in points]
-    )
-    sides = [columns for columns in ([perplexity] if perplexity else [], tasks) if columns]
+    sides = _sides(points)
     if len(points) < 2 or not sides:
         return False
     figure = new_figure(max(4.8, 1.6 + 1.1 * len(points)) * len(sides), 4.2)
-    for axes, columns in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
+    panels = figure.subplots(1, len(sides), squeeze=False)[0]
+    for axes, columns in zip(panels, sides, strict=True):
         _draw(axes, points, columns)
     save_figure(figure, path)
     return True
@@ -54,57 +56,104 @@ def plot_chain(path: Path, results: list[Result]) -> bool:
 def chain_points(results: list[Result]) -> list[Point]:
     """Return the results of one chain as the report's points."""
     rows = [Row.from_record(record(result)) for result in results]
-    return [
-        Point(row, tuple(rows[: number + 1]), step_name(row), "step", "")
-        for number, row in enumerate(rows)
-    ]
+    points = []
+    for length, row in enumerate(rows, 1):
+        points.append(Point(row, tuple(rows[:length]), step_name(row), "step", ""))
+    return points
+
+
+def _sides(points: list[Point]) -> list[list[Column]]:
+    """Return the columns of every panel: one perplexity, then the accuracies; none that is
+    empty."""
+    perplexities = []
+    for column in quality_columns(points):
+        if column.metric.is_perplexity:
+            perplexities.append(column)
+    sides = []
+    perplexity = primary(points, perplexities)
+    if perplexity is not None:
+        sides.append([perplexity])
+    # the mean comes last, so that it is drawn over the tasks
+    accuracies = [*task_metrics(points, "acc"), MEAN_ACCURACY]
+    tasks = by_protocol(accuracies, [point.row for point in points])
+    if tasks:
+        sides.append(tasks)
+    return sides
 
 
 def _draw(axes, points: list[Point], columns: list[Column]) -> None:
     """Draw one line per column over the steps; a figure that is missing, NaN or infinite leaves a
     gap."""
+    alone = len(columns) == 1
     for number, column in enumerate(columns):
-        heights = [
-            math.nan if (found := value(point, column)) is None else found for point in points
-        ]
-        spread = [error(point, column) or 0.0 for point in points]
-        mean = column.metric is MEAN_ACCURACY
-        colour = KEPT if len(columns) == 1 else "black" if mean else COLORS[number % len(COLORS)]
-        style = {"color": colour, "linestyle": "--" if mean else "-", "linewidth": 1.4}
+        heights = [_height(point, column) for point in points]
         axes.errorbar(
             range(len(points)),
             heights,
-            yerr=spread,
+            yerr=[error(point, column) or 0.0 for point in points],
             marker="o",
             capsize=2,
             label=column.heading,
-            **style,
+            **_line_style(column, number, alone),
         )
-        if len(columns) == 1:
+        if alone:
             _write_figures(axes, heights, column)
-    known = [
-        found
-        for point in points
-        for column in columns
-        if (found := value(point, column)) is not None
-    ]
-    if columns[0].metric.is_perplexity and known and max(known) > FLAT_TO * min(known):
+    if columns[0].metric.is_perplexity and _is_wide(points, columns):
         axes.set_yscale("log")
     labels = [point.name.replace(" ", "\n", 1).replace(", ", ",\n") for point in points]
     axes.set_xticks(range(len(points)), labels, fontsize="small")
     axes.margins(x=0.12, y=0.15)
-    axes.set_ylabel(
-        axis_title(columns[0]) if len(columns) == 1 else "correct (%), higher is better"
-    )
+    axes.set_ylabel(axis_title(columns[0]) if alone else "correct (%), higher is better")
     axes.grid(axis="y", alpha=0.3)
-    if len(columns) > 1:
+    if not alone:
         axes.legend(fontsize="small", frameon=False)
 
 
+def _height(point: Point, column: Column) -> float:
+    """Return a value in its unit; NaN, which matplotlib leaves out, where there is none."""
+    height = value(point, column)
+    if height is None:
+        return math.nan
+    return height
+
+
+def _line_style(column: Column, number: int, alone: bool) -> dict:
+    """Return color and dashes: a single line has the report's color, the mean over tasks is
+    dashed."""
+    mean = column.metric is MEAN_ACCURACY
+    color = COLORS[number % len(COLORS)]
+    if alone:
+        color = KEPT
+    elif mean:
+        color = "black"
+    return {"color": color, "linestyle": "--" if mean else "-", "linewidth": 1.4}
+
+
+def _is_wide(points: list[Point], columns: list[Column]) -> bool:
+    """Whether the largest value is so far from the smallest that a linear axis would hide one."""
+    known = []
+    for point in points:
+        for column in columns:
+            height = value(point, column)
+            if height is not None:
+                known.append(height)
+    return bool(known) and max(known) > FLAT_TO * min(known)
+
+
 def _write_figures(axes, heights: list[float], column: Column) -> None:
+    """Write every value over its mark; NaN stands at the bottom, where there is no mark."""
     for place, height in enumerate(heights):
-        text = "NaN" if math.isnan(height) else f"{height:,.{column.metric.digits}f}"
-        where = (place, height) if math.isfinite(height) else (place, axes.get_ylim()[0])
+        text = f"{height:,.{column.metric.digits}f}"
+        position = (place, height)
+        if math.isnan(height):
+            text = "NaN"
+        if not math.isfinite(height):
+            position = (place, axes.get_ylim()[0])
         axes.annotate(
-            text, where, textcoords="offset points", xytext=(0, 7), ha="center", fontsize="small"
+            text,
+            position,
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="center",
+            fontsize="small",
         )

@@ -62,10 +62,9 @@ def pareto_picture(points: list[Point], x: Metric, identity: str) -> dict | None
     Returns:
         One option per measure of quality and protocol; None without data.
     """
-    places, measures = by_protocol([x], [point.row for point in points]), quality_columns(points)
-    first = primary(points, measures)
+    places = by_protocol([x], [point.row for point in points])
     options = []
-    for measure in sorted(measures, key=lambda column: column is not first):
+    for measure in primary_first(points, quality_columns(points)):
         for place in places:
             option = _pareto_option(points, place, measure, len(places) > 1)
             if option is not None:
@@ -76,11 +75,42 @@ def pareto_picture(points: list[Point], x: Metric, identity: str) -> dict | None
     return {"id": identity, "title": title, "options": options}
 
 
+def primary_first(points: list[Point], measures: list[Column]) -> list[Column]:
+    """Return the columns with the one first that most checkpoints have a figure in.
+
+    Args:
+        points: the checkpoints.
+        measures: the columns; apart from the first their order stays.
+    """
+    first = primary(points, measures)
+    return sorted(measures, key=lambda column: column is not first)
+
+
 def _pareto_option(points: list[Point], x: Column, y: Column, several: bool) -> dict | None:
+    """Return the front of two columns; ``several``: x has columns of more than one protocol."""
     best, others = pareto(points, x, y)
     if not best:
         return None
-    drawn = [*best, *others]
+    traces = []
+    if others:
+        traces.append(_scatter(others, x, y, "not on the front"))
+    traces.append(_front_trace(best, x, y))
+    drawn = best + others
+    yaxis = _axis(drawn, y, y.metric.is_perplexity)
+    # better is always up
+    if y.metric.better == "low":
+        yaxis["autorange"] = "reversed"
+    return {
+        "label": f"{y.heading} against {x.heading}" if several else y.heading,
+        "sentence": _pareto_sentence(points, best, drawn, x, y),
+        "data": traces,
+        "layout": {"xaxis": _axis(drawn, x, True), "yaxis": yaxis, "hovermode": "closest"},
+    }
+
+
+def _pareto_sentence(
+    points: list[Point], best: list[Point], drawn: list[Point], x: Column, y: Column
+) -> str:
     better = "left" if x.metric.better == "low" else "right"
     sentence = (
         f"Up and to the {better} is better. {len(best)} of {len(drawn)} models are on the front: "
@@ -93,63 +123,53 @@ def _pareto_option(points: list[Point], x: Column, y: Column, several: bool) -> 
         sentence += f" {left} without both figures of this protocol (or NaN) {verb} not drawn."
     if any(error(point, y) is not None for point in drawn):
         sentence += " The thin lines are ± one standard error."
-    traces = [
-        _scatter(others, x, y, "not on the front", False),
-        _scatter(best, x, y, "on the front", True),
-    ]
-    heights = [value(point, y) for point in drawn]
-    yaxis = {"title": {"text": axis_title(y)}, **_scale(heights, y.metric.is_perplexity)}
-    if y.metric.better == "low":
-        yaxis["autorange"] = "reversed"
-    places = [value(point, x) for point in drawn]
-    xaxis = {"title": {"text": axis_title(x)}, **_scale(places, True)}
+    return sentence
+
+
+def _axis(points: list[Point], column: Column, may_be_log: bool) -> dict:
+    """Return the axis of a column: logarithmic where it may be and figures differ by a factor."""
+    values = [value(point, column) for point in points]
+    title = {"text": axis_title(column)}
+    if may_be_log and min(values) > 0 and max(values) > LOG_FROM * min(values):
+        return {"title": title, "type": "log", "dtick": "D2"}
+    return {"title": title, "type": "linear"}
+
+
+def _scatter(points: list[Point], x: Column, y: Column, name: str) -> dict:
+    """Return points as faint marks without a line."""
+    symbols, across, up, spreads, hovers = [], [], [], [], []
+    for point in points:
+        symbols.append(SYMBOLS[point.role])
+        across.append(value(point, x))
+        up.append(value(point, y))
+        spreads.append(error(point, y))
+        hovers.append(hover(point, (y, x)))
     return {
-        "label": f"{y.heading} against {x.heading}" if several else y.heading,
-        "sentence": sentence,
-        "data": [trace for trace in traces if trace["x"]],
-        "layout": {"xaxis": xaxis, "yaxis": yaxis, "hovermode": "closest"},
-    }
-
-
-def _scale(values: list[float], allowed: bool) -> dict:
-    """Return a logarithmic axis where it is ``allowed`` and figures differ by a factor, else a
-    linear one."""
-    wide = allowed and min(values) > 0 and max(values) > LOG_FROM * min(values)
-    return {"type": "log", "dtick": "D2"} if wide else {"type": "linear"}
-
-
-def _scatter(points: list[Point], x: Column, y: Column, name: str, on_front: bool) -> dict:
-    marker = {"symbol": [SYMBOLS[p.role] for p in points], "size": 12, "color": KEPT}
-    if not on_front:
-        marker |= {"size": 9, "color": "#8a8f98"}
-    trace = {
         "type": "scatter",
-        "mode": "lines+markers+text" if on_front else "markers",
+        "mode": "markers",
         "name": name,
-        "x": [value(p, x) for p in points],
-        "y": [value(p, y) for p in points],
-        "error_y": {
-            "type": "data",
-            "array": [error(p, y) for p in points],
-            "thickness": 1,
-            "width": 3,
-        },
-        "marker": marker,
-        "opacity": 1.0 if on_front else 0.55,
+        "x": across,
+        "y": up,
+        "error_y": {"type": "data", "array": spreads, "thickness": 1, "width": 3},
+        "marker": {"symbol": symbols, "size": 9, "color": "#8a8f98"},
+        "opacity": 0.55,
         "hoverinfo": "text",
-        "hovertext": [hover(p, (y, x)) for p in points],
+        "hovertext": hovers,
     }
-    if on_front:
-        trace |= {
-            "text": [str(number) for number in range(1, len(points) + 1)],
-            "textposition": "top center",
-        }
-        trace["line"] = {
-            "width": 1.5,
-            "dash": "dot",
-            "color": KEPT,
-            "shape": "hv" if x.metric.better == "low" else "vh",
-        }
+
+
+def _front_trace(points: list[Point], x: Column, y: Column) -> dict:
+    """Return the points of the front, numbered as in the table of the best models."""
+    trace = _scatter(points, x, y, "on the front")
+    trace["mode"] = "lines+markers+text"
+    trace["marker"] |= {"size": 12, "color": KEPT}
+    trace["opacity"] = 1.0
+    trace["text"] = [str(number) for number in range(1, len(points) + 1)]
+    trace["textposition"] = "top center"
+    # between two points of the front the one that costs less is the best there is, so the steps
+    # turn at its height
+    shape = "hv" if x.metric.better == "low" else "vh"
+    trace["line"] = {"width": 1.5, "dash": "dot", "color": KEPT, "shape": shape}
     return trace
 
 
@@ -171,7 +191,9 @@ def hover(point: Point, columns: tuple[Column, ...]) -> str:
 
 
 def _wrap(text: str) -> str:
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(text, HOVER_WIDTH)[:5])
+    """Break a text into at most five lines, safe as plotly's HTML."""
+    lines = textwrap.wrap(text, HOVER_WIDTH)[:5]
+    return "<br>".join(html.escape(line) for line in lines)
 
 
 def task_bars(points: list[Point]) -> dict | None:
@@ -183,17 +205,23 @@ def task_bars(points: list[Point]) -> dict | None:
         columns = by_protocol(task_metrics(shown, metric), [point.row for point in shown])
         if columns:
             options.append(_bars(shown, columns, label))
-    return {"id": "tasks", "title": "Tasks", "options": options} if options else None
+    if not options:
+        return None
+    return {"id": "tasks", "title": "Tasks", "options": options}
 
 
 def _bars(candidates: list[Point], columns: list[Column], label: str) -> dict:
+    """Return the bars of at most ``BARS`` models, most of them hidden until their name is
+    clicked."""
     points = shortlist(candidates, BARS)
     at_first = {id(point) for point in shortlist(points, BARS_SHOWN)}
     data = []
     for number, point in enumerate(points):
         bars = _point_bars(point, columns)
         bars["marker"] = {"color": COLORS[number % len(COLORS)]}
-        bars["visible"] = True if id(point) in at_first else "legendonly"
+        bars["visible"] = "legendonly"
+        if id(point) in at_first:
+            bars["visible"] = True
         data.append(bars)
     sentence = (
         "Bars of one group answered the same questions. The thin lines are ± one standard error: a "
@@ -213,7 +241,7 @@ def _bars(candidates: list[Point], columns: list[Column], label: str) -> dict:
 
 
 def _point_bars(point: Point, columns: list[Column]) -> dict:
-    """Return the bars of one model, without colour."""
+    """Return the bars of one model, without color."""
     headings, heights, errors, hovers = [], [], [], []
     for column in columns:
         headings.append(column.heading)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from slim.report.charts import hover
-from slim.report.pareto import axis_title, primary, quality_columns, value
+from slim.report.charts import hover, primary_first
+from slim.report.pareto import axis_title, quality_columns, value
 from slim.report.points import Point, plain_settings, varying_settings
 from slim.report.runs import Row
 from slim.report.table import Column, cell
@@ -58,12 +59,10 @@ def heat_map(points: list[Point]) -> dict | None:
         One option per pair of settings, measure and rest; None where no two settings vary.
     """
     finals = [point for point in points if point.role == "final"]
-    measures = quality_columns(finals)
-    first = primary(finals, measures)
-    measures = sorted(measures, key=lambda column: column is not first)
+    # the grid with most results comes first in the drop-down
     grids = sorted(_grids(finals), key=lambda grid: -len(grid.points))
     options = []
-    for column in measures:
+    for column in primary_first(finals, quality_columns(finals)):
         for grid in grids:
             if any(value(point, column) for point in grid.points.values()):
                 options.append(_option(grid, column))
@@ -75,30 +74,45 @@ def heat_map(points: list[Point]) -> dict | None:
 def _grids(points: list[Point]) -> list[Grid]:
     """Return every grid of two by two or more."""
     numbers = {id(point): _numbers(point) for point in points}
-    values: dict[str, set[float]] = {}
-    for settings in numbers.values():
-        for name, number in settings.items():
-            values.setdefault(name, set()).add(number)
-    varying = [name for name, known in values.items() if len(known) >= SMALLEST]
     grids = []
-    for pair in combinations(varying, 2):
+    for pair in combinations(_varying(numbers.values()), 2):
+        # runs that differ in anything besides the pair do not compare within one grid
         by_rest: dict[str, dict[Place, Point]] = defaultdict(dict)
         for point in points:
             settings = numbers[id(point)]
-            if all(name in settings for name in pair):
+            if pair[0] in settings and pair[1] in settings:
                 place = (settings[pair[0]], settings[pair[1]])
                 by_rest[_rest(point, pair)][place] = point
         for cells in by_rest.values():
-            grids.append(Grid(pair, "", cells))
-    grids = [grid for grid in grids if grid.is_filled]
+            grid = Grid(pair, "", cells)
+            if grid.is_filled:
+                grids.append(grid)
+    # a single grid needs nothing that tells it from others
     if len(grids) == 1:
         return grids
-    differing = varying_settings(row for point in points for row in point.chain)
-    named = []
+    return _labeled(grids, points)
+
+
+def _varying(numbers: Iterable[dict[str, float]]) -> list[str]:
+    """Return the settings that take two values at least."""
+    values: dict[str, set[float]] = {}
+    for settings in numbers:
+        for name, number in settings.items():
+            values.setdefault(name, set()).add(number)
+    return [name for name, taken in values.items() if len(taken) >= SMALLEST]
+
+
+def _labeled(grids: list[Grid], points: list[Point]) -> list[Grid]:
+    """Return the grids with what tells each from the others."""
+    rows = []
+    for point in points:
+        rows += point.chain
+    differing = varying_settings(rows)
+    labeled = []
     for grid in grids:
         example = next(iter(grid.points.values()))
-        named.append(replace(grid, rest=_rest_label(example, grid.pair, differing)))
-    return named
+        labeled.append(replace(grid, rest=_rest_label(example, grid.pair, differing)))
+    return labeled
 
 
 def _numbers(point: Point) -> dict[str, float]:
@@ -106,6 +120,7 @@ def _numbers(point: Point) -> dict[str, float]:
     numbers = {}
     for row in point.chain:
         for name, number in plain_settings(row).items():
+            # True and False are ints to Python, and no axis to a reader
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 numbers[f"{row.kind} {name}"] = number
     return numbers
@@ -118,8 +133,12 @@ def _rest(point: Point, pair: tuple[str, str]) -> str:
 
 
 def _besides(row: Row, pair: tuple[str, str]) -> dict[str, object]:
-    settings = plain_settings(row)
-    return {name: value for name, value in settings.items() if f"{row.kind} {name}" not in pair}
+    """Return the settings of a step without those of the pair."""
+    settings = {}
+    for name, setting in plain_settings(row).items():
+        if f"{row.kind} {name}" not in pair:
+            settings[name] = setting
+    return settings
 
 
 def _rest_label(point: Point, pair: tuple[str, str], varying: dict) -> str:
@@ -135,19 +154,40 @@ def _rest_label(point: Point, pair: tuple[str, str], varying: dict) -> str:
 
 
 def _option(grid: Grid, column: Column) -> dict:
-    xs, ys = grid.values(0), grid.values(1)
-    heights, texts, hovers, empty = [], [], [], 0
-    for y in ys:
-        line = [grid.points.get((x, y)) for x in xs]
-        empty += line.count(None)
-        heights.append([None if point is None else value(point, column) for point in line])
-        texts.append(["" if point is None else cell(point.row, column) for point in line])
-        hovers.append([_hover(point, column) for point in line])
     across, down = grid.pair
-    trace = {
+    sentence = (
+        f"The lighter the better. Along a row changes {across}, along a column {down}. "
+        f"({axis_title(column)}.)"
+    )
+    cells = len(grid.values(0)) * len(grid.values(1))
+    empty = cells - len(grid.points)
+    if empty:
+        sentence += f" {empty} of {cells} cells are empty: not run, or failed."
+    # categories: a value that is twice another is not twice as far from zero
+    axes = {
+        "xaxis": {"title": {"text": across}, "type": "category"},
+        "yaxis": {"title": {"text": down}, "type": "category"},
+    }
+    label = f"{column.heading}: {across} and {down}"
+    if grid.rest:
+        label += f"; {grid.rest}"
+    return {"label": label, "sentence": sentence, "data": [_trace(grid, column)], "layout": axes}
+
+
+def _trace(grid: Grid, column: Column) -> dict:
+    """Return the grid as plotly's heat map, one list per value of the second setting."""
+    heights, texts, hovers = [], [], []
+    for y in grid.values(1):
+        row = _Row([], [], [])
+        for x in grid.values(0):
+            row.add(grid.points.get((x, y)), column)
+        heights.append(row.heights)
+        texts.append(row.texts)
+        hovers.append(row.hovers)
+    return {
         "type": "heatmap",
-        "x": [f"{x:g}" for x in xs],
-        "y": [f"{y:g}" for y in ys],
+        "x": [f"{x:g}" for x in grid.values(0)],
+        "y": [f"{y:g}" for y in grid.values(1)],
         "z": heights,
         "text": texts,
         "texttemplate": "%{text}",
@@ -159,21 +199,23 @@ def _option(grid: Grid, column: Column) -> dict:
         "xgap": 2,
         "ygap": 2,
     }
-    sentence = (
-        f"The lighter the better. Along a row changes {across}, along a column {down}. "
-        f"({axis_title(column)}.)"
-    )
-    if empty:
-        sentence += f" {empty} of {len(xs) * len(ys)} cells are empty: not run, or failed."
-    axes = {
-        "xaxis": {"title": {"text": across}, "type": "category"},
-        "yaxis": {"title": {"text": down}, "type": "category"},
-    }
-    label = f"{column.heading}: {across} and {down}"
-    if grid.rest:
-        label += f"; {grid.rest}"
-    return {"label": label, "sentence": sentence, "data": [trace], "layout": axes}
 
 
-def _hover(point: Point | None, column: Column) -> str:
-    return "not run, or failed" if point is None else hover(point, (column,))
+@dataclass(frozen=True)
+class _Row:
+    """Cells of a heat map from left to right."""
+
+    heights: list[float | None]
+    texts: list[str]
+    hovers: list[str]
+
+    def add(self, point: Point | None, column: Column) -> None:
+        """Add the cell of a result; one that was not run, or failed, is empty."""
+        if point is None:
+            self.heights.append(None)
+            self.texts.append("")
+            self.hovers.append("not run, or failed")
+            return
+        self.heights.append(value(point, column))
+        self.texts.append(cell(point.row, column))
+        self.hovers.append(hover(point, (column,)))
