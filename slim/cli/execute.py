@@ -22,7 +22,10 @@ from slim.core import processes
 from slim.core.console import results_console
 from slim.core.errors import SlimError
 from slim.core.io import atomic_path
+from slim.core.settings import cache_name
 from slim.core.tables import print_table
+from slim.gguf.metadata import GGUF_FILE
+from slim.gguf.sources import ENDING as GGUF_ENDING
 from slim.report.plan import show_plan
 from slim.sweeps import point as sweeps
 from slim.sweeps.names import point_name, typed
@@ -64,6 +67,7 @@ def run_chain(config: DictConfig) -> list[Result]:
     if config.plan:
         show_plan(pipeline, steps)
         return []
+    check_output_file(output, steps[-1])
     pipeline.check_limits(steps)
     return run_tracked([pipeline], [steps], config, output)
 
@@ -236,7 +240,7 @@ def show_line(out: Console, text: str) -> None:
 
 
 def check_output(output: str | None) -> Path | None:
-    """Return the folder to copy the result to.
+    """Return the folder, or the GGUF file, to copy the result to.
 
     Raises:
         SlimError: when it exists; before any work.
@@ -251,10 +255,33 @@ def check_output(output: str | None) -> Path | None:
     return path
 
 
+def check_output_file(output: Path | None, last: Step) -> None:
+    """Refuse ``output=NAME.gguf`` for a chain whose result has no GGUF file.
+
+    Args:
+        output: where to copy the result to, or None.
+        last: the chain's last step.
+
+    Raises:
+        SlimError: before any work.
+    """
+    if output is None or output.suffix != GGUF_ENDING:
+        return
+    method = (last.spec.quantization or {}).get("quant_method")
+    if method != "gguf" and cache_name(last.stage) != "Gguf":
+        raise SlimError(
+            f"output={output.name}: the result of this chain has no GGUF file. Use "
+            "quant.format=gguf or quant=gguf, or give a folder."
+        )
+
+
 def copy_result(result: Result, output: Path) -> None:
-    """Copy the final checkpoint, whole or not at all."""
+    """Copy the final checkpoint, or its GGUF file where ``output`` is one, whole or not at all."""
     with atomic_path(output) as partial:
-        shutil.copytree(result.checkpoint.folder, partial)
+        if output.suffix == GGUF_ENDING:
+            shutil.copyfile(result.checkpoint.folder / GGUF_FILE, partial)
+        else:
+            shutil.copytree(result.checkpoint.folder, partial)
 
 
 def quiet_libraries() -> None:

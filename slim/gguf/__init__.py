@@ -1,3 +1,3 @@
-"""GGUF files as sources: what is in them, and how they become plain checkpoint folders
-(docs/gguf.md).
+"""GGUF files as sources (what is in them, how they become plain checkpoint folders) and as results
+(written from checkpoints, for other engines): docs/gguf.md.
 """

@@ -53,8 +53,7 @@ def check_model(spec: ModelSpec) -> None:
     if config.get("per_layer_config"):
         raise SlimError(
             f"{spec.name} has blocks of different sizes, which slim does not write as GGUF yet. "
-            "Prune all blocks alike (pruner=magnitude_width, depth pruning), or use "
-            "quant.format=compressed-tensors."
+            "Use pruner.uniform=true, or quant.format=compressed-tensors."
         )
     entry, expected = architecture.activation
     activation = config.get(entry, config.get("hidden_act", expected))

@@ -51,6 +51,7 @@ def _by_format(quantization: dict | None) -> Loading:
         "gptq": _gptq,
         "awq": _awq,
         "bitsandbytes": _bitsandbytes,
+        "gguf": _gguf,
     }
     if method in known:
         return known[method](quantization)
@@ -115,6 +116,15 @@ def _awq(quantization: dict) -> Loading:
 
 def _bitsandbytes(quantization: dict) -> Loading:
     return Loading("With `bitsandbytes` and `accelerate` installed.", _code(PLAIN), NOT_TRIED)
+
+
+def _gguf(quantization: dict) -> Loading:
+    line = 'model = AutoModelForCausalLM.from_pretrained("FOLDER", gguf_file="model.gguf")'
+    text = (
+        "With `gguf` installed; weights are dequantized. `model.gguf` is for engines: "
+        "`llama-cli -m FOLDER/model.gguf`, or `ollama create NAME -f FOLDER/Modelfile`."
+    )
+    return Loading(text, _code(line), NOT_TRIED)
 
 
 def _unequal(found: Loading, quantization: dict | None) -> Loading:

@@ -434,3 +434,34 @@ def test_the_chat_template_stands_in_the_file(tmp_path):
     source, result = written("llama", tmp_path)
     template = AutoTokenizer.from_pretrained(source).chat_template
     assert GgufModel(result / "model.gguf").metadata["tokenizer.chat_template"] == template
+
+
+# One command --------------------------------------------------------------------------------------
+
+
+def test_output_may_name_the_file(tmp_path):
+    from slim.chain.compose import compose
+    from slim.cli.execute import execute
+
+    chain = ["model=tiny", "pruner=none", "eval=none", f"store={tmp_path / 'store'}"]
+    file = tmp_path / "new" / "small.gguf"
+    chosen = ["quant=rtn", "quant.group_size=64", "quant.format=gguf"]
+    results = execute(compose("compress", [*chain, *chosen, f"output={file}"]))
+    assert file.read_bytes() == (results[-1].checkpoint.folder / "model.gguf").read_bytes()
+    card = (results[-1].checkpoint.folder / "README.md").read_text(encoding="utf-8")
+    assert 'gguf_file="model.gguf"' in card
+    chosen = ["quant=rtn", "quant.group_size=64", f"output={tmp_path / 'other.gguf'}"]
+    with pytest.raises(SlimError, match="other.gguf: the result of this chain has no GGUF file"):
+        execute(compose("compress", [*chain, *chosen]))
+
+
+def test_a_damaged_file_is_noticed(tmp_path):
+    from slim.checkpoints.store import Store, write_manifest
+
+    _, result = written("llama", tmp_path, "Q8_0")
+    write_manifest(result, {})
+    assert Store(tmp_path).find(result) is not None
+    with (result / "model.gguf").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    assert Store(tmp_path).find(result) is None

@@ -1,7 +1,7 @@
 // Runs llama.cpp (the npm package node-llama-cpp) on a GGUF file: tokens and next-token logits of
 // some texts, and one answer in chat.
 // node llama_cpp.mjs FOLDER FILE.gguf OUT.json '{"texts": [...], "chat": "..."}'
-// FOLDER: where node-llama-cpp was installed, without a folder behind it: node_modules is in it.
+// FOLDER: where node-llama-cpp was installed; node_modules is in it.
 import {writeFileSync} from "node:fs";
 import path from "node:path";
 import {pathToFileURL} from "node:url";
