@@ -81,7 +81,7 @@ STAGES = {
 
 @torch.no_grad()
 def divergences(result: Path, answers: list[dict]) -> list[float]:
-    """Return KL(slim, llama.cpp) of the next token for every text, whose tokens must be the same."""
+    """Return KL(slim, llama.cpp) of the next token for every text; its tokens must be the same."""
     tokenizer, model = load_tokenizer(result), load_model(result, "float32")
     values = []
     for text, answer in zip(TEXTS, answers, strict=True):
