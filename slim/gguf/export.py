@@ -37,6 +37,9 @@ STORED_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 # type of most weights -> general.file_type (gguf.LlamaFileType)
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
 QUANTIZATION_VERSION = 2  # of ggml's block types
+# llama.cpp looks for these tokens in every model whose name contains "phi3", to let them take the
+# white space that follows along, and does not load one that lacks them.
+PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
 
 def export_gguf(folder: Path) -> list[str]:
@@ -56,7 +59,7 @@ def export_gguf(folder: Path) -> list[str]:
     file = GgufTensors(checkpoint)
     writer = GGUFWriter(folder / GGUF_FILE, name)
     tokens = vocabulary_entries(folder, spec)
-    entries = {**file_entries(checkpoint, file.types()), **model_entries(spec), **tokens}
+    entries = {**file_entries(checkpoint, file.types(), tokens), **model_entries(spec), **tokens}
     for key, value in entries.items():
         add_entry(writer, key, value)
     file.write(writer)
@@ -183,13 +186,22 @@ def permute_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def file_entries(checkpoint: Checkpoint, types: Counter) -> dict[str, Any]:
-    """Return the metadata that describe the file: what to call it, the type of most weights."""
+def file_entries(checkpoint: Checkpoint, types: Counter, tokens: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata that describe the file: what to call it, the type of most weights.
+
+    Args:
+        checkpoint: What is written.
+        types: Type -> bytes of the tensors that have it.
+        tokens: The metadata of the tokenizer.
+    """
     family = checkpoint.spec.family.model_type
+    name = family
+    if family == "phi3" and not set(tokens[f"{KEY}tokens"]) >= PHI3_TOKENS:
+        name = "phi"
     size = size_label(checkpoint.spec.parameters())
     entries = {
         "general.type": "model",
-        "general.name": f"{family} {size}",
+        "general.name": f"{name} {size}",
         "general.basename": family,  # files of Mistral's models are told from Llama's by it
         "general.size_label": size,
         "general.file_type": FILE_TYPES[types.most_common(1)[0][0]],
