@@ -14,6 +14,7 @@ from slim.tracking.connection import connect as client_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 SUMMARY = "sweep.json"
 STORE = "runs"  # where results are kept unless store= says otherwise
@@ -22,27 +23,43 @@ STORE = "runs"  # where results are kept unless store= says otherwise
 def connect(what: str, store: str | None, uri: str | None) -> MlflowClient:
     """Return a client for the server ``uri`` or the SQLite file of ``store``.
 
-    Without both it is that of the sweep in the folder ``what``, or of the default store.
-    Raises ``SlimError`` if nothing has been tracked there, or the server does not answer.
+    Args:
+        what: what the report is about; where it is a sweep's folder, its ``sweep.json`` stands for
+            arguments that are None.
+        store: folder of the results; None: that of the sweep, or the default.
+        uri: address of a tracking server; None: that of the sweep, or the file in the store.
+
+    Returns:
+        MLflow's client.
+
+    Raises:
+        SlimError: when nothing has been tracked there, or the server does not answer.
     """
     header = summary(what) if store is None and uri is None else {}
-    root, uri = (
-        Path(store or header.get("store") or STORE).expanduser().absolute(),
-        uri or header.get("uri"),
-    )
-    if uri is None and not (root / "mlflow.db").is_file():
+    root = Path(store or header.get("store") or STORE).expanduser().absolute()
+    address = uri or header.get("uri")
+    # MLflow would create an empty database where there is none
+    if address is None and not (root / "mlflow.db").is_file():
         raise SlimError(
             f"There are no tracked runs in {root}. Give --store FOLDER as in store=FOLDER, or "
             "--uri of a server."
         )
-    return client_of(tracking_uri(root, uri))
+    return client_of(tracking_uri(root, address))
 
 
 def find(client: MlflowClient, what: str) -> tuple[list[str], str | None]:
-    """Return the ids of the runs that ``what`` means, and a title (None: let the runs say it).
+    """Return the runs that a word on the command line means.
 
-    what: name of an experiment, id or name of a sweep's or run's run, a multirun folder. Raises
-    ``SlimError`` for nothing."""
+    Args:
+        client: of the store or server (:func:`connect`).
+        what: name of an experiment, id or name of a sweep's or run's run, a multirun folder.
+
+    Returns:
+        The ids of the runs, and a title (None: let the runs say it).
+
+    Raises:
+        SlimError: when nothing has that name.
+    """
     run_id = summary(what).get("run_id") or _run_by_id(client, what)
     if run_id is not None:
         return [run_id], None
@@ -50,14 +67,16 @@ def find(client: MlflowClient, what: str) -> tuple[list[str], str | None]:
     for experiment in experiments:
         if experiment.name == what:
             return _tops(client, [experiment.experiment_id], what), f"Experiment {what}"
-    named = _by_name(client, [experiment.experiment_id for experiment in experiments], what)
-    if named is not None:
-        return [named], None
+    ids = [experiment.experiment_id for experiment in experiments]
+    run_id = _by_name(client, ids, what)
+    if run_id is not None:
+        return [run_id], None
     if Path(what).is_dir():
         raise SlimError(
             f"The folder {what} has no {SUMMARY}: it is none of a sweep. Give the sweep's id or "
             "its experiment."
         )
+    # MLflow makes an experiment of that name in every store
     names = [experiment.name for experiment in experiments if experiment.name != "Default"]
     raise SlimError(
         f"Nothing is called '{what}'. Give an experiment "
@@ -70,15 +89,16 @@ def summary(folder: str) -> dict:
     """Return ``sweep.json`` of a multirun folder, or an empty dict: experiments may be named as
     folders are.
 
-    Raises ``SlimError`` if it cannot be read or names no run.
+    Raises:
+        SlimError: when it cannot be read or names no run.
     """
     path = Path(folder) / SUMMARY
     if not path.is_file():
         return {}
-    found = read_json(path)
-    if not found.get("run_id"):
+    sweep = read_json(path)
+    if not sweep.get("run_id"):
         raise SlimError(f"{path} names no run. Give the sweep's id or its experiment.")
-    return found
+    return sweep
 
 
 def _run_by_id(client: MlflowClient, what: str) -> str | None:
@@ -92,9 +112,10 @@ def _run_by_id(client: MlflowClient, what: str) -> str | None:
 
 def _tops(client: MlflowClient, experiments: list[str], what: str) -> list[str]:
     """Return the runs of an experiment that are nobody's child."""
-    runs = [
-        run.info.run_id for run in search_runs(client, experiments) if PARENT not in run.data.tags
-    ]
+    runs = []
+    for run in search_runs(client, experiments):
+        if PARENT not in run.data.tags:
+            runs.append(run.info.run_id)
     if not runs:
         raise SlimError(f"The experiment {what} has no runs yet.")
     return runs
@@ -103,10 +124,18 @@ def _tops(client: MlflowClient, experiments: list[str], what: str) -> list[str]:
 def _by_name(client: MlflowClient, experiments: list[str], what: str) -> str | None:
     """Return the newest run called ``what`` that is no stage; a sweep is also found by
     ``slim.sweep``."""
-    found = [
-        run
-        for run in search_runs(client, experiments)
-        if run.data.tags.get(KIND, "stage" if PARENT in run.data.tags else "run") != "stage"
-        and what in (run.info.run_name, run.data.tags.get("slim.sweep"))
-    ]
-    return found[-1].info.run_id if found else None
+    newest = None
+    # the search answers oldest first
+    for run in search_runs(client, experiments):
+        if _is_stage(run):
+            continue
+        if what in (run.info.run_name, run.data.tags.get("slim.sweep")):
+            newest = run.info.run_id
+    return newest
+
+
+def _is_stage(run: Run) -> bool:
+    """Whether a run is a stage of another; without a tag its having a parent says so."""
+    if KIND in run.data.tags:
+        return run.data.tags[KIND] == "stage"
+    return PARENT in run.data.tags

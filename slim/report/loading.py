@@ -20,8 +20,13 @@ DEQUANTIZED = (
 
 @dataclass(frozen=True)
 class Loading:
-    """Sentences on transformers and vLLM; ``code`` for transformers, None where it cannot load the
-    folder."""
+    """How a folder is loaded.
+
+    Attributes:
+        transformers: a sentence on it.
+        code: Python for transformers, None where it cannot load the folder.
+        vllm: a sentence on vLLM.
+    """
 
     transformers: str
     code: str | None
@@ -32,10 +37,11 @@ def loading(config: dict) -> Loading:
     """Return how a folder with this ``config.json`` is loaded."""
     if config.get(ADAPTER) is not None:
         return _with_adapter()
-    found = _by_format(config.get("quantization_config"))
+    quantization = config.get("quantization_config")
+    by_format = _by_format(quantization)
     if config.get("per_layer_config"):
-        return _unequal(found, config.get("quantization_config"))
-    return found
+        return _unequal(by_format, quantization)
+    return by_format
 
 
 def _by_format(quantization: dict | None) -> Loading:
@@ -53,41 +59,45 @@ def _by_format(quantization: dict | None) -> Loading:
         "bitsandbytes": _bitsandbytes,
         "gguf": _gguf,
     }
-    if method in known:
-        return known[method](quantization)
-    return Loading(
-        f"The format {method} is not one of slim's; see its own documentation.", None, NOT_TRIED
-    )
+    if method not in known:
+        sentence = f"The format {method} is not one of slim's; see its own documentation."
+        return Loading(sentence, None, NOT_TRIED)
+    return known[method](quantization)
 
 
-def _code(line: str, imported: str = "", first: str = "") -> str:
-    names = ", ".join(sorted(filter(None, ("AutoModelForCausalLM", "AutoTokenizer", imported))))
+def _code(line: str, imported: str = "") -> str:
+    """Return Python that loads model and tokenizer; ``imported``: one more name it needs."""
+    names = ["AutoModelForCausalLM", "AutoTokenizer"]
+    if imported:
+        names.append(imported)
     tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-    return f"{first}from transformers import {names}\n\n{line}\n{tokenizer}"
+    return f"from transformers import {', '.join(sorted(names))}\n\n{line}\n{tokenizer}"
+
+
+def _served(documented: bool) -> str:
+    """Say whether vLLM's documentation names a grid of integers."""
+    if documented:
+        return (
+            f"`vllm serve FOLDER` is documented for 4 and 8 bits on a symmetric grid. {NOT_TRIED}"
+        )
+    return f"Not documented for this grid. {NOT_TRIED}"
 
 
 def _compressed_tensors(quantization: dict) -> Loading:
     groups = list(quantization.get("config_groups", {}).values())
     schemes = [group["weights"] for group in groups]
-    symmetric, several = all(scheme.get("symmetric", True) for scheme in schemes), len(groups) > 1
-    embedding = any(
-        "embed_tokens" in target for group in groups for target in group.get("targets", [])
-    )
-    bits = {scheme.get("num_bits") for scheme in schemes}
-    served = f"`vllm serve FOLDER` is documented for 4 and 8 bits on a symmetric grid. {NOT_TRIED}"
-    vllm = served if symmetric and bits <= {4, 8} else f"Not documented for this grid. {NOT_TRIED}"
+    # absent means symmetric in this format
+    symmetric = all(scheme.get("symmetric", True) for scheme in schemes)
+    vllm = _served(symmetric and {scheme.get("num_bits") for scheme in schemes} <= {4, 8})
     if any(scheme.get("actorder") == "group" for scheme in schemes):
-        return Loading(
-            "No: compressed-tensors no longer reads groups in activation order.", None, vllm
-        )
-    if symmetric and not embedding:
+        sentence = "No: compressed-tensors no longer reads groups in activation order."
+        return Loading(sentence, None, vllm)
+    if symmetric and not _has_embedding(groups):
         return Loading("With `compressed-tensors` installed.", _code(PLAIN), vllm)
-    if several:
-        asymmetric, embedding = (
-            "an asymmetric grid that differs by layer",
-            "a quantised embedding next to layers of other settings",
-        )
-        reason = embedding if symmetric else asymmetric
+    if len(groups) > 1:
+        reason = "an asymmetric grid that differs by layer"
+        if symmetric:
+            reason = "a quantised embedding next to layers of other settings"
         return Loading(f"No: it cannot read {reason}. Use slim.", None, vllm)
     needed = (
         "With `compressed-tensors` installed, and `dequantize=True`: it cannot run such a grid "
@@ -96,17 +106,21 @@ def _compressed_tensors(quantization: dict) -> Loading:
     return Loading(needed, _code(DEQUANTIZED, "CompressedTensorsConfig"), vllm)
 
 
+def _has_embedding(groups: list[dict]) -> bool:
+    for group in groups:
+        if any("embed_tokens" in target for target in group.get("targets", [])):
+            return True
+    return False
+
+
 def _gptq(quantization: dict) -> Loading:
-    symmetric, bits = quantization.get("sym", True), quantization.get("bits")
-    documented = symmetric and bits in (4, 8)
-    vllm = f"`vllm serve FOLDER` is documented for 4 and 8 bits on a symmetric grid. {NOT_TRIED}"
     needed = (
         "With `gptqmodel` and `optimum` installed, which want an environment of their own (a "
         "newer torch)."
     )
-    return Loading(
-        needed, _code(PLAIN), vllm if documented else f"Not documented for this grid. {NOT_TRIED}"
-    )
+    # absent means symmetric here too
+    documented = quantization.get("sym", True) and quantization.get("bits") in (4, 8)
+    return Loading(needed, _code(PLAIN), _served(documented))
 
 
 def _awq(quantization: dict) -> Loading:
@@ -127,7 +141,7 @@ def _gguf(quantization: dict) -> Loading:
     return Loading(text, _code(line), NOT_TRIED)
 
 
-def _unequal(found: Loading, quantization: dict | None) -> Loading:
+def _unequal(by_format: Loading, quantization: dict | None) -> Loading:
     """Blocks of unequal sizes: transformers builds them only once slim is imported."""
     text = (
         "The sizes of every block are in `config.json` under `per_layer_config`. The model "
@@ -135,10 +149,16 @@ def _unequal(found: Loading, quantization: dict | None) -> Loading:
         "them yet; with slim imported they do. Without it loading ends with an error, never with "
         "wrong weights."
     )
-    tried = quantization is None or quantization.get("quant_method") == "compressed-tensors"
-    said = [text, *([found.transformers] if quantization else []), *([] if tried else [NOT_TRIED])]
-    code = None if found.code is None else "import slim\n" + found.code
-    return Loading(" ".join(said), code, "No: its model classes build all blocks alike.")
+    sentences = [text]
+    if quantization:
+        sentences.append(by_format.transformers)
+    # of the formats only compressed-tensors was loaded with blocks of unequal sizes
+    if quantization is not None and quantization.get("quant_method") != "compressed-tensors":
+        sentences.append(NOT_TRIED)
+    code = None
+    if by_format.code is not None:
+        code = "import slim\n" + by_format.code
+    return Loading(" ".join(sentences), code, "No: its model classes build all blocks alike.")
 
 
 def _with_adapter() -> Loading:

@@ -26,29 +26,40 @@ def page(report: Sections) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    options = {}
+    for picture in report.pictures:
+        options[picture["id"]] = picture["options"]
     return environment.get_template("report.html").render(
         report=report,
         sections=sections(report),
         mark=MARK,
         style=(ASSETS / "report.css").read_text(encoding="utf-8"),
         script=(ASSETS / "report.js").read_text(encoding="utf-8"),
+        # several megabytes that a page without pictures is better off without
         plotly=plotly_script() if report.pictures else "",
-        pictures=embedded({picture["id"]: picture["options"] for picture in report.pictures}),
+        pictures=embedded(options),
     )
 
 
 def sections(report: Sections) -> list[tuple[str, str]]:
     """Return (anchor, heading) of the sections the page has."""
-    listed = [
+    possible = [
         ("best", "The best model for your memory", report.best),
         ("models", "All models", report.models),
-        *((picture["id"], picture["title"], picture) for picture in report.pictures),
+    ]
+    for picture in report.pictures:
+        possible.append((picture["id"], picture["title"], picture))
+    possible += [
         ("answers", "Answers side by side", report.answers),
         ("published", "Published figures", report.published),
         ("failures", "Runs without results", report.failures),
         ("settings", "Settings", report.settings),
     ]
-    return [(anchor, heading) for anchor, heading, content in listed if content]
+    listed = []
+    for anchor, heading, content in possible:
+        if content:
+            listed.append((anchor, heading))
+    return listed
 
 
 @cache
@@ -56,18 +67,18 @@ def plotly_script() -> str:
     """Return plotly's script, for use inside ``<script>``."""
     from plotly.offline import get_plotlyjs
 
+    # the first "</script" ends the element, even within a string of the script
     return get_plotlyjs().replace("</script", "<\\/script")
 
 
 def embedded(value: Any) -> str:
     """Return JSON that is safe inside ``<script>``: no ``<``, and null for what JSON has no number
     for."""
-    return (
-        json.dumps(finite(value), allow_nan=False)
-        .replace("<", "\\u003c")
-        .replace(">", "\\u003e")
-        .replace("&", "\\u0026")
-    )
+    text = json.dumps(finite(value), allow_nan=False)
+    # these characters occur only inside JSON's strings, where an escape means the same
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def finite(value: Any) -> Any:
@@ -76,4 +87,6 @@ def finite(value: Any) -> Any:
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -30,8 +30,15 @@ def quality_columns(points: list[Point]) -> list[Column]:
 
 
 def task_metrics(points: list[Point], kind: str) -> list[Metric]:
-    """Return one metric per task that gives ``kind`` (``"acc"``, ``"acc_norm"``...); the mean over
-    tasks is none of them."""
+    """Return one metric per task that was measured in a way.
+
+    Args:
+        points: the checkpoints.
+        kind: ``"acc"``, ``"acc_norm"``, ``"word_perplexity"``.
+
+    Returns:
+        In the order in which the checkpoints name them; the mean over tasks is none of them.
+    """
     names: dict[str, None] = {}
     for point in points:
         names.update(dict.fromkeys(point.row.metrics))
@@ -51,13 +58,25 @@ def axis_title(column: Column) -> str:
 
 
 def value(point: Point, column: Column) -> float | None:
-    """Return what a picture can show: the value in its unit, None if it is missing, NaN or
-    infinite."""
+    """Return what a picture can show.
+
+    Args:
+        point: the checkpoint.
+        column: metric and protocol.
+
+    Returns:
+        The value in the metric's unit, None if it is missing, NaN or infinite.
+    """
     return _shown(figure(point.row, column), column)
 
 
 def error(point: Point, column: Column) -> float | None:
-    """Return the standard error in the metric's unit, None if it is not known."""
+    """Return the standard error in the metric's unit, None if it is not known.
+
+    Args:
+        point: the checkpoint.
+        column: metric and protocol.
+    """
     return _shown(standard_error(point.row, column), column)
 
 
@@ -69,25 +88,44 @@ def _shown(number: float | None, column: Column) -> float | None:
 
 def with_error(point: Point, column: Column) -> str:
     """Return the cell of a table: the value as every table shows it, ± its standard error where
-    that is known."""
-    text, spread = column.metric.format(figure(point.row, column)), error(point, column)
-    return text if spread is None else f"{text} ± {spread:,.{column.metric.digits}f}"
+    that is known.
+
+    Args:
+        point: the checkpoint.
+        column: metric and protocol.
+    """
+    text = column.metric.format(figure(point.row, column))
+    spread = error(point, column)
+    if spread is None:
+        return text
+    return f"{text} ± {spread:,.{column.metric.digits}f}"
 
 
 def against_source(point: Point, column: Column) -> str:
-    """Return how a value differs from that of the chain's source: per cent for a perplexity,
-    points for an accuracy."""
-    last, first = figure(point.row, column), figure(point.source, column)
+    """Return how a value differs from that of the chain's source.
+
+    Args:
+        point: the checkpoint.
+        column: metric and protocol.
+
+    Returns:
+        Per cent for a perplexity, points for an accuracy; a dash where there is nothing to compare.
+    """
+    last = figure(point.row, column)
+    first = figure(point.source, column)
     if last is None or first is None or point.row is point.source:
         return "-"
     if column.metric.is_perplexity:
-        return f"{100 * (last / first - 1):+.1f} %" if math.isfinite(last / first) else "NaN"
-    change = column.metric.scale * (last - first)
+        # a perplexity is a ratio already: its size depends on the tokenizer and the text
+        change, text = last / first, f"{100 * (last / first - 1):+.1f} %"
+    else:
+        change = column.metric.scale * (last - first)
+        text = f"{change:+.{column.metric.digits}f}"
+        if column.metric.unit == "%":
+            text = f"{change:+.1f} points"
     if not math.isfinite(change):
         return "NaN"
-    if column.metric.unit == "%":
-        return f"{change:+.1f} points"
-    return f"{change:+.{column.metric.digits}f}"
+    return text
 
 
 def front(costs: Sequence[Sequence[float]]) -> list[int]:
@@ -99,6 +137,7 @@ def front(costs: Sequence[Sequence[float]]) -> list[int]:
     best: list[int] = []
     # whatever dominates a point comes before it in this order
     for index in sorted(range(len(costs)), key=lambda i: costs[i]):
+        # domination is transitive: to compare with those that stayed is enough
         if not any(_dominates(costs[earlier], costs[index]) for earlier in best):
             best.append(index)
     return best
@@ -109,26 +148,48 @@ def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def pareto(points: list[Point], x: Column, y: Column) -> tuple[list[Point], list[Point]]:
-    """Return the points on the front of two columns, by x, and the others; those without both
-    figures are in neither."""
-    known = [p for p in points if value(p, x) is not None and value(p, y) is not None]
-    costs = [(_cost(p, x), _cost(p, y)) for p in known]
-    chosen = set(front(costs))
-    best = [point for index, point in enumerate(known) if index in chosen]
-    others = [point for index, point in enumerate(known) if index not in chosen]
+    """Divide points by whether another beats them in two columns.
+
+    Args:
+        points: the checkpoints.
+        x: first column; the front is sorted by it.
+        y: second column.
+
+    Returns:
+        The points on the front, and the others; those without both figures are in neither.
+    """
+    known, costs = [], []
+    for point in points:
+        if value(point, x) is not None and value(point, y) is not None:
+            known.append(point)
+            costs.append((_cost(point, x), _cost(point, y)))
+    on_front = set(front(costs))
+    best, others = [], []
+    for index, point in enumerate(known):
+        (best if index in on_front else others).append(point)
     return sorted(best, key=lambda point: value(point, x)), others
 
 
 def _cost(point: Point, column: Column) -> float:
+    """Return a value, turned so that lower is better."""
     number = value(point, column)
-    return number if column.metric.better == "low" else -number
+    if column.metric.better == "low":
+        return number
+    return -number
 
 
 def shortlist(points: list[Point], most: int) -> list[Point]:
-    """Return at most so many points, in their order: sources before those on the front of quality
-    and bytes before others."""
+    """Return the points that matter most, in their order.
+
+    Args:
+        points: the checkpoints.
+        most: how many at most; sources come before those on the front of quality and bytes, and
+            these before others.
+    """
     quality = primary(points, quality_columns(points))
-    best = pareto(points, SIZE, quality)[0] if quality else []
+    best = []
+    if quality is not None:
+        best, _ = pareto(points, SIZE, quality)
     ranked = sorted(
         range(len(points)), key=lambda i: (points[i].role != "source", points[i] not in best)
     )
@@ -136,8 +197,18 @@ def shortlist(points: list[Point], most: int) -> list[Point]:
 
 
 def primary(points: list[Point], columns: list[Column]) -> Column | None:
-    """Return the column that most checkpoints have a figure in, the first of several; None without
-    any."""
-    return max(
-        columns, key=lambda column: sum(value(p, column) is not None for p in points), default=None
-    )
+    """Return the column that most checkpoints have a figure in.
+
+    Args:
+        points: the checkpoints.
+        columns: to choose from.
+
+    Returns:
+        The first of several; None without any.
+    """
+    most, best = -1, None
+    for column in columns:
+        known = sum(value(point, column) is not None for point in points)
+        if known > most:
+            most, best = known, column
+    return best

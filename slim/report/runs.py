@@ -31,8 +31,19 @@ class Row:
     """A checkpoint as ``results.json`` records it, with all that ``slim.report.table`` asks of a
     result.
 
-    quality, speed: ``metrics`` (name -> figure) and ``protocol`` of each; ``metrics`` has those of
-    both and standard errors."""
+    Attributes:
+        label: name of the step, such as ``quantize gptq``; a source's is the model's.
+        digest: hash that names the checkpoint.
+        kind: of the step (``quantize``, ``prune``...), ``source`` for a source.
+        method: class that made it; None for a source.
+        settings: of the method.
+        metrics: name -> figure, those of both parts and standard errors.
+        facts: what the checkpoint's files say of themselves.
+        quality: ``metrics`` (name -> figure) and ``protocol`` of the quality.
+        speed: the same of the speed.
+        curves: [label, value, step] of a training.
+        samples: ``prompt`` and ``answer`` of each.
+    """
 
     label: str
     digest: str
@@ -48,21 +59,36 @@ class Row:
 
     @classmethod
     def from_record(cls, record: dict) -> Row:
-        """Read one record of ``results.json``. Raises ``KeyError`` for one of an older version,
-        which says less."""
-        parts = {
-            name: {
-                "metrics": {
-                    metric: record["metrics"][metric] for metric in record["measured"][name]
-                },
-                "protocol": record["protocol"][name] or {},
-            }
-            for name in ("quality", "speed")
-        }
-        names = ("kind", "method", "settings", "metrics", "facts", "curves", "samples")
+        """Read one record of ``results.json``.
+
+        Args:
+            record: as :func:`slim.report.table.record` makes it.
+
+        Returns:
+            The row.
+
+        Raises:
+            KeyError: when an older version wrote it, which says less.
+        """
         return cls(
-            record["checkpoint"], record["hash"], **{name: record[name] for name in names}, **parts
+            label=record["checkpoint"],
+            digest=record["hash"],
+            kind=record["kind"],
+            method=record["method"],
+            settings=record["settings"],
+            metrics=record["metrics"],
+            facts=record["facts"],
+            quality=cls._part(record, "quality"),
+            speed=cls._part(record, "speed"),
+            curves=record["curves"],
+            samples=record["samples"],
         )
+
+    @staticmethod
+    def _part(record: dict, name: str) -> dict:
+        """Return the figures and the protocol of the quality or the speed."""
+        metrics = {metric: record["metrics"][metric] for metric in record["measured"][name]}
+        return {"metrics": metrics, "protocol": record["protocol"][name] or {}}
 
     @property
     def protocol_digest(self) -> str:
@@ -72,13 +98,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Chain:
-    """A finished run: the checkpoints from the source to the smallest, in order."""
+    """A finished run.
+
+    Attributes:
+        run_id: of MLflow.
+        name: of the run, or of a sweep's point.
+        typed: the overrides, as on the command line.
+        rows: the checkpoints from the source to the smallest.
+        config: text of ``config.yaml``.
+    """
 
     run_id: str
     name: str
-    typed: str  # the overrides, as on the command line
+    typed: str
     rows: tuple[Row, ...]
-    config: str = ""  # config.yaml
+    config: str = ""
 
     @property
     def source(self) -> Row:
@@ -91,7 +125,15 @@ class Chain:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run without results. skipped: the plan ruled it out before any work."""
+    """A run without results.
+
+    Attributes:
+        name: of the run, or of a sweep's point.
+        typed: the overrides, as on the command line.
+        status: as MLflow names it.
+        reason: why, in words.
+        skipped: whether the plan ruled it out before any work.
+    """
 
     name: str
     typed: str
@@ -102,8 +144,15 @@ class Failure:
 
 @dataclass
 class Collection:
-    """All that a report shows. notes: sentences on what was left out. published: tables of the
-    studies to set next to it."""
+    """All that a report shows.
+
+    Attributes:
+        title: of the page; empty: a default.
+        chains: the runs with results.
+        failures: the runs without.
+        notes: sentences on what was left out.
+        published: names of the studies' tables to set next to it.
+    """
 
     title: str
     chains: list[Chain] = field(default_factory=list)
@@ -113,36 +162,49 @@ class Collection:
 
 
 def collect(client: MlflowClient, run_ids: list[str], title: str | None = None) -> Collection:
-    """Read the runs ``run_ids``; a sweep's run stands for its points. The same chain measured twice
-    counts once."""
-    found = Collection(title or "")
-    repeated, running = 0, 0
+    """Read runs; the same chain measured twice counts once.
+
+    Args:
+        client: of the store or server that holds the runs.
+        run_ids: of runs and sweeps; a sweep's run stands for its points.
+        title: of the report; None: what the first run says.
+    """
+    collection = Collection(title or "")
+    repeated = running = 0
     seen: set[tuple[str, str]] = set()
-    for run in _expand(client, run_ids, found):
-        found.published += [table for table in _tables(run) if table not in found.published]
+    for run in _expand(client, run_ids, collection):
+        _add_tables(collection, run)
         if run.info.status in ("RUNNING", "SCHEDULED"):
             running += 1
             continue
         if run.info.status != "FINISHED":
-            found.failures.append(_failure(run))
+            collection.failures.append(_failure(run))
             continue
-        for chain in _chains(client, run, found):
+        for chain in _chains(client, run, collection):
             key = (chain.final.digest, chain.final.protocol_digest)
-            repeated += key in seen
-            if key not in seen:
-                seen.add(key)
-                found.chains.append(chain)
-    done = {chain.typed for chain in found.chains}
-    # it ran through later
-    found.failures = [failure for failure in found.failures if failure.typed not in done]
+            if key in seen:
+                repeated += 1
+                continue
+            seen.add(key)
+            collection.chains.append(chain)
+    # what failed and ran through later is no failure
+    done = {chain.typed for chain in collection.chains}
+    collection.failures = [failure for failure in collection.failures if failure.typed not in done]
     if repeated:
-        found.notes.append(
+        collection.notes.append(
             f"{count(repeated, 'run')} repeated a chain with the same protocol; such a chain is "
             "shown once."
         )
     if running:
-        found.notes.append(f"{count(running, 'run')} had not ended when this report was made.")
-    return found
+        collection.notes.append(f"{count(running, 'run')} had not ended when this report was made.")
+    return collection
+
+
+def _add_tables(collection: Collection, run: Run) -> None:
+    """Add the published tables that a run asks for, each once."""
+    for table in _tables(run):
+        if table not in collection.published:
+            collection.published.append(table)
 
 
 def without_places(typed: list[str]) -> list[str]:
@@ -157,41 +219,58 @@ def without_secrets(text: str) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return ``1 run`` or ``2 runs``."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    """Return a number with its noun.
+
+    Args:
+        number: how many.
+        noun: singular, with a plural in s.
+
+    Returns:
+        Such as ``1 run`` or ``2 runs``.
+    """
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
 
 
-def _expand(client: MlflowClient, run_ids: list[str], found: Collection) -> list[Run]:
+def _expand(client: MlflowClient, run_ids: list[str], collection: Collection) -> list[Run]:
     """Return the runs themselves, in the order they were started; titles and points without a run
-    go to ``found``."""
+    go to ``collection``."""
     runs: dict[str, Run] = {}
     for run_id in run_ids:
         run = client.get_run(run_id)
         if run.data.tags.get(KIND) != "sweep":
-            found.title = found.title or run.info.run_name
+            collection.title = collection.title or run.info.run_name
+            # a point of a sweep may be asked for by its own id as well
             runs.setdefault(run_id, run)
             continue
-        found.title = (
-            found.title
-            or " ".join(without_places(run.data.tags.get("overrides", "").split()))
-            or run.info.run_name
-        )
-        found.published += [table for table in _tables(run) if table not in found.published]
-        points = sweep_points(client, run)
-        runs.update({point.info.run_id: point for point in points})
-        found.failures += _unstarted(client, run)
+        typed = " ".join(without_places(run.data.tags.get("overrides", "").split()))
+        collection.title = collection.title or typed or run.info.run_name
+        _add_tables(collection, run)
+        for point in sweep_points(client, run):
+            runs[point.info.run_id] = point
+        collection.failures += _unstarted(client, run)
     return sorted(runs.values(), key=lambda run: (run.info.start_time, run.info.run_id))
 
 
 def sweep_points(client: MlflowClient, sweep: Run) -> list[Run]:
-    """Return one run per point of a sweep: the newest that finished, else the newest."""
+    """Return one run per point of a sweep: the newest that finished, else the newest.
+
+    Args:
+        client: of the store or server that holds the sweep.
+        sweep: its run, the parent of those of the points.
+    """
     best: dict[str, Run] = {}
     for run in children(client, sweep.info.experiment_id, sweep.info.run_id):
+        # a point that was run again keeps its number, not its run
         name = run.data.tags.get(POINT, run.info.run_id)
-        rank = lambda one: (one.info.status == "FINISHED", one.info.start_time)  # noqa: E731
-        if name not in best or rank(run) >= rank(best[name]):
+        if name not in best or _rank(run) >= _rank(best[name]):
             best[name] = run
     return list(best.values())
+
+
+def _rank(run: Run) -> tuple[bool, int]:
+    return run.info.status == "FINISHED", run.info.start_time
 
 
 def _unstarted(client: MlflowClient, sweep: Run) -> list[Failure]:
@@ -202,51 +281,71 @@ def _unstarted(client: MlflowClient, sweep: Run) -> list[Failure]:
         if point.get("run_id") or point.get("status") in (None, "FINISHED", "RUNNING"):
             continue
         typed = " ".join(f"{key}={value}" for key, value in point["overrides"].items())
-        failures.append(
-            Failure(
-                f"point {point['number']}", typed, point["status"], point.get("error") or NO_REASON
-            )
-        )
+        name = f"point {point['number']}"
+        failures.append(Failure(name, typed, point["status"], point.get("error") or NO_REASON))
     return failures
 
 
 def _failure(run: Run) -> Failure:
     tags = run.data.tags
-    reason = tags.get("error") or ("interrupted" if run.info.status == "KILLED" else NO_REASON)
+    reason = tags.get("error")
+    if not reason:
+        reason = "interrupted" if run.info.status == "KILLED" else NO_REASON
     name = tags.get(POINT) or run.info.run_name
-    typed = without_secrets(tags.get("overrides", name))
     return Failure(
-        name, typed, run.info.status, without_secrets(reason), tags.get(SKIPPED) == "true"
+        name=name,
+        typed=without_secrets(tags.get("overrides", name)),
+        status=run.info.status,
+        reason=without_secrets(reason),
+        skipped=tags.get(SKIPPED) == "true",
     )
 
 
-def _chains(client: MlflowClient, run: Run, found: Collection) -> list[Chain]:
-    """Return the chains of a finished run: one, or one per checkpoint where several were
-    compared."""
+def _chains(client: MlflowClient, run: Run, collection: Collection) -> list[Chain]:
+    """Return the chains of a finished run: one, or one per checkpoint where several were compared;
+    why a run has none goes to the notes of ``collection``."""
     text = artifact(client, run.info.run_id, "results.json")
     if text is None:
-        found.notes.append(f"Left out: {run.info.run_name}, which has no results.json.")
+        collection.notes.append(f"Left out: {run.info.run_name}, which has no results.json.")
         return []
     try:
         rows = [Row.from_record(record) for record in json.loads(text)]
     except (KeyError, TypeError, ValueError):
-        found.notes.append(
+        collection.notes.append(
             f"Left out: {run.info.run_name}, whose results.json this version cannot read. Run the "
             "command again."
         )
         return []
-    starts = [index for index, row in enumerate(rows) if index == 0 or row.kind in FIRST_KINDS]
-    parts = [rows[start:end] for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
-    name, typed = (
-        run.data.tags.get(POINT) or run.info.run_name,
-        without_secrets(run.data.tags.get("overrides", "")),
-    )
+    name = run.data.tags.get(POINT) or run.info.run_name
+    typed = without_secrets(run.data.tags.get("overrides", ""))
     config = without_secrets(artifact(client, run.info.run_id, "config.yaml") or "")
-    return [Chain(run.info.run_id, name, typed, tuple(part), config) for part in parts if part]
+    chains = []
+    for part in _parts(rows):
+        chains.append(Chain(run.info.run_id, name, typed, tuple(part), config))
+    return chains
+
+
+def _parts(rows: list[Row]) -> list[list[Row]]:
+    """Split the rows where another chain begins."""
+    parts: list[list[Row]] = []
+    for row in rows:
+        if not parts or row.kind in FIRST_KINDS:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
 
 
 def artifact(client: MlflowClient, run_id: str, name: str) -> str | None:
-    """Return the text of a run's artifact, or None if it has none of that name."""
+    """Return the text of a run's artifact.
+
+    Args:
+        client: of the store or server that holds the run.
+        run_id: of the run.
+        name: path of the artifact within the run.
+
+    Returns:
+        None if the run has none of that name, or it cannot be read.
+    """
     from mlflow.exceptions import MlflowException
 
     with TemporaryDirectory() as folder:
@@ -264,5 +363,8 @@ def _tables(run: Run) -> list[str]:
         value: Any = json.loads(text)
     except ValueError:
         value = text.split(",")
-    names = value if isinstance(value, list) else [value]
-    return [str(name).strip() for name in names if str(name).strip() not in ("", "None")]
+    if not isinstance(value, list):
+        value = [value]
+    names = [str(name).strip() for name in value]
+    # an option left empty arrives as "None"
+    return [name for name in names if name not in ("", "None")]
