@@ -80,20 +80,33 @@ def published_tables(names: list[str], points: list[Point]) -> tuple[list[Publis
 
 
 def _quality(name: str, points: list[Point]) -> Published:
+    """Return a table of figures of quality."""
     published = [row for row in facts()["rows"] if row["table"] == name]
+    # rows of one table were not all measured on the same tasks
     metrics: dict[str, None] = {}
     for row in published:
         metrics.update(dict.fromkeys(row["metrics"]))
     rows = []
     for row in published:
-        cells = [_figure(row["metrics"].get(metric), metric) for metric in metrics]
-        rows.append([row["model"], row["method"], *cells])
-    headings = ["model", "method", *map(_heading, metrics)]
-    study, title = "thesis", f"Table {name}"
+        cells = [row["model"], row["method"]]
+        for metric in metrics:
+            cells.append(_figure(row["metrics"].get(metric), metric))
+        rows.append(cells)
+    study = "thesis"
+    title = f"Table {name}"
     if name == "seed-2":
-        study, title = name, "Width pruning of TinyLlama"
-    source, notes = facts()["sources"][study], _notes(name, rows)
-    return Published(title, source, notes, headings, rows, *_ours(list(metrics), points))
+        study = name
+        title = "Width pruning of TinyLlama"
+    own_headings, own_rows = _ours(list(metrics), points)
+    return Published(
+        title=title,
+        source=facts()["sources"][study],
+        notes=_notes(name, rows),
+        headings=["model", "method"] + [_heading(metric) for metric in metrics],
+        rows=rows,
+        own_headings=own_headings,
+        own_rows=own_rows,
+    )
 
 
 def _notes(name: str, rows: list[list[str]]) -> list[str]:
@@ -106,6 +119,7 @@ def _notes(name: str, rows: list[list[str]]) -> list[str]:
     if name != "4.12":
         sentences.append(f"Protocol: {notes['protocol']}.")
     for key, text in notes.items():
+        # a key such as "4.4/4.9 taylor6" belongs to both tables
         if name in key.split(" ")[0].split("/"):
             sentences.append(f"Table {name}: {text}.")
     if any(row[1] == "reference" for row in rows):
@@ -114,7 +128,15 @@ def _notes(name: str, rows: list[list[str]]) -> list[str]:
 
 
 def _heading(metric: str) -> str:
-    return metric.replace("/", " ") + (" (%)" if metric.rpartition("/")[2] in SHARES else "")
+    heading = metric.replace("/", " ")
+    if _is_share(metric):
+        return f"{heading} (%)"
+    return heading
+
+
+def _is_share(metric: str) -> bool:
+    """Whether a figure is a share of right answers, shown in per cent."""
+    return metric.rpartition("/")[2] in SHARES
 
 
 def _figure(value: float | None, metric: str) -> str:
@@ -122,7 +144,9 @@ def _figure(value: float | None, metric: str) -> str:
         return "-"
     if metric == "parameters":
         return f"{value / 1e6:,.2f} M"
-    return f"{100 * value:.1f}" if metric.rpartition("/")[2] in SHARES else f"{value:,.2f}"
+    if _is_share(metric):
+        return f"{100 * value:.1f}"
+    return f"{value:,.2f}"
 
 
 def _ours(metrics: list[str], points: list[Point]) -> tuple[list[str], list[list[str]]]:
@@ -130,24 +154,41 @@ def _ours(metrics: list[str], points: list[Point]) -> tuple[list[str], list[list
     text."""
     wanted = []
     for name in metrics:
-        scale, digits = (100, 1) if name.rpartition("/")[2] in SHARES else (1, 2)
-        wanted.append(Metric(name, _heading(name), scale=scale, digits=digits))
+        if _is_share(name):
+            metric = Metric(name, _heading(name), scale=100, digits=1)
+        else:
+            metric = Metric(name, _heading(name), scale=1, digits=2)
+        wanted.append(metric)
     if any(name.endswith("/ppl") for name in metrics):
         wanted.append(replace(BY_NAME["perplexity"], title="perplexity (this report's text)"))
     return _own_rows(wanted, points)
 
 
 def _own_rows(wanted: list[Metric], points: list[Point]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of our values, the number of parameters first; empty where these
+    runs measured nothing else."""
     size = BY_NAME["parameters"]
-    metrics = [size, *(metric for metric in wanted if metric.name != size.name)]
+    metrics = [size]
+    for metric in wanted:
+        if metric.name != size.name:
+            metrics.append(metric)
     columns = by_protocol(metrics, [point.row for point in points])
     if all(column.metric is size for column in columns):
         return [], []
-    rows = [[point.name, *(cell(point.row, column) for column in columns)] for point in points]
-    return ["model", *(column.heading for column in columns)], rows
+    headings = ["model"]
+    for column in columns:
+        headings.append(column.heading)
+    rows = []
+    for point in points:
+        row = [point.name]
+        for column in columns:
+            row.append(cell(point.row, column))
+        rows.append(row)
+    return headings, rows
 
 
 def _inference(names: list[str], points: list[Point]) -> Published:
+    """Return the figures of speed and memory; several tables of the study hold the same ones."""
     inference = facts()["inference"]
     rows = []
     for row in inference["rows"]:
@@ -158,9 +199,14 @@ def _inference(names: list[str], points: list[Point]) -> Published:
         replace(BY_NAME["weights_bytes"], unit="GiB", scale=2**-30, digits=2),
         replace(BY_NAME["resident_bytes"], unit="GiB", scale=2**-30, digits=2),
     ]
-    title = f"Table{'s' if len(names) > 1 else ''} {' and '.join(names)}: inference"
-    notes = [f"Protocol: {inference['method']}."]
-    headings = ["model", "tok/s, prompt included", "memory (GiB)"]
+    own_headings, own_rows = _own_rows(wanted, points)
+    noun = "Tables" if len(names) > 1 else "Table"
     return Published(
-        title, facts()["sources"]["thesis"], notes, headings, rows, *_own_rows(wanted, points)
+        title=f"{noun} {' and '.join(names)}: inference",
+        source=facts()["sources"]["thesis"],
+        notes=[f"Protocol: {inference['method']}."],
+        headings=["model", "tok/s, prompt included", "memory (GiB)"],
+        rows=rows,
+        own_headings=own_headings,
+        own_rows=own_rows,
     )

@@ -30,7 +30,12 @@ ROLES = {"source": "source", "step": "step on the way", "final": "result of a ru
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a cell and the number it is sorted by; None sorts last."""
+    """A cell of a table.
+
+    Attributes:
+        text: what it shows.
+        number: what it is sorted by; None sorts last.
+    """
 
     text: str
     number: float | None = None
@@ -38,7 +43,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with the sentence above it."""
+    """A table with the sentence above it.
+
+    Attributes:
+        sentence: how to read it.
+        headings: of the columns.
+        rows: cells, as many per row as headings.
+    """
 
     sentence: str
     headings: list[str]
@@ -47,7 +58,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Answers:
-    """What every model answered to one prompt."""
+    """What every model answered to one prompt.
+
+    Attributes:
+        prompt: the same for all.
+        answers: (name of the model, its answer).
+    """
 
     prompt: str
     answers: list[tuple[str, str]]
@@ -55,7 +71,20 @@ class Answers:
 
 @dataclass
 class Sections:
-    """All parts of a report; a part without data is None or empty."""
+    """All parts of a report; a part without data is None or empty.
+
+    Attributes:
+        title: of the page.
+        summary: what the report is about, in a sentence or two.
+        notes: what was left out, and what to beware of.
+        best: the front of quality and size.
+        models: every checkpoint.
+        pictures: as :mod:`slim.report.charts` describes them.
+        answers: per prompt.
+        failures: the runs without results.
+        published: tables of the studies.
+        settings: per run its name, what was typed, a line per step, and ``config.yaml``.
+    """
 
     title: str
     summary: str
@@ -66,7 +95,6 @@ class Sections:
     answers: list[Answers]
     failures: Table | None
     published: list[Published]
-    # name, typed, per step, config.yaml
     settings: list[tuple[str, str, list[str], str]] = field(default_factory=list)
 
 
@@ -74,26 +102,43 @@ def sections(collection: Collection) -> Sections:
     """Arrange what the runs say."""
     points = points_of(collection.chains)
     published, unknown = published_tables(collection.published, points)
-    pictures = [
-        size_picture(points), speed_picture(points), heat_map(points), task_bars(points),
-        before_after(points), loss_curves(collection.chains),
-    ]  # fmt: skip
-    by_final = {point.row.digest: point for point in points}
-    named = [(by_final[chain.final.digest].name, chain) for chain in collection.chains]
+    notes = collection.notes + protocol_notes(points) + repeating(points) + unknown
     return Sections(
         title=collection.title or "Report",
         summary=summary(collection, points),
-        notes=[*collection.notes, *protocol_notes(points), *repeating(points), *unknown],
+        notes=notes,
         best=best_table(points),
         models=models_table(points),
-        pictures=[picture for picture in pictures if picture is not None],
+        pictures=_pictures(collection, points),
         answers=answers(points),
         failures=failures_table(collection),
         published=published,
-        settings=[
-            (name, chain.typed, settings_lines(chain.rows), chain.config) for name, chain in named
-        ],
+        settings=_settings(collection, points),
     )
+
+
+def _pictures(collection: Collection, points: list[Point]) -> list[dict]:
+    """Return the pictures that there is data for, in the order of the page."""
+    pictures = [
+        size_picture(points),
+        speed_picture(points),
+        heat_map(points),
+        task_bars(points),
+        before_after(points),
+        loss_curves(collection.chains),
+    ]
+    return [picture for picture in pictures if picture is not None]
+
+
+def _settings(collection: Collection, points: list[Point]) -> list[tuple[str, str, list[str], str]]:
+    """Return per run its name, what was typed, a line per step, and ``config.yaml``."""
+    by_digest = {point.row.digest: point for point in points}
+    settings = []
+    for chain in collection.chains:
+        # the name by which the tables call the result
+        name = by_digest[chain.final.digest].name
+        settings.append((name, chain.typed, settings_lines(chain.rows), chain.config))
+    return settings
 
 
 def summary(collection: Collection, points: list[Point]) -> str:
@@ -117,16 +162,20 @@ def summary(collection: Collection, points: list[Point]) -> str:
     if skipped:
         verb = "was" if skipped == 1 else "were"
         without.append(f"{count(skipped, 'run')} {verb} ruled out by the plan before any work")
-    ending = f"{' and '.join(without)}." if without else ""
-    return f"{text}. {ending}"
+    if not without:
+        return f"{text}. "
+    return f"{text}. {' and '.join(without)}."
 
 
 def protocol_notes(points: list[Point]) -> list[str]:
     """Say which figures were measured by several protocols, and how the page keeps them apart."""
     protocols: dict[str, set[str]] = {}
-    for column in [*quality_columns(points), *columns([point.row for point in points])]:
+    for column in quality_columns(points) + columns([point.row for point in points]):
         protocols.setdefault(column.metric.name, set()).add(column.protocol)
-    several = [name.replace("_", " ") for name, keys in protocols.items() if len(keys) > 1]
+    several = []
+    for name, keys in protocols.items():
+        if len(keys) > 1:
+            several.append(name.replace("_", " "))
     if not several:
         return []
     return [
@@ -141,27 +190,30 @@ def protocol_notes(points: list[Point]) -> list[str]:
 def repeating(points: list[Point]) -> list[str]:
     """Name the models whose answers mostly repeat themselves: perplexity and tasks do not show
     it."""
-    names = [
-        point.name for point in points if point.row.metrics.get("repeated_4grams", 0.0) > REPEATING
+    names = []
+    for point in points:
+        if point.row.metrics.get("repeated_4grams", 0.0) > REPEATING:
+            names.append(point.name)
+    if not names:
+        return []
+    return [
+        f"Repeating themselves in more than half of their answers' 4-grams: {'; '.join(names)}."
     ]
-    return (
-        [f"Repeating themselves in more than half of their answers' 4-grams: {'; '.join(names)}."]
-        if names
-        else []
-    )
 
 
 def best_table(points: list[Point]) -> Table | None:
     """Return the answer to "what is the best model for my memory?": the front of quality and bytes,
     smallest first."""
     quality = primary(points, quality_columns(points))
-    best = [] if quality is None else pareto(points, SIZE, quality)[0]
+    if quality is None:
+        return None
+    best, _ = pareto(points, SIZE, quality)
     if not best:
         return None
+    direction = axis_title(quality).rpartition(", ")[2]
     sentence = (
         "Take the last row whose size you can afford: nothing smaller or equally large has a "
-        f"better {quality.heading} "
-        f"({axis_title(quality).rpartition(', ')[2]}). Sizes are those of the weight files; "
+        f"better {quality.heading} ({direction}). Sizes are those of the weight files; "
         "the numbers are those in the picture of quality against size."
     )
     headings = [
@@ -175,16 +227,15 @@ def best_table(points: list[Point]) -> Table | None:
     rows = []
     for number, point in enumerate(best, 1):
         share = point.row.metrics["bytes_on_disk"] / point.source.metrics["bytes_on_disk"]
-        rows.append(
-            [
-                Cell(str(number), number),
-                _cell(point, SIZE),
-                Cell(point.name),
-                _cell(point, quality, True),
-                Cell(against_source(point, quality)),
-                Cell(f"{100 * share:.0f} %", share),
-            ]
-        )
+        cells = [
+            Cell(str(number), number),
+            _cell(point, SIZE),
+            Cell(point.name),
+            _cell(point, quality, errors=True),
+            Cell(against_source(point, quality)),
+            Cell(f"{100 * share:.0f} %", share),
+        ]
+        rows.append(cells)
     return Table(sentence, headings, rows)
 
 
@@ -203,13 +254,22 @@ def models_table(points: list[Point]) -> Table | None:
         "error of a figure alone; rows that answered the same questions differ more surely than it "
         "suggests. A dash: not measured, or not by the protocol of the column."
     )
-    return Table(sentence, ["model", "what it is", *(column.heading for column in shown)], rows)
+    headings = ["model", "what it is"]
+    for column in shown:
+        headings.append(column.heading)
+    return Table(sentence, headings, rows)
 
 
 def _cell(point: Point, column: Column, errors: bool = False) -> Cell:
+    """Return the cell of a checkpoint, with its standard error where ``errors``."""
     number = figure(point.row, column)
-    text = with_error(point, column) if errors else column.metric.format(number)
-    return Cell(text, number if number is not None and not math.isnan(number) else None)
+    text = column.metric.format(number)
+    if errors:
+        text = with_error(point, column)
+    # NaN compares with nothing: it would break the order of the column it is sorted by
+    if number is not None and math.isnan(number):
+        number = None
+    return Cell(text, number)
 
 
 def failures_table(collection: Collection) -> Table | None:
@@ -218,7 +278,9 @@ def failures_table(collection: Collection) -> Table | None:
         return None
     rows = []
     for failure in collection.failures:
-        state = "ruled out by the plan" if failure.skipped else failure.status.lower()
+        state = failure.status.lower()
+        if failure.skipped:
+            state = "ruled out by the plan"
         rows.append([Cell(failure.typed or failure.name), Cell(state), Cell(failure.reason)])
     return Table("These have no figures and stand in no picture.", ["run", "state", "reason"], rows)
 
