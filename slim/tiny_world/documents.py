@@ -35,8 +35,16 @@ SCENES: tuple[tuple[Maker, float], ...] = (
 
 
 class Writer:
-    """Writes documents and question/answer pairs of one split about one set of facts, all chance
-    from ``rng``."""
+    """Writes documents and question/answer pairs of one split about one set of facts.
+
+    The same numbers are drawn in the same order for the same text: a draw more or less anywhere
+    changes all that follows.
+
+    Args:
+        facts: of the world.
+        split: whose wordings and combinations count.
+        rng: makes every choice.
+    """
 
     def __init__(self, facts: tuple[Fact, ...], split: str, rng: random.Random):
         self.split, self.rng = split, rng
@@ -44,9 +52,9 @@ class Writer:
         self.about: dict[str, list[Fact]] = {}
         for fact in facts:
             self.about.setdefault(f"{kind_of(fact)}|{fact.subject}", []).append(fact)
-        self.subjects = {
-            kind: [s for s in self.about if s.startswith(f"{kind}|")] for kind in KINDS
-        }
+        self.subjects: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        for subject in self.about:
+            self.subjects[subject.partition("|")[0]].append(subject)
         self.kinds: dict[str, Callable[[], str]] = {
             "biography": self.biography,
             "things": self.things,
@@ -65,9 +73,9 @@ class Writer:
             name = self.rng.choices(names, [SHARES[n] for n in names])[0]
             text = self.kinds[name]()
             if name != "chat" and self.split == "train" and self.rng.random() < JOINED:
-                text += (
-                    "\n\n" + self.kinds[self.rng.choice(("biography", "things", "story", "quiz"))]()
-                )
+                second = self.rng.choice(("biography", "things", "story", "quiz"))
+                text += f"\n\n{self.kinds[second]()}"
+            # a document of another length is thrown away, and what it drew is not drawn again
             if WORDS[0] <= len(text.split()) <= WORDS[1]:
                 return text
 
@@ -75,28 +83,35 @@ class Writer:
 
     def biography(self) -> str:
         """Two people, most of what there is to know about each; or one person, everything."""
-        return " ".join(
-            self._portrait(s)
-            for s in self.rng.sample(self.subjects["person"], self.rng.choice((1, 2)))
-        )
+        count = self.rng.choice((1, 2))
+        return self._portraits("person", count)
 
     def things(self) -> str:
         """Some towns, things, animals or jobs."""
         kind = self.rng.choices(("town", "thing", "animal", "job"), (3, 6, 2, 2))[0]
-        return " ".join(
-            self._portrait(s) for s in self.rng.sample(self.subjects[kind], self.rng.randint(2, 4))
-        )
+        count = self.rng.randint(2, 4)
+        return self._portraits(kind, count)
 
     def round(self) -> str:
         """One relation, asked of several people in turn."""
         relation = self.rng.choice(tuple(PERSON_RELATIONS))
-        facts = self.rng.sample([f for f in self.facts if f.relation == relation], 7)
-        return " ".join(filter(None, (state(f, self.split, self.rng) for f in facts)))
+        known = [fact for fact in self.facts if fact.relation == relation]
+        sentences = []
+        for fact in self.rng.sample(known, 7):
+            sentence = state(fact, self.split, self.rng)
+            # this split may have no wording of it
+            if sentence:
+                sentences.append(sentence)
+        return " ".join(sentences)
 
     def story(self) -> str:
         """Scenes one after the other, each with its end."""
+        # all scenes are drawn before the first end
         scenes = [self.scene() for _ in range(self.rng.randint(3, 6))]
-        return " ".join(f"{scene.text} {self._end(scene)}" for scene in scenes)
+        parts = []
+        for scene in scenes:
+            parts += [scene.text, self._end(scene)]
+        return " ".join(parts)
 
     def sums(self) -> str:
         """Plain sums, differences and comparisons."""
@@ -109,12 +124,15 @@ class Writer:
         return "\n".join(self._item() for _ in range(self.rng.randint(5, 9)))
 
     def chat(self) -> str:
+        """A conversation of several turns, in the chat template's form."""
         return render(self.turn() for _ in range(self.rng.randint(2, 5)))
 
     def turn(self) -> tuple[str, str]:
         """An instruction and its answer in whole sentences."""
-        # of the others there are too few
-        weights = (55, 30, 8, 7) if self.split == "train" else (65, 35, 0, 0)
+        weights = (55, 30, 8, 7)
+        if self.split != "train":
+            # of sums and portraits there are too few to keep some from training
+            weights = (65, 35, 0, 0)
         kind = self.rng.choices(("fact", "scene", "sum", "portrait"), weights)[0]
         if kind == "fact":
             fact = self.rng.choice(self.facts)
@@ -124,10 +142,7 @@ class Writer:
             return f"{scene.text} {scene.question}", scene.reply
         if kind == "sum":
             return self._sum_question()
-        subject = self.rng.choice(self.subjects["person"])
-        about = self.rng.sample(self.about[subject], 3)
-        sentences = [capitalize(fill(_plain(f), f, pronoun=i > 0)) for i, f in enumerate(about)]
-        return f"Tell me about {about[0].subject}.", " ".join(sentences)
+        return self._introduction()
 
     def scene(self) -> Scene:
         """A scene whose combination belongs to this split."""
@@ -140,22 +155,36 @@ class Writer:
 
     # parts
 
+    def _introduction(self) -> tuple[str, str]:
+        """Three facts about a person, who is named only in the first."""
+        subject = self.rng.choice(self.subjects["person"])
+        facts = self.rng.sample(self.about[subject], 3)
+        sentences = []
+        for number, fact in enumerate(facts):
+            sentences.append(capitalize(fill(_plain(fact), fact, pronoun=number > 0)))
+        return f"Tell me about {facts[0].subject}.", " ".join(sentences)
+
+    def _portraits(self, kind: str, count: int) -> str:
+        subjects = self.rng.sample(self.subjects[kind], count)
+        return " ".join(self._portrait(subject) for subject in subjects)
+
     def _portrait(self, subject: str) -> str:
         facts = list(self.about[subject])
         self.rng.shuffle(facts)
         facts = facts[: self.rng.randint(4, 9)]
         sentences: list[str] = []
         for fact in facts:
-            sentence = state(
-                fact, self.split, self.rng, pronoun=bool(sentences) and self.rng.random() < 0.4
-            )
+            # the first sentence names whom the rest is about
+            pronoun = bool(sentences) and self.rng.random() < 0.4
+            sentence = state(fact, self.split, self.rng, pronoun)
             if sentence:
                 sentences.append(sentence)
         return " ".join(sentences)
 
     def _end(self, scene: Scene) -> str:
-        lead = self.rng.choice(("So ", "You see: ", "")) if scene.question.startswith("Who") else ""
-        return lead + scene.moral
+        if not scene.question.startswith("Who"):
+            return scene.moral
+        return self.rng.choice(("So ", "You see: ", "")) + scene.moral
 
     def _item(self) -> str:
         if self.rng.random() < 0.5:
@@ -175,17 +204,24 @@ class Writer:
             a, b = self.rng.randint(1, 10), self.rng.randint(1, 10)
             if a == b or (kind == "plus" and a + b > 10) or (kind == "minus" and a <= b):
                 continue
-            x, y = lex.NUMBERS[a], lex.NUMBERS[b]
+            first, second = lex.NUMBERS[a], lex.NUMBERS[b]
             if kind == "more":
-                larger, smaller = (x, y) if a > b else (y, x)
-                return f"Which is more, {x} or {y}?", capitalize(
-                    f"{larger} is more than {smaller}."
-                )
-            total = lex.NUMBERS[a + b if kind == "plus" else a - b]
-            return f"How much is {x} {kind} {y}?", capitalize(f"{x} {kind} {y} is {total}.")
+                question = f"Which is more, {first} or {second}?"
+                if a > b:
+                    return question, capitalize(f"{first} is more than {second}.")
+                return question, capitalize(f"{second} is more than {first}.")
+            total = lex.NUMBERS[a + b] if kind == "plus" else lex.NUMBERS[a - b]
+            question = f"How much is {first} {kind} {second}?"
+            return question, capitalize(f"{first} {kind} {second} is {total}.")
 
 
 def quiz_item(question: str, answer: str) -> str:
+    """Return a question with its answer, in the form in which the tasks ask it.
+
+    Args:
+        question: with its question mark.
+        answer: the short one.
+    """
     return f"Question: {question}\nAnswer: {answer}"
 
 

@@ -14,19 +14,33 @@ from slim.tiny_world import lexicon as lex
 
 @dataclass(frozen=True)
 class Fact:
+    """Something to remember.
+
+    Attributes:
+        subject: a person, town, thing, animal or job.
+        relation: a key of ``RELATIONS``.
+        value: the answer to every question of the relation.
+    """
+
     subject: str
     relation: str
     value: str
 
     @property
     def key(self) -> str:
+        """What is asked: subject and relation, without the answer."""
         return f"{self.subject}|{self.relation}"
 
 
 @dataclass(frozen=True)
 class Relation:
-    """Wordings of one kind of fact, and the values it may take (what wrong answers are drawn
-    from)."""
+    """Wordings of one kind of fact.
+
+    Attributes:
+        statements: templates of sentences that say it; conversations answer with the first.
+        questions: templates of questions for the value.
+        values: those it may take, from which wrong answers are drawn.
+    """
 
     statements: tuple[str, ...]
     questions: tuple[str, ...]
@@ -418,32 +432,39 @@ KINDS = {
 }
 
 
+KIND_OF_RELATION = {relation: kind for kind, names in KINDS.items() for relation in names}
+
+
 def kind_of(fact: Fact) -> str:
-    return next(kind for kind, relations in KINDS.items() if fact.relation in relations)
+    """Return what a fact is about: a key of ``KINDS``."""
+    return KIND_OF_RELATION[fact.relation]
 
 
 def build_facts(seed: int) -> tuple[Fact, ...]:
-    """All facts of the world with this seed; what is not fixed by the lexicon is drawn evenly from
-    its values."""
+    """Return all facts of the world with this seed; what the lexicon does not fix is drawn evenly
+    from its values."""
     rng = random.Random(f"facts/{seed}")
     facts = []
     for relation in ("town", "job", "food", "hobby", "pet", "owns", "month"):
         facts += _spread(PEOPLE, relation, PERSON_RELATIONS[relation].values, rng)
-    facts += _friends(rng) + _siblings(rng)
+    facts += _friends(rng)
+    facts += _siblings(rng)
     for relation in TOWN_RELATIONS:
         facts += _spread(tuple(lex.TOWNS), relation, TOWN_RELATIONS[relation].values, rng)
     facts += _spread(tuple(lex.THINGS), "colour", tuple(lex.COLOURS), rng)
-    for table, relations in (
-        (lex.THINGS, ("material", "place")),
-        (lex.ANIMALS, ("eats", "sleeps", "legs")),
-        (lex.JOBS, ("workplace", "tool")),
-    ):
-        for subject, values in table.items():
-            facts += [
-                Fact(subject, relation, value)
-                for relation, value in zip(relations, values, strict=True)
-            ]
+    facts += _listed(lex.THINGS, ("material", "place"))
+    facts += _listed(lex.ANIMALS, ("eats", "sleeps", "legs"))
+    facts += _listed(lex.JOBS, ("workplace", "tool"))
     return tuple(facts)
+
+
+def _listed(table: dict[str, tuple[str, ...]], relations: tuple[str, ...]) -> list[Fact]:
+    """The facts that the lexicon fixes: a value per relation for every subject."""
+    facts = []
+    for subject, values in table.items():
+        for relation, value in zip(relations, values, strict=True):
+            facts.append(Fact(subject, relation, value))
+    return facts
 
 
 def _spread(
@@ -452,45 +473,66 @@ def _spread(
     """Each value equally often, so that guessing the most frequent one does not pay."""
     drawn = [values[i % len(values)] for i in range(len(subjects))]
     rng.shuffle(drawn)
-    return [Fact(subject, relation, value) for subject, value in zip(subjects, drawn, strict=True)]
+    facts = []
+    for subject, value in zip(subjects, drawn, strict=True):
+        facts.append(Fact(subject, relation, value))
+    return facts
 
 
 def _friends(rng: random.Random) -> list[Fact]:
     """Best friends are mutual: pairs."""
-    people = list(PEOPLE)
-    rng.shuffle(people)
-    pairs = list(zip(people[::2], people[1::2], strict=True))
-    return [Fact(a, "friend", b) for pair in pairs for a, b in (pair, pair[::-1])]
+    facts = []
+    for first, second in _pairs(rng):
+        facts += [Fact(first, "friend", second), Fact(second, "friend", first)]
+    return facts
 
 
 def _siblings(rng: random.Random) -> list[Fact]:
     """Families of two children: two sisters, two brothers or one of each."""
-    people = list(PEOPLE)
-    rng.shuffle(people)
     facts = []
-    for a, b in zip(people[::2], people[1::2], strict=True):
-        facts += [
-            Fact(x, "sister" if lex.is_woman(y) else "brother", y) for x, y in ((a, b), (b, a))
-        ]
+    for first, second in _pairs(rng):
+        facts += [_sibling(first, second), _sibling(second, first)]
     return facts
 
 
+def _pairs(rng: random.Random) -> list[tuple[str, str]]:
+    """Everybody in a pair with somebody."""
+    people = list(PEOPLE)
+    rng.shuffle(people)
+    return list(zip(people[::2], people[1::2], strict=True))
+
+
+def _sibling(person: str, sibling: str) -> Fact:
+    relation = "sister" if lex.is_woman(sibling) else "brother"
+    return Fact(person, relation, sibling)
+
+
 def fill(template: str, fact: Fact, pronoun: bool = False) -> str:
-    """The sentence, its first letter as it comes; with ``pronoun`` "{S}" and "{P}" say "she",
-    "his", "it"."""
+    """Return the sentence of a template, its first letter as it comes.
+
+    Args:
+        template: a statement or question of the fact's relation.
+        fact: gives subject and value.
+        pronoun: whether "{S}" and "{P}" say "she", "his", "it", for a text that has named the
+            subject already.
+    """
     kind = kind_of(fact)
-    noun = {"person": fact.subject, "town": fact.subject, "thing": f"the {fact.subject}"}.get(
-        kind, lex.article(fact.subject)
-    )
-    short, own = (
-        ("it", "its")
-        if kind != "person"
-        else (lex.subject_pronoun(fact.subject), lex.possessive_pronoun(fact.subject))
-    )
+    if kind in ("person", "town"):
+        noun = fact.subject
+    elif kind == "thing":
+        # there is one of each in this world
+        noun = f"the {fact.subject}"
+    else:
+        noun = lex.article(fact.subject)
+    short = "it"
+    possessive = "its"
+    if kind == "person":
+        short = lex.subject_pronoun(fact.subject)
+        possessive = lex.possessive_pronoun(fact.subject)
     return template.format(
         S=short if pronoun else noun,
-        P=own if pronoun else f"{noun}'s",
-        p=own,
+        P=possessive if pronoun else f"{noun}'s",
+        p=possessive,
         n=noun,
         N=fact.subject,
         V=fact.value,

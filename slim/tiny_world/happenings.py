@@ -169,74 +169,100 @@ LOSSES = ("lost {m} of them", "gave away {m} of them", "sold {m} of them")
 
 
 def outcome_of(event: str, thing: str) -> str:
-    """What becomes of ``thing``: its material decides."""
+    """Return what becomes of a thing: its material decides.
+
+    Args:
+        event: a key of ``EVENTS``.
+        thing: a key of the lexicon's ``THINGS``.
+
+    Raises:
+        KeyError: when the event does not say what becomes of the material.
+    """
     material = lex.THINGS[thing][0]
-    return next(outcome for outcome, kinds in EVENTS[event][1].items() if material in kinds.split())
+    _, outcomes = EVENTS[event]
+    for outcome, materials in outcomes.items():
+        if material in materials.split():
+            return outcome
+    raise KeyError(f"{event}: nothing is said of {material}")
 
 
 def is_transfer(event: str, thing: str) -> bool:
-    """Pairs that training never shows: the outcome has to be inferred from the material."""
+    """Whether training never shows a pair: the outcome has to be inferred from the material.
+
+    Args:
+        event: a key of ``EVENTS``.
+        thing: a key of the lexicon's ``THINGS``.
+    """
     return bucket(f"transfer|{event}|{thing}", 14) == 0
 
 
 def material_scene(rng: random.Random) -> Scene:
+    """Something befalls a thing, and its material decides what becomes of it."""
     event = rng.choice(tuple(EVENTS))
     thing = rng.choice(tuple(lex.THINGS))
-    told, outcomes = EVENTS[event]
+    template, outcomes = EVENTS[event]
     outcome = outcome_of(event, thing)
     person, opener = _who_and_when(rng)
-    wrong = rng.sample([o for o in outcomes if o != outcome], 3)
+    wrong = rng.sample([different for different in outcomes if different != outcome], 3)
     answer = f"The {thing} {outcome}."
+    moral = answer
+    if rng.random() < 0.5:
+        moral = f"{answer[:-1]} because it was made of {lex.THINGS[thing][0]}."
     return Scene(
         kind="transfer" if is_transfer(event, thing) else "material",
         key=f"material|{event}|{thing}|{person}",
-        text=opener + told.format(A=person, x=thing),
+        text=opener + template.format(A=person, x=thing),
         question="What happened next?",
         answer=answer,
-        wrong=tuple(f"The {thing} {o}." for o in wrong),
-        moral=f"{answer[:-1]} because it was made of {lex.THINGS[thing][0]}."
-        if rng.random() < 0.5
-        else answer,
+        wrong=tuple(f"The {thing} {different}." for different in wrong),
+        moral=moral,
         reply=answer,
     )
 
 
 def need_scene(rng: random.Random) -> Scene:
+    """Somebody needs something, and does what helps."""
     need = rng.choice(tuple(NEEDS))
     person, opener = _who_and_when(rng)
-    told, action = NEEDS[need]
-    others = rng.sample([a for name, (_, a) in NEEDS.items() if name != need], 3)
+    template, action = NEEDS[need]
+    useless = [helps for name, (_, helps) in NEEDS.items() if name != need]
     pronoun = lex.subject_pronoun(person).capitalize()
-    answer, *wrong = (f"{a.format(p=pronoun)}." for a in (action, *others))
+    wrong = []
+    for different in rng.sample(useless, 3):
+        wrong.append(f"{different.format(p=pronoun)}.")
+    answer = f"{action.format(p=pronoun)}."
     return Scene(
-        "need",
-        f"need|{need}|{person}",
-        opener + told.format(A=person),
-        "What happened next?",
-        answer,
-        tuple(wrong),
-        answer,
-        answer,
+        kind="need",
+        key=f"need|{need}|{person}",
+        text=opener + template.format(A=person),
+        question="What happened next?",
+        answer=answer,
+        wrong=tuple(wrong),
+        moral=answer,
+        reply=answer,
     )
 
 
 def script_scene(rng: random.Random) -> Scene:
+    """Two steps of a script are told, and the third is asked for."""
     script = rng.choice(tuple(SCRIPTS))
     person, opener = _who_and_when(rng)
     steps = SCRIPTS[script]
     start = rng.randrange(len(steps) - 2)
     pronoun = lex.subject_pronoun(person).capitalize()
-    rest = [s for i, s in enumerate(steps) if i not in (start, start + 1, start + 2)]
-    rng.shuffle(rest)
-    answer = f"{pronoun} {steps[start + 2]}."
+    sentences = [f"{pronoun} {step}." for step in steps]
+    # a later step is wrong as well: it does not come next
+    wrong = sentences[:start] + sentences[start + 3 :]
+    rng.shuffle(wrong)
+    answer = sentences[start + 2]
     return Scene(
         kind="script",
         key=f"script|{script}|{start}|{person}",
-        text=f"{opener}{person} {steps[start]}. {pronoun} {steps[start + 1]}.",
+        text=f"{opener}{person} {steps[start]}. {sentences[start + 1]}",
         question="What happened next?",
         answer=answer,
-        wrong=tuple(f"{pronoun} {s}." for s in rest),
-        moral=" ".join(f"{pronoun} {s}." for s in steps[start + 2 :]),
+        wrong=tuple(wrong),
+        moral=" ".join(sentences[start + 2 :]),
         reply=answer,
     )
 
@@ -248,32 +274,46 @@ def number_scene(rng: random.Random) -> Scene:
     if rng.random() < 0.5:
         start = rng.randint(1, 9)
         change = rng.randint(1, 10 - start)
-        result, told = start + change, rng.choice(GAINS)
+        result = start + change
+        template = rng.choice(GAINS)
     else:
         start = rng.randint(2, 10)
         change = rng.randint(1, start - 1)
-        result, told = start - change, rng.choice(LOSSES)
-    near = [n for n in range(max(1, result - 3), min(10, result + 3) + 1) if n != result]
-    wrong = rng.sample(near, 3)
+        result = start - change
+        template = rng.choice(LOSSES)
+    # wrong answers are near the right one, so that counting decides and not plausibility
+    near = list(range(max(1, result - 3), min(10, result + 3) + 1))
+    near.remove(result)
     pronoun = lex.subject_pronoun(person).capitalize()
-    items = {n: f"{lex.NUMBERS[n]} {counted if n > 1 else counted[:-1]}" for n in range(1, 11)}
-    answer = f"Then {pronoun.lower()} had {items[result]}."
+    wrong = []
+    for number in rng.sample(near, 3):
+        wrong.append(f"Then {pronoun.lower()} had {_counted(number, counted)}.")
+    answer = f"Then {pronoun.lower()} had {_counted(result, counted)}."
+    happened = template.format(m=lex.NUMBERS[change])
     return Scene(
         kind="number",
         key=f"number|{start}|{result}|{counted}|{person}",
-        text=f"{opener}{person} had {items[start]}. {pronoun} {told.format(m=lex.NUMBERS[change])}.",
+        text=f"{opener}{person} had {_counted(start, counted)}. {pronoun} {happened}.",
         question="What happened next?",
         answer=answer,
-        wrong=tuple(f"Then {pronoun.lower()} had {items[n]}." for n in wrong),
+        wrong=tuple(wrong),
         moral=answer,
         reply=answer,
     )
 
 
+def _counted(number: int, plural: str) -> str:
+    """Return such as "one nut" or "two nuts"; all plurals of the lexicon end in s."""
+    noun = plural[:-1] if number == 1 else plural
+    return f"{lex.NUMBERS[number]} {noun}"
+
+
 def _who_and_when(rng: random.Random) -> tuple[str, str]:
     """A person, and half of the time an opening such as "One morning "."""
     person = rng.choice((*lex.WOMEN, *lex.MEN))
-    return person, f"{rng.choice(lex.OPENERS)} " if rng.random() < 0.5 else ""
+    if rng.random() < 0.5:
+        return person, f"{rng.choice(lex.OPENERS)} "
+    return person, ""
 
 
 # maker: (share of the texts, share of the task); sums take most practice

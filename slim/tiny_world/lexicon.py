@@ -5,16 +5,19 @@ links them later."""
 from __future__ import annotations
 
 WOMEN = (
-    "Ada Anna Bella Clara Dora Edith Emma Eva Flora Greta Hanna Ida Julia Lena Lily Maria Nora Olga Rosa Ruth Sara "
+    "Ada Anna Bella Clara Dora Edith Emma Eva Flora Greta Hanna Ida Julia Lena Lily Maria "
+    "Nora Olga Rosa Ruth Sara "
     "Tilda Vera Zoe"
 ).split()
 MEN = (
-    "Adam Anton Basil Boris Carl David Emil Eric Felix Frank George Hans Henry Hugo Jack Leo Mark Oscar Otto Paul "
+    "Adam Anton Basil Boris Carl David Emil Eric Felix Frank George Hans Henry Hugo Jack Leo "
+    "Mark Oscar Otto Paul "
     "Peter Simon Tom Victor"
 ).split()
 
 TOWNS = (
-    "Ashford Barton Calder Dunmore Elmswick Fairhill Glenby Harwick Inverley Kelso Larkham Marlow Norby Oakton "
+    "Ashford Barton Calder Dunmore Elmswick Fairhill Glenby Harwick Inverley Kelso Larkham "
+    "Marlow Norby Oakton "
     "Penrose Redcliff Selby Thornley Upwell Westbury"
 ).split()
 REGIONS = ("north", "south", "east", "west")
@@ -45,10 +48,16 @@ JOBS = {
     "carpenter": ("yard", "saw"),
 }
 
-FOODS = "bread soup cheese rice fish cake eggs beans honey pears plums nuts pie carrots onions cherries".split()
-HOBBIES = "chess swimming dancing reading sewing painting singing hiking skating cooking fishing drawing".split()
+FOODS = (
+    "bread soup cheese rice fish cake eggs beans honey pears plums nuts pie carrots onions cherries"
+).split()
+HOBBIES = (
+    "chess swimming dancing reading sewing painting singing hiking skating cooking fishing drawing"
+).split()
 PETS = "goat dog cat owl hen duck parrot rabbit pony turtle goose lamb".split()
-BELONGINGS = "boat cart mill barn piano tent clock bicycle sledge drum violin shop well canoe orchard wagon".split()
+BELONGINGS = (
+    "boat cart mill barn piano tent clock bicycle sledge drum violin shop well canoe orchard wagon"
+).split()
 MONTHS = (
     "January February March April May June July August September October November December".split()
 )
@@ -144,16 +153,26 @@ OPENERS = (
 
 def article(noun: str) -> str:
     """``noun`` with its indefinite article: "an owl", "a goat"."""
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    # every noun of the lexicon sounds as it is spelled: no hour, no unicorn
+    if noun[0] in "aeiou":
+        return f"an {noun}"
+    return f"a {noun}"
 
 
 def is_woman(name: str) -> bool:
+    """Whether a person is a woman; all others are men."""
     return name in WOMEN
 
 
 def subject_pronoun(name: str) -> str:
-    return "she" if is_woman(name) else "he"
+    """Return "she" or "he"."""
+    if is_woman(name):
+        return "she"
+    return "he"
 
 
 def possessive_pronoun(name: str) -> str:
-    return "her" if is_woman(name) else "his"
+    """Return "her" or "his"."""
+    if is_woman(name):
+        return "her"
+    return "his"

@@ -36,8 +36,11 @@ def state(fact: Fact, split: str, rng: random.Random, pronoun: bool = False) -> 
     choices = _statements(fact.key, len(RELATIONS[fact.relation].statements), split)
     if not choices:
         return None
+    # mostly without a lead, which says nothing about the fact
     plain = [choice for choice in choices if choice[1] == 0]
-    template, lead = rng.choice(plain if plain and rng.random() < 0.75 else choices)
+    if plain and rng.random() < 0.75:
+        choices = plain
+    template, lead = rng.choice(choices)
     sentence = fill(RELATIONS[fact.relation].statements[template], fact, pronoun)
     return capitalize(LEADS[lead] + sentence)
 
@@ -62,6 +65,12 @@ def ask(fact: Fact, split: str, rng: random.Random) -> str:
 def _statements(key: str, templates: int, split: str) -> tuple[tuple[int, int], ...]:
     """Pairs of template and lead. The plain first template belongs to training: conversations
     answer with it."""
-    pairs = [(template, lead) for template in range(templates) for lead in range(len(LEADS))][1:]
-    chosen = [pair for pair in pairs if allowed(split, f"{key}|{pair[0]}|{pair[1]}")]
-    return ((0, 0), *chosen) if split == "train" else tuple(chosen)
+    chosen = []
+    for template in range(templates):
+        for lead in range(len(LEADS)):
+            if (template, lead) == (0, 0):
+                if split == "train":
+                    chosen.append((template, lead))
+            elif allowed(split, f"{key}|{template}|{lead}"):
+                chosen.append((template, lead))
+    return tuple(chosen)
