@@ -1,8 +1,8 @@
 """Answers to questions with a reference: generated greedily, kept question by question, compared by
 meaning.
 
-What a judge and the similarity work on. The questions are a JSON Lines file of one's own, or those
-the embedded model was not trained on."""
+A judge and the similarity work on them. The questions are a JSON Lines file of one's own, or those
+that the embedded model was not trained on."""
 
 from __future__ import annotations
 
@@ -71,11 +71,13 @@ class Answers:
     def _encoder_identity(self) -> str | dict | None:
         from slim.evaluation.similarity import encoder_cache_key
 
-        return None if self.similarity is None else encoder_cache_key(self.similarity)
+        if self.similarity is None:
+            return None
+        return encoder_cache_key(self.similarity)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise ``SlimError`` for questions that cannot be read, and for an embedding model that
-        cannot be used."""
+        """Raise ``SlimError`` for questions that cannot be read or have no room in the context of
+        ``spec``, and for an embedding model that cannot be used."""
         from slim.evaluation.similarity import check_encoder
 
         self.pairs()
@@ -98,15 +100,18 @@ class Answers:
             )
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Return questions and references. Raises ``SlimError`` naming the line where one of them
-        is missing."""
+        """Return questions and references.
+
+        Raises:
+            SlimError: naming the row, when one of them is missing; also when there are none.
+        """
         pairs = []
         for number, row in enumerate(itertools.islice(self._text.rows(), self.limit), 1):
             for name in (self.question, self.reference):
                 if not isinstance(row.get(name), str) or not row[name].strip():
                     raise SlimError(
-                        f"{self.questions}, row {number}: no text in the field '{name}' "
-                        f"(has: {', '.join(row)}). "
+                        f"{self.questions}, row {number}: no text in the field '{name}' (has: "
+                        f"{', '.join(row)}). "
                         "Name the fields with eval.answers.question= and eval.answers.reference="
                     )
             pairs.append((row[self.question], row[self.reference]))
@@ -115,24 +120,43 @@ class Answers:
         return pairs
 
     def prompt(self, tokenizer, question: str) -> list[int]:
-        """Return the tokens that the model goes on from."""
+        """Return the tokens that the model continues.
+
+        Args:
+            tokenizer: of the checkpoint.
+            question: text of a question.
+        """
         if not self.chat:
             return tokenizer(question)["input_ids"]
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
         messages.append({"role": "user", "content": question})
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        # the template writes the special tokens itself
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``metrics`` (``similarity/mean`` and ``/median``, if asked for), ``protocol`` and
-        ``records``.
+        """Answer all questions.
 
-        records: ``question``, ``reference``, ``answer`` and ``similarity`` (cosine, -1 to 1, or
-        absent) of every question."""
+        Args:
+            model: a torch module of transformers.
+            tokenizer: of the checkpoint.
+            context_length: tokens that the model has room for.
+
+        Returns:
+            ``metrics`` (``similarity/mean`` and ``similarity/median``, if asked for), ``protocol``,
+            and ``records``: ``question``, ``reference``, ``answer`` and, if asked for,
+            ``similarity`` (cosine, -1 to 1) of every question.
+
+        Raises:
+            SlimError: when a question has no tokens, or the tokenizer lacks a chat template.
+        """
         from slim.evaluation.generation import continue_ids
 
         self.check_tokenizer(tokenizer)
-        rows, cut = [], 0
+        rows = []
+        cut = 0
         room = context_length - self.new_tokens
         for question, reference in track(self.pairs(), "answers"):
             ids = self.prompt(tokenizer, question)
@@ -140,8 +164,9 @@ class Answers:
                 raise SlimError(
                     f"The question {question!r} in {self.questions} has no tokens. Leave it out."
                 )
-            cut += len(ids) > room
-            ids = ids[-room:]
+            if len(ids) > room:
+                cut += 1
+                ids = ids[-room:]  # what is asked mostly comes last
             answer = continue_ids(model, tokenizer, ids, self.new_tokens).strip()
             rows.append({"question": question, "reference": reference, "answer": answer})
         if cut:
@@ -160,20 +185,20 @@ class Answers:
         return self._compared(rows, protocol, model.device.type)
 
     def _compared(self, rows: list[dict], protocol: dict, device: str) -> dict:
+        """Return what :meth:`measure` does, with the similarity of every row."""
         from slim.evaluation.similarity import cosines, encoder_name
         from slim.evaluation.tasks import mean
 
-        values = cosines(
-            [row["answer"] for row in rows],
-            [row["reference"] for row in rows],
-            self.similarity,
-            device,
-        )
+        answers = [row["answer"] for row in rows]
+        references = [row["reference"] for row in rows]
+        values = cosines(answers, references, self.similarity, device)
         for row, value in zip(rows, values, strict=True):
             row["similarity"] = value
         average = mean(values)
+        median = average
         # NaN stays NaN: a median would sort it anywhere
-        median = average if math.isnan(average) else statistics.median(values)
+        if not math.isnan(average):
+            median = statistics.median(values)
         return {
             "metrics": {"similarity/mean": average, "similarity/median": median},
             "protocol": {**protocol, "encoder": encoder_name(self.similarity)},

@@ -21,11 +21,16 @@ class Unreachable(SlimError):
 
 @dataclass
 class Endpoint:
-    """A server. address: up to and with ``/v1``. key_variable: environment variable that holds the
-    key, if one is needed.
+    """A server.
 
-    timeout: seconds for one answer. retries: further tries after the first. wait: seconds before
-    the second try, doubled each time."""
+    Attributes:
+        address: up to and with ``/v1``.
+        model: name of the model there.
+        key_variable: environment variable that holds the key, if one is needed.
+        timeout: seconds for one answer.
+        retries: further tries after the first.
+        wait: seconds before the second try, doubled each time.
+    """
 
     address: str
     model: str
@@ -35,8 +40,18 @@ class Endpoint:
     wait: float = 1.0
 
     def ask(self, messages: list[dict], new_tokens: int) -> str:
-        """Return the answer's text. Raises ``Unreachable`` after the last try, or at once where
-        trying again is useless."""
+        """Ask for a completion.
+
+        Args:
+            messages: of the chat, with ``role`` and ``content``.
+            new_tokens: most tokens of the answer.
+
+        Returns:
+            The answer's text.
+
+        Raises:
+            Unreachable: after the last try, or at once where trying again is useless.
+        """
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -44,7 +59,7 @@ class Endpoint:
             text, problem, again = self._try(messages, new_tokens)
             if text is not None:
                 return text
-            if not again:
+            if not again:  # a wrong key or name stays wrong
                 raise Unreachable(f"The judge at {self.address} refuses: {problem}.")
         raise Unreachable(
             f"The judge at {self.address} does not answer after {self.retries + 1} tries: "
@@ -62,7 +77,9 @@ class Endpoint:
             "temperature": 0,
             "max_tokens": new_tokens,
         }
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         try:
             reply = requests.post(
                 f"{self.address.rstrip('/')}/chat/completions",
@@ -73,30 +90,49 @@ class Endpoint:
         except requests.RequestException as error:
             return None, type(error).__name__, True
         if reply.status_code != 200:
-            said = " ".join(reply.text.split())[:200]
-            return None, f"HTTP {reply.status_code} {said}".strip(), reply.status_code in TEMPORARY
+            reason = " ".join(reply.text.split())[:200]
+            problem = f"HTTP {reply.status_code} {reason}".strip()
+            return None, problem, reply.status_code in TEMPORARY
         try:
             text = reply.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
             return None, "what it sends is no chat completion", True
-        return (
-            (text, "", True) if isinstance(text, str) else (None, "its answer holds no text", True)
-        )
+        if not isinstance(text, str):  # null, where a model only calls tools
+            return None, "its answer holds no text", True
+        return text, "", True
 
 
 class LocalModel:
-    """A checkpoint folder with a chat template, loaded at the first question and kept."""
+    """A checkpoint folder with a chat template, loaded at the first question and kept.
+
+    Attributes:
+        folder: the checkpoint.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
 
     def __init__(self, folder: str, device: str):
-        self.folder, self.device = Path(folder).expanduser(), device
+        self.folder = Path(folder).expanduser()
+        self.device = device
         self._loaded: tuple | None = None
 
     def ask(self, messages: list[dict], new_tokens: int) -> str:
-        """Return the greedy answer. Raises ``Unreachable`` where the model has no chat template."""
+        """Answer greedily.
+
+        Args:
+            messages: of the chat, with ``role`` and ``content``.
+            new_tokens: most tokens of the answer.
+
+        Returns:
+            The answer's text.
+
+        Raises:
+            Unreachable: when the model has no chat template, or no room for the question.
+        """
         from slim.evaluation.generation import continue_ids
 
         model, tokenizer = self._load()
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        # the template writes the special tokens itself
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = model.config.max_position_embeddings - new_tokens
         if len(ids) > room:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from slim.checkpoints.store import digest
@@ -24,11 +23,16 @@ SIMILAR = 0.01  # cosine similarities that differ by less are a tie
 
 @dataclass
 class Comparison:
-    """How every checkpoint but the first differs from the first; ``error`` is what ended a judge
-    early.
+    """How every checkpoint but the first differs from the first.
 
-    differences: per label, metric -> difference. judged: per label, a row per question. similar:
-    per label, how often it is nearer to the reference than the first one, a tie, and further."""
+    Attributes:
+        differences: label -> metric -> difference.
+        judged: label -> a row per question, as :meth:`slim.evaluation.judge.Judge.compare` returns
+            them.
+        similar: label -> ``wins``, ``ties`` and ``losses``: on how many questions it is nearer to
+            the reference than the first one, as near, and farther.
+        error: what ended a judge early; None if nothing did.
+    """
 
     differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
     judged: dict[str, list[dict]] = field(default_factory=dict)
@@ -47,14 +51,26 @@ class Comparison:
 
 def _named_counts(kind: str, label: str, count: dict[str, int]) -> dict[str, float]:
     clean = re.sub(r"[^\w\-. ]", "_", label)  # what MLflow takes in a metric's name
-    return {f"{kind}/{clean}/{name}": float(value) for name, value in count.items()}
+    counts = {}
+    for name, value in count.items():
+        counts[f"{kind}/{clean}/{name}"] = float(value)
+    return counts
 
 
 def compare(
     results: list[Result], evaluation: Evaluation | None, store: Store, device: str
 ) -> Comparison:
-    """Compare every checkpoint with the first. A judge that fails ends nothing: its error is in
-    ``error``."""
+    """Compare every checkpoint with the first.
+
+    Args:
+        results: the checkpoints with what was measured; their labels differ.
+        evaluation: whose judge is asked; None, or one without a judge, asks nobody.
+        store: keeps the verdicts, below ``verdicts/``.
+        device: ``"cpu"`` or ``"cuda"``: where a judge that is a checkpoint folder runs.
+
+    Returns:
+        The differences. A judge that fails ends nothing: its error is in ``error``.
+    """
     comparison = Comparison()
     for result in results[1:]:
         comparison.differences[result.label] = differences(results[0], result)
@@ -75,16 +91,29 @@ def _judge(
     judge = evaluation.judge
     client = judge.client(device)
     path = store.root / "verdicts" / f"{digest(judge.cache_key())}.jsonl"
+    first = _answers(results[0])
+    # two runs with the same judge would ask the same questions twice
     with store.lock(path):
         verdicts = Verdicts(path)
-        answers = [result.quality["records"]["answers"] for result in results]
-        for result, other in zip(results[1:], answers[1:], strict=True):
-            comparison.judged[result.label] = judge.compare(answers[0], other, verdicts, client)
+        for result in results[1:]:
+            rows = judge.compare(first, _answers(result), verdicts, client)
+            comparison.judged[result.label] = rows
+
+
+def _answers(result: Result) -> list[dict]:
+    return result.quality["records"]["answers"]
 
 
 def tally(rows: list[dict]) -> dict[str, int]:
-    """Count a judge's rows: ``wins`` of the other checkpoint over the first, ``ties``, ``losses``,
-    ``unread``."""
+    """Count a judge's verdicts.
+
+    Args:
+        rows: as :meth:`slim.evaluation.judge.Judge.compare` returns them.
+
+    Returns:
+        ``wins`` of the other checkpoint over the first, ``ties``, ``losses``, and ``unread``:
+        questions without a verdict that could be read.
+    """
     count = Counter(row["winner"] for row in rows)
     return {
         "wins": count["other"],
@@ -95,29 +124,51 @@ def tally(rows: list[dict]) -> dict[str, int]:
 
 
 def similarity_wins(first: Result, second: Result) -> dict[str, int]:
-    """Count on how many questions ``second`` is nearer to the reference than ``first``; empty where
-    none was compared."""
-    gaps = similarity_gaps(*(result.quality.get("records", {}) for result in (first, second)))
+    """Count which of two checkpoints is nearer to the reference, question by question.
+
+    Args:
+        first: the one that is compared with.
+        second: the other one.
+
+    Returns:
+        ``wins`` of ``second``, ``ties`` and ``losses``; empty where no answer was compared with a
+        reference.
+    """
+    before = first.quality.get("records", {})
+    after = second.quality.get("records", {})
+    gaps = similarity_gaps(before, after)
     if not gaps:
         return {}
-    wins, losses = sum(gap > SIMILAR for gap in gaps), sum(gap < -SIMILAR for gap in gaps)
-    return {"wins": wins, "ties": len(gaps) - wins - losses, "losses": losses}
+    counts = {"wins": 0, "ties": 0, "losses": 0}
+    for gap in gaps:
+        if gap > SIMILAR:
+            counts["wins"] += 1
+        elif gap < -SIMILAR:
+            counts["losses"] += 1
+        else:
+            counts["ties"] += 1
+    return counts
 
 
 def name_apart(results: list[Result]) -> None:
     """Give checkpoints with the same folder name labels that differ, by their parents' names, else
     by numbers."""
-    for _, group in _same_label(results):
-        folders = [result.checkpoint.folder.resolve() for result in group]
-        parents = [f"{folder.parent.name}/{folder.name}" for folder in folders]
-        apart = len(set(parents)) == len(parents)
-        for number, (result, parent) in enumerate(zip(group, parents, strict=True), 1):
-            result.label = parent if apart else f"{result.label} ({number})"
+    by_label: dict[str, list[Result]] = {}
+    for result in results:
+        by_label.setdefault(result.label, []).append(result)
+    for same in by_label.values():
+        if len(same) > 1:
+            _rename(same)
 
 
-def _same_label(results: list[Result]) -> list[tuple[str, list[Result]]]:
-    ordered = sorted(results, key=lambda result: result.label)
-    twice = {first.label for first, second in pairwise(ordered) if first.label == second.label}
-    return [
-        (label, [result for result in results if result.label == label]) for label in sorted(twice)
-    ]
+def _rename(results: list[Result]) -> None:
+    """Give checkpoints that share a label one each."""
+    labels = []
+    for result in results:
+        folder = result.checkpoint.folder.resolve()
+        labels.append(f"{folder.parent.name}/{folder.name}")
+    # where the parents share their names as well, nothing short tells the folders apart
+    if len(set(labels)) < len(labels):
+        labels = [f"{result.label} ({number})" for number, result in enumerate(results, 1)]
+    for result, label in zip(results, labels, strict=True):
+        result.label = label

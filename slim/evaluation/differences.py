@@ -72,6 +72,7 @@ def paired(differences: list[float], weights: list[float] | None = None) -> tupl
     ratio = sum(differences) / total
     if count < 2:
         return ratio, math.nan
+    # of the residuals: what the common ratio does not explain
     squares = sum((d - ratio * w) ** 2 for d, w in zip(differences, weights, strict=True))
     return ratio, math.sqrt(count / (count - 1) * squares) / total
 
@@ -90,7 +91,9 @@ def perplexity_records(metric: Metric, records: dict) -> tuple[list[float], list
     rows = records.get(metric.part)
     if not metric.is_perplexity or not rows:
         return [], None
-    return rows["nll"], rows[metric.per] if metric.per else None
+    if not metric.per:
+        return rows["nll"], None
+    return rows["nll"], rows[metric.per]
 
 
 def differences(first: Result, second: Result) -> dict[str, Difference]:
@@ -126,8 +129,10 @@ def _of_perplexities(before: dict, after: dict) -> list[Difference]:
         new, _ = perplexity_records(metric, after)
         if not old or len(old) != len(new):
             continue
-        ratio, error = paired([b - a for a, b in zip(old, new, strict=True)], weights)
-        factor = math.exp(ratio) if ratio < LARGEST_EXPONENT else math.inf
+        ratio, error = paired(_minus(new, old), weights)
+        factor = math.inf
+        if ratio < LARGEST_EXPONENT:
+            factor = math.exp(ratio)
         changes.append(Difference(metric.name, factor - 1, factor * error, len(old), relative=True))
     return changes
 
@@ -136,31 +141,47 @@ def _of_tasks(before: dict, after: dict) -> list[Difference]:
     changes = []
     for task in before.keys() & after.keys():
         old, new = before[task], after[task]
-        questions = [row["doc_hash"] for row in old]
-        if not old or questions != [row["doc_hash"] for row in new]:
+        # other questions, or the same in another order, make no pairs
+        if not old or _column(old, "doc_hash") != _column(new, "doc_hash"):
             continue
         for name, example in old[0].items():
             if name in NO_METRICS or not isinstance(example, (int, float)):
                 continue
-            value, error = paired([b[name] - a[name] for a, b in zip(old, new, strict=True)])
+            value, error = paired(_minus(_column(new, name), _column(old, name)))
             changes.append(Difference(f"{task}/{name}", value, error, len(old)))
     return changes
 
 
-def similarity_gaps(before: dict, after: dict) -> list[float]:
-    """Return by how much each answer in the records ``after`` is nearer to its reference than that
-    in ``before``.
+def _column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]
 
-    Empty where similarity was not measured in both, or on another number of questions.
+
+def _minus(after: list[float], before: list[float]) -> list[float]:
+    return [new - old for old, new in zip(before, after, strict=True)]
+
+
+def similarity_gaps(before: dict, after: dict) -> list[float]:
+    """Compare the answers of two checkpoints with their references.
+
+    Args:
+        before: records of the first checkpoint, by part of the evaluation.
+        after: those of the second one.
+
+    Returns:
+        By how much each answer in ``after`` is nearer to its reference than that in ``before``.
+        Empty where similarity was not measured in both, or on another number of questions.
     """
     old, new = before.get("answers", []), after.get("answers", [])
     if not old or len(old) != len(new):
         return []
     if "similarity" not in old[0] or "similarity" not in new[0]:
         return []
-    return [b["similarity"] - a["similarity"] for a, b in zip(old, new, strict=True)]
+    return _minus(_column(new, "similarity"), _column(old, "similarity"))
 
 
 def _of_answers(before: dict, after: dict) -> list[Difference]:
     gaps = similarity_gaps(before, after)
-    return [Difference("similarity/mean", *paired(gaps), len(gaps))] if gaps else []
+    if not gaps:
+        return []
+    value, error = paired(gaps)
+    return [Difference("similarity/mean", value, error, len(gaps))]

@@ -23,8 +23,9 @@ import importlib.util
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from slim.core.console import track
@@ -48,10 +49,11 @@ class DocumentPerplexity(Text):
     """Which documents. ``text``, ``subset``, ``split`` and ``column`` are those of :class:`Text`; a
     .txt is one document.
 
-    window: most tokens the model sees at once; None for its whole context, as lm-eval does.
-    limit: number of documents from the start; None for all.
-    detokenizer: ``"wikitext"`` undoes WikiText's spacing before the model reads it, as lm-eval
-        does; words and bytes are counted before. ``"none"`` for plain text.
+    Attributes:
+        window: most tokens the model sees at once; None for its whole context, as lm-eval does.
+        limit: number of documents from the start; None for all.
+        detokenizer: ``"wikitext"`` undoes WikiText's spacing before the model reads it, as lm-eval
+            does; words and bytes are counted before. ``"none"`` for plain text.
     """
 
     cache_name: ClassVar[str] = "DocumentPerplexity"
@@ -68,45 +70,68 @@ class DocumentPerplexity(Text):
         super().__post_init__()
 
     def cache_key(self) -> dict:
-        own = {"window": self.window, "limit": self.limit, "detokenizer": self.detokenizer}
-        return {**self.text_identity(), **own}
+        return {
+            **self.text_identity(),
+            "window": self.window,
+            "limit": self.limit,
+            "detokenizer": self.detokenizer,
+        }
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``metrics``, ``protocol`` and ``records`` (``nll``, ``words``, ``bytes`` of every
-        document)."""
+        """Measure the perplexities of all documents together.
+
+        Args:
+            model: a torch module of transformers.
+            tokenizer: of the checkpoint.
+            context_length: tokens that the model has room for.
+
+        Returns:
+            ``metrics`` (see :func:`perplexities`), ``protocol``, and ``records``: ``nll`` (nats),
+            ``words`` and ``bytes`` of every document.
+
+        Raises:
+            SlimError: when the text is empty.
+        """
         window = min(self.window or context_length, context_length)
-        restore = wikitext_detokenizer() if self.detokenizer == "wikitext" else lambda text: text
         documents = list(itertools.islice(self.documents(), self.limit))
         if not any(documents):
             raise SlimError(
                 f"The text {self.text} is empty. Give another one with eval.documents.text=FILE."
             )
-        nll = [
-            document_nll(model, *document_tokens(tokenizer, restore(text)), window)
-            for text in track(documents, "documents")
-        ]
-        words, sizes = (
-            [len(WORDS.split(text)) for text in documents],
-            [len(text.encode()) for text in documents],
-        )
-        whole = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+        records: dict[str, list] = {"nll": [], "words": [], "bytes": []}
+        for text in track(documents, "documents"):
+            first, tokens = document_tokens(tokenizer, self._restored(text))
+            records["nll"].append(document_nll(model, first, tokens, window))
+            # of the document as it is: what its detokenised form has depends on the detokeniser
+            records["words"].append(len(WORDS.split(text)))
+            records["bytes"].append(len(text.encode()))
         protocol = {
             "documents": len(documents),
             "window": window,
             "detokenizer": self.detokenizer,
-            "text_sha256": whole,
+            "text_sha256": hashlib.sha256("\0".join(documents).encode()).hexdigest(),
         }
-        records = {"nll": nll, "words": words, "bytes": sizes}
-        return {
-            "metrics": perplexities(sum(nll), sum(words), sum(sizes)),
-            "protocol": protocol,
-            "records": records,
-        }
+        metrics = perplexities(sum(records["nll"]), sum(records["words"]), sum(records["bytes"]))
+        return {"metrics": metrics, "protocol": protocol, "records": records}
+
+    def _restored(self, text: str) -> str:
+        """Return a document as the model reads it."""
+        if self.detokenizer == "wikitext":
+            return wikitext_detokenizer()(text)
+        return text
 
 
 def perplexities(nll: float, words: int, size: int) -> dict[str, float]:
-    """Return the three figures for a summed negative log-likelihood in nats, by the formulas
-    above."""
+    """Return the perplexities of documents, by the formulas above.
+
+    Args:
+        nll: summed negative log-likelihood of their tokens, in nats.
+        words: number of their words.
+        size: number of their bytes.
+
+    Returns:
+        ``word_perplexity``, ``byte_perplexity`` and ``bits_per_byte``.
+    """
     return {
         "word_perplexity": exponential(nll / words),
         "byte_perplexity": exponential(nll / size),
@@ -115,8 +140,21 @@ def perplexities(nll: float, words: int, size: int) -> dict[str, float]:
 
 
 def document_tokens(tokenizer, text: str) -> tuple[int, list[int]]:
-    """Return the token a document starts with, and the tokens of ``text`` without special ones."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    """Tokenise a document.
+
+    Args:
+        tokenizer: of the checkpoint.
+        text: the document as the model reads it.
+
+    Returns:
+        The token that it starts with, and its tokens without special ones.
+
+    Raises:
+        SlimError: when the tokenizer has no token to start with.
+    """
+    first = tokenizer.bos_token_id
+    if first is None:  # 0 is a token
+        first = tokenizer.eos_token_id
     if first is None:
         raise SlimError(
             "The tokenizer has neither a begin-of-text nor an end-of-text token to start a "
@@ -126,26 +164,45 @@ def document_tokens(tokenizer, text: str) -> tuple[int, list[int]]:
 
 
 def blocks(count: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (context start, block start, block end) for ``count`` predictions in blocks of
-    ``window``."""
+    """Cut a document into blocks of tokens that are predicted together.
+
+    Args:
+        count: number of predictions: tokens of the document.
+        window: most tokens that the model sees at once.
+
+    Yields:
+        Where the block's context begins, where the block begins, and where it ends.
+    """
     for start in range(0, count, window):
         end = min(start + window, count)
+        # the last block is shorter: its context reaches back into the one before
         yield max(0, end - window), start, end
 
 
 def document_nll(model, first: int, tokens: list[int], window: int) -> float:
-    """Return the summed negative log-likelihood of ``tokens`` after the token ``first``, in nats,
-    in float64."""
-    whole = torch.tensor([[first, *tokens]], device=model.device)
+    """Return the negative log-likelihood of a document.
+
+    Args:
+        model: a torch module of transformers.
+        first: the token that it starts with, which is not predicted.
+        tokens: those after it.
+        window: most tokens that the model sees at once.
+
+    Returns:
+        The sum over all tokens, in nats, summed in float64.
+    """
+    ids = torch.tensor([[first, *tokens]], device=model.device)
     total = 0.0
     with torch.inference_mode():
         for context, start, end in blocks(len(tokens), window):
-            found = token_nll(model, whole[:, context:end], whole[:, start + 1 : end + 1])
-            total += found.double().sum().item()
+            # the token at i is predicted at i - 1, so targets lie one place further on
+            nll = token_nll(model, ids[:, context:end], ids[:, start + 1 : end + 1])
+            total += nll.double().sum().item()
     return total
 
 
-def wikitext_detokenizer():
+@cache
+def wikitext_detokenizer() -> Callable[[str], str]:
     """Return lm-eval's own function, from its file: importing the whole harness for it would take
     seconds."""
     path = shipped_folder() / "wikitext" / "preprocess_wikitext.py"

@@ -9,6 +9,7 @@ Source: https://mlco2.github.io/codecarbon/ (package ``codecarbon``, an optional
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import logging
@@ -29,19 +30,19 @@ LEAST_SECONDS = 2.0
 
 
 def check_country(country: str) -> None:
-    """Raise ``SlimError`` if codecarbon is not there or does not know the country."""
+    """Raise ``SlimError`` if codecarbon is not there or does not know the country.
+
+    Args:
+        country: ISO code of three letters.
+    """
     package = importlib.util.find_spec("codecarbon")
     if package is None:
         raise SlimError(
             "eval.energy needs codecarbon: pip install 'slim[energy]'. Without it: eval.energy=null"
         )
-    mix = (
-        Path(package.submodule_search_locations[0]) / MIX
-        if package.submodule_search_locations
-        else MIX
-    )
-    known = sorted(json.loads(mix.read_text(encoding="utf-8"))) if mix.is_file() else [country]
-    if country not in known:
+    known = _known_countries(package)
+    # without the list codecarbon itself says what it does not know, though later
+    if known and country not in known:
         raise SlimError(
             f"eval.energy={country} is no country that codecarbon knows. It takes an ISO code of "
             "three letters, such as DEU, "
@@ -49,18 +50,32 @@ def check_country(country: str) -> None:
         )
 
 
+def _known_countries(package: importlib.machinery.ModuleSpec) -> list[str]:
+    """Return the codes in codecarbon's own list, in order; none where it is not where it was."""
+    folders = package.submodule_search_locations
+    if not folders:
+        return []
+    mix = Path(folders[0]) / MIX
+    if not mix.is_file():
+        return []
+    return sorted(json.loads(mix.read_text(encoding="utf-8")))
+
+
 def meters(device: str) -> list[str]:
     """Return the meters of this machine that can be read for ``device``: ``"RAPL"``, ``"NVML"``,
     both or none."""
-    found = (
-        ["RAPL"]
-        if any(os.access(path, os.R_OK) for path in RAPL.glob("intel-rapl*/energy_uj"))
-        else []
-    )
-    return [*found, "NVML"] if device.startswith("cuda") and _nvml() else found
+    readable = []
+    counters = RAPL.glob("intel-rapl*/energy_uj")
+    # since 2020 only root may read them, unless the machine's owner allowed it
+    if any(os.access(path, os.R_OK) for path in counters):
+        readable.append("RAPL")
+    if device.startswith("cuda") and _nvml():
+        readable.append("NVML")
+    return readable
 
 
 def _nvml() -> bool:
+    """Whether the driver tells the power of the first GPU."""
     if importlib.util.find_spec("pynvml") is None:
         return False
     import pynvml
@@ -80,17 +95,24 @@ class EnergyMeter:
             ...
         meter.facts  # energy_joules, co2_grams, energy_estimated (1.0 or 0.0)
 
-    energy_estimated: 1.0 where the device's own meter could not be read, so that its share is a
-    guess from nominal power."""
+    Attributes:
+        country: ISO code of three letters, for the CO2 of a kilowatt-hour.
+        device: ``"cpu"`` or a GPU, such as ``"cuda"``.
+        facts: ``energy_joules``, ``co2_grams`` and ``energy_estimated``: 1.0 where the device's own
+            meter could not be read, so that its share is a guess from nominal power. Empty until
+            the end, and where codecarbon failed.
+    """
 
     def __init__(self, country: str, device: str):
-        self.country, self.device = country, device
+        self.country = country
+        self.device = device
         self.facts: dict[str, float] = {}
 
     @property
     def estimated(self) -> bool:
         """Whether the energy of the device is a guess."""
-        return ("NVML" if self.device.startswith("cuda") else "RAPL") not in meters(self.device)
+        meter = "NVML" if self.device.startswith("cuda") else "RAPL"
+        return meter not in meters(self.device)
 
     def __enter__(self) -> EnergyMeter:
         from codecarbon import OfflineEmissionsTracker
@@ -109,18 +131,25 @@ class EnergyMeter:
 
     def __exit__(self, *_) -> None:
         self._tracker.stop()
-        found = getattr(self._tracker, "final_emissions_data", None)
-        if found is not None:  # codecarbon swallows its own errors
-            self.facts = {
-                "energy_joules": float(found.energy_consumed) * JOULES_PER_KWH,
-                "co2_grams": float(found.emissions) * 1000,
-                "energy_estimated": float(self.estimated),
-            }
+        emissions = getattr(self._tracker, "final_emissions_data", None)
+        if emissions is None:  # codecarbon swallows its own errors
+            return
+        self.facts = {
+            "energy_joules": float(emissions.energy_consumed) * JOULES_PER_KWH,
+            "co2_grams": float(emissions.emissions) * 1000,  # told in kilograms
+            "energy_estimated": float(self.estimated),
+        }
 
 
 @contextmanager
 def stage_energy(country: str | None, device: str, facts: dict) -> Iterator[None]:
-    """Measure the body and add its energy to ``facts``; nothing where ``country`` is None."""
+    """Measure the body of a ``with``.
+
+    Args:
+        country: ISO code of three letters; None measures nothing.
+        device: ``"cpu"`` or a GPU.
+        facts: what the energy is added to, under the names of :class:`EnergyMeter`.
+    """
     if country is None:
         yield
         return
@@ -133,17 +162,28 @@ def stage_energy(country: str | None, device: str, facts: dict) -> Iterator[None
 def generation_energy(
     model, prompts: list[list[int]], new_tokens: int, country: str
 ) -> dict[str, float]:
-    """Return joules and micrograms of CO2 per generated token: prompts one at a time, prefill
-    included.
+    """Measure the energy of generating, prefill included.
 
-    The prompts are repeated until ``LEAST_SECONDS`` have passed. The names of guesses end in
-    ``_estimate``, so that no table or plot mixes them with what was read from a meter."""
+    Args:
+        model: a torch module of transformers.
+        prompts: tokens of each prompt, run one at a time, and all again until ``LEAST_SECONDS``
+            have passed.
+        new_tokens: tokens generated after each.
+        country: ISO code of three letters.
+
+    Returns:
+        ``energy_joules_per_token`` and ``co2_micrograms_per_token``, per generated token. The names
+        of guesses end in ``_estimate``, so that no table or plot mixes them with what was read from
+        a meter. Empty where codecarbon failed.
+    """
     import torch
 
     from slim.evaluation.timing import timed_run
 
+    # before the meter runs: copying to the device is not generating
     tensors = [torch.tensor([ids], device=model.device) for ids in prompts]
-    tokens, meter = 0, EnergyMeter(country, model.device.type)
+    tokens = 0
+    meter = EnergyMeter(country, model.device.type)
     with torch.inference_mode(), meter:
         until = time.monotonic() + LEAST_SECONDS
         while tokens == 0 or time.monotonic() < until:
@@ -152,7 +192,9 @@ def generation_energy(
                 tokens += new_tokens
     if not meter.facts:
         return {}
-    end = "_estimate" if meter.facts["energy_estimated"] else ""
+    end = ""
+    if meter.facts["energy_estimated"]:
+        end = "_estimate"
     return {
         f"energy_joules_per_token{end}": meter.facts["energy_joules"] / tokens,
         f"co2_micrograms_per_token{end}": meter.facts["co2_grams"] * 1e6 / tokens,

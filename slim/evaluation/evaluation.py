@@ -84,11 +84,12 @@ class Evaluation:
             raise SlimError(
                 "eval.judge compares answers: it needs eval.answers too (eval=judged has both)."
             )
-        if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
-            raise SlimError(
-                "eval.prompts takes texts that are not empty, for example eval.prompts=['The town "
-                "of']."
-            )
+        for prompt in self.prompts:
+            if not isinstance(prompt, str) or not prompt:
+                raise SlimError(
+                    "eval.prompts takes texts that are not empty, for example "
+                    "eval.prompts=['The town of']."
+                )
         require_number("eval.new_tokens", self.new_tokens, 1, integer=True)
         require_choice("eval.dtype", self.dtype, DTYPES)
 
@@ -99,10 +100,14 @@ class Evaluation:
 
     def _quality_parts(self) -> dict:
         """Return name -> part of what is a fact about the checkpoint alone."""
+        # eval.tasks.names=[] leaves the tasks out, as eval.tasks=null does
+        tasks = self.tasks
+        if tasks is not None and not tasks.names:
+            tasks = None
         parts = {
             "perplexity": self.perplexity,
             "documents": self.documents,
-            "tasks": self.tasks if self.tasks and self.tasks.names else None,
+            "tasks": tasks,
             "answers": self.answers,
             **self.extra,
         }
@@ -114,7 +119,15 @@ class Evaluation:
         return self.speed is not None
 
     def quality_dtype(self, spec: ModelSpec, device: str) -> str:
-        """Return the type quality is measured in, such as ``"float32"``."""
+        """Return the type quality is measured in.
+
+        Args:
+            spec: the checkpoint.
+            device: ``"cpu"`` or ``"cuda"``.
+
+        Returns:
+            Its name, such as ``"float32"``.
+        """
         return resolve_dtype(spec, self.dtype, device)
 
     def speed_dtype(self, spec: ModelSpec, device: str) -> str:
@@ -133,12 +146,8 @@ class Evaluation:
             return self.quality_dtype(spec, device)
         if self.machine_dtype is not None:
             return self.machine_dtype
-        if spec.quantization is not None:
-            blocks = spec.family.blocks + "."
-            schemes = packed_schemes(spec)
-            widths = {schemes[layer].bits for layer in schemes if layer.startswith(blocks)}
-            if widths == {4}:
-                return "bfloat16"
+        if _all_blocks_in_4_bits(spec):
+            return "bfloat16"
         return self.quality_dtype(spec, device)
 
     def check(self, spec: ModelSpec) -> None:
@@ -151,6 +160,7 @@ class Evaluation:
         if self.answers:
             self.answers.check(spec)
         if self.energy is not None:
+            # local: a mistake elsewhere is answered without looking for codecarbon
             from slim.evaluation.energy import check_country
 
             check_country(self.energy)
@@ -163,24 +173,30 @@ class Evaluation:
     def quality_cache_key(self) -> dict:
         """Return what determines perplexity, accuracies and sample generations, as plain JSON
         values."""
-        return {
+        key: dict = {
             "version": self.quality_version,
             "dtype": DTYPE_RULES.get(self.dtype, self.dtype),
-            **{name: cache_key(part) for name, part in self._quality_parts().items()},
-            "prompts": self.prompts,
-            "new_tokens": self.new_tokens if self.prompts else None,
         }
+        for name, part in self._quality_parts().items():
+            key[name] = cache_key(part)
+        key["prompts"] = self.prompts
+        # without prompts their length changes nothing
+        key["new_tokens"] = self.new_tokens if self.prompts else None
+        return key
 
     def speed_cache_key(self) -> dict:
         """Return what determines speed and memory on a given machine, as plain JSON values."""
-        own_prompts = self.speed is None or self.speed.prompts
-        return {
+        key = {
             "version": self.speed_version,
             "dtype": DTYPE_RULES.get(self.dtype, self.dtype),
             "speed": cache_key(self.speed),
             "energy": self.energy,
-            "text": None if own_prompts else self._speed_text().text_identity(),
+            "text": None,
         }
+        # texts that are given are part of "speed"
+        if self.speed is not None and not self.speed.prompts:
+            key["text"] = self._speed_text().text_identity()
+        return key
 
     def measure_quality(self, model, tokenizer) -> dict:
         """Measure what is a fact about the checkpoint alone.
@@ -200,7 +216,8 @@ class Evaluation:
         context_length = model.config.max_position_embeddings
         metrics: dict[str, float] = {}
         protocol: dict = {"dtype": dtype_name(model)}
-        measured, records = {}, {}
+        measured = {}
+        records = {}
         for name, part in self._quality_parts().items():
             result = part.measure(model, tokenizer, context_length)
             metrics.update(result["metrics"])
@@ -209,7 +226,8 @@ class Evaluation:
             measured[name] = result
         continued = samples(model, tokenizer, self.prompts, self.new_tokens)
         answers = records.get("answers", [])
-        texts = [row["answer"] for row in [*continued, *answers]]
+        # all that the model wrote: one that repeats itself does so in either
+        texts = [row["answer"] for row in continued + answers]
         metrics.update(repetition(tokenizer, texts))
         protocol["generation"] = {
             "prompts": len(continued),
@@ -232,6 +250,7 @@ class Evaluation:
 
         if finite(metrics):
             return {}
+        # the windows come first: their records say which of them is not finite
         windows = []
         if self.perplexity:
             windows = self.perplexity.windows(tokenizer, context_length).tolist()
@@ -257,37 +276,65 @@ class Evaluation:
         return self.speed.prompt_ids(tokenizer, self._speed_text())
 
     def measure_speed(self, model, prompts: list[list[int]]) -> dict:
-        """Return ``metrics``: rates and the bytes of the weights in memory; ``protocol``; and no
-        ``samples``."""
+        """Measure speed, which is a fact about a checkpoint on this machine.
+
+        Args:
+            model: a torch module of transformers.
+            prompts: tokens of each prompt, from :meth:`speed_prompts`.
+
+        Returns:
+            ``metrics``: rates, and the bytes of the weights in memory; ``protocol``: what they
+            depend on, the machine included; ``samples``: empty.
+        """
         from slim.evaluation.memory import weights_bytes
 
-        found = self.speed.measure(model, prompts)
-        metrics = {**found["metrics"], "weights_bytes": float(weights_bytes(model))}
+        timed = self.speed.measure(model, prompts)
+        metrics = {**timed["metrics"], "weights_bytes": float(weights_bytes(model))}
         protocol = {
             "dtype": dtype_name(model),
-            **found["protocol"],
+            **timed["protocol"],
             "machine": fingerprint(model.device.type),
         }
         return {"metrics": metrics, "protocol": {"speed": protocol}, "samples": []}
 
     def measure_use(self, model, prompts: list[list[int]]) -> dict[str, float]:
-        """Return what generating takes besides time: memory of each phase, and energy where it is
-        asked for."""
+        """Measure what generating takes besides time.
+
+        Args:
+            model: a torch module of transformers.
+            prompts: tokens of each prompt, from :meth:`speed_prompts`.
+
+        Returns:
+            Memory of each phase (see :func:`slim.evaluation.memory.phase_peaks`), and energy where
+            it is asked for (see :func:`slim.evaluation.energy.generation_energy`).
+        """
         from slim.evaluation.energy import generation_energy
         from slim.evaluation.memory import phase_peaks
 
-        first = self.speed.cases(prompts)[""][1]
-        found = phase_peaks(model, first[0], self.speed.new_after(first[0]))
+        _, cut = self.speed.cases(prompts)[""]  # the case in tables
+        new_tokens = self.speed.new_after(cut[0])
+        metrics = phase_peaks(model, cut[0], new_tokens)
         if self.energy is not None:
-            found.update(
-                generation_energy(model, first, self.speed.new_after(first[0]), self.energy)
-            )
-        return found
+            metrics.update(generation_energy(model, cut, new_tokens, self.energy))
+        return metrics
 
     def _speed_text(self) -> Text:
         """The text that prompts for timing are cut from: the one of the perplexity, else the
         embedded one."""
         return self.perplexity or Text("tiny:heldout")
+
+
+def _all_blocks_in_4_bits(spec: ModelSpec) -> bool:
+    """Whether every quantised layer of the blocks has 4 bits; False where there is none."""
+    if spec.quantization is None:
+        return False
+    blocks = spec.family.blocks + "."
+    # the head and the embedding may be wider: they are a small share of the time
+    widths = set()
+    for layer, scheme in packed_schemes(spec).items():
+        if layer.startswith(blocks):
+            widths.add(scheme.bits)
+    return widths == {4}
 
 
 def require_room(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -36,13 +37,19 @@ LONGEST_SHOWN = 60  # characters of a question in a message
 
 class LoadedModel(HFLM):
     """A model in memory as lm-eval sees it, which shows slim's progress bar and notes the tasks
-    with NaN in them."""
+    with NaN in them.
+
+    Attributes:
+        broken: names of the tasks with a score that is NaN.
+    """
 
     def __init__(self, model, tokenizer, batch_size: int | None, max_length: int):
+        if not batch_size:
+            batch_size = CPU_BATCH if model.device.type == "cpu" else "auto"
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=batch_size or (CPU_BATCH if model.device.type == "cpu" else "auto"),
+            batch_size=batch_size,
             max_length=max_length,
             # otherwise the model's type, in which bfloat16 has three digits
             softmax_dtype="float32",
@@ -53,13 +60,16 @@ class LoadedModel(HFLM):
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         with progress_bar("tasks", len(requests)) as self._advance:
             answers = super().loglikelihood(requests, disable_tqdm=True)
-        self._note_nan(requests, (score for score, _ in answers))
+        self._note_nan(requests, [score for score, _ in answers])
         return answers
 
     def _loglikelihood_tokens(self, requests, *args, **kwargs) -> list[tuple[float, bool]]:
         """Score answers; raise ``SlimError`` for those that cannot be, before any is."""
         cut = 0
-        for (question, answer), context, tokens in requests:
+        for asked, context, tokens in requests:
+            if asked is None:  # a window of a document, which lm-eval has cut to fit
+                continue
+            question, answer = asked
             if not tokens:
                 raise SlimError(
                     f"An answer to {shown(question)} is empty. Give every choice a text, or leave "
@@ -75,7 +85,9 @@ class LoadedModel(HFLM):
                     f"An answer to {shown(question)} has {len(tokens)} tokens, more than the "
                     f"context of {self.max_length}. Shorten it, or leave the question out."
                 )
-            cut += len(context) + len(tokens) > self.max_length + 1
+            # the last token is only predicted, so it needs no place in the context
+            if len(context) + len(tokens) > self.max_length + 1:
+                cut += 1
         if cut:
             warn(
                 f"{cut} of {len(requests)} answers with their questions are longer than the "
@@ -96,6 +108,7 @@ class LoadedModel(HFLM):
         return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
+        # lm-eval holds the logits of a whole window, and their copy in float32
         if self.max_length * self.model.config.vocab_size > LOGITS_AT_ONCE:
             scores = [self._rolling_in_slices(*request.args) for request in requests]
         else:
@@ -107,15 +120,17 @@ class LoadedModel(HFLM):
     def _rolling_in_slices(self, text: str) -> float:
         """Return what ``loglikelihood_rolling`` does, up to rounding, without the logits of a whole
         window at once."""
-        return -document_nll(self.model, *document_tokens(self.tokenizer, text), self.max_length)
+        first, tokens = document_tokens(self.tokenizer, text)
+        return -document_nll(self.model, first, tokens, self.max_length)
 
     def _model_call(self, inps, *args, **kwargs) -> torch.Tensor:
         self._advance(len(inps))
         return super()._model_call(inps, *args, **kwargs)
 
     def _note_nan(self, requests, scores) -> None:
-        pairs = zip(requests, scores, strict=True)
-        self.broken |= {request.task_name for request, score in pairs if math.isnan(score)}
+        for request, score in zip(requests, scores, strict=True):
+            if math.isnan(score):
+                self.broken.add(request.task_name)
 
 
 def evaluate(
@@ -129,22 +144,38 @@ def evaluate(
     batch_size: int | None,
     max_length: int,
 ) -> dict[str, dict]:
-    """Run the tasks in the YAML files ``paths`` (each with split -> local files that take the place
-    of the hub's data).
+    """Run tasks on a model in memory.
 
-    Return task -> metrics, questions, num_fewshot, version, questions_sha256, records.
-    Raises ``SlimError`` if a task cannot be built, which mostly means that its data cannot be
-    reached."""
+    Args:
+        model: a torch module of transformers.
+        tokenizer: of the checkpoint.
+        paths: the tasks' YAML files, each with split -> local files that are read instead of the
+            hub's data (empty: the hub's).
+        limit: number of questions from the start of each task; None for all.
+        num_fewshot: solved examples before each question; None for what the task says.
+        seed: of the choice of these examples.
+        batch_size: answers scored in one forward pass; None for 32 on a CPU and the most that fits
+            on a GPU.
+        max_length: tokens that the model has room for.
+
+    Returns:
+        Task -> ``metrics``, ``questions`` (their number), ``num_fewshot``, ``version`` of the task,
+        ``questions_sha256`` and ``records``.
+
+    Raises:
+        SlimError: when a task cannot be built, which mostly means that its data cannot be reached,
+            or a question cannot be asked.
+    """
     with quiet():
         tasks = {}
         for path, files in paths.items():
             task = build_task(path, num_fewshot, files, seed)
             tasks[task.task_name] = task
         lm = LoadedModel(model, tokenizer, batch_size, max_length)
-        # One bootstrap round: the errors of means are computed directly, and 0 would leave those
-        # out too.
         try:
-            found = run_tasks(
+            # One bootstrap round: the errors of means are computed directly, and 0 would leave
+            # those out too.
+            results = run_tasks(
                 lm, {"tasks": tasks}, limit=limit, bootstrap_iters=1, log_samples=True
             )
         except (SlimError, RuntimeError, OSError, MemoryError):  # torch's, and what is no mistake
@@ -154,55 +185,56 @@ def evaluate(
                 f"The tasks {', '.join(tasks)} cannot be asked: {reason_of(error)}\n"
                 "A field that a task names may be missing or of another type in its data."
             ) from error
-    return {name: _result(found, name, broken=name in lm.broken) for name in tasks}
+    return {name: _result(results, name, broken=name in lm.broken) for name in tasks}
 
 
 def shown(text: str) -> str:
     """Return the end of a question for a message: what tells it from others comes last."""
     text = " ".join(text.split())
-    return repr(text if len(text) <= LONGEST_SHOWN else "..." + text[-LONGEST_SHOWN:])
+    if len(text) > LONGEST_SHOWN:
+        text = "..." + text[-LONGEST_SHOWN:]
+    return repr(text)
 
 
 def reason_of(error: Exception) -> str:
     """Return the first line of an error, or its name where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0]
 
 
 def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]], seed: int):
-    """Build the lm-eval task of a YAML file; local data (``local``: split -> files) are handed over
-    in memory.
+    """Build the lm-eval task of a YAML file.
 
-    The datasets library keeps JSON files in a cache of its own; in memory there is nothing that
-    could be out of date."""
+    Args:
+        path: the YAML file.
+        num_fewshot: solved examples before each question; None for what the task says.
+        local: split -> local files that are read instead of the hub's data. They are handed over in
+            memory: the datasets library keeps JSON files in a cache of its own, and in memory there
+            is nothing that could be out of date.
+        seed: of the choice of examples.
+
+    Returns:
+        The task, with its data.
+
+    Raises:
+        SlimError: when its data cannot be reached or do not fit, or hold too few examples.
+    """
+    files = local
     try:
         config = load_yaml(path)
-        files = local or (data_files(path) if is_local(path) else {})
+        if not files and is_local(path):
+            files = data_files(path)
         if files:
             config = use_local_files(config, files)
             config["custom_dataset"] = partial(_in_memory, files)
         (task,) = TaskManager(include_defaults=False).load([config])["tasks"].values()
     except SlimError:
         raise
-    except (
-        Exception
-    ) as error:  # a task file can fail in as many ways as there are loaders and template mistakes
-        reason = reason_of(error)
-        if local:
-            shown = ", ".join(str(path) for paths in local.values() for path in paths)
-            raise SlimError(
-                f"{shown}: not in the hub's schema of the task in {path.name} ({reason})."
-            ) from error
-        if files:
-            raise SlimError(
-                f"The task in {path.name} cannot be set up: {reason}\n"
-                "Its data lack something that it names, or hold it in another type."
-            ) from error
-        raise SlimError(
-            f"The task in {path.name} cannot be set up: {reason}\n"
-            "Its data come from the hub unless they are embedded: without a network, name YAML "
-            "files of your own."
-        ) from error
+    # a task file can fail in as many ways as there are loaders and template mistakes
+    except Exception as error:
+        raise _not_set_up(path, local, files, reason_of(error)) from error
     # as on lm-eval's command line, a fixed 0 stays
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
@@ -211,6 +243,25 @@ def build_task(path: Path, num_fewshot: int | None, local: dict[str, list[Path]]
     task.set_fewshot_seed(seed=seed)
     check_examples(task)
     return task
+
+
+def _not_set_up(
+    path: Path, local: dict[str, list[Path]], files: dict[str, list[Path]], reason: str
+) -> SlimError:
+    """Return the error for a task that cannot be built, by where its data come from."""
+    if local:
+        names = ", ".join(map(str, itertools.chain(*local.values())))
+        return SlimError(f"{names}: not in the hub's schema of the task in {path.name} ({reason}).")
+    if files:
+        return SlimError(
+            f"The task in {path.name} cannot be set up: {reason}\n"
+            "Its data lack something that it names, or hold it in another type."
+        )
+    return SlimError(
+        f"The task in {path.name} cannot be set up: {reason}\n"
+        "Its data come from the hub unless they are embedded: without a network, name YAML "
+        "files of your own."
+    )
 
 
 def check_examples(task) -> None:
@@ -228,59 +279,77 @@ def check_examples(task) -> None:
 
 
 def _in_memory(files: dict[str, list[Path]], **_) -> dict[str, datasets.Dataset]:
-    return {split: datasets.Dataset.from_list(read_rows(paths)) for split, paths in files.items()}
+    splits = {}
+    for split, paths in files.items():
+        splits[split] = datasets.Dataset.from_list(read_rows(paths))
+    return splits
 
 
-def _result(found: dict, name: str, broken: bool) -> dict:
-    metrics = {}
-    for key, value in found["results"][name].items():
-        metric, _, variant = key.partition(",")
-        if variant and isinstance(value, (int, float)):
-            metrics[metric if variant == "none" else f"{metric}/{variant}"] = (
-                math.nan if broken else float(value)
-            )
-    asked = found["samples"][name]
+def _result(results: dict, name: str, broken: bool) -> dict:
+    """Return what :func:`evaluate` does for a task, from what lm-eval returned for all of them."""
+    samples = results["samples"][name]
+    hashes = "".join(sample["doc_hash"] for sample in samples)
     return {
-        "records": records(asked),
-        "questions_sha256": hashlib.sha256(
-            "".join(row["doc_hash"] for row in asked).encode()
-        ).hexdigest(),
-        "metrics": metrics,
-        "questions": found["n-samples"][name]["effective"],
-        "num_fewshot": found["n-shot"][name],
-        "version": found["versions"][name],
+        "records": records(samples),
+        "questions_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        "metrics": _metrics(results["results"][name], broken),
+        "questions": results["n-samples"][name]["effective"],
+        "num_fewshot": results["n-shot"][name],
+        "version": results["versions"][name],
     }
 
 
-def records(samples: list[dict]) -> list[dict]:
-    """Reduce lm-eval's samples to plain JSON: per question its id and hash, what was asked, the
-    answers' scores, figures.
+def _metrics(values: dict, broken: bool) -> dict[str, float]:
+    """Return the metrics among what lm-eval says of a task; all are NaN where one score was."""
+    metrics = {}
+    for key, value in values.items():
+        # "acc,none": the metric and the filter that the answers went through
+        name, _, variant = key.partition(",")
+        if not variant or not isinstance(value, (int, float)):
+            continue
+        if variant != "none":
+            name = f"{name}/{variant}"
+        # lm-eval takes a NaN for a wrong answer, and the accuracy would look like a poor one
+        metrics[name] = math.nan if broken else float(value)
+    return metrics
 
-    Questions with choices have ``context``, ``choices``, ``scores`` (log-likelihoods in nats) and
-    ``target``; documents only their hash; generated answers ``context`` and ``answer``."""
+
+def records(samples: list[dict]) -> list[dict]:
+    """Reduce lm-eval's samples to plain JSON.
+
+    Args:
+        samples: of one task, as lm-eval logs them.
+
+    Returns:
+        Per question ``doc_id``, ``doc_hash``, ``filter`` and its metrics. Those with choices also
+        have ``context``, ``choices``, ``scores`` (log-likelihoods in nats) and ``target``;
+        generated answers ``context``, ``answer`` and ``target``; documents nothing else.
+    """
     rows = []
     for sample in samples:
-        figures = {name: _plain(sample[name]) for name in sample["metrics"]}
         row = {
             "doc_id": sample["doc_id"],
             "doc_hash": sample["doc_hash"],
             "filter": sample["filter"],
+            **_asked(sample),
         }
-        rows.append({**row, **_asked(sample), **figures})
+        for name in sample["metrics"]:
+            row[name] = _plain(sample[name])
+        rows.append(row)
     return rows
 
 
 def _asked(sample: dict) -> dict:
-    arguments, answers = sample["arguments"], sample["filtered_resps"]
+    """Return what was asked and answered, by the kind of question."""
+    arguments = sample["arguments"]
+    answers = sample["filtered_resps"]
     if len(arguments[0]) == 1:  # a whole document
         return {}
-    if isinstance(arguments[0][1], str):
-        scores = [answer[0] for answer in answers]
-        choices = [answer for _, answer in arguments]
+    if isinstance(arguments[0][1], str):  # the second argument of a generation is its settings
         return {
             "context": arguments[0][0],
-            "choices": choices,
-            "scores": scores,
+            "choices": [choice for _, choice in arguments],
+            "scores": [score for score, *_ in answers],
             "target": _plain(sample["target"]),
         }
     return {
@@ -294,7 +363,9 @@ def _plain(value):
     """Reduce numpy numbers and tuples to plain JSON values."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
+    if hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 @contextmanager

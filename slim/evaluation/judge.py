@@ -4,7 +4,8 @@ et al., arXiv:2306.05685).
 Judges favour what they read first, so each pair is shown in both orders, the first one drawn by
 lot; a model wins a question if it wins in both orders, or in one with a tie in the other, and
 everything else is a tie. Verdicts are kept in a file as they come, by a hash of judge, question and
-answers: what was asked once is not asked again, and an interrupted run goes on."""
+answers: what was asked once is not asked again, and an interrupted run resumes where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +36,8 @@ CASE = (
 )
 VERDICT = re.compile(r"verdict\W{0,6}(?:answer\s+)?(A|B|C|tie)\b", re.IGNORECASE)
 BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
+# what a judge writes, in lower case -> the verdict; MT-bench's rules call a tie C
+MEANINGS = {"a": "A", "b": "B", "c": "tie", "tie": "tie"}
 HOPELESS = 3  # questions in a row without a readable verdict, after which a judge is given up
 
 
@@ -42,15 +45,20 @@ HOPELESS = 3  # questions in a row without a readable verdict, after which a jud
 class Judge:
     """Who judges, and how much may be asked.
 
-    model: name of the model at ``endpoint``, or a checkpoint folder where there is no endpoint.
-    endpoint: address of a server that speaks OpenAI's chat completions, such as
-        ``http://127.0.0.1:8000/v1``.
-    key_variable: environment variable with the server's key; the key itself is never written
-        anywhere.
-    limit: questions judged for each pair of models, from the start. both_orders: ask twice, with
-    the answers swapped. retries, timeout (s), wait (s, doubled each time): how long a server that
-    does not answer is waited for; also how often a verdict that cannot be read is asked for again.
-    seed: of the order shown first. new_tokens: most tokens of reason and verdict.
+    Attributes:
+        model: name of the model at ``endpoint``, or a checkpoint folder where there is no endpoint.
+        endpoint: address of a server that speaks OpenAI's chat completions, such as
+            ``http://127.0.0.1:8000/v1``; None: ``model`` is a folder.
+        key_variable: environment variable with the server's key; the key itself is never written
+            anywhere.
+        limit: questions judged for each pair of models, from the start.
+        both_orders: ask twice, with the answers swapped.
+        new_tokens: most tokens of reason and verdict.
+        retries: further tries after the first, where a server does not answer or a verdict cannot
+            be read.
+        timeout: seconds for one answer of a server.
+        wait: seconds before the second try, doubled each time.
+        seed: of the order shown first.
     """
 
     cache_name: ClassVar[str] = "Judge"
@@ -93,17 +101,20 @@ class Judge:
 
     def cache_key(self) -> dict:
         """Return what determines a verdict besides the case, as plain JSON values."""
-        local = None if self.endpoint else checksums(Path(self.model).expanduser())
-        name = self.model if self.endpoint else None
-        return {
+        key = {
             "version": self.version,
-            "model": name,
-            "files": local,
+            "model": self.model,
+            "files": None,
             "new_tokens": self.new_tokens,
         }
+        # a folder is known by what it holds, wherever it lies
+        if not self.endpoint:
+            key["model"] = None
+            key["files"] = checksums(Path(self.model).expanduser())
+        return key
 
     def client(self, device: str) -> Endpoint | LocalModel:
-        """Return what answers the questions."""
+        """Return what answers the questions: the server, or the folder's model on ``device``."""
         if self.endpoint is None:
             return LocalModel(self.model, device)
         return Endpoint(
@@ -111,20 +122,35 @@ class Judge:
         )
 
     def compare(self, one: list[dict], other: list[dict], verdicts: Verdicts, client) -> list[dict]:
-        """Judge the answers in the records ``one`` and ``other`` to the same questions.
+        """Judge the answers of two checkpoints to the same questions.
 
-        Return a row per question: ``question``, ``reference``, ``answers`` (of both), ``winner``
-        (``"one"``, ``"other"``, ``"tie"``, or None where no verdict could be read) and ``opinions``
-        (shown first, verdict, reason). Raises ``SlimError`` when the judge is given up; what it
-        said until then is in ``verdicts``."""
-        rows, silent = [], 0
+        Args:
+            one: records of the first checkpoint's answers: ``question``, ``reference``, ``answer``.
+            other: those of the other checkpoint, in the same order.
+            verdicts: the judge's file, which known verdicts are taken from and new ones added to.
+            client: what :meth:`client` returned.
+
+        Returns:
+            A row per question: ``question``, ``reference``, ``answers`` (of both), ``winner``
+            (``"one"``, ``"other"``, ``"tie"``, or None where no verdict could be read) and
+            ``opinions`` (``shown_first``, ``verdict``, ``reason``).
+
+        Raises:
+            SlimError: when the judge is given up; its verdicts until then are in ``verdicts``.
+        """
+        rows = []
+        silent = 0
         lots = random.Random(self.seed)
         pairs = list(zip(one, other, strict=True))[: self.limit]
         for mine, theirs in track(pairs, "judge"):
+            # drawn for every pair, so that a pair's order does not depend on what is known already
             swapped = lots.random() < 0.5
             row = self._judged(mine, theirs, swapped, verdicts, client)
             rows.append(row)
-            silent = silent + 1 if row["winner"] is None else 0
+            if row["winner"] is not None:
+                silent = 0
+                continue
+            silent += 1
             if silent >= HOPELESS:
                 raise SlimError(
                     f"The judge {self.model} gave no verdict that can be read on {silent} "
@@ -137,29 +163,37 @@ class Judge:
     def _judged(self, mine: dict, theirs: dict, swapped: bool, verdicts: Verdicts, client) -> dict:
         answers = {"one": mine["answer"], "other": theirs["answer"]}
         row = {"question": mine["question"], "reference": mine["reference"], "answers": answers}
+        # nothing to decide, and a judge would only be asked for money
         if answers["one"] == answers["other"]:
             return {**row, "winner": "tie", "opinions": []}
-        orders = (
-            [("other", "one"), ("one", "other")]
-            if swapped
-            else [("one", "other"), ("other", "one")]
+        order = ["one", "other"]
+        if swapped:
+            order.reverse()
+        opinions = [self._opinion(row, order, verdicts, client)]
+        if self.both_orders:
+            opinions.append(self._opinion(row, order[::-1], verdicts, client))
+        winner = settle([opinion["verdict"] for opinion in opinions])
+        return {**row, "winner": winner, "opinions": opinions}
+
+    def _opinion(self, row: dict, order: list[str], verdicts: Verdicts, client) -> dict:
+        """Ask about a question with its answers shown in this order of their names."""
+        first, second = order
+        case = CASE.format(
+            question=row["question"],
+            reference=row["reference"],
+            first=row["answers"][first],
+            second=row["answers"][second],
         )
-        opinions = []
-        for order in orders if self.both_orders else orders[:1]:
-            first, second = (answers[name] for name in order)
-            case = CASE.format(
-                question=row["question"], reference=row["reference"], first=first, second=second
-            )
-            said = self._ask(case, verdicts, client)
-            winner = {"A": order[0], "B": order[1]}.get(said["verdict"], said["verdict"])
-            opinions.append({"shown_first": order[0], "verdict": winner, "reason": said["reason"]})
-        return {
-            **row,
-            "winner": settle([opinion["verdict"] for opinion in opinions]),
-            "opinions": opinions,
-        }
+        reply = self._ask(case, verdicts, client)
+        verdict = reply["verdict"]
+        # a tie and an unreadable verdict name no answer
+        winner = {"A": first, "B": second}.get(verdict, verdict)
+        return {"shown_first": first, "verdict": winner, "reason": reply["reason"]}
 
     def _ask(self, case: str, verdicts: Verdicts, client) -> dict:
+        """Return ``verdict`` (A, B, tie or None) and ``reason``, from the file where it is known.
+
+        A verdict that cannot be read is not kept: the next run asks again."""
         key = digest([self.cache_key(), RULES, case])
         known = verdicts.find(key)
         if known is not None:
@@ -170,7 +204,7 @@ class Judge:
                 text = client.ask(messages, self.new_tokens)
             except SlimError as error:
                 raise SlimError(
-                    f"{error} {verdicts.kept()} The same command goes on there."
+                    f"{error} {verdicts.kept()} The same command resumes from them."
                 ) from error
             verdict = read_verdict(text)
             if verdict is not None:
@@ -183,8 +217,11 @@ class Judge:
 def read_verdict(text: str) -> str | None:
     """Return ``"A"``, ``"B"`` or ``"tie"``, the last one written, also as ``[[A]]``; None if there
     is none."""
-    found = VERDICT.findall(text) or BRACKETS.findall(text)
-    return {"a": "A", "b": "B", "c": "tie", "tie": "tie"}[found[-1].lower()] if found else None
+    matches = VERDICT.findall(text) or BRACKETS.findall(text)
+    if not matches:
+        return None
+    # a model that thinks aloud may name a verdict that it then takes back
+    return MEANINGS[matches[-1].lower()]
 
 
 def settle(verdicts: list[str | None]) -> str | None:

@@ -12,8 +12,12 @@ from pathlib import Path
 from slim.core.hardware import trim_heap
 
 STATUS = Path("/proc/self/status")
+# transformers' environment variable: load weights in the calling thread
 ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
+# writing 5 here makes the kernel count the peak from now (proc(5))
 CLEAR_REFS = Path("/proc/self/clear_refs")
+# where bitsandbytes keeps scales, code tables and offsets, in 8 and in 4 bits
+STATISTICS = ("SCB", "absmax", "code", "offset")
 
 
 def weights_bytes(model) -> int:
@@ -21,6 +25,7 @@ def weights_bytes(model) -> int:
     shared ones once."""
     sizes = {}
     for tensor in itertools.chain(model.parameters(), model.buffers(), statistics(model)):
+        # views of the same memory are one entry: tied embeddings, for example
         sizes[tensor.device, tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
     return sum(sizes.values())
 
@@ -29,11 +34,15 @@ def statistics(model) -> Iterator:
     """Yield the scales and tables that bitsandbytes' layers keep outside their parameters and
     buffers."""
     for module in model.modules():
-        weight, product = getattr(module, "weight", None), getattr(module, "state", None)
+        weight = getattr(module, "weight", None)
+        product = getattr(module, "state", None)  # of the last product in 8 bits
         outer = getattr(weight, "quant_state", None)
-        for holder in (weight, product, outer, getattr(outer, "state2", None)):
-            found = (getattr(holder, name, None) for name in ("SCB", "absmax", "code", "offset"))
-            yield from (tensor for tensor in found if hasattr(tensor, "data_ptr"))
+        inner = getattr(outer, "state2", None)  # of scales that are themselves quantised
+        for holder in (weight, product, outer, inner):
+            for name in STATISTICS:
+                tensor = getattr(holder, name, None)
+                if hasattr(tensor, "data_ptr"):
+                    yield tensor
 
 
 class MemoryMeter:
@@ -51,7 +60,13 @@ class MemoryMeter:
 
     Inside, transformers loads weights in the calling thread: what its loader threads allocate
     stays, once freed, in heaps of theirs that cannot be given back, and the next model would seem
-    to need no memory."""
+    to need no memory.
+
+    Attributes:
+        device: ``"cpu"`` or a GPU, such as ``"cuda"``.
+        resident: bytes still held at the end; None before that.
+        peak: most bytes held at any moment; None before the end.
+    """
 
     def __init__(self, device: str = "cpu"):
         self.cuda = str(device).startswith("cuda")
@@ -72,32 +87,43 @@ class MemoryMeter:
             del os.environ[ONE_THREAD]
         else:
             os.environ[ONE_THREAD] = self._setting
-        peak = self._read("VmHWM") if self._reset else None
+        peak = self._peak()  # before release, which may need memory itself
         release()
         now = self._read("VmRSS")
-        if now is not None and self._before is not None:
-            self.resident = max(0, now - self._before)
-            self.peak = None if peak is None else max(self.resident, peak - self._before)
+        if now is None or self._before is None:
+            return
+        # earlier garbage may be freed inside, which would make the difference negative
+        self.resident = max(0, now - self._before)
+        if peak is not None:
+            self.peak = max(self.resident, peak - self._before)
 
     def peak_so_far(self) -> int | None:
         """Return the most held beyond the start since then, or since :meth:`restart_peak`."""
-        peak = self._read("VmHWM") if self._reset else None
-        return None if peak is None or self._before is None else max(0, peak - self._before)
+        peak = self._peak()
+        if peak is None or self._before is None:
+            return None
+        return max(0, peak - self._before)
 
     def restart_peak(self) -> None:
         """Count the peak from now."""
         self._reset = self._reset_peak()
 
+    def _peak(self) -> int | None:
+        """Return the peak counter; None where it could not be reset and counts from long ago."""
+        if not self._reset:
+            return None
+        return self._read("VmHWM")
+
     def _read(self, field: str) -> int | None:
+        """Return bytes in use, ``VmRSS``, or their peak, ``VmHWM``, on a GPU too."""
         if not self.cuda:
             return process_bytes(field)
         import torch
 
-        torch.cuda.synchronize(self.device)
-        counter = (
-            torch.cuda.memory_allocated if field == "VmRSS" else torch.cuda.max_memory_allocated
-        )
-        return counter(self.device)
+        torch.cuda.synchronize(self.device)  # what is still queued allocates too
+        if field == "VmRSS":
+            return torch.cuda.memory_allocated(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
 
     def _reset_peak(self) -> bool:
         """Make the peak counter start from now; say whether that worked."""
@@ -110,38 +136,48 @@ class MemoryMeter:
 
 
 def phase_peaks(model, prompt: list[int], new_tokens: int) -> dict[str, float]:
-    """Return what generating takes on top of the idle model, in bytes; a run of its own, which
-    nothing times.
+    """Measure what generating takes on top of the idle model, in a run of its own that nothing
+    times.
 
-    ``prefill_peak_bytes`` and ``decode_peak_bytes``: most held at any moment of each phase (missing
-    where the machine cannot tell). ``cache_bytes_per_token``: the key/value cache after the prompt,
-    per token of it."""
+    Args:
+        model: a torch module of transformers.
+        prompt: tokens.
+        new_tokens: tokens generated after it.
+
+    Returns:
+        ``prefill_peak_bytes`` and ``decode_peak_bytes``: most held at any moment of each phase
+        (missing where the machine cannot tell). ``cache_bytes_per_token``: the key/value cache
+        after the prompt, per token of it.
+    """
     import torch
 
     from slim.evaluation.generation import decode, prefill
 
     ids = torch.tensor([prompt], device=model.device)
-    meter, found = MemoryMeter(model.device.type), {}
+    meter = MemoryMeter(model.device.type)
+    peaks = {}
     with torch.inference_mode(), meter:
         token, cache = prefill(model, ids)
-        found["prefill_peak_bytes"] = meter.peak_so_far()
-        held = cache_bytes(cache)
+        peaks["prefill_peak_bytes"] = meter.peak_so_far()
+        cached = cache_bytes(cache)
         meter.restart_peak()
         for _ in itertools.islice(decode(model, token, cache), new_tokens - 1):
             pass
-        found["decode_peak_bytes"] = meter.peak_so_far()
-    found["cache_bytes_per_token"] = held / len(prompt) if held else None
-    return {name: float(value) for name, value in found.items() if value is not None}
+        peaks["decode_peak_bytes"] = meter.peak_so_far()
+    metrics = {name: float(peak) for name, peak in peaks.items() if peak is not None}
+    if cached:
+        metrics["cache_bytes_per_token"] = cached / len(prompt)
+    return metrics
 
 
 def cache_bytes(cache) -> int:
     """Return the bytes of the keys and values in a cache of transformers."""
-    tensors = [
-        getattr(layer, name, None)
-        for layer in getattr(cache, "layers", ())
-        for name in ("keys", "values")
-    ]
-    return sum(tensor.nbytes for tensor in tensors if hasattr(tensor, "nbytes"))
+    total = 0
+    for layer in getattr(cache, "layers", ()):
+        # a layer that has read nothing yet has None in their place
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            total += getattr(tensor, "nbytes", 0)
+    return total
 
 
 def release() -> None:
@@ -158,8 +194,10 @@ def process_bytes(field: str) -> int | None:
         lines = STATUS.read_text().splitlines()
     except OSError:
         return None
-    values = [int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")]
-    return values[0] if values else None
+    for line in lines:
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024  # told in KiB
+    return None
 
 
 def reset_process_peak() -> bool:

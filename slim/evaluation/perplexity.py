@@ -47,15 +47,16 @@ class Perplexity(Text):
     """Which text, in which windows. ``text``, ``subset``, ``split`` and ``column`` are those of
     :class:`Text`.
 
-    window: tokens per window, at most the model's context.
-    limit: number of windows from the start of the text; None for all.
-    separator: what stands between the documents when they are joined.
-    first_documents: number of documents from the start that are joined; None for all.
-    files: one data file inside a hub data set, read instead of the whole set; ``split`` and
-        ``subset`` do not matter then.
-    revision: branch, tag or commit of the hub data set; used with ``files`` only.
-    batch_size: windows in one forward pass; None for as many as make 1024 tokens. Changes the
-        speed, and the result only by rounding.
+    Attributes:
+        window: tokens per window, at most the model's context.
+        limit: number of windows from the start of the text; None for all.
+        batch_size: windows in one forward pass; None for as many as make 1024 tokens. Changes the
+            speed, and the result only by rounding.
+        separator: what stands between the documents when they are joined.
+        first_documents: number of documents from the start that are joined; None for all.
+        files: one data file inside a hub data set, read instead of the whole set; ``split`` and
+            ``subset`` do not matter then.
+        revision: branch, tag or commit of the hub data set; used with ``files`` only.
     """
 
     cache_name: ClassVar[str] = "Perplexity"
@@ -76,12 +77,14 @@ class Perplexity(Text):
         super().__post_init__()
 
     def cache_key(self) -> dict:
-        source = {"files": self.files, "revision": self.revision} if self.files else {}
-        joined = {"separator": self.separator, "first_documents": self.first_documents}
+        key = self.text_identity()
+        # a key with these in it would be another one for every text without files
+        if self.files:
+            key = {**key, "files": self.files, "revision": self.revision}
         return {
-            **self.text_identity(),
-            **source,
-            **joined,
+            **key,
+            "separator": self.separator,
+            "first_documents": self.first_documents,
             "window": self.window,
             "limit": self.limit,
         }
@@ -98,9 +101,17 @@ class Perplexity(Text):
         return self.separator.join(itertools.islice(self.documents(), self.first_documents))
 
     def windows(self, tokenizer, context_length: int) -> torch.Tensor:
-        """Return int64 tokens of shape [windows, min(window, context_length)].
+        """Cut the text into windows.
 
-        Raises ``SlimError`` if the text does not fill one window.
+        Args:
+            tokenizer: of the checkpoint.
+            context_length: tokens that the model has room for.
+
+        Returns:
+            int64 tokens of shape [windows, min(window, context_length)].
+
+        Raises:
+            SlimError: when the text does not fill one window.
         """
         window = min(self.window, context_length)
         ids = encode_long(tokenizer, self.joined())
@@ -114,12 +125,18 @@ class Perplexity(Text):
         return torch.tensor(ids[: count * window], dtype=torch.long).view(count, window)
 
     def measure(self, model, tokenizer, context_length: int) -> dict:
-        """Return ``{"metrics": {"perplexity": ...}, "protocol": {...}, "records": {"nll":
-        [...]}}``.
+        """Measure the perplexity. NaN and infinity stay what they are.
 
-        ``nll`` is the mean negative log-likelihood per prediction, in nats, of every window: what a
-        difference between two checkpoints is computed from, pair by pair. NaN and infinity stay
-        what they are."""
+        Args:
+            model: a torch module of transformers.
+            tokenizer: of the checkpoint.
+            context_length: tokens that the model has room for.
+
+        Returns:
+            ``metrics``: ``perplexity``; ``protocol``; and ``records``: ``nll``, the mean negative
+            log-likelihood per prediction, in nats, of every window. A difference between two
+            checkpoints is computed from these, pair by pair.
+        """
         windows = self.windows(tokenizer, context_length)
         count, window = windows.shape
         nll = window_nll(model, windows, self.batch_size) / (window - 1)
@@ -134,16 +151,30 @@ class Perplexity(Text):
 
 
 def negative_log_likelihood(model, windows: torch.Tensor, batch_size: int | None = None) -> float:
-    """Return the summed negative log-likelihood, in nats, of every token but the first of each
-    window.
+    """Return the negative log-likelihood of every token but the first of each window.
 
-    windows: int64 [windows, tokens]. Summed in float64; each term is computed in float32 at least.
+    Args:
+        model: a torch module of transformers.
+        windows: int64 [windows, tokens].
+        batch_size: windows in one forward pass; None for as many as make 1024 tokens.
+
+    Returns:
+        The sum in nats, in float64; each term is computed in float32 at least.
     """
     return window_nll(model, windows, batch_size).sum().item()
 
 
 def window_nll(model, windows: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
-    """Return the same sum for every window apart: float64 [windows], on the CPU."""
+    """Return the negative log-likelihood of every window apart.
+
+    Args:
+        model: a torch module of transformers.
+        windows: int64 [windows, tokens].
+        batch_size: windows in one forward pass; None for as many as make 1024 tokens.
+
+    Returns:
+        float64 [windows], on the CPU: the sum over all tokens but the first, in nats.
+    """
     batch_size = batch_size or max(1, TOKENS_AT_ONCE // windows.shape[1])
     sums = []
     with torch.inference_mode():
@@ -154,30 +185,33 @@ def window_nll(model, windows: torch.Tensor, batch_size: int | None = None) -> t
 
 
 def token_nll(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return -log p of ``targets``, int64 [windows, k], at the last k positions of ``ids``, int64
-    [windows, tokens].
+    """Return -log p of tokens. The logits are computed for a slice of the positions at a time.
 
-    float32 [windows, k]. The logits are computed for a slice of the positions at a time.
+    Args:
+        model: a torch module of transformers.
+        ids: int64 [windows, tokens], what the model reads.
+        targets: int64 [windows, k], what comes after the last k positions of ``ids``.
+
+    Returns:
+        float32 [windows, k], in nats.
     """
+    predicted = targets.shape[1]
     wanted = targets.flatten()
     if model.config.model_type not in FAMILIES:  # the head may be more than one matrix
-        logits = model(input_ids=ids, use_cache=False).logits[:, -targets.shape[1] :].flatten(0, 1)
-        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none").view(
-            targets.shape
-        )
-    hidden = (
-        model.base_model(input_ids=ids, use_cache=False)
-        .last_hidden_state[:, -targets.shape[1] :]
-        .flatten(0, 1)
-    )
+        logits = model(input_ids=ids, use_cache=False).logits[:, -predicted:]
+        return _cross_entropy(logits.flatten(0, 1), wanted).view(targets.shape)
+    output = model.base_model(input_ids=ids, use_cache=False)
+    hidden = output.last_hidden_state[:, -predicted:].flatten(0, 1)
     rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    parts = [
-        torch.nn.functional.cross_entropy(
-            head_logits(model, part).float(), tokens, reduction="none"
-        )
-        for part, tokens in zip(hidden.split(rows), wanted.split(rows), strict=True)
-    ]
+    parts = []
+    for states, tokens in zip(hidden.split(rows), wanted.split(rows), strict=True):
+        parts.append(_cross_entropy(head_logits(model, states), tokens))
     return torch.cat(parts).view(targets.shape)
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return -log p of each target, float32 [tokens], whatever the type of ``logits``."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def exponential(value: float) -> float:

@@ -3,6 +3,7 @@ different columns."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from slim.checkpoints.store import digest
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from slim.checkpoints.result import Result
 
 HASH_SHOWN = 6  # digits of a checksum in a heading
+LONGEST_SHOWN = 40  # characters of any other value
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def protocol_of(result: Result, metric: str) -> dict:
@@ -37,12 +40,17 @@ def protocol_of(result: Result, metric: str) -> dict:
     tasks = protocol.get("tasks", {})
     task = metric.rpartition("/")[0]
     # the mean over all tasks depends on all of them
-    settings = tasks.get(task) if task in tasks else tasks
+    settings = tasks.get(task, tasks)
     return {**common, **(settings or {}), "lm_eval": tasks.get("lm_eval")}
 
 
 def protocol_key(result: Result, metric: str) -> str:
-    """Return a name for the protocol of a figure; figures compare where it is the same."""
+    """Return a name for the protocol of a figure; figures compare where it is the same.
+
+    Args:
+        result: the checkpoint with what was measured.
+        metric: the metric's name.
+    """
     return digest(protocol_of(result, metric))
 
 
@@ -62,21 +70,37 @@ def variants(results: list[Result], metric: str) -> dict[str, str]:
     for result in results:
         if metric in result.metrics:
             protocols[protocol_key(result, metric)] = flat(protocol_of(result, metric))
-    names: dict[str, set[str]] = {}
-    for protocol in protocols.values():
-        for name in protocol:
-            names.setdefault(name, set())
-    for name, values in names.items():
-        values.update(str(protocol.get(name)) for protocol in protocols.values())
-    differing = [name for name, values in names.items() if len(values) > 1]
+    differing = _differing_settings(list(protocols.values()))
     words = {}
     for key, protocol in protocols.items():
         words[key] = ", ".join(f"{name} {_short(protocol.get(name))}" for name in differing)
     return words
 
 
+def _differing_settings(protocols: list[dict]) -> list[str]:
+    """Return the settings that not all protocols share, in order of appearance."""
+    names: dict[str, None] = {}
+    for protocol in protocols:
+        names.update(dict.fromkeys(protocol))
+    differing = []
+    for name in names:
+        # one without the setting differs from those with it
+        values = {str(protocol.get(name)) for protocol in protocols}
+        if len(values) > 1:
+            differing.append(name)
+    return differing
+
+
 def flat(protocol: dict, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested protocols to ``{"a.b": value}``."""
+    """Flatten nested protocols.
+
+    Args:
+        protocol: whose values may be dictionaries too.
+        prefix: what the names begin with.
+
+    Returns:
+        ``{"a.b": value}`` for ``{"a": {"b": value}}``.
+    """
     values: dict[str, Any] = {}
     for name, value in protocol.items():
         if isinstance(value, dict):
@@ -87,6 +111,9 @@ def flat(protocol: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = "-" if value is None else str(value)
-    is_hash = len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
-    return text[:HASH_SHOWN] if is_hash else text[:40]
+    if value is None:
+        return "-"
+    text = str(value)
+    if SHA256.fullmatch(text):
+        return text[:HASH_SHOWN]
+    return text[:LONGEST_SHOWN]

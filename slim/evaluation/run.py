@@ -20,34 +20,46 @@ def measure(
     quality: bool = True,
     speed: bool = True,
 ) -> dict[str, dict | None]:
-    """Return ``{"quality": ..., "speed": ...}`` for the checkpoint in ``folder``; None for what is
-    not asked for.
+    """Measure a checkpoint.
 
-    Each holds ``metrics`` (flat name -> float), ``protocol`` and ``samples`` as plain JSON values.
     Speed comes first, so that the memory it reports is that of loading and generating, not that of
     scoring batches. The model is freed, and loaded a second time only where speed and quality are
-    measured in different types, or where the model was changed to be fast."""
+    measured in different types, or where the model was changed to be fast.
+
+    Args:
+        folder: the checkpoint.
+        evaluation: what is measured.
+        device: ``"cpu"`` or ``"cuda"``.
+        quality: whether what is a fact about the checkpoint alone is measured.
+        speed: whether speed and memory are measured.
+
+    Returns:
+        ``quality`` and ``speed``: each with ``metrics`` (flat name -> float), ``protocol`` and
+        ``samples`` as plain JSON values; None for what is not asked for.
+    """
     from slim.checkpoints.checkpoint import open_checkpoint
     from slim.checkpoints.tokenizer import load_tokenizer
 
-    quality, speed = quality and evaluation.has_quality, speed and evaluation.has_speed
-    found: dict[str, dict | None] = {"quality": None, "speed": None}
+    quality = quality and evaluation.has_quality
+    speed = speed and evaluation.has_speed
+    measured: dict[str, dict | None] = {"quality": None, "speed": None}
     if not quality and not speed:
-        return found
-    tokenizer, spec, model = load_tokenizer(folder), open_checkpoint(folder).spec, None
-    quality_type, speed_type = (
-        evaluation.quality_dtype(spec, device),
-        evaluation.speed_dtype(spec, device),
-    )
+        return measured
+    tokenizer = load_tokenizer(folder)
+    spec = open_checkpoint(folder).spec
+    quality_type = evaluation.quality_dtype(spec, device)
+    speed_type = evaluation.speed_dtype(spec, device)
     evaluation.check_tokenizer(tokenizer, spec.context_length)
     seed_everything()
+    model = None
     if speed:
-        model, found["speed"] = _measure_speed(folder, evaluation, tokenizer, speed_type, device)
+        model, measured["speed"] = _measure_speed(folder, evaluation, tokenizer, speed_type, device)
         if model is None or speed_type != quality_type:
+            # gone before the other one is loaded: two may not fit
             model = None
             release()
     if quality:
-        found["quality"] = _measure_quality(
+        measured["quality"] = _measure_quality(
             model, folder, evaluation, tokenizer, quality_type, device
         )
     del model
@@ -55,8 +67,8 @@ def measure(
     if device == "cuda":
         import torch
 
-        torch.cuda.empty_cache()
-    return found
+        torch.cuda.empty_cache()  # for other processes on the same GPU
+    return measured
 
 
 def _measure_speed(
@@ -73,10 +85,13 @@ def _measure_speed(
         # a type that was asked for is kept to the letter
         fast = evaluation.dtype == "auto" or dtype == "bfloat16"
         changed = fast and use_fast_kernels(model, folder)
-        figures = evaluation.measure_speed(model, prompts)
-    figures["metrics"].update(memory_metrics(meter))
-    figures["metrics"].update(evaluation.measure_use(model, prompts))
-    return None if changed else model, figures
+        measured = evaluation.measure_speed(model, prompts)
+    measured["metrics"].update(memory_metrics(meter))
+    measured["metrics"].update(evaluation.measure_use(model, prompts))
+    # fast kernels compute in other ways than the quality of other checkpoints was measured
+    if changed:
+        return None, measured
+    return model, measured
 
 
 def _measure_quality(
@@ -93,7 +108,12 @@ def _measure_quality(
 
 def warm_up(folder: Path, device: str) -> None:
     """Load a minute model of the same family and generate, so that libraries and threads are not
-    counted as memory."""
+    counted as memory.
+
+    Args:
+        folder: the checkpoint that is measured next.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -107,17 +127,18 @@ def warm_up(folder: Path, device: str) -> None:
     checkpoint = open_checkpoint(folder)
     import_libraries(checkpoint)
     model_type = checkpoint.config.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in FAMILIES:  # its settings may have other names
         return
-    sizes = dict(
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=8,
+        pad_token_id=0,
+        num_hidden_layers=1,
         hidden_size=32,
         intermediate_size=32,
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=32,
-    )
-    config = AutoConfig.for_model(
-        model_type, vocab_size=8, num_hidden_layers=1, pad_token_id=0, **sizes
     )
     disable_progress_bar()
     with TemporaryDirectory() as scratch, MemoryMeter(device):

@@ -43,40 +43,59 @@ def check_encoder(name: str) -> None:
 def encoder_name(name: str) -> str:
     """Return what computes the embeddings, for the protocol: the model, and the package with its
     version."""
-    has_package = importlib.util.find_spec(PACKAGE) is not None
-    how = (
-        f"sentence-transformers {importlib.metadata.version('sentence-transformers')}"
-        if has_package
-        else "transformers"
-    )
-    return f"{Path(name).name if Path(name).is_dir() else name} ({how})"
+    how = "transformers"
+    if importlib.util.find_spec(PACKAGE) is not None:
+        how = f"sentence-transformers {importlib.metadata.version('sentence-transformers')}"
+    # a folder by its name alone: where it lies does not matter
+    if Path(name).is_dir():
+        name = Path(name).name
+    return f"{name} ({how})"
 
 
 def encoder_cache_key(name: str) -> dict:
     """Return what determines the embeddings, as plain JSON: the files' checksums for a folder, the
     name for a hub model."""
+    key = {"encoder": encoder_name(name), "files": None, "pooling": None}
     folder = Path(name).expanduser()
-    pooling = sha256(folder / POOLING) if (folder / POOLING).is_file() else None
-    return {
-        "encoder": encoder_name(name),
-        "files": checksums(folder) if folder.is_dir() else None,
-        "pooling": pooling,
-    }
+    if folder.is_dir():
+        key["files"] = checksums(folder)
+    # checksums() sees the files of the folder itself, not those below it
+    if (folder / POOLING).is_file():
+        key["pooling"] = sha256(folder / POOLING)
+    return key
 
 
 def cosines(
     answers: list[str], references: list[str], name: str, device: str = "cpu"
 ) -> list[float]:
-    """Return the cosine similarity of each answer with its reference. An empty answer counts as
-    0."""
+    """Compare answers with references by their meaning.
+
+    Args:
+        answers: one or more.
+        references: one for each answer.
+        name: embedding model: a folder, or a hub id where sentence-transformers is installed.
+        device: ``"cpu"`` or a GPU.
+
+    Returns:
+        The cosine similarity of each answer with its reference, computed in float64 from the
+        embeddings. An empty answer counts as 0.
+
+    Raises:
+        SlimError: when the embedding model cannot be used.
+    """
     check_encoder(name)
-    embed = _by_package if importlib.util.find_spec(PACKAGE) is not None else _by_transformers
-    vectors = torch.nn.functional.normalize(
-        embed([*answers, *references], name, device).double(), dim=-1
-    )
-    first, second = vectors.split(len(answers))
-    found = (first * second).sum(-1).tolist()
-    return [value if text.strip() else 0.0 for text, value in zip(answers, found, strict=True)]
+    embed = _by_transformers
+    if importlib.util.find_spec(PACKAGE) is not None:
+        embed = _by_package
+    embeddings = embed(answers + references, name, device)
+    vectors = torch.nn.functional.normalize(embeddings.double(), dim=-1)
+    of_answers, of_references = vectors.split(len(answers))
+    similarities = (of_answers * of_references).sum(-1).tolist()
+    # models give an empty text some direction, which may be near to that of a reference
+    for number, answer in enumerate(answers):
+        if not answer.strip():
+            similarities[number] = 0.0
+    return similarities
 
 
 def _by_package(texts: list[str], name: str, device: str) -> torch.Tensor:
@@ -85,9 +104,10 @@ def _by_package(texts: list[str], name: str, device: str) -> torch.Tensor:
     model = SentenceTransformer(
         name, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
     )
-    return model.encode(
+    embeddings = model.encode(
         texts, batch_size=BATCH, convert_to_tensor=True, show_progress_bar=False
-    ).cpu()
+    )
+    return embeddings.cpu()
 
 
 def _by_transformers(texts: list[str], name: str, device: str) -> torch.Tensor:
@@ -97,44 +117,57 @@ def _by_transformers(texts: list[str], name: str, device: str) -> torch.Tensor:
     folder = Path(name).expanduser()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = (
-            AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-            .to(device)
-            .eval()
-        )
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model = model.to(device).eval()
     except (OSError, ValueError) as error:
         raise SlimError(
             f"eval.answers.similarity={name} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
-    first_only = (folder / POOLING).is_file() and read_json(folder / POOLING).get(
-        "pooling_mode_cls_token"
-    )
+    first_only = False
+    if (folder / POOLING).is_file():
+        first_only = bool(read_json(folder / POOLING).get("pooling_mode_cls_token"))
     longest = min(getattr(model.config, "max_position_embeddings", LONGEST), LONGEST)
+    rows = [tokenizer(text)["input_ids"][:longest] for text in texts]
     parts = []
     with torch.inference_mode():
-        for start in range(0, len(texts), BATCH):
-            batch = pad(
-                [tokenizer(text)["input_ids"][:longest] for text in texts[start : start + BATCH]]
-            )
-            parts.append(
-                pool(model, *(tensor.to(device) for tensor in batch), first_only).float().cpu()
-            )
+        for start in range(0, len(rows), BATCH):
+            ids, mask = pad(rows[start : start + BATCH])
+            vectors = pool(model, ids.to(device), mask.to(device), first_only)
+            parts.append(vectors.float().cpu())
     return torch.cat(parts)
 
 
 def pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens and mask, int64 [rows, longest], padded on the right; a row without tokens gets
-    one."""
-    rows = [row or [0] for row in rows]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    """Make a batch of texts of different lengths.
+
+    Args:
+        rows: tokens of each text.
+
+    Returns:
+        Tokens and mask, int64 [rows, longest], padded on the right; the mask is 1 where there is a
+        token. A row without tokens gets one.
+    """
+    lengths = [max(1, len(row)) for row in rows]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[number, : lengths[number]] = 1
     return ids, mask
 
 
 def pool(model, ids: torch.Tensor, mask: torch.Tensor, first_only: bool) -> torch.Tensor:
-    """Return one vector a row, [rows, hidden]: the first token's state, or the mean over the tokens
-    that the mask keeps."""
+    """Return one vector a text.
+
+    Args:
+        model: a torch module of transformers without a head.
+        ids: int64 [texts, tokens].
+        mask: int64 [texts, tokens], 1 where there is a token.
+        first_only: take the first token's state instead of the mean over the tokens.
+
+    Returns:
+        [texts, hidden], in the model's type.
+    """
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
     if first_only:
         return states[:, 0]

@@ -89,11 +89,12 @@ class Speed:
             if name != "max_length" or self.max_length is not None:
                 require_number(f"eval.speed.{name}", getattr(self, name), low, integer=True)
         require_flag("eval.speed.compile", self.compile)
-        if not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
-            raise SlimError(
-                "eval.speed.prompts takes texts that are not empty, such as "
-                "eval.speed.prompts=['Hello']."
-            )
+        for prompt in self.prompts:
+            if not isinstance(prompt, str) or not prompt:
+                raise SlimError(
+                    "eval.speed.prompts takes texts that are not empty, such as "
+                    "eval.speed.prompts=['Hello']."
+                )
 
     def check(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` if prompt and answer do not fit into the model's context."""
@@ -135,7 +136,9 @@ class Speed:
     def cases(self, prompt_ids: list[list[int]]) -> dict[str, tuple[int, list[list[int]]]]:
         """Return suffix of the metrics -> (batch size, prompts); the first case has none: it is the
         one in tables."""
-        lengths = [None] if self.prompts else self.prompt_length
+        lengths = self.prompt_length
+        if self.prompts:  # texts keep their own lengths
+            lengths = [None]
         cases = {}
         for length, batch in itertools.product(lengths, self.batch_size):
             suffix = ""
@@ -180,7 +183,9 @@ class Speed:
     def new_after(self, prompt: list[int]) -> int:
         """Return how many tokens are generated after ``prompt``: two at least, so that there is a
         decode step."""
-        return max(2, self.max_length - len(prompt)) if self.max_length else self.new_tokens
+        if self.max_length:
+            return max(2, self.max_length - len(prompt))
+        return self.new_tokens
 
     def _runs(self, model, batch: int, prompts: list[list[int]]) -> list[Run]:
         """Warm up, then time every prompt; return the timed runs."""
@@ -197,15 +202,19 @@ class Speed:
 
     def _metrics(self, runs: list[Run]) -> dict[str, float]:
         """Return the median of every rate and time, and the distance between its quartiles."""
-        samples = {
-            "time_to_first_token": [run.prefill for run in runs],
-            "prefill_tokens_per_second": [run.prompt_tokens / run.prefill for run in runs],
-            "decode_tokens_per_second": [run.decode_tokens / run.decode for run in runs],
-        }
-        # prompt counted with the answer, as nobody should: to compare with tables that do
-        if self.max_length:
-            rates = [run.all_tokens / (run.prefill + run.decode) for run in runs]
-            samples["whole_length_tokens_per_second"] = rates
+        samples: dict[str, list[float]] = {}
+        for run in runs:
+            rates = {
+                "time_to_first_token": run.prefill,
+                "prefill_tokens_per_second": run.prompt_tokens / run.prefill,
+                "decode_tokens_per_second": run.decode_tokens / run.decode,
+            }
+            # prompt counted with the answer, as nobody should: to compare with tables that do
+            if self.max_length:
+                seconds = run.prefill + run.decode
+                rates["whole_length_tokens_per_second"] = run.all_tokens / seconds
+            for name, value in rates.items():
+                samples.setdefault(name, []).append(value)
         metrics = {name: statistics.median(values) for name, values in samples.items()}
         for name, values in samples.items():
             metrics[f"{name}_iqr"] = quartile_distance(values)

@@ -37,9 +37,16 @@ _PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix}
 
 
 def find_task(name: str) -> Path:
-    """Return the YAML file of the task ``name``, or the file itself where ``name`` is one.
+    """Find the YAML file of a task.
 
-    Raises ``SlimError`` with the nearest names if there is none.
+    Args:
+        name: of a task, or a YAML file.
+
+    Returns:
+        The file: embedded tasks come before those that lm-eval ships.
+
+    Raises:
+        SlimError: with the nearest names, when there is none.
     """
     if name.endswith(ENDINGS):
         path = Path(name).expanduser()
@@ -57,9 +64,11 @@ def is_local(path: Path) -> bool:
 
 def embedded_tasks() -> dict[str, Path]:
     """Return name -> YAML file of the tasks that come with slim."""
-    return {
-        name: path for path in sorted(EMBEDDED.glob("*.yaml")) for name in _names(path, TASK_LINE)
-    }
+    tasks = {}
+    for path in sorted(EMBEDDED.glob("*.yaml")):
+        for name in _names(path, TASK_LINE):
+            tasks[name] = path
+    return tasks
 
 
 @cache
@@ -79,10 +88,9 @@ def harness_version() -> str:
 @cache
 def _shipped_task(name: str) -> Path:
     files = sorted(shipped_folder().rglob("*.yaml"))
-    likely = [path for path in files if path.stem == name]
     # most tasks are named like their file; reading all fourteen thousand takes longer
-    for path in likely:
-        if name in _names(path, TASK_LINE):
+    for path in files:
+        if path.stem == name and name in _names(path, TASK_LINE):
             return path
     tasks, groups = _index(files)
     if name not in tasks:
@@ -104,24 +112,43 @@ def _index(files: list[Path]) -> tuple[dict[str, Path], set[str]]:
 
 def _unknown(name: str, known: list[str], groups: set[str]) -> SlimError:
     if name in groups:
-        members = [task for task in known if task.startswith(name + "_")][:3]
-        shown = f", such as {', '.join(members)}" if members else ""
-        return SlimError(f"'{name}' is a group of tasks in lm-eval. Name its single tasks{shown}.")
+        return _group_named(name, known)
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+    hint = ""
+    if nearest:
+        hint = f" Nearest: {', '.join(nearest)}."
     embedded = ", ".join(embedded_tasks()) or "none"
     return SlimError(
         f"There is no task '{name}'.{hint} Embedded: {embedded}. A YAML file of your own works too."
     )
 
 
+def _group_named(name: str, known: list[str]) -> SlimError:
+    # a group's tasks are mostly named after it
+    members = [task for task in known if task.startswith(name + "_")]
+    examples = ""
+    if members:
+        examples = f", such as {', '.join(members[:3])}"
+    return SlimError(f"'{name}' is a group of tasks in lm-eval. Name its single tasks{examples}.")
+
+
 def _names(path: Path, pattern: re.Pattern) -> list[str]:
+    """Return what a line of a YAML file names; parsing all of them would take minutes."""
     return pattern.findall(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def read_plain(path: Path) -> dict:
-    """Read a task file with what it includes, its functions as plain text. Raises ``SlimError`` if
-    it is no task."""
+    """Read a task file with what it includes, its functions as plain text.
+
+    Args:
+        path: the YAML file.
+
+    Returns:
+        Its settings, which come before those of included files.
+
+    Raises:
+        SlimError: when it cannot be read or holds no settings.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -138,7 +165,11 @@ def read_plain(path: Path) -> dict:
 
 
 def task_name(path: Path) -> str:
-    """Return the name that a task file gives its task."""
+    """Return the name that a task file gives its task.
+
+    Raises:
+        SlimError: when it gives none.
+    """
     name = read_plain(path).get("task")
     if not isinstance(name, str):
         raise SlimError(f"{path} is not a task file: it has no line 'task: NAME'.")
@@ -146,39 +177,63 @@ def task_name(path: Path) -> str:
 
 
 def data_files(path: Path) -> dict[str, list[Path]]:
-    """Return split -> local data files of a task file; empty where its data come from the hub.
+    """Return the local data files of a task file.
 
     ``data_files`` are relative to the task file, and as ``dataset_path: json`` of the datasets
-    library takes them: a name, a list, or one of both per split. Raises ``SlimError`` if a file is
-    missing."""
+    library takes them: a name, a list, or one of both per split.
+
+    Args:
+        path: the YAML file.
+
+    Returns:
+        Split -> files; empty where the data come from the hub.
+
+    Raises:
+        SlimError: when a file is missing.
+    """
     config = read_plain(path)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if config.get("dataset_path") != "json" or not files:
         return {}
-    by_split = files if isinstance(files, dict) else {"train": files}
-    found = {
-        split: [path.parent / name for name in _as_list(names)] for split, names in by_split.items()
-    }
-    for missing in (file for names in found.values() for file in names if not file.is_file()):
-        raise SlimError(f"The task file {path} names the data file {missing}, which is not there.")
-    return found
+    # files without a split are the training split, as the datasets library reads them
+    if not isinstance(files, dict):
+        files = {"train": files}
+    by_split = {}
+    for split, names in files.items():
+        by_split[split] = [path.parent / name for name in _as_list(names)]
+        for file in by_split[split]:
+            if not file.is_file():
+                raise SlimError(
+                    f"The task file {path} names the data file {file}, which is not there."
+                )
+    return by_split
 
 
 def read_rows(files: Iterable[Path]) -> list[dict]:
-    """Return the rows of JSON Lines files. Raises ``SlimError`` naming file and line of what is no
-    JSON object."""
+    """Read JSON Lines files.
+
+    Args:
+        files: one after the other.
+
+    Returns:
+        Their rows, which all have the fields of the first.
+
+    Raises:
+        SlimError: naming file and line of what is no JSON object or has other fields; also when
+            there are no rows.
+    """
     rows: list[dict] = []
     for path in files:
         for place, row in json_rows(path):
+            # datasets would fill the gaps with None, and a template would ask "None"
             if rows and row.keys() != rows[0].keys():
                 raise SlimError(
                     f"{path}, {place}: expected a JSON object with the fields: "
-                    f"{', '.join(rows[0])}. "
-                    f"It has: {', '.join(row) or 'none'}."
+                    f"{', '.join(rows[0])}. It has: {', '.join(row) or 'none'}."
                 )
             rows.append(row)
     if not rows:
-        raise SlimError(f"There are no questions in {', '.join(str(path) for path in files)}.")
+        raise SlimError(f"There are no questions in {', '.join(map(str, files))}.")
     return rows
 
 
@@ -190,22 +245,27 @@ def fingerprint(name: str) -> dict:
     path = find_task(name)
     if not is_local(path):
         return {"task": name}
-    files = {
-        path,
-        *_included(path),
-        *(file for files in data_files(path).values() for file in files),
-    }
-    return {"task": task_name(path), "files": {file.name: sha256(file) for file in sorted(files)}}
+    files = {path} | _included(path)
+    for data in data_files(path).values():
+        files.update(data)
+    checksums = {file.name: sha256(file) for file in sorted(files)}
+    return {"task": task_name(path), "files": checksums}
 
 
 def _included(path: Path) -> set[Path]:
     """Return the YAML and Python files that a task file refers to, at any depth."""
     content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader) or {}
-    found = {path.parent / f"{module.replace('.', '/')}.py" for module in _names(path, FUNCTION)}
-    for included in _as_list(content.get("include", [])):
-        found |= {path.parent / included, *_included(path.parent / included)}
-    return {file for file in found if file.is_file()}
+    files = set()
+    for module in _names(path, FUNCTION):
+        files.add(path.parent / f"{module.replace('.', '/')}.py")
+    for name in _as_list(content.get("include", [])):
+        included = path.parent / name
+        files |= {included} | _included(included)
+    # a function may also come from an installed package
+    return {file for file in files if file.is_file()}
 
 
 def _as_list(value) -> list:
-    return list(value) if isinstance(value, list) else [value]
+    if isinstance(value, list):
+        return list(value)
+    return [value]

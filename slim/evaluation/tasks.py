@@ -48,7 +48,9 @@ class Tasks:
     seed: int = FEWSHOT_SEED
 
     def __post_init__(self) -> None:
-        self.names = [self.names] if isinstance(self.names, str) else list(self.names or [])
+        if isinstance(self.names, str):
+            self.names = [self.names]
+        self.names = list(self.names or [])  # a list of OmegaConf, or None
         named = all(isinstance(name, str) and name for name in self.names)
         if not named or len(set(self.names)) != len(self.names):
             raise SlimError(
@@ -61,11 +63,16 @@ class Tasks:
                 require_number(f"eval.tasks.{name}", getattr(self, name), low, integer=True)
 
     def cache_key(self) -> dict:
-        tasks = [
-            {**task_files.fingerprint(name), **self._local_checksums(name)} for name in self.names
-        ]
-        asked = {"limit": self.limit, "num_fewshot": self.num_fewshot, "seed": self.seed}
-        return {"tasks": tasks, **asked, "lm_eval": task_files.harness_version()}
+        tasks = []
+        for name in self.names:
+            tasks.append({**task_files.fingerprint(name), **self._local_checksums(name)})
+        return {
+            "tasks": tasks,
+            "limit": self.limit,
+            "num_fewshot": self.num_fewshot,
+            "seed": self.seed,
+            "lm_eval": task_files.harness_version(),
+        }
 
     def local_files(self, path: Path) -> dict[str, list[Path]]:
         """Return split -> local files for the task file ``path``; empty where ``local_data`` does
@@ -76,8 +83,13 @@ class Tasks:
 
     def _local_checksums(self, name: str) -> dict:
         files = self.local_files(task_files.find_task(name))
-        checksums = {split: [sha256(path) for path in paths] for split, paths in files.items()}
-        return {"local_data": checksums} if checksums else {}
+        # the hub's data are named by the task alone; its identity stays without the key
+        if not files:
+            return {}
+        checksums = {}
+        for split, paths in files.items():
+            checksums[split] = [sha256(path) for path in paths]
+        return {"local_data": checksums}
 
     def check(self) -> None:
         """Raise ``SlimError`` if a task does not exist, or a local one lacks its data or is called
@@ -85,9 +97,11 @@ class Tasks:
         seen: set[str] = set()
         for name in self.names:
             path = task_files.find_task(name)
-            own = task_files.is_local(path)
-            check_rows(path, task_files.data_files(path) if own else self.local_files(path))
-            name = task_files.task_name(path) if own else name
+            local = task_files.is_local(path)
+            check_rows(path, task_files.data_files(path) if local else self.local_files(path))
+            if local:  # named by its file so far
+                name = task_files.task_name(path)
+            # results are kept by these names
             if name in seen:
                 raise SlimError(
                     f"eval.tasks.names holds two tasks called '{name}'. Rename one of them."
@@ -139,4 +153,6 @@ class Tasks:
 
 def mean(values: list[float]) -> float:
     """Return the mean; NaN if one of them is NaN."""
-    return math.nan if any(math.isnan(value) for value in values) else statistics.fmean(values)
+    if any(map(math.isnan, values)):
+        return math.nan
+    return statistics.fmean(values)

@@ -32,15 +32,23 @@ class Run:
 
 
 def timed_run(model, prompt: torch.Tensor, new_tokens: int, fixed_cache: bool = False) -> Run:
-    """Generate ``new_tokens`` greedily after ``prompt``, int64 [batch, tokens], and time prefill
-    and decode.
+    """Generate greedily and time prefill and decode.
 
-    Prefill gives the first token, decode the other ``new_tokens - 1``. An end-of-text token does
-    not stop it.
-    fixed_cache: a cache of fixed size, whose shapes a compiled forward pass sees once.
+    Prefill gives the first token, decode the others. An end-of-text token does not stop it.
+
+    Args:
+        model: a torch module of transformers.
+        prompt: int64 [batch, tokens].
+        new_tokens: tokens to generate after it.
+        fixed_cache: use a cache of fixed size, whose shapes a compiled forward pass sees once.
+
+    Returns:
+        The seconds, and how many tokens they are for.
     """
     batch, length = prompt.shape
-    cache = static_cache(model, prompt, new_tokens) if fixed_cache else None
+    cache = None
+    if fixed_cache:
+        cache = static_cache(model, prompt, new_tokens)
     watch = Stopwatch(prompt.device)
     token, cache = prefill(model, prompt, cache)
     watch.lap()
@@ -76,16 +84,21 @@ class Stopwatch:
 
     def seconds(self) -> list[float]:
         """Return the seconds of all laps."""
-        if self.cuda:
-            self._marks[-1].synchronize()
-        return [
-            first.elapsed_time(second) / 1000 if self.cuda else second - first
-            for first, second in itertools.pairwise(self._marks)
-        ]
+        laps = list(itertools.pairwise(self._marks))
+        if not self.cuda:
+            return [end - start for start, end in laps]
+        self._marks[-1].synchronize()  # before that the last event has no time yet
+        return [start.elapsed_time(end) / 1000 for start, end in laps]
 
 
 def static_cache(model, prompt: torch.Tensor, new_tokens: int):
-    """Return a cache with room for ``prompt`` and ``new_tokens``."""
+    """Return an empty key/value cache of fixed size.
+
+    Args:
+        model: a torch module of transformers.
+        prompt: int64 [batch, tokens] that it has room for.
+        new_tokens: tokens that it has room for after them.
+    """
     from transformers import StaticCache
 
     return StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
@@ -93,9 +106,14 @@ def static_cache(model, prompt: torch.Tensor, new_tokens: int):
 
 @contextmanager
 def compiled(model, wanted: bool) -> Iterator[None]:
-    """Run the body with ``model.forward`` through torch.compile where ``wanted``, and put it back.
+    """Run the body of a ``with`` with ``model.forward`` through torch.compile, and put it back.
 
-    Raises ``SlimError`` where it cannot be compiled, which mostly means that there is no compiler.
+    Args:
+        model: a torch module.
+        wanted: whether to compile; else the body runs on the model as it is.
+
+    Raises:
+        SlimError: when it cannot be compiled, which mostly means that there is no compiler.
     """
     if not wanted:
         yield
@@ -103,7 +121,7 @@ def compiled(model, wanted: bool) -> Iterator[None]:
     plain = model.forward
     model.forward = torch.compile(plain)
     try:
-        yield
+        yield  # the first call in the body compiles
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise SlimError(

@@ -8,13 +8,20 @@ from pathlib import Path
 
 
 class Verdicts:
-    """The file of one judge. A last line that was cut off by a crash is dropped."""
+    """The file of one judge. A last line that was cut off by a crash is dropped.
+
+    Attributes:
+        path: the JSON Lines file; made with the first verdict.
+        asked: verdicts added by this process.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.asked = 0  # verdicts added by this process
+        self.asked = 0
         self._known: dict[str, dict] = {}
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        text = ""
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
         self._cut_off = bool(text) and not text.endswith("\n")
         for line in text.splitlines():
             self._read(line)
@@ -34,10 +41,21 @@ class Verdicts:
         return self._known.get(key)
 
     def add(self, key: str, verdict: dict) -> dict:
-        """Keep a verdict and return it."""
+        """Keep a verdict.
+
+        Args:
+            key: of judge, question and answers; see :class:`slim.evaluation.judge.Judge`.
+            verdict: ``verdict`` and ``reason``.
+
+        Returns:
+            ``verdict``.
+        """
+        line = json.dumps({"key": key, **verdict}) + "\n"
+        if self._cut_off:  # else the new verdict would continue the broken line
+            line = "\n" + line
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._cut_off else "") + json.dumps({"key": key, **verdict}) + "\n")
+            file.write(line)
         self._cut_off = False
         self._known[key] = verdict
         self.asked += 1

@@ -256,11 +256,9 @@ def test_evaluate_measures_several_checkpoints_in_one_table(small_llama, tmp_pat
     first, second = execute(config)
     shown = capsys.readouterr().out
     assert (first.label, second.label) == ("tiny", "llama")
-    assert (
-        "the best is bold" in shown
-        and "Differences to tiny" in shown
-        and "final checkpoint" not in shown
-    )
+    assert "* best and ! worst" in shown
+    assert "Differences to tiny" in shown
+    assert "final checkpoint" not in shown
     found = compare([first, second], None, Store(tmp_path), "cpu").differences["llama"]
     acc = [
         [row["acc"] for row in r.quality["records"]["tasks"]["tiny_facts"]] for r in (first, second)
@@ -308,7 +306,7 @@ def test_a_failing_judge_loses_no_figures(small_llama, tmp_path, capsys):
         SlimError, match=r"does not answer after 1 tries: ConnectionError\. 0 verdicts are kept in"
     ):
         execute(config)
-    assert "the best is bold" in capsys.readouterr().out, "the table comes first"
+    assert "* best and ! worst" in capsys.readouterr().out, "the table comes first"
     artifacts = [path.name for path in (tmp_path / "runs" / "artifacts").rglob("*.*")]
     assert (
         "answers.md" in artifacts and "answers.jsonl" in artifacts and "results.json" in artifacts
