@@ -45,8 +45,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(what: str, store: str | None, uri: str | None, folder: Path) -> list[Path]:
-    """Write ``report.html`` and ``report.md`` into ``folder`` and return their paths. Raises
-    ``SlimError``."""
+    """Write ``report.html`` and ``report.md``.
+
+    Args:
+        what: an experiment, sweep, run or folder (:func:`slim.report.find.find`).
+        store: folder of the results; None: the default, or the sweep's.
+        uri: address of a tracking server; None: the file in the store.
+        folder: to write into; made if it does not exist.
+
+    Returns:
+        The paths of both files.
+
+    Raises:
+        SlimError: when nothing is called ``what``, or the files cannot be written.
+    """
     from slim.report.build import build_report
     from slim.report.find import connect, find
 

@@ -19,10 +19,13 @@ class Report:
 
 
 def build_report(client: MlflowClient, run_ids: list[str], title: str | None = None) -> Report:
-    """Report on the runs ``run_ids``; a sweep's run stands for its points.
+    """Report on runs.
 
-    client: of the store or server that holds them; nothing else is read. title: of the page; None:
-    what was typed."""
+    Args:
+        client: of the store or server that holds them; nothing else is read.
+        run_ids: of runs and sweeps; a sweep's run stands for its points.
+        title: of the page; None: what was typed.
+    """
     from slim.report.markdown import markdown
     from slim.report.page import page
     from slim.report.runs import collect

@@ -21,7 +21,9 @@ def show_plan(pipeline: Pipeline, steps: list[Step]) -> None:
     """
     print_table(plan_table(steps))
     problem = pipeline.limit_problem(steps)
-    verdict = f"This would not fit: {problem}" if problem else "Disk and memory suffice."
+    verdict = "Disk and memory suffice."
+    if problem:
+        verdict = f"This would not fit: {problem}"
     results_console().print(verdict, highlight=False, markup=False, soft_wrap=True)
     line = time_line(steps, pipeline.evaluation, pipeline.store.root, pipeline.device)
     results_console().print(line, highlight=False, markup=False, soft_wrap=True)
@@ -31,16 +33,14 @@ def plan_table(steps: list[Step]) -> Table:
     """Return what a run would do, a row per step."""
     rows = []
     for step in steps:
-        rows.append(
-            [
-                step.label,
-                _state(step),
-                f"{step.spec.parameters():,}",
-                gigabytes(weight_bytes(step.spec)),
-                "-" if step.cached or not step.peak_bytes else gigabytes(step.peak_bytes),
-                step.folder.name if step.folder else "-",
-            ]
-        )
+        # what is there already needs no memory to be made
+        peak = "-"
+        if step.peak_bytes and not step.cached:
+            peak = gigabytes(step.peak_bytes)
+        parameters = f"{step.spec.parameters():,}"
+        size = gigabytes(weight_bytes(step.spec))
+        folder = step.folder.name if step.folder else "-"
+        rows.append([step.label, _state(step), parameters, size, peak, folder])
     headings = ["step", "result", "parameters", "on disk", "peak memory", "folder"]
     return Table(headings, rows, fold=[1, 5], title="Plan: nothing has been run")
 
@@ -48,4 +48,6 @@ def plan_table(steps: list[Step]) -> Table:
 def _state(step: Step) -> str:
     if step.cached:
         return "there already"
-    return "to be made" if isinstance(step.stage, Stage) else "to be fetched"
+    if isinstance(step.stage, Stage):
+        return "to be made"
+    return "to be fetched"

@@ -47,8 +47,11 @@ def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     metrics = compared_metrics(comparison)
     rows = []
     for label, differences in comparison.differences.items():
-        rows.append([label, *(_difference(differences, name) for name in metrics)])
-    return ["checkpoint", *metrics], rows
+        row = [label]
+        for name in metrics:
+            row.append(_difference(differences, name))
+        rows.append(row)
+    return ["checkpoint"] + metrics, rows
 
 
 def compared_metrics(comparison: Comparison) -> list[str]:
@@ -60,11 +63,18 @@ def compared_metrics(comparison: Comparison) -> list[str]:
 
 
 def _difference(differences: dict[str, Difference], name: str) -> str:
-    return differences[name].text() if name in differences else "-"
+    if name not in differences:
+        return "-"
+    return differences[name].text()
 
 
 def differences_text(comparison: Comparison, baseline: str) -> str:
-    """Return the differences as Markdown."""
+    """Return the differences as Markdown.
+
+    Args:
+        comparison: of the checkpoints.
+        baseline: name of the one that all are compared with.
+    """
     headings, rows = difference_rows(comparison)
     lines = [
         f"Differences to {baseline}, over the same questions, with standard errors; "
@@ -76,7 +86,12 @@ def differences_text(comparison: Comparison, baseline: str) -> str:
 
 
 def differences_table(comparison: Comparison, baseline: str) -> Table:
-    """Return the differences for the terminal: a row per metric, a column per checkpoint."""
+    """Return the differences for the terminal: a row per metric, a column per checkpoint.
+
+    Args:
+        comparison: of the checkpoints.
+        baseline: name of the one that all are compared with.
+    """
     headings, legend = numbered(list(comparison.differences))
     rows = []
     for name in compared_metrics(comparison):
@@ -96,65 +111,90 @@ def answers_text(results: list[Result]) -> str:
     for index, row in enumerate(answers[0][1]):
         lines += [f"## {row['question']}", "", f"- *reference*: {row['reference']!r}"]
         for label, rows in answers:
-            near = f" ({rows[index]['similarity']:.2f})" if "similarity" in rows[index] else ""
-            lines.append(f"- **{label}**{near}: {rows[index]['answer']!r}")
+            answer = rows[index]
+            near = ""
+            # to the reference; measured only where the evaluation was asked for it
+            if "similarity" in answer:
+                near = f" ({answer['similarity']:.2f})"
+            lines.append(f"- **{label}**{near}: {answer['answer']!r}")
         lines.append("")
     return "\n".join(lines)
 
 
 def judge_text(comparison: Comparison, baseline: str) -> str:
-    """Return a judge's counts and reasons as Markdown."""
-    counts = [
-        [label, *(str(count) for count in tally(rows).values())]
-        for label, rows in comparison.judged.items()
-    ]
-    headings = ["checkpoint", "wins", "ties", "losses", "unread"]
-    lines = [f"Verdicts against {baseline}", "", *markdown_lines(headings, counts)]
+    """Return a judge's counts and reasons as Markdown.
+
+    Args:
+        comparison: of the checkpoints.
+        baseline: name of the one that all are compared with.
+    """
+    counts = []
     for label, rows in comparison.judged.items():
+        counts.append([label, *map(str, tally(rows).values())])
+    headings = ["checkpoint", "wins", "ties", "losses", "unread"]
+    lines = [f"Verdicts against {baseline}", ""]
+    lines += markdown_lines(headings, counts)
+    for label, rows in comparison.judged.items():
+        # by what the judge's record calls them
+        winners = {"one": baseline, "other": label, "tie": "tie", None: "no verdict"}
         for row in rows:
-            winner = {"one": baseline, "other": label, "tie": "tie", None: "no verdict"}[
-                row["winner"]
-            ]
-            lines += ["", f"## {row['question']}", "", f"- *reference*: {row['reference']!r}"]
+            lines += ["", f"## {row['question']}", ""]
             lines += [
+                f"- *reference*: {row['reference']!r}",
                 f"- **{baseline}**: {row['answers']['one']!r}",
                 f"- **{label}**: {row['answers']['other']!r}",
+                f"- winner: {winners[row['winner']]}",
             ]
-            lines.append(f"- winner: {winner}")
-            lines += [f"  - {' '.join(opinion['reason'].split())}" for opinion in row["opinions"]]
+            for opinion in row["opinions"]:
+                # a reason of several lines would end the list
+                lines.append(f"  - {' '.join(opinion['reason'].split())}")
     return "\n".join(lines) + "\n"
 
 
 def notes(results: list[Result], comparison: Comparison) -> list[str]:
-    """Return what a table cannot show: where NaN starts, who repeats itself, who wins."""
-    found = []
+    """Return what a table cannot show: where NaN starts, who repeats itself, who wins.
+
+    Args:
+        results: the checkpoints.
+        comparison: of them.
+    """
+    sentences = []
     for result in results:
-        broken = result.quality.get("health", {})
-        if "non_finite" in broken:
-            found.append(_where(result.label, broken["non_finite"]))
-        share = result.quality.get("metrics", {}).get("repeated_4grams", 0.0)
-        if share > REPEATING:
-            found.append(
-                f"{result.label}: repeats itself; {100 * share:.0f} % of the 4-grams in its "
-                "answers are repeated."
-            )
+        sentences += _health(result)
     for label, rows in comparison.judged.items():
         count = tally(rows)
-        unread = f", {count['unread']} without a verdict" if count["unread"] else ""
-        found.append(
+        unread = ""
+        if count["unread"]:
+            unread = f", {count['unread']} without a verdict"
+        sentences.append(
             f"{label}: judged better {count['wins']}, equal {count['ties']}, worse "
             f"{count['losses']} times{unread}."
         )
     for label, count in comparison.similar.items():
-        shown = "nearer to the reference {wins}, equal {ties}, further {losses} times".format(
-            **count
+        sentences.append(
+            f"{label}: nearer to the reference {count['wins']}, equal {count['ties']}, further "
+            f"{count['losses']} times."
         )
-        found.append(f"{label}: {shown}.")
-    return found
+    return sentences
+
+
+def _health(result: Result) -> list[str]:
+    """Say where NaN starts in a checkpoint, and whether it repeats itself."""
+    sentences = []
+    health = result.quality.get("health", {})
+    if "non_finite" in health:
+        sentences.append(_where(result.label, health["non_finite"]))
+    share = result.quality.get("metrics", {}).get("repeated_4grams", 0.0)
+    if share > REPEATING:
+        sentences.append(
+            f"{result.label}: repeats itself; {100 * share:.0f} % of the 4-grams in its answers "
+            "are repeated."
+        )
+    return sentences
 
 
 def _where(label: str, place: dict | None) -> str:
     if place is None:
         return f"{label}: NaN or infinity in its figures; a plain forward pass shows none."
-    said = {"nan": "NaN", "inf": "infinity"}[place["value"]]
-    return f"{label}: {said} starts in {place['module']} (its {place['cause']})."
+    value = {"nan": "NaN", "inf": "infinity"}[place["value"]]
+    return f"{label}: {value} starts in {place['module']} (its {place['cause']})."

@@ -51,12 +51,17 @@ class Column:
     @property
     def heading(self) -> str:
         """The metric's heading, and the protocol where there are several."""
-        return f"{self.metric.heading}, {self.words}" if self.words else self.metric.heading
+        return self._told_apart(self.metric.heading)
 
     @property
     def label(self) -> str:
         """The heading where there is little room."""
-        return f"{self.metric.label}, {self.words}" if self.words else self.metric.label
+        return self._told_apart(self.metric.label)
+
+    def _told_apart(self, name: str) -> str:
+        if not self.words:
+            return name
+        return f"{name}, {self.words}"
 
 
 def columns(results: list[Result], level: str = DETAIL) -> list[Column]:
@@ -76,17 +81,32 @@ def columns(results: list[Result], level: str = DETAIL) -> list[Column]:
 
 
 def by_protocol(metrics: list[Metric], results: list[Result]) -> list[Column]:
-    """Return one column per metric and protocol in ``results``; none without a value."""
-    found = []
+    """Return one column per metric and protocol.
+
+    Args:
+        metrics: what to show, in the order of the columns.
+        results: the rows.
+
+    Returns:
+        None for a metric that no row has a value of.
+    """
+    split = []
     for metric in metrics:
         for key, words in variants(results, metric.name).items():
-            found.append(Column(metric, words, key))
-    return found
+            split.append(Column(metric, words, key))
+    return split
 
 
 def figure(result: Result, column: Column) -> float | None:
-    """Return the value of a checkpoint in a column, None if it has none of the column's
-    protocol."""
+    """Return the value of a checkpoint in a column.
+
+    Args:
+        result: the checkpoint.
+        column: metric and protocol.
+
+    Returns:
+        None if the checkpoint was not measured, or by another protocol.
+    """
     name = column.metric.name
     if column.protocol is not None and protocol_key(result, name) != column.protocol:
         return None
@@ -114,8 +134,10 @@ def best_cells(results: list[Result], column: Column, worst: bool = False) -> se
             values[cell(result, column)] = value
     if len(values) < 2:
         return set()
-    pick = min if (better == "low") != worst else max
-    return {pick(values, key=values.get)}
+    # the best of what is better low is the lowest, and so is the worst of what is better high
+    if (better == "low") != worst:
+        return {min(values, key=values.get)}
+    return {max(values, key=values.get)}
 
 
 def rows(
@@ -128,26 +150,43 @@ def rows(
         shown: the columns.
         bold: marks before and after the best of every column, None for none.
     """
-    best = [best_cells(results, column) if bold else set() for column in shown]
-    table = []
-    for result in results:
-        cells = [result.label]
-        for column, top in zip(shown, best, strict=True):
+    table = [[result.label] for result in results]
+    for column in shown:
+        best = set()
+        if bold:
+            best = best_cells(results, column)
+        for result, cells in zip(results, table, strict=True):
             text = cell(result, column)
-            cells.append(f"{bold[0]}{text}{bold[1]}" if text in top else text)
-        table.append(cells)
+            if text in best:
+                text = f"{bold[0]}{text}{bold[1]}"
+            cells.append(text)
     return table
 
 
 def cell(result: Result, column: Column) -> str:
-    """Format one value; NaN stays visible and a missing one is a dash."""
+    """Format one value; NaN stays visible and a missing one is a dash.
+
+    Args:
+        result: the checkpoint.
+        column: metric and protocol.
+    """
     return column.metric.format(figure(result, column))
 
 
 def standard_error(result: Result, column: Column) -> float | None:
-    """Return the standard error of a figure in its column, unscaled, or None where none is
-    known."""
-    return None if figure(result, column) is None else result.metrics.get(column.metric.stderr)
+    """Return the standard error of a figure.
+
+    Args:
+        result: the checkpoint.
+        column: metric and protocol of the figure.
+
+    Returns:
+        Not scaled to the metric's unit; None where none is known.
+    """
+    # an error of another protocol is not that of the column
+    if figure(result, column) is None:
+        return None
+    return result.metrics.get(column.metric.stderr)
 
 
 def terminal_table(results: list[Result], compared: bool = False) -> Table:
@@ -167,14 +206,15 @@ def terminal_table(results: list[Result], compared: bool = False) -> Table:
     cells = [checkpoint_cells(results, result, shown) for result in results]
     rows = []
     for number, column in enumerate(shown):
-        rows.append([column.label, *(of_checkpoint[number] for of_checkpoint in cells)])
+        row = [column.label]
+        for of_checkpoint in cells:
+            row.append(of_checkpoint[number])
+        rows.append(row)
     if len(results) == 1:
         return Table(["", *headings], rows, title="One checkpoint", notes=legend)
-    title = (
-        "Checkpoints compared"
-        if compared
-        else "Every column is the one to its left after one more step"
-    )
+    title = "Every column is the one to its left after one more step"
+    if compared:
+        title = "Checkpoints compared"
     notes = [
         f"{BEST} best and {WORST} worst of a row; next to it the change against {names[0]}",
         *legend,
@@ -186,19 +226,26 @@ def headline_columns(results: list[Result]) -> list[Column]:
     """Return the columns a terminal shows: quality, size, speed and memory; of many tasks the mean
     only."""
     shown = columns(results, HEADLINE)
-    accuracies = [column for column in shown if column.metric.change == ACCURACY.change]
-    tasks = [column for column in accuracies if column.metric.part == "tasks"]
+    tasks, others = [], []
+    for column in shown:
+        is_accuracy = column.metric.change == ACCURACY.change
+        if is_accuracy and column.metric.part == "tasks":
+            tasks.append(column)
+        else:
+            others.append(column)
     if len(tasks) > MOST_TASKS:
-        mean = by_protocol([MEAN_ACCURACY], results)
-        shown = [*mean, *(column for column in shown if column not in tasks)]
+        shown = by_protocol([MEAN_ACCURACY], results) + others
     return sorted(shown, key=lambda column: ORDER.get(column.metric.part, 0))
 
 
 def shown_label(result: Result) -> str:
     """Return the name of a checkpoint with what tells it from others of its method, such as
     ``quantize gptq 3b g64``."""
+    # a row of a report has no checkpoint: only what was recorded of it
     checkpoint = getattr(result, "checkpoint", None)
-    manifest = checkpoint.manifest if checkpoint is not None else {}
+    if checkpoint is None:
+        return result.label
+    manifest = checkpoint.manifest
     if not manifest or manifest.get("hash") != result.digest:
         return result.label
     return f"{result.label} {short_settings(manifest.get('settings') or {})}".strip()
@@ -208,42 +255,71 @@ def numbered(names: list[str]) -> tuple[list[str], list[str]]:
     """Return headings for checkpoints, and a legend where names are too long to be headings."""
     if all(text_width(name) <= LONGEST_NAME for name in names):
         return names, []
-    headings = [str(number) for number in range(1, len(names) + 1)]
-    return headings, [f"{number}: {name}" for number, name in zip(headings, names, strict=True)]
+    headings, legend = [], []
+    for number, name in enumerate(names, 1):
+        headings.append(str(number))
+        legend.append(f"{number}: {name}")
+    return headings, legend
 
 
 def checkpoint_cells(results: list[Result], result: Result, shown: list[Column]) -> list[str]:
-    """Return the cells of a checkpoint, one per column: value, mark, change against the first of
-    ``results``; aligned."""
-    parts = []
+    """Return the cells of a checkpoint.
+
+    Args:
+        results: all checkpoints; changes are against the first.
+        result: one of them.
+        shown: the columns.
+
+    Returns:
+        One per column: value, mark and change, the changes aligned.
+    """
+    cells, changes = [], []
     for column in shown:
         change = ""
         if result is not results[0]:
             first = figure(results[0], column)
             change = column.metric.format_change(figure(result, column), first)
-        parts.append((cell(result, column) + mark(results, result, column), change))
-    widest = max((len(change) for _, change in parts), default=0)
-    return [f"{value} {change:>{widest}}" if widest else value for value, change in parts]
+        cells.append(cell(result, column) + mark(results, result, column))
+        changes.append(change)
+    widest = max(map(len, changes), default=0)
+    if widest == 0:
+        return cells
+    aligned = []
+    for value, change in zip(cells, changes, strict=True):
+        aligned.append(f"{value} {change:>{widest}}")
+    return aligned
 
 
 def mark(results: list[Result], result: Result, column: Column) -> str:
-    """Return the mark of the best or the worst value of a column; a space for any other."""
+    """Return the mark of the best or the worst value of a column; a space for any other.
+
+    Args:
+        results: all checkpoints.
+        result: the one to mark.
+        column: metric and protocol.
+    """
     text = cell(result, column)
     if text in best_cells(results, column):
         return BEST
-    return WORST if text in best_cells(results, column, worst=True) else " "
+    if text in best_cells(results, column, worst=True):
+        return WORST
+    return " "
 
 
 def markdown_table(results: list[Result], compared: bool = False) -> str:
-    """Return the same table in Markdown."""
+    """Return the same table in Markdown.
+
+    Args:
+        results: a chain's checkpoints, source first, or checkpoints to compare.
+        compared: whether they are not a chain; then the best of every column is bold.
+    """
     shown = columns(results)
-    headings = ["checkpoint", *(column.heading for column in shown)]
-    return (
-        "\n".join(
-            markdown_lines(headings, rows(results, shown, ("**", "**") if compared else None))
-        )
-        + "\n"
-    )
+    headings = ["checkpoint"] + [column.heading for column in shown]
+    # along a chain the source is mostly the best, which is no news
+    bold = None
+    if compared:
+        bold = ("**", "**")
+    return "\n".join(markdown_lines(headings, rows(results, shown, bold))) + "\n"
 
 
 def json_table(results: list[Result]) -> str:
@@ -260,7 +336,9 @@ def record(result: Result) -> dict:
     belong to each of the two protocols."""
     manifest = result.checkpoint.manifest
     # a source is named by its files instead
-    made = manifest if manifest.get("hash") == result.digest else {}
+    made = {}
+    if manifest.get("hash") == result.digest:
+        made = manifest
     return {
         "checkpoint": result.label,
         "folder": str(result.checkpoint.folder),
@@ -306,12 +384,10 @@ def errors_of_perplexity(result: Result) -> dict[str, float]:
 def samples_text(results: list[Result]) -> str:
     """Return the sample answers of every checkpoint, prompt by prompt, in Markdown."""
     lines = []
-    prompts = [sample["prompt"] for sample in results[0].quality.get("samples", [])]
-    for index, prompt in enumerate(prompts):
-        lines += [f"## {prompt}", ""]
+    for index, sample in enumerate(results[0].quality.get("samples", [])):
+        lines += [f"## {sample['prompt']}", ""]
         for result in results:
-            lines.append(
-                f"- **{result.label}**: {result.quality['samples'][index]['answer'].strip()!r}"
-            )
+            answer = result.quality["samples"][index]["answer"].strip()
+            lines.append(f"- **{result.label}**: {answer!r}")
         lines.append("")
     return "\n".join(lines)
