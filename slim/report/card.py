@@ -214,10 +214,11 @@ def _results(points: list[Point]) -> list[str]:
     table = models_table(points)
     # the rows of a chain are all steps of it: what each one is goes without saying
     kept = [index for index, heading in enumerate(table.headings) if heading != "what it is"]
+    headings = [plain(table.headings[index]) for index in kept]
     rows = []
     for row in table.rows:
         rows.append([plain(row[index].text) for index in kept])
-    lines += markdown_lines([plain(table.headings[index]) for index in kept], rows)
+    lines += markdown_lines(headings, rows)
     lines.append("")
     for part in ("quality", "speed"):
         lines += _protocol_lines(part, points)

@@ -17,7 +17,7 @@ from slim.report.pareto import (
     value,
     with_error,
 )
-from slim.report.points import Point, step_name
+from slim.report.points import Point, rows_of, step_name
 from slim.report.runs import Chain, Row
 from slim.report.table import Column, by_protocol
 
@@ -96,7 +96,7 @@ def perplexity_and_tasks(chain: list[Point]) -> tuple[list[Column], list[Column]
             perplexities.append(column)
     perplexity = primary(chain, perplexities)
     accuracies = [MEAN_ACCURACY, *task_metrics(chain, "acc")]
-    tasks = by_protocol(accuracies, [point.row for point in chain])
+    tasks = by_protocol(accuracies, rows_of(chain))
     if perplexity is None:
         return [], tasks
     return [perplexity], tasks

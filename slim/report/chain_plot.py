@@ -17,7 +17,7 @@ from slim.report.pareto import (
     task_metrics,
     value,
 )
-from slim.report.points import Point, step_name
+from slim.report.points import Point, rows_of, step_name
 from slim.report.runs import Row
 from slim.report.table import Column, by_protocol, record
 
@@ -75,7 +75,7 @@ def _sides(points: list[Point]) -> list[list[Column]]:
         sides.append([perplexity])
     # the mean comes last, so that it is drawn over the tasks
     accuracies = [*task_metrics(points, "acc"), MEAN_ACCURACY]
-    tasks = by_protocol(accuracies, [point.row for point in points])
+    tasks = by_protocol(accuracies, rows_of(points))
     if tasks:
         sides.append(tasks)
     return sides

@@ -24,7 +24,7 @@ from slim.report.pareto import (
     value,
     with_error,
 )
-from slim.report.points import Point, settings_lines
+from slim.report.points import Point, rows_of, settings_lines
 from slim.report.table import Column, by_protocol
 
 COLORS = (
@@ -62,7 +62,7 @@ def pareto_picture(points: list[Point], x: Metric, identity: str) -> dict | None
     Returns:
         One option per measure of quality and protocol; None without data.
     """
-    places = by_protocol([x], [point.row for point in points])
+    places = by_protocol([x], rows_of(points))
     options = []
     for measure in primary_first(points, quality_columns(points)):
         for place in places:
@@ -71,7 +71,9 @@ def pareto_picture(points: list[Point], x: Metric, identity: str) -> dict | None
                 options.append(option)
     if not options:
         return None
-    title = "Quality against size" if x is SIZE.metric else "Quality against speed"
+    title = "Quality against speed"
+    if x is SIZE.metric:
+        title = "Quality against size"
     return {"id": identity, "title": title, "options": options}
 
 
@@ -96,12 +98,16 @@ def _pareto_option(points: list[Point], x: Column, y: Column, several: bool) -> 
         traces.append(_scatter(others, x, y, "not on the front"))
     traces.append(_front_trace(best, x, y))
     drawn = best + others
+    # accuracies lie within a narrow range, where a logarithm shows nothing
     yaxis = _axis(drawn, y, y.metric.is_perplexity)
     # better is always up
     if y.metric.better == "low":
         yaxis["autorange"] = "reversed"
+    label = y.heading
+    if several:
+        label = f"{y.heading} against {x.heading}"
     return {
-        "label": f"{y.heading} against {x.heading}" if several else y.heading,
+        "label": label,
         "sentence": _pareto_sentence(points, best, drawn, x, y),
         "data": traces,
         "layout": {"xaxis": _axis(drawn, x, True), "yaxis": yaxis, "hovermode": "closest"},
@@ -202,7 +208,7 @@ def task_bars(points: list[Point]) -> dict | None:
     shown = [point for point in points if point.role != "step"]
     options = []
     for metric, label in ACCURACIES:
-        columns = by_protocol(task_metrics(shown, metric), [point.row for point in shown])
+        columns = by_protocol(task_metrics(shown, metric), rows_of(shown))
         if columns:
             options.append(_bars(shown, columns, label))
     if not options:
@@ -213,6 +219,7 @@ def task_bars(points: list[Point]) -> dict | None:
 def _bars(candidates: list[Point], columns: list[Column], label: str) -> dict:
     """Return the bars of at most ``BARS`` models, most of them hidden until their name is
     clicked."""
+    # plotly draws hundreds of bars, and nobody can read them
     points = shortlist(candidates, BARS)
     at_first = {id(point) for point in shortlist(points, BARS_SHOWN)}
     data = []

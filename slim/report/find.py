@@ -60,6 +60,7 @@ def find(client: MlflowClient, what: str) -> tuple[list[str], str | None]:
     Raises:
         SlimError: when nothing has that name.
     """
+    # a folder first, then an id: both are more certain than a name
     run_id = summary(what).get("run_id") or _run_by_id(client, what)
     if run_id is not None:
         return [run_id], None

@@ -104,6 +104,7 @@ def _varying(numbers: Iterable[dict[str, float]]) -> list[str]:
 
 def _labeled(grids: list[Grid], points: list[Point]) -> list[Grid]:
     """Return the grids with what tells each from the others."""
+    # the settings of steps on the way count as well
     rows = []
     for point in points:
         rows += point.chain
@@ -210,7 +211,12 @@ class _Row:
     hovers: list[str]
 
     def add(self, point: Point | None, column: Column) -> None:
-        """Add the cell of a result; one that was not run, or failed, is empty."""
+        """Add a cell.
+
+        Args:
+            point: the result; None for one that was not run, or failed.
+            column: what it shows.
+        """
         if point is None:
             self.heights.append(None)
             self.texts.append("")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from slim.evaluation.metrics import BY_NAME, MEAN_ACCURACY, METRICS, Metric, metric_of
-from slim.report.points import Point
+from slim.report.points import Point, rows_of
 from slim.report.table import Column, by_protocol, figure, standard_error
 
 SIZE = Column(replace(BY_NAME["bytes_on_disk"], title="size on disk"))
@@ -26,7 +26,7 @@ def quality_columns(points: list[Point]) -> list[Column]:
         *task_metrics(points, "acc_norm"),
         BY_NAME["similarity/mean"],
     ]
-    return by_protocol(metrics, [point.row for point in points])
+    return by_protocol(metrics, rows_of(points))
 
 
 def task_metrics(points: list[Point], kind: str) -> list[Metric]:
@@ -129,11 +129,17 @@ def against_source(point: Point, column: Column) -> str:
 
 
 def front(costs: Sequence[Sequence[float]]) -> list[int]:
-    """Return the indices of the points that no other dominates, by the first coordinate; lower is
-    better in all.
+    """Return the points that no other dominates.
 
     A point is dominated if another is as good in every coordinate and better in one; equal points
-    all stay."""
+    all stay.
+
+    Args:
+        costs: [points, coordinates]; lower is better in all.
+
+    Returns:
+        Indices of ``costs``, by the first coordinate.
+    """
     best: list[int] = []
     # whatever dominates a point comes before it in this order
     for index in sorted(range(len(costs)), key=lambda i: costs[i]):
@@ -190,6 +196,7 @@ def shortlist(points: list[Point], most: int) -> list[Point]:
     best = []
     if quality is not None:
         best, _ = pareto(points, SIZE, quality)
+    # sorting is stable: among equals the earlier comes first
     ranked = sorted(
         range(len(points)), key=lambda i: (points[i].role != "source", points[i] not in best)
     )
@@ -206,7 +213,8 @@ def primary(points: list[Point], columns: list[Column]) -> Column | None:
     Returns:
         The first of several; None without any.
     """
-    most, best = -1, None
+    best = None
+    most = -1
     for column in columns:
         known = sum(value(point, column) is not None for point in points)
         if known > most:

@@ -20,11 +20,18 @@ LONGEST = 40  # characters of a setting's value in a name
 
 @dataclass(frozen=True)
 class Point:
-    """A checkpoint in the report. role: ``source``, ``step`` on the way to another, or
-    ``final``."""
+    """A checkpoint in the report.
+
+    Attributes:
+        row: what was recorded of it.
+        chain: from the source to this checkpoint.
+        name: what tables and pictures call it.
+        role: ``source``, ``step`` on the way to another, or ``final``.
+        typed: the overrides of the first run that made it.
+    """
 
     row: Row
-    chain: tuple[Row, ...]  # from the source to this checkpoint
+    chain: tuple[Row, ...]
     name: str
     role: str
     typed: str
@@ -41,10 +48,14 @@ def points_of(chains: list[Chain]) -> list[Point]:
         chains: of all runs; a checkpoint may be in many.
     """
     finals = {_key(chain.final) for chain in chains}
-    varying = varying_settings(row for chain in chains for row in chain.rows)
+    rows = []
+    for chain in chains:
+        rows += chain.rows
+    varying = varying_settings(rows)
     points: dict[tuple, Point] = {}
     for chain in chains:
         for length, row in enumerate(chain.rows, 1):
+            # runs share the steps that they begin with
             if _key(row) in points:
                 continue
             role = "final" if _key(row) in finals else "step"
@@ -54,6 +65,11 @@ def points_of(chains: list[Chain]) -> list[Point]:
             name = chain_name(path, varying)
             points[_key(row)] = Point(row, path, name, role, chain.typed)
     return sorted(_told_apart(list(points.values())), key=lambda point: point.role != "source")
+
+
+def rows_of(points: list[Point]) -> list[Row]:
+    """Return what was recorded of every checkpoint, in their order."""
+    return [point.row for point in points]
 
 
 def _key(row: Row) -> tuple[str, str]:

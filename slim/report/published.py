@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from slim.evaluation.metrics import BY_NAME, Metric
-from slim.report.points import Point
+from slim.report.points import Point, rows_of
 from slim.report.table import by_protocol, cell
 
 FILE = Path(__file__).parent.parent / "assets" / "report" / "published.json"
@@ -172,7 +172,7 @@ def _own_rows(wanted: list[Metric], points: list[Point]) -> tuple[list[str], lis
     for metric in wanted:
         if metric.name != size.name:
             metrics.append(metric)
-    columns = by_protocol(metrics, [point.row for point in points])
+    columns = by_protocol(metrics, rows_of(points))
     if all(column.metric is size for column in columns):
         return [], []
     headings = ["model"]

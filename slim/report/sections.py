@@ -19,7 +19,7 @@ from slim.report.pareto import (
     shortlist,
     with_error,
 )
-from slim.report.points import Point, points_of, settings_lines
+from slim.report.points import Point, points_of, rows_of, settings_lines
 from slim.report.published import Published, published_tables
 from slim.report.runs import Collection, count
 from slim.report.table import Column, columns, figure
@@ -170,7 +170,7 @@ def summary(collection: Collection, points: list[Point]) -> str:
 def protocol_notes(points: list[Point]) -> list[str]:
     """Say which figures were measured by several protocols, and how the page keeps them apart."""
     protocols: dict[str, set[str]] = {}
-    for column in quality_columns(points) + columns([point.row for point in points]):
+    for column in quality_columns(points) + columns(rows_of(points)):
         protocols.setdefault(column.metric.name, set()).add(column.protocol)
     several = []
     for name, keys in protocols.items():
@@ -202,8 +202,11 @@ def repeating(points: list[Point]) -> list[str]:
 
 
 def best_table(points: list[Point]) -> Table | None:
-    """Return the answer to "what is the best model for my memory?": the front of quality and bytes,
-    smallest first."""
+    """Return the answer to "what is the best model for my memory?".
+
+    Returns:
+        The front of quality and bytes, smallest first; None where no quality was measured.
+    """
     quality = primary(points, quality_columns(points))
     if quality is None:
         return None
@@ -226,6 +229,7 @@ def best_table(points: list[Point]) -> Table | None:
     ]
     rows = []
     for number, point in enumerate(best, 1):
+        # against its own source: a report may be about several models
         share = point.row.metrics["bytes_on_disk"] / point.source.metrics["bytes_on_disk"]
         cells = [
             Cell(str(number), number),
@@ -244,7 +248,7 @@ def models_table(points: list[Point]) -> Table | None:
     memory, energy."""
     if not points:
         return None
-    shown = columns([point.row for point in points])
+    shown = columns(rows_of(points))
     rows = []
     for point in points:
         cells = [_cell(point, column, errors=True) for column in shown]
@@ -288,6 +292,7 @@ def failures_table(collection: Collection) -> Table | None:
 def answers(points: list[Point]) -> list[Answers]:
     """Return prompt by prompt what the models answered, in the order of the table; of many models
     those that matter most."""
+    # chosen among those that answered, so that no place is given to a model without samples
     answering = [point for point in points if point.row.samples]
     by_prompt: dict[str, list[tuple[str, str]]] = {}
     for point in shortlist(answering, MODELS_ANSWERING):

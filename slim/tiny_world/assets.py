@@ -46,23 +46,37 @@ def asset_files(world: World) -> dict[str, str]:
     for name, questions in world.tasks().items():
         files[f"{name}.jsonl"] = _lines(questions)
         files[f"{name}.yaml"] = TASK_FILE.format(name=name, data=f"{name}.jsonl")
-    train = islice(
-        dict.fromkeys(islice(world.conversations("train"), 2 * TRAIN_CONVERSATIONS)),
-        TRAIN_CONVERSATIONS,
-    )
-    for split, pairs in (("train", train), ("validation", world.conversations("validation"))):
-        files[f"conversations_{split}.jsonl"] = _lines(
-            {"instruction": q, "answer": a} for q, a in pairs
-        )
+    files["conversations_train.jsonl"] = _conversations(_training_pairs(world))
+    files["conversations_validation.jsonl"] = _conversations(world.conversations("validation"))
     return files
 
 
+def _training_pairs(world: World) -> list[tuple[str, str]]:
+    """Return the first distinct conversations of the endless ones."""
+    # twice as many hold enough that are distinct
+    drawn = islice(world.conversations("train"), 2 * TRAIN_CONVERSATIONS)
+    return list(dict.fromkeys(drawn))[:TRAIN_CONVERSATIONS]
+
+
+def _conversations(pairs: Iterable[tuple[str, str]]) -> str:
+    records = []
+    for question, answer in pairs:
+        records.append({"instruction": question, "answer": answer})
+    return _lines(records)
+
+
 def write_assets(world: World, folder: Path = FOLDER) -> list[Path]:
-    """Write the files of ``asset_files`` into ``folder``; returns their paths."""
+    """Write the files of ``asset_files`` and return their paths.
+
+    Args:
+        world: gives their content.
+        folder: made if it does not exist.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, content in asset_files(world).items():
         path = folder / name
+        # bytes: on Windows a text file would get other ends of lines, and other checksums
         path.write_bytes(content.encode("utf-8"))
         paths.append(path)
     return paths

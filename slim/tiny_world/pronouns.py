@@ -74,11 +74,13 @@ def pronoun_scene(rng: random.Random) -> Scene:
     number = rng.randrange(len(PATTERNS))
     event, first_reason, second_reason = PATTERNS[number]
     first, second = rng.sample((*lex.WOMEN, *lex.MEN), 2)
+    # with a man and a woman the pronoun can mean only one of them
     mixed = lex.is_woman(first) != lex.is_woman(second)
     role = rng.randrange(2)
     neutral = mixed and rng.random() < 0.3
-    reasons = (first_reason, second_reason)
-    reason = rng.choice(NEUTRAL) if neutral else reasons[role]
+    reason = (first_reason, second_reason)[role]
+    if neutral:
+        reason = rng.choice(NEUTRAL)
     thing = rng.choice(tuple(lex.THINGS))
     opener = ""
     if rng.random() < 0.5:
@@ -104,4 +106,6 @@ def _deciding(neutral: bool, mixed: bool) -> str:
     """Return what decides who is meant: the gender alone, the cause alone, or both."""
     if neutral:
         return "gender"
-    return "both" if mixed else "cause"
+    if mixed:
+        return "both"
+    return "cause"

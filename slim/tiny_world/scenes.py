@@ -10,11 +10,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scene:
-    """``text`` tells it, ``question`` asks; ``answer`` and ``wrong`` are the choices, ``moral``
-    tells the rest.
+    """A happening with a question about it.
 
-    ``key`` names the combination (see ``slim.tiny_world.split``); ``kind`` the rule that decides;
-    ``reply`` is the answer as a whole sentence, for conversations."""
+    Attributes:
+        kind: the rule that decides, such as ``"material"``.
+        key: names the combination (see ``slim.tiny_world.split``).
+        text: tells what happened.
+        question: asks what follows, or who is meant.
+        answer: the right choice.
+        wrong: the other choices.
+        moral: tells the rest, for a story.
+        reply: the answer as a whole sentence, for conversations.
+    """
 
     kind: str
     key: str

@@ -15,12 +15,25 @@ RESERVED = {"tasks": 0, "heldout": 1, "calibration": 2, "validation": 3}
 
 
 def bucket(key: str, buckets: int = BUCKETS) -> int:
-    """A number in [0, buckets) that depends on ``key`` alone, on every platform and in every
-    process."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % buckets
+    """Return a number that depends on a key alone, on every platform and in every process.
+
+    Args:
+        key: of a combination.
+        buckets: how many numbers there are, from 0.
+    """
+    # Python's own hash() differs from process to process
+    number = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(number, "big") % buckets
 
 
 def allowed(split: str, key: str) -> bool:
-    """Whether ``split`` ("train" or one of RESERVED) may use the combination ``key``."""
+    """Whether a split may use a combination.
+
+    Args:
+        split: ``"train"`` or a key of ``RESERVED``.
+        key: of the combination.
+    """
     place = bucket(key)
-    return place == RESERVED[split] if split in RESERVED else place >= len(RESERVED)
+    if split in RESERVED:
+        return place == RESERVED[split]
+    return place >= len(RESERVED)

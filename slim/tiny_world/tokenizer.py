@@ -19,11 +19,16 @@ MAX_LENGTH = 512
 
 
 def train_tokenizer(world: World, vocab_size: int = 1536, seed: int = 0) -> PreTrainedTokenizerFast:
-    """A tokenizer of ``vocab_size`` entries, trained on 6000 training documents; the same call
-    gives the same one.
+    """Return a tokenizer trained on 6000 training documents; the same call gives the same one.
 
     ``<|end|>`` is both the beginning and the end of a text, so the documents of a packed window
-    need one mark between them; ``<|pad|>`` pads. No mark is added by itself when encoding."""
+    need one mark between them; ``<|pad|>`` pads. No mark is added by itself when encoding.
+
+    Args:
+        world: gives the documents.
+        vocab_size: entries, marks and bytes included.
+        seed: of the documents.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +56,12 @@ def train_tokenizer(world: World, vocab_size: int = 1536, seed: int = 0) -> PreT
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    """Save it under the class name that transformers 4 and engines built on it know too."""
+    """Save under the class name that transformers 4 and engines built on it know too.
+
+    Args:
+        tokenizer: from :func:`train_tokenizer`.
+        folder: to write into.
+    """
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
