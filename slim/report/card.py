@@ -80,7 +80,8 @@ def source_facts(source: Checkpoint) -> dict:
     from slim.checkpoints.source import ASSETS
 
     if source.folder.resolve().is_relative_to(ASSETS.resolve()):
-        return {"license": "apache-2.0"}  # the embedded model is part of slim
+        # the embedded model is part of slim
+        return {"license": "apache-2.0"}
     metadata = front_matter(source.folder / CARD)
     stated = {"license": UNKNOWN}
     for key in (*LICENCE_KEYS, "base_model"):

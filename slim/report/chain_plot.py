@@ -43,6 +43,7 @@ def plot_chain(path: Path, results: list[Result]) -> bool:
     """
     points = chain_points(results)
     sides = _sides(points)
+    # a source alone has no step to draw
     if len(points) < 2 or not sides:
         return False
     figure = new_figure(max(4.8, 1.6 + 1.1 * len(points)) * len(sides), 4.2)
@@ -100,6 +101,7 @@ def _draw(axes, points: list[Point], columns: list[Column]) -> None:
             _write_figures(axes, heights, column)
     if columns[0].metric.is_perplexity and _is_wide(points, columns):
         axes.set_yscale("log")
+    # one word or setting a line: the names of neighbors must not overlap
     labels = [point.name.replace(" ", "\n", 1).replace(", ", ",\n") for point in points]
     axes.set_xticks(range(len(points)), labels, fontsize="small")
     axes.margins(x=0.12, y=0.15)

@@ -207,6 +207,7 @@ def task_bars(points: list[Point]) -> dict | None:
     without tasks."""
     shown = [point for point in points if point.role != "step"]
     options = []
+    # sources and results: every step on the way would double the bars
     for metric, label in ACCURACIES:
         columns = by_protocol(task_metrics(shown, metric), rows_of(shown))
         if columns:

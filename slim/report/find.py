@@ -74,8 +74,8 @@ def find(client: MlflowClient, what: str) -> tuple[list[str], str | None]:
         return [run_id], None
     if Path(what).is_dir():
         raise SlimError(
-            f"The folder {what} has no {SUMMARY}: it is none of a sweep. Give the sweep's id or "
-            "its experiment."
+            f"The folder {what} has no {SUMMARY}: it is not a sweep's folder. Give the sweep's id "
+            "or its experiment."
         )
     # MLflow makes an experiment of that name in every store
     names = [experiment.name for experiment in experiments if experiment.name != "Default"]

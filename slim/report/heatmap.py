@@ -179,12 +179,14 @@ def _trace(grid: Grid, column: Column) -> dict:
     """Return the grid as plotly's heat map, one list per value of the second setting."""
     heights, texts, hovers = [], [], []
     for y in grid.values(1):
-        row = _Row([], [], [])
+        heights.append([])
+        texts.append([])
+        hovers.append([])
         for x in grid.values(0):
-            row.add(grid.points.get((x, y)), column)
-        heights.append(row.heights)
-        texts.append(row.texts)
-        hovers.append(row.hovers)
+            point = grid.points.get((x, y))
+            heights[-1].append(_height(point, column))
+            texts[-1].append(_text(point, column))
+            hovers[-1].append(_hover(point, column))
     return {
         "type": "heatmap",
         "x": [f"{x:g}" for x in grid.values(0)],
@@ -202,26 +204,20 @@ def _trace(grid: Grid, column: Column) -> dict:
     }
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Cells of a heat map from left to right."""
+def _height(point: Point | None, column: Column) -> float | None:
+    """Return what colors a cell; one that was not run, or failed, stays empty."""
+    if point is None:
+        return None
+    return value(point, column)
 
-    heights: list[float | None]
-    texts: list[str]
-    hovers: list[str]
 
-    def add(self, point: Point | None, column: Column) -> None:
-        """Add a cell.
+def _text(point: Point | None, column: Column) -> str:
+    if point is None:
+        return ""
+    return cell(point.row, column)
 
-        Args:
-            point: the result; None for one that was not run, or failed.
-            column: what it shows.
-        """
-        if point is None:
-            self.heights.append(None)
-            self.texts.append("")
-            self.hovers.append("not run, or failed")
-            return
-        self.heights.append(value(point, column))
-        self.texts.append(cell(point.row, column))
-        self.hovers.append(hover(point, (column,)))
+
+def _hover(point: Point | None, column: Column) -> str:
+    if point is None:
+        return "not run, or failed"
+    return hover(point, (column,))

@@ -85,11 +85,18 @@ def _served(documented: bool) -> str:
 
 def _compressed_tensors(quantization: dict) -> Loading:
     groups = list(quantization.get("config_groups", {}).values())
-    schemes = [group["weights"] for group in groups]
-    # absent means symmetric in this format
-    symmetric = all(scheme.get("symmetric", True) for scheme in schemes)
-    vllm = _served(symmetric and {scheme.get("num_bits") for scheme in schemes} <= {4, 8})
-    if any(scheme.get("actorder") == "group" for scheme in schemes):
+    symmetric = True
+    bits = set()
+    activation_order = False
+    for group in groups:
+        scheme = group["weights"]
+        # absent means symmetric in this format
+        symmetric = symmetric and scheme.get("symmetric", True)
+        bits.add(scheme.get("num_bits"))
+        if scheme.get("actorder") == "group":
+            activation_order = True
+    vllm = _served(symmetric and bits <= {4, 8})
+    if activation_order:
         sentence = "No: compressed-tensors no longer reads groups in activation order."
         return Loading(sentence, None, vllm)
     if symmetric and not _has_embedding(groups):

@@ -172,7 +172,10 @@ def pareto(points: list[Point], x: Column, y: Column) -> tuple[list[Point], list
     on_front = set(front(costs))
     best, others = [], []
     for index, point in enumerate(known):
-        (best if index in on_front else others).append(point)
+        if index in on_front:
+            best.append(point)
+        else:
+            others.append(point)
     return sorted(best, key=lambda point: value(point, x)), others
 
 

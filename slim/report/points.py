@@ -92,13 +92,18 @@ def _told_apart(points: list[Point]) -> list[Point]:
 def varying_settings(rows: Iterable[Row]) -> dict[tuple[str, str | None], set[str]]:
     """Return (kind, method) -> the settings that are not the same in all its checkpoints."""
     values: dict[tuple, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    # many chains hold the same checkpoint
     distinct = {row.digest: row for row in rows}
     for row in distinct.values():
         for name, value in plain_settings(row).items():
+            # as text: a setting may be a list, which no set can hold
             values[row.kind, row.method][name].add(str(value))
-    varying = {}
+    varying: dict[tuple, set[str]] = {}
     for stage, settings in values.items():
-        varying[stage] = {name for name, known in settings.items() if len(known) > 1}
+        varying[stage] = set()
+        for name, taken in settings.items():
+            if len(taken) > 1:
+                varying[stage].add(name)
     return varying
 
 

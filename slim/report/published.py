@@ -68,6 +68,7 @@ def published_tables(names: list[str], points: list[Point]) -> tuple[list[Publis
     known, inference = known_tables(), facts()["inference"]["tables"]
     tables, timed, problems = [], [], []
     for name in names:
+        # an unknown name costs its table and not the report
         if name not in known:
             problems.append(f"No published table {name} is known. There are: {', '.join(known)}.")
         elif name in inference:
@@ -159,6 +160,7 @@ def _ours(metrics: list[str], points: list[Point]) -> tuple[list[str], list[list
         else:
             metric = Metric(name, _heading(name), scale=1, digits=2)
         wanted.append(metric)
+    # the studies' perplexities are of other texts: ours stands next to them under its own name
     if any(name.endswith("/ppl") for name in metrics):
         wanted.append(replace(BY_NAME["perplexity"], title="perplexity (this report's text)"))
     return _own_rows(wanted, points)
@@ -167,6 +169,7 @@ def _ours(metrics: list[str], points: list[Point]) -> tuple[list[str], list[list
 def _own_rows(wanted: list[Metric], points: list[Point]) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows of our values, the number of parameters first; empty where these
     runs measured nothing else."""
+    # how large a model is belongs next to every figure of it
     size = BY_NAME["parameters"]
     metrics = [size]
     for metric in wanted:

@@ -181,6 +181,7 @@ def collect(client: MlflowClient, run_ids: list[str], title: str | None = None) 
             collection.failures.append(_failure(run))
             continue
         for chain in _chains(client, run, collection):
+            # the same checkpoint measured in another way is another result
             key = (chain.final.digest, chain.final.protocol_digest)
             if key in seen:
                 repeated += 1
@@ -189,7 +190,11 @@ def collect(client: MlflowClient, run_ids: list[str], title: str | None = None) 
             collection.chains.append(chain)
     # what failed and ran through later is no failure
     done = {chain.typed for chain in collection.chains}
-    collection.failures = [failure for failure in collection.failures if failure.typed not in done]
+    failures = []
+    for failure in collection.failures:
+        if failure.typed not in done:
+            failures.append(failure)
+    collection.failures = failures
     if repeated:
         collection.notes.append(
             f"{count(repeated, 'run')} repeated a chain with the same protocol; such a chain is "
@@ -275,6 +280,7 @@ def _rank(run: Run) -> tuple[bool, int]:
 
 def _unstarted(client: MlflowClient, sweep: Run) -> list[Failure]:
     """Return the points of ``sweep.json`` that failed before they had a run."""
+    # a sweep that was cut off has none
     summary = json.loads(artifact(client, sweep.info.run_id, "sweep.json") or "{}")
     failures = []
     for point in summary.get("points", []):
@@ -365,6 +371,10 @@ def _tables(run: Run) -> list[str]:
         value = text.split(",")
     if not isinstance(value, list):
         value = [value]
-    names = [str(name).strip() for name in value]
-    # an option left empty arrives as "None"
-    return [name for name in names if name not in ("", "None")]
+    names = []
+    for item in value:
+        name = str(item).strip()
+        # an option left empty arrives as "None"
+        if name not in ("", "None"):
+            names.append(name)
+    return names
