@@ -11,8 +11,7 @@ from slim.report.charts import COLORS
 from slim.report.pareto import (
     axis_title,
     error,
-    primary,
-    quality_columns,
+    main_perplexity,
     task_metrics,
     value,
     with_error,
@@ -63,7 +62,7 @@ def _points_along(last: Point, by_row: dict[int, Point]) -> list[Point]:
 
 
 def _steps(name: str, chain: list[Point]) -> dict | None:
-    perplexities, tasks = perplexity_and_tasks(chain)
+    perplexities, tasks = _perplexity_and_tasks(chain)
     if not perplexities and not tasks:
         return None
     labels = []
@@ -87,16 +86,12 @@ def _steps(name: str, chain: list[Point]) -> dict | None:
     }
 
 
-def perplexity_and_tasks(chain: list[Point]) -> tuple[list[Column], list[Column]]:
+def _perplexity_and_tasks(chain: list[Point]) -> tuple[list[Column], list[Column]]:
     """Return the perplexity that most of a chain has, as a list of one or none, and its
     accuracies, the mean first."""
-    perplexities = []
-    for column in quality_columns(chain):
-        if column.metric.is_perplexity:
-            perplexities.append(column)
-    perplexity = primary(chain, perplexities)
     accuracies = [MEAN_ACCURACY, *task_metrics(chain, "acc")]
     tasks = by_protocol(accuracies, rows_of(chain))
+    perplexity = main_perplexity(chain)
     if perplexity is None:
         return [], tasks
     return [perplexity], tasks

@@ -12,8 +12,7 @@ from slim.report.charts import COLORS
 from slim.report.pareto import (
     axis_title,
     error,
-    primary,
-    quality_columns,
+    main_perplexity,
     task_metrics,
     value,
 )
@@ -66,12 +65,8 @@ def chain_points(results: list[Result]) -> list[Point]:
 def _sides(points: list[Point]) -> list[list[Column]]:
     """Return the columns of every panel: one perplexity, then the accuracies; none that is
     empty."""
-    perplexities = []
-    for column in quality_columns(points):
-        if column.metric.is_perplexity:
-            perplexities.append(column)
     sides = []
-    perplexity = primary(points, perplexities)
+    perplexity = main_perplexity(points)
     if perplexity is not None:
         sides.append([perplexity])
     # the mean comes last, so that it is drawn over the tasks

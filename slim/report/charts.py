@@ -198,8 +198,9 @@ def hover(point: Point, columns: tuple[Column, ...]) -> str:
 
 def _wrap(text: str) -> str:
     """Break a text into at most five lines, safe as plotly's HTML."""
+    # escaped after it is broken: an entity such as &lt; must stay in one piece
     lines = textwrap.wrap(text, HOVER_WIDTH)[:5]
-    return "<br>".join(html.escape(line) for line in lines)
+    return "<br>".join(map(html.escape, lines))
 
 
 def task_bars(points: list[Point]) -> dict | None:

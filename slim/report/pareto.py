@@ -17,16 +17,22 @@ SIZE = Column(replace(BY_NAME["bytes_on_disk"], title="size on disk"))
 def quality_columns(points: list[Point]) -> list[Column]:
     """Return every measure of quality there is a value of, once per protocol: perplexities, mean
     accuracy, tasks, similarity."""
-    perplexities = [metric for metric in METRICS if metric.is_perplexity]
-    metrics = [
-        *perplexities,
-        *task_metrics(points, "word_perplexity"),
-        MEAN_ACCURACY,
-        *task_metrics(points, "acc"),
-        *task_metrics(points, "acc_norm"),
-        BY_NAME["similarity/mean"],
-    ]
+    metrics = [metric for metric in METRICS if metric.is_perplexity]
+    metrics += task_metrics(points, "word_perplexity")
+    metrics.append(MEAN_ACCURACY)
+    metrics += task_metrics(points, "acc")
+    metrics += task_metrics(points, "acc_norm")
+    metrics.append(BY_NAME["similarity/mean"])
     return by_protocol(metrics, rows_of(points))
+
+
+def main_perplexity(points: list[Point]) -> Column | None:
+    """Return the perplexity that most of the points have a figure of; None without any."""
+    perplexities = []
+    for column in quality_columns(points):
+        if column.metric.is_perplexity:
+            perplexities.append(column)
+    return primary(points, perplexities)
 
 
 def task_metrics(points: list[Point], kind: str) -> list[Metric]:
@@ -164,6 +170,7 @@ def pareto(points: list[Point], x: Column, y: Column) -> tuple[list[Point], list
     Returns:
         The points on the front, and the others; those without both figures are in neither.
     """
+    # what cannot be compared is dominated by nothing, and is not on the front either
     known, costs = [], []
     for point in points:
         if value(point, x) is not None and value(point, y) is not None:

@@ -78,6 +78,7 @@ def _key(row: Row) -> tuple[str, str]:
 
 def _told_apart(points: list[Point]) -> list[Point]:
     """Add the hash to names that different checkpoints share."""
+    # names state only some of the settings, and files may differ that no setting names
     owners = defaultdict(set)
     for point in points:
         owners[point.name].add(point.row.digest)
@@ -125,7 +126,9 @@ def chain_name(chain: tuple[Row, ...], varying: dict | None = None) -> str:
         varying: (kind, method) -> settings that differ between runs (:func:`varying_settings`).
     """
     differing = varying or {}
-    names = [step_name(row, differing.get((row.kind, row.method), ())) for row in chain]
+    names = []
+    for row in chain:
+        names.append(step_name(row, differing.get((row.kind, row.method), ())))
     return " → ".join(names)
 
 

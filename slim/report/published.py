@@ -179,14 +179,11 @@ def _own_rows(wanted: list[Metric], points: list[Point]) -> tuple[list[str], lis
     if all(column.metric is size for column in columns):
         return [], []
     headings = ["model"]
+    rows = [[point.name] for point in points]
     for column in columns:
         headings.append(column.heading)
-    rows = []
-    for point in points:
-        row = [point.name]
-        for column in columns:
+        for point, row in zip(points, rows, strict=True):
             row.append(cell(point.row, column))
-        rows.append(row)
     return headings, rows
 
 

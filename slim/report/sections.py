@@ -132,11 +132,11 @@ def _pictures(collection: Collection, points: list[Point]) -> list[dict]:
 
 def _settings(collection: Collection, points: list[Point]) -> list[tuple[str, str, list[str], str]]:
     """Return per run its name, what was typed, a line per step, and ``config.yaml``."""
-    by_digest = {point.row.digest: point for point in points}
+    # the names by which the tables call the results
+    names = {point.row.digest: point.name for point in points}
     settings = []
     for chain in collection.chains:
-        # the name by which the tables call the result
-        name = by_digest[chain.final.digest].name
+        name = names[chain.final.digest]
         settings.append((name, chain.typed, settings_lines(chain.rows), chain.config))
     return settings
 
@@ -169,6 +169,7 @@ def summary(collection: Collection, points: list[Point]) -> str:
 
 def protocol_notes(points: list[Point]) -> list[str]:
     """Say which figures were measured by several protocols, and how the page keeps them apart."""
+    # quality twice does no harm; speed and memory are only in the columns of the table
     protocols: dict[str, set[str]] = {}
     for column in quality_columns(points) + columns(rows_of(points)):
         protocols.setdefault(column.metric.name, set()).add(column.protocol)
