@@ -93,20 +93,20 @@ class EnergyMeter:
 
         with EnergyMeter("DEU", device) as meter:
             ...
-        meter.facts  # energy_joules, co2_grams, energy_estimated (1.0 or 0.0)
+        meter.metrics  # energy_joules, co2_grams, energy_estimated (1.0 or 0.0)
 
     Attributes:
         country: ISO code of three letters, for the CO2 of a kilowatt-hour.
         device: ``"cpu"`` or a GPU, such as ``"cuda"``.
-        facts: ``energy_joules``, ``co2_grams`` and ``energy_estimated``: 1.0 where the device's own
-            meter could not be read, so that its share is a guess from nominal power. Empty until
-            the end, and where codecarbon failed.
+        metrics: ``energy_joules``, ``co2_grams`` and ``energy_estimated``: 1.0 where the device's
+            own meter could not be read, so that its share is a guess from nominal power. Empty
+            until the end, and where codecarbon failed.
     """
 
     def __init__(self, country: str, device: str):
         self.country = country
         self.device = device
-        self.facts: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
 
     @property
     def estimated(self) -> bool:
@@ -134,7 +134,7 @@ class EnergyMeter:
         emissions = getattr(self._tracker, "final_emissions_data", None)
         if emissions is None:  # codecarbon swallows its own errors
             return
-        self.facts = {
+        self.metrics = {
             "energy_joules": float(emissions.energy_consumed) * JOULES_PER_KWH,
             "co2_grams": float(emissions.emissions) * 1000,  # told in kilograms
             "energy_estimated": float(self.estimated),
@@ -142,13 +142,13 @@ class EnergyMeter:
 
 
 @contextmanager
-def stage_energy(country: str | None, device: str, facts: dict) -> Iterator[None]:
+def stage_energy(country: str | None, device: str, metadata: dict) -> Iterator[None]:
     """Measure the body of a ``with``.
 
     Args:
         country: ISO code of three letters; None measures nothing.
         device: ``"cpu"`` or a GPU.
-        facts: what the energy is added to, under the names of :class:`EnergyMeter`.
+        metadata: what the energy is added to, under the names of :class:`EnergyMeter`.
     """
     if country is None:
         yield
@@ -156,7 +156,7 @@ def stage_energy(country: str | None, device: str, facts: dict) -> Iterator[None
     meter = EnergyMeter(country, device)
     with meter:
         yield
-    facts.update(meter.facts)
+    metadata.update(meter.metrics)
 
 
 def generation_energy(
@@ -190,12 +190,12 @@ def generation_energy(
             for prompt in tensors:
                 timed_run(model, prompt, new_tokens)
                 tokens += new_tokens
-    if not meter.facts:
+    if not meter.metrics:
         return {}
     end = ""
-    if meter.facts["energy_estimated"]:
+    if meter.metrics["energy_estimated"]:
         end = "_estimate"
     return {
-        f"energy_joules_per_token{end}": meter.facts["energy_joules"] / tokens,
-        f"co2_micrograms_per_token{end}": meter.facts["co2_grams"] * 1e6 / tokens,
+        f"energy_joules_per_token{end}": meter.metrics["energy_joules"] / tokens,
+        f"co2_micrograms_per_token{end}": meter.metrics["co2_grams"] * 1e6 / tokens,
     }

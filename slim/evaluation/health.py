@@ -33,10 +33,11 @@ def repeated_ngrams(tokens: list[int], n: int = NGRAM) -> float | None:
     Returns:
         0 to 1, or None for fewer than two n-grams.
     """
-    ngrams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
-    if len(ngrams) < 2:
+    count = len(tokens) - n + 1
+    if count < 2:  # a single one repeats nothing
         return None
-    return 1 - len(set(ngrams)) / len(ngrams)
+    different = {tuple(tokens[start : start + n]) for start in range(count)}
+    return 1 - len(different) / count
 
 
 def repetition(tokenizer, answers: Iterable[str]) -> dict[str, float]:
@@ -85,9 +86,16 @@ def first_non_finite(model, prompts: Iterable[list[int]]) -> dict[str, str] | No
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
         if noted:
             name, module, value = noted[0]
-            broken = any(_kind(tensor) is not None for tensor in module.parameters())
-            return {"module": name, "value": value, "cause": "weights" if broken else "activations"}
+            return {"module": name, "value": value, "cause": _cause(module)}
     return None
+
+
+def _cause(module) -> str:
+    """Return ``"weights"`` if a parameter of a module is not finite, else ``"activations"``."""
+    for weight in module.parameters():
+        if _kind(weight) is not None:
+            return "weights"
+    return "activations"
 
 
 def _noting(name: str, noted: list[tuple]):
@@ -104,16 +112,20 @@ def _noting(name: str, noted: list[tuple]):
 def _kind(output) -> str | None:
     """Return ``"nan"`` or ``"inf"`` if a tensor, or the first tensor in a tuple, holds one; else
     None."""
-    tensor = output[0] if isinstance(output, (tuple, list)) and output else output
+    tensor = output
+    if isinstance(output, (tuple, list)) and output:  # attention returns its weights as well
+        tensor = output[0]
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         return None
     if tensor.isnan().any():
         return "nan"
-    return "inf" if tensor.isinf().any() else None
+    if tensor.isinf().any():
+        return "inf"
+    return None
 
 
 def suspects(tokenizer, measured: dict, windows: Iterable[list[int]]) -> list[list[int]]:
-    """Return inputs worth trying: windows of the perplexity that are not finite, contexts of such
+    """Return inputs worth trying: a window of the perplexity that is not finite, contexts of such
     questions, a plain one.
 
     Args:
@@ -123,6 +135,7 @@ def suspects(tokenizer, measured: dict, windows: Iterable[list[int]]) -> list[li
     """
     nll = measured.get("perplexity", {}).get("records", {}).get("nll", [])
     inputs = []
+    # one window is enough: the others mostly fail at the same module
     for ids, value in zip(windows, nll, strict=False):
         if not math.isfinite(value):
             inputs.append(ids)
@@ -132,10 +145,12 @@ def suspects(tokenizer, measured: dict, windows: Iterable[list[int]]) -> list[li
         for row in rows:
             if not all(map(math.isfinite, row.get("scores", []))):
                 contexts.append(row["context"])
-    inputs += [tokenizer(text)["input_ids"] for text in contexts[:3]]
-    return [*inputs, tokenizer("The")["input_ids"]]
+    # answers are left out, and a few will do: each is a forward pass of its own
+    for text in [*contexts[:3], "The"]:
+        inputs.append(tokenizer(text)["input_ids"])
+    return inputs
 
 
 def finite(metrics: dict[str, float]) -> bool:
-    """Whether all figures are."""
-    return all(math.isfinite(value) for value in metrics.values())
+    """Whether all metrics are finite."""
+    return all(map(math.isfinite, metrics.values()))

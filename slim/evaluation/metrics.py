@@ -54,13 +54,17 @@ class Metric:
     @property
     def heading(self) -> str:
         """The title with the unit, as a column's heading."""
-        return f"{self.title} ({self.unit})" if self.unit not in ("", "%") else self.title
+        if self.unit in ("", "%"):  # the cells of a share say "%" by themselves
+            return self.title
+        return f"{self.title} ({self.unit})"
 
     @property
     def label(self) -> str:
         """The short name with the unit, as a terminal shows it."""
         name = self.short or self.title
-        return f"{name} ({self.unit})" if self.unit else name
+        if not self.unit:
+            return name
+        return f"{name} ({self.unit})"
 
     @property
     def is_perplexity(self) -> bool:
@@ -95,8 +99,11 @@ class Metric:
         ratio = value / first
         if self.change == "factor":
             return f"{ratio:.2f}x"
+        # a ruined model's perplexity grows a millionfold, which no per cent can say
+        if ratio >= 1e6:
+            return f"x{ratio:.0e}"
         if ratio >= 10:
-            return f"x{ratio:,.0f}" if ratio < 1e6 else f"x{ratio:.0e}"
+            return f"x{ratio:,.0f}"
         return f"{100 * (ratio - 1):+.1f}%"
 
 
@@ -221,9 +228,13 @@ def metric_of(name: str) -> Metric:
     if timed in BY_NAME and case:
         timing = BY_NAME[timed]
         return replace(timing, name=name, title=f"{timing.title} {case}", level=RECORD)
-    loss = not first or any(word in last for word in LOSSES)
-    better = "high" if not loss or name.endswith("_per_second") else "low"
-    return Metric(name, name, digits=4, better=better, part="tasks" if first else None)
+    if first:
+        is_loss = any(word in last for word in LOSSES)
+        is_loss = is_loss and not name.endswith("_per_second")
+        return Metric(name, name, digits=4, better="low" if is_loss else "high", part="tasks")
+    # without a task nothing is known of it but its name
+    better = "high" if name.endswith("_per_second") else "low"
+    return Metric(name, name, digits=4, better=better)
 
 
 def metrics_of(names: list[str], level: str = DETAIL) -> list[Metric]:
@@ -236,10 +247,16 @@ def metrics_of(names: list[str], level: str = DETAIL) -> list[Metric]:
     Returns:
         Registered metrics, those of tasks in the order of ``names`` among them.
     """
-    levels = (HEADLINE,) if level == HEADLINE else (HEADLINE, DETAIL)
-    of_tasks = [metric_of(name) for name in names if name not in BY_NAME]
-    of_tasks = [metric for metric in of_tasks if metric.part == "tasks"]
-    ordered = [*METRICS[:AFTER_TASKS], *dict.fromkeys(of_tasks), *METRICS[AFTER_TASKS:]]
+    # timings of further cases also have names that are not registered
+    of_tasks: dict[Metric, None] = {}
+    for name in names:
+        metric = metric_of(name)
+        if name not in BY_NAME and metric.part == "tasks":
+            of_tasks[metric] = None  # a dictionary keeps their order
+    levels = [HEADLINE]
+    if level != HEADLINE:
+        levels.append(DETAIL)
+    ordered = METRICS[:AFTER_TASKS] + list(of_tasks) + METRICS[AFTER_TASKS:]
     return [metric for metric in ordered if metric.level in levels]
 
 

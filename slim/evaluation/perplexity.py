@@ -56,7 +56,7 @@ class Perplexity(Text):
         first_documents: number of documents from the start that are joined; None for all.
         files: one data file inside a hub data set, read instead of the whole set; ``split`` and
             ``subset`` do not matter then.
-        revision: branch, tag or commit of the hub data set; used with ``files`` only.
+        revision: branch, tag or commit of the hub data set; None: the main branch.
     """
 
     cache_name: ClassVar[str] = "Perplexity"
@@ -89,12 +89,16 @@ class Perplexity(Text):
             "limit": self.limit,
         }
 
-    def rows(self) -> Iterator[dict]:
-        """Yield the rows of the text's file or data set; of ``files`` where that is set and the
-        text is not local."""
+    def located_rows(self) -> Iterator[tuple[str, dict]]:
+        """Yield where a row stands and the row: of ``files`` where that is set and the text is not
+        local, else of the text's file or data set."""
+        # a local copy of the data set is that file already
         if self.files is None or self.path is not None:
-            return super().rows()
-        return iter(load_dataset_files(self.text, self.files, self.revision))
+            yield from super().located_rows()
+            return
+        rows = load_dataset_files(self.text, self.files, self.revision)
+        for number, row in enumerate(rows, 1):
+            yield f"{self.text}, {self.files}, row {number}", row
 
     def joined(self) -> str:
         """Return the documents as one text, as the protocol joins them."""

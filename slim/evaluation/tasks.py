@@ -52,6 +52,7 @@ class Tasks:
             self.names = [self.names]
         self.names = list(self.names or [])  # a list of OmegaConf, or None
         named = all(isinstance(name, str) and name for name in self.names)
+        # first whether they are texts: other things may have no hash
         if not named or len(set(self.names)) != len(self.names):
             raise SlimError(
                 "eval.tasks.names takes different task names, for example "
@@ -144,6 +145,7 @@ class Tasks:
                 metrics[f"{task}/{name}"] = value
             protocol[task] = {key: result[key] for key in PROTOCOL}
             records[task] = result["records"]
+        # tasks without choices have none
         accuracies = [value for name, value in metrics.items() if name.endswith("/acc")]
         if accuracies:
             metrics["tasks/acc"] = mean(accuracies)
