@@ -105,6 +105,7 @@ class Budget:
         """
         if self.memory_gb is not None and memory > self.memory_gb * GIGABYTE:
             return f"takes {size(memory)}"
+        # "not >=": a rate of NaN misses the limit
         if self.tokens_per_second is not None and not (rate or 0.0) >= self.tokens_per_second:
             return f"decodes {rate or 0.0:.1f} tokens/s"
         return None
@@ -124,8 +125,10 @@ def cache_bytes(spec: ModelSpec, context: int) -> float:
     tokens = min(context, spec.context_length)
     sliding = sliding_blocks(spec)
     for block in range(spec.blocks):
-        shape = spec.at(block)
-        kept = min(tokens, spec.entry("sliding_window")) if block in sliding else tokens
+        shape = spec.at(block)  # pruning may have left blocks with different numbers of heads
+        kept = tokens
+        if block in sliding:
+            kept = min(tokens, spec.entry("sliding_window"))
         total += 2 * shape.kv_heads * shape.head_dim * kept
     return float(total * DTYPE_BYTES.get(spec.dtype, 4))
 
@@ -134,14 +137,20 @@ def sliding_blocks(spec: ModelSpec) -> set[int]:
     """Return the numbers of the blocks that attend to a window only."""
     if not spec.entry("sliding_window"):
         return set()
-    types = spec.entry("layer_types") or (
-        spec.family.layer_types(spec.config) if spec.known else None
-    )
-    if types is None:
-        return set(range(spec.blocks)) if spec.config.get("model_type") in WINDOWED else set()
-    return {block for block, kind in enumerate(types) if kind == SLIDING}
+    types = spec.entry("layer_types")
+    if not types and spec.known:
+        types = spec.family.layer_types(spec.config)
+    elif not types:
+        types = None  # an empty list says nothing
+    if types is not None:
+        return {block for block, kind in enumerate(types) if kind == SLIDING}
+    if spec.config.get("model_type") in WINDOWED:
+        return set(range(spec.blocks))
+    return set()
 
 
 def size(count: float) -> str:
     """Show bytes so that they can be compared with a budget: four digits that count."""
-    return f"{count / 1e9:.4g} GB" if count >= 1e8 else f"{count / 1e6:.4g} MB"
+    if count >= 1e8:
+        return f"{count / 1e9:.4g} GB"
+    return f"{count / 1e6:.4g} MB"

@@ -23,9 +23,14 @@ def offered(evaluation: Evaluation | None) -> list[str]:
         Names; of a task its accuracy only, though it may give more.
     """
     parts = measured_parts(evaluation)
-    names = [metric.name for metric in METRICS if metric.part is None or metric.part in parts]
+    names = []
+    for metric in METRICS:
+        # what belongs to no part is known without measuring, such as the size
+        if metric.part is None or metric.part in parts:
+            names.append(metric.name)
     if "tasks" in parts:
-        names += [f"{task}/acc" for task in task_names(evaluation)]
+        for task in task_names(evaluation):
+            names.append(f"{task}/acc")
     return names
 
 
@@ -34,7 +39,8 @@ def measured_parts(evaluation: Evaluation | None) -> set[str]:
     measures."""
     if evaluation is None:
         return set()
-    answers, speed = evaluation.answers, evaluation.speed
+    answers = evaluation.answers
+    speed = evaluation.speed
     parts = {
         "perplexity": evaluation.perplexity,
         "documents": evaluation.documents,
@@ -54,10 +60,14 @@ def task_names(evaluation: Evaluation) -> list[str]:
     # imported here: it takes time that --help and mistakes do without
     from slim.evaluation.task_files import find_task, is_local, task_name
 
+    if not evaluation.tasks:
+        return []
     names = []
-    for name in evaluation.tasks.names if evaluation.tasks else []:
+    for name in evaluation.tasks.names:
         path = find_task(name)
-        names.append(task_name(path) if is_local(path) else name)
+        if is_local(path):  # typed as the path of a file; its metrics begin with the name inside
+            name = task_name(path)
+        names.append(name)
     return names
 
 
@@ -70,15 +80,20 @@ def require_metric(setting: str, metric: str, evaluation: Evaluation | None) -> 
         evaluation: what is measured; None: nothing.
     """
     known = offered(evaluation)
-    tasks = task_names(evaluation) if evaluation is not None else []
-    of_a_task = any(metric.startswith(f"{task}/") for task in tasks)
-    if (metric in known or of_a_task) and not metric.endswith(SPREADS):
+    if (metric in known or _is_of_task(metric, evaluation)) and not metric.endswith(SPREADS):
         return
     raise SlimError(
         f"{setting}: no such figure will be measured. There will be: {', '.join(known)}."
         f"{did_you_mean(metric, known)}\n"
         "What is measured is chosen with eval (docs/evaluation.md)."
     )
+
+
+def _is_of_task(metric: str, evaluation: Evaluation | None) -> bool:
+    """Whether a metric is one of a task that is measured."""
+    if evaluation is None:
+        return False
+    return any(metric.startswith(f"{task}/") for task in task_names(evaluation))
 
 
 def is_better_high(metric: str) -> bool:

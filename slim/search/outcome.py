@@ -79,26 +79,38 @@ class Trial:
 
 
 def conclude(trials: list[Trial], search: Search, folder: Path) -> dict:
-    """Write ``search.json`` and ``search.md`` into a sweep's ``folder`` and return what is in the
-    former.
+    """Write ``search.json`` and ``search.md`` and return what is in the former.
 
-    Raises ``SlimError`` where no point is any good, with what came nearest to the budget.
+    Args:
+        trials: all points, also those that failed or were ruled out.
+        search: what was looked for.
+        folder: of the sweep; it is made where it is missing.
+
+    Returns:
+        ``objectives`` (metric -> direction), ``budget`` (its limits), ``best`` and ``points``
+        (lists of :func:`entry`).
+
+    Raises:
+        SlimError: when no point is any good, with the one that came nearest to the budget.
     """
-    found = {
+    budget = search.budget
+    outcome = {
         "objectives": dict(zip(search.objectives, search.directions, strict=True)),
         "budget": {
-            name: getattr(search.budget, name)
-            for name in ("memory_gb", "context", "tokens_per_second")
+            "memory_gb": budget.memory_gb,
+            "context": budget.context,
+            "tokens_per_second": budget.tokens_per_second,
         },
-        "best": [entry(trial) for trial in best(trials, search.objectives)],
-        "points": [entry(trial) for trial in trials],
+        "best": list(map(entry, best(trials, search.objectives))),
+        "points": list(map(entry, trials)),
     }
+    # before any complaint: the table of what was tried explains why nothing is good
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if not found["best"]:
+    (folder / JSON).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    if not outcome["best"]:
         raise SlimError(nothing_good(trials, search.budget))
-    (folder / MARKDOWN).write_text(markdown(found), encoding="utf-8")
-    return found
+    (folder / MARKDOWN).write_text(markdown(outcome), encoding="utf-8")
+    return outcome
 
 
 def best(trials: list[Trial], objectives: list[str]) -> list[Trial]:
@@ -106,18 +118,33 @@ def best(trials: list[Trial], objectives: list[str]) -> list[Trial]:
     last objective.
 
     A trial is beaten by one that is at least as good in all objectives and better in one; of equal
-    ones the first stays."""
-    good = [trial for trial in trials if trial.good]
-    costs = [costs_of(trial, objectives) for trial in good]
+    ones the first stays.
+
+    Args:
+        trials: all points.
+        objectives: metrics that count.
+    """
+    good = []
+    costs = []
+    for trial in trials:
+        if trial.good:
+            good.append(trial)
+            costs.append(costs_of(trial, objectives))
     first: dict[tuple, int] = {}  # costs -> the first trial that has them
     for index in sorted(front(costs)):
         first.setdefault(costs[index], index)
+    # the number decides between equal last objectives: the same trials give the same order
     order = sorted(first.values(), key=lambda index: (costs[index][-1], index))
     return [good[index] for index in order]
 
 
 def costs_of(trial: Trial, objectives: list[str]) -> tuple[float, ...]:
-    """Return the objectives of a finished trial so that less of each is better."""
+    """Return the objectives of a finished trial so that less of each is better.
+
+    Args:
+        trial: that was measured.
+        objectives: metrics that count.
+    """
     costs = []
     for name in objectives:
         value = trial.result["objectives"][name]
@@ -139,7 +166,12 @@ def entry(trial: Trial) -> dict:
 
 
 def state_of(trial: Trial, problem: str | None) -> str:
-    """Say in a word or two what became of a trial."""
+    """Say in a word or two what became of a trial.
+
+    Args:
+        trial: that has ended.
+        problem: why it is out of the contest, None if it is not.
+    """
     if trial.skipped:
         return "skipped"
     if trial.result is None:
@@ -148,13 +180,18 @@ def state_of(trial: Trial, problem: str | None) -> str:
 
 
 def nothing_good(trials: list[Trial], budget: Budget) -> str:
-    """Say in two lines why no trial is any good."""
+    """Say in two lines why no trial is any good.
+
+    Args:
+        trials: none of which is good.
+        budget: what they had to meet.
+    """
     skipped = [trial for trial in trials if trial.skipped]
-    run = [trial for trial in trials if trial.result is not None]
-    if run:
-        nearest = max(run, key=nearness)
+    measured = [trial for trial in trials if trial.result is not None]
+    if measured:
+        nearest = max(measured, key=nearness)
         return (
-            f"None of the {len(run)} points that were run is within the budget: "
+            f"None of the {len(measured)} points that were run is within the budget: "
             f"{name(nearest.point)} {nearest.result['problem']}, and that is the nearest.\n"
             "Allow more, or search among smaller models."
         )
@@ -166,8 +203,12 @@ def nothing_good(trials: list[Trial], budget: Budget) -> str:
             "Nothing was run. Allow more, use a smaller budget.context, or search among smaller "
             "models."
         )
-    errors = [trial.error for trial in trials if trial.error] or ["there was none"]
-    return f"No point of the search could be run. The first: {errors[0]}"
+    first_error = "there was none"
+    for trial in trials:
+        if trial.error:
+            first_error = trial.error
+            break
+    return f"No point of the search could be run. The first: {first_error}"
 
 
 def nearness(trial: Trial) -> tuple[float, float]:
@@ -180,45 +221,64 @@ def name(point: dict) -> str:
     return " ".join(settings(point))
 
 
-def title(found: dict) -> str:
+def title(outcome: dict) -> str:
     """Return what stands above the table."""
-    states = [point["state"] for point in found["points"]]
-    objectives = list(found["objectives"])
+    tried = 0
+    skipped = 0
+    for point in outcome["points"]:
+        if point["state"] == "skipped":
+            skipped += 1
+        else:
+            tried += 1
+    objectives = list(outcome["objectives"])
     line = f"Pareto front of {' and '.join(objectives)}"
     if len(objectives) == 1:
         line = f"Best {objectives[0]}"
     limits = []
-    for key, value in found["budget"].items():
+    for key, value in outcome["budget"].items():
+        # the context is no limit of its own: it says what the memory is for
         if value is not None and key != "context":
             limits.append(f"{key}={value:g}")
     if limits:
         line += f" within {' and '.join(limits)}"
-    skipped = states.count("skipped")
-    line += f" ({len(states) - skipped} points tried"
+    line += f" ({tried} points tried"
     if skipped:
         line += f", {skipped} ruled out by their plan"
     return line + ")"
 
 
-def table(found: dict) -> tuple[list[str], list[list[str]]]:
+def table(outcome: dict) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows: settings, objectives, memory as the budget counts it, decode rate
-    where it was measured."""
-    keys, objectives = list(found["best"][0]["settings"]), list(found["objectives"])
-    timed = DECODE not in objectives and any(
-        row["tokens_per_second"] is not None for row in found["best"]
-    )
-    extra = {"memory (MB)": lambda row: f"{row['memory_bytes'] / 1e6:,.2f}"}
+    where it was measured.
+
+    Args:
+        outcome: see :func:`conclude`.
+    """
+    keys = list(outcome["best"][0]["settings"])
+    objectives = list(outcome["objectives"])
+    timed = decode_is_extra(outcome)
+    rows = []
+    for point in outcome["best"]:
+        row = []
+        for key in keys:
+            row.append(as_typed(point["settings"][key]))
+        for metric in objectives:
+            row.append(figure(metric, point["objectives"][metric]))
+        row.append(f"{point['memory_bytes'] / 1e6:,.2f}")
+        if timed:
+            row.append(f"{point['tokens_per_second'] or 0:,.0f}")
+        rows.append(row)
+    headings = [*keys, *map(heading, objectives), "memory (MB)"]
     if timed:
-        extra["decode (tok/s)"] = lambda row: f"{row['tokens_per_second'] or 0:,.0f}"
-    rows = [
-        [
-            *(as_typed(row["settings"][key]) for key in keys),
-            *(figure(metric, row["objectives"][metric]) for metric in objectives),
-            *(show(row) for show in extra.values()),
-        ]
-        for row in found["best"]
-    ]
-    return [*keys, *map(heading, objectives), *extra], rows
+        headings.append("decode (tok/s)")
+    return headings, rows
+
+
+def decode_is_extra(outcome: dict) -> bool:
+    """Whether the decode rate was measured and has no column as an objective."""
+    if DECODE in outcome["objectives"]:
+        return False
+    return any(point["tokens_per_second"] is not None for point in outcome["best"])
 
 
 def heading(metric: str) -> str:
@@ -228,26 +288,37 @@ def heading(metric: str) -> str:
 
 def figure(metric: str, value: float) -> str:
     """Format an objective as the table over checkpoints does, one it does not know with four digits
-    that count."""
+    that count.
+
+    Args:
+        metric: its name.
+        value: what was measured.
+    """
     known = metric_of(metric)
-    return known.format(value) if known.digits or known.name in BY_NAME else f"{value:.4g}"
+    if known.digits or known.name in BY_NAME:
+        return known.format(value)
+    return f"{value:.4g}"
 
 
-def markdown(found: dict) -> str:
+def markdown(outcome: dict) -> str:
     """Return the table in Markdown, with the title above and where the checkpoints are below."""
-    places = [f"- {name(row['settings'])}: `{row['folder']}`" for row in found["best"]]
-    return "\n".join([f"# {title(found)}", "", *markdown_lines(*table(found)), "", *places, ""])
+    lines = [f"# {title(outcome)}", "", *markdown_lines(*table(outcome)), ""]
+    for point in outcome["best"]:
+        lines.append(f"- {name(point['settings'])}: `{point['folder']}`")
+    return "\n".join([*lines, ""])
 
 
-def show(found: dict) -> None:
+def show(outcome: dict) -> None:
     """Print the table, and the folder of the checkpoint where there is one point only.
 
     Args:
-        found: what the search found, as ``search.json`` has it.
+        outcome: what the search found, as ``search.json`` has it.
     """
-    headings, rows = table(found)
-    keys = len(found["best"][0]["settings"])
-    print_table(Table(headings, rows, keys=keys, title=title(found)))
+    headings, rows = table(outcome)
+    keys = len(outcome["best"][0]["settings"])
+    print_table(Table(headings, rows, keys=keys, title=title(outcome)))
     if len(rows) == 1:
         out = results_console()
-        out.print(f"its checkpoint: {found['best'][0]['folder']}", highlight=False, soft_wrap=True)
+        out.print(
+            f"its checkpoint: {outcome['best'][0]['folder']}", highlight=False, soft_wrap=True
+        )

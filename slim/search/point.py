@@ -31,11 +31,18 @@ def values(config: DictConfig, metrics: dict[str, float]) -> float | list[float]
     """Return the objectives of a finished point as Hydra's sweepers take them: a number, or a list
     of several.
 
-    NaN for one that was not measured: the point is finished all the same, and who asked for it says
-    what is wrong."""
-    objectives = read_search(config).objectives
-    measured = [float(metrics.get(name, math.nan)) for name in objectives]
-    return measured[0] if len(measured) == 1 else measured
+    Args:
+        config: of the point, with its search.
+        metrics: of its last checkpoint.
+    """
+    measured = []
+    for name in read_search(config).objectives:
+        # NaN, no error: the point is finished all the same, and who asked for a metric that was
+        # not measured says what is wrong
+        measured.append(float(metrics.get(name, math.nan)))
+    if len(measured) == 1:
+        return measured[0]
+    return measured
 
 
 def objectives(search: Search, metrics: dict[str, float]) -> dict[str, float]:
@@ -48,26 +55,36 @@ def objectives(search: Search, metrics: dict[str, float]) -> dict[str, float]:
     Raises:
         SlimError: when one was not measured, such as an unknown figure of a task.
     """
+    measured = {}
     for name in search.objectives:
         if metrics.get(name) is None:
             raise SlimError(
                 f"search.objectives={name}: no such figure was measured. "
                 f"There are: {', '.join(sorted(metrics))}.{did_you_mean(name, metrics)}"
             )
-    return {name: float(metrics[name]) for name in search.objectives}
+        measured[name] = float(metrics[name])
+    return measured
 
 
 def judge(search: Search, metrics: dict[str, float], spec: ModelSpec) -> dict:
-    """Return ``objectives`` (metric -> value), figures of the checkpoint, and ``problem``: why it
-    is out of the contest.
+    """Judge the last checkpoint of a point.
 
-    ``memory_bytes``: as the budget counts it, with the files of the weights as large as they are.
-    Plain JSON values."""
+    Args:
+        search: what is looked for.
+        metrics: of the checkpoint.
+        spec: the model that the plan ends in.
+
+    Returns:
+        Plain JSON values: ``objectives`` (metric -> value), ``problem`` (why it is out of the
+        contest, None if it is in it), ``memory_bytes`` (as the budget counts it, with the files
+        of the weights as large as they are), ``tokens_per_second`` and ``parameters``.
+    """
     measured = objectives(search, metrics)
     rate = metrics.get(DECODE)
     memory = search.budget.memory(metrics["bytes_on_disk"], spec)
     problem = search.budget.problem(memory, rate)
     for name, value in measured.items():
+        # an infinite objective would be the end of every front, whatever the budget says
         if not math.isfinite(value):
             problem = f"{name} is not finite"
             break

@@ -21,8 +21,10 @@ MOST = 3  # objectives: the front of more is nearly every point
 class Search:
     """The objectives of a search and what its points may take.
 
-    objectives: metrics of the final checkpoint, such as ``perplexity`` and ``bytes_on_disk``; the
-        best of one, the front of several. budget: what every point has to meet.
+    Attributes:
+        objectives: metrics of the final checkpoint, such as ``perplexity`` and ``bytes_on_disk``:
+            the best of one, the front of several.
+        budget: what every point has to meet.
     """
 
     objectives: list[str] = field(default_factory=lambda: ["perplexity", "bytes_on_disk"])
@@ -42,7 +44,10 @@ class Search:
     @property
     def directions(self) -> list[str]:
         """``"maximize"`` or ``"minimize"`` per objective."""
-        return ["maximize" if is_better_high(name) else "minimize" for name in self.objectives]
+        directions = []
+        for name in self.objectives:
+            directions.append("maximize" if is_better_high(name) else "minimize")
+        return directions
 
     @property
     def worst(self) -> list[float]:

@@ -20,10 +20,12 @@ LISTED = 20_000  # points of a space that are listed in order to find one that w
 
 @dataclass
 class Space:
-    """What varies (key -> Optuna distribution) and what is fixed (key -> as typed); the points that
-    were tried.
+    """What varies and what is fixed. A point is a dict key -> value.
 
-    A point is a dict key -> value.
+    Attributes:
+        varying: key -> Optuna distribution.
+        fixed: key -> override as typed.
+        tried: the points that were tried, as :func:`key_of` returns them.
     """
 
     varying: dict[str, Any]
@@ -32,18 +34,30 @@ class Space:
 
     @classmethod
     def read(cls, params: dict[str, Any], typed: list[str], fixed: dict[str, str]) -> Space:
-        """Read a configuration's ``hydra.sweeper.params`` and what was ``typed``, which wins
-        (``fixed``: of that what is)."""
+        """Read a search space. What was typed wins over the search's file.
+
+        Args:
+            params: the configuration's ``hydra.sweeper.params``.
+            typed: overrides as typed.
+            fixed: key -> override, of those typed ones that have one value.
+
+        Raises:
+            SlimError: when Optuna's sweeper cannot read it.
+        """
         from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
-        swept = [override for override in typed if override not in fixed.values()]
+        # in this order: of two overrides of one key the last counts
+        swept = [f"{key}={value}" for key, value in params.items()]
+        for override in typed:
+            if override not in fixed.values():
+                swept.append(override)
         try:
-            varying, _ = create_params_from_overrides(
-                [*(f"{key}={value}" for key, value in params.items()), *swept]
-            )
+            varying, _ = create_params_from_overrides(swept)
         except (AssertionError, NotImplementedError, ValueError) as error:
             raise SlimError(f"The search space cannot be read: {error}") from error
-        return cls({key: values for key, values in varying.items() if key not in fixed}, fixed)
+        for key in fixed:
+            varying.pop(key, None)
+        return cls(varying, fixed)
 
     def overrides(self, point: dict[str, Any]) -> list[str]:
         """Return a point with all that is fixed as Hydra overrides."""
@@ -52,7 +66,7 @@ class Space:
     @property
     def size(self) -> float:
         """Number of points; infinite where a setting is continuous."""
-        return math.prod(count(values) for values in self.varying.values())
+        return math.prod(map(count, self.varying.values()))
 
     @property
     def exhausted(self) -> bool:
@@ -78,23 +92,42 @@ class Space:
             generator: of random numbers.
         """
         if self.size > LISTED:
-            while True:
-                drawn = {key: draw(values, generator) for key, values in self.varying.items()}
-                if self.is_new(drawn):
-                    return drawn
+            return self._random_new(generator)
         nearest: list[dict[str, Any]] = []
         least = len(point) + 1
         for values in itertools.product(*map(members, self.varying.values())):
             candidate = dict(zip(self.varying, values, strict=True))
             if not self.is_new(candidate):
                 continue
-            distance = sum(candidate[key] != value for key, value in point.items())
+            distance = differing(candidate, point)
             if distance < least:
                 nearest = []
                 least = distance
             if distance == least:
                 nearest.append(candidate)
         return generator.choice(nearest)
+
+    def _random_new(self, generator: random.Random) -> dict[str, Any]:
+        """Draw points until one is new: nearly all of a large space are."""
+        while True:
+            point = {}
+            for key, values in self.varying.items():
+                point[key] = draw(values, generator)
+            if self.is_new(point):
+                return point
+
+
+def differing(candidate: dict[str, Any], point: dict[str, Any]) -> int:
+    """Return in how many settings two points differ.
+
+    Args:
+        candidate: has every setting of ``point``.
+        point: the one to compare with.
+    """
+    number = 0
+    for key, value in point.items():
+        number += candidate[key] != value
+    return number
 
 
 def fixed_overrides(typed: list[str]) -> dict[str, str]:
@@ -110,6 +143,7 @@ def fixed_overrides(typed: list[str]) -> dict[str, str]:
 
 def key_of(point: dict[str, Any]) -> tuple:
     """Return a point so that it can be in a set."""
+    # repr: values of different types cannot be sorted, and 1 and True are different settings
     return tuple(sorted((key, repr(value)) for key, value in point.items()))
 
 
@@ -136,6 +170,7 @@ def count(values) -> float:
     if isinstance(values, distributions.IntUniformDistribution):
         return (values.high - values.low) // values.step + 1
     if isinstance(values, distributions.DiscreteUniformDistribution):
+        # a hair more: 0.3 / 0.1 is just below 3, and the end belongs to the range
         return math.floor((values.high - values.low) / values.q + 1e-9) + 1
     return math.inf
 
@@ -144,7 +179,7 @@ def shown(values) -> list[str]:
     """Return the values of a distribution as typed; of a continuous or a large one its ends."""
     if count(values) > LISTED:
         return [as_typed(values.low), as_typed(values.high)]
-    return [as_typed(value) for value in members(values)]
+    return list(map(as_typed, members(values)))
 
 
 def example(values) -> Any:
@@ -173,4 +208,6 @@ def draw(values, generator: random.Random) -> Any:
     if count(values) < LISTED:
         return generator.choice(members(values))
     number = generator.uniform(values.low, values.high)
-    return int(number) if isinstance(values.low, int) else number
+    if isinstance(values.low, int):
+        return int(number)
+    return number

@@ -101,7 +101,10 @@ class Run:
     def announce(self) -> None:
         """Open the sweep, now that nothing is wrong with what was typed, and tell it what
         varies."""
-        self.sweep.swept = {key: shown(values) for key, values in self.space.varying.items()}
+        swept = {}
+        for key, values in self.space.varying.items():
+            swept[key] = shown(values)
+        self.sweep.swept = swept
         self.sweep.total = int(min(self.wanted, self.space.size))
         if self.sweep.tracker is None:
             self.sweep.open()
@@ -122,6 +125,8 @@ class Run:
         """Return a point that was not tried: Optuna's proposal, or the nearest there is."""
         asked = self.study.ask(self.space.varying)
         if not self.space.is_new(asked.params):
+            # Optuna takes back no proposal: this one counts as failed, and the point that is run
+            # in its stead is queued, so that the next ask returns it
             point = self.space.nearest_new(asked.params, self.generator)
             self.study.tell(asked, state=self.failed)
             self.study.enqueue_trial(point)
@@ -172,6 +177,7 @@ class Run:
         nothing, and the best points lie beside those that are just too large."""
         if not trial.skipped:
             trial.take(self.sweep.folder, self.search)
+            # a point that cannot even be planned took no time: it is no trial of the wanted ones
             self.wanted -= trial.planned.error is None
         if trial.good:
             self.study.tell(trial.asked, list(trial.result["objectives"].values()))
@@ -225,7 +231,10 @@ def check_settings(sweeper: HydraSweeper, fixed: dict[str, str]) -> Search:
         raise SlimError(
             "A search has objectives: choose hparams_search=pareto or hparams_search=budget."
         )
-    search.check(instantiate(config.eval) if config.eval and config.eval.get("_target_") else None)
+    evaluation = None
+    if config.eval and config.eval.get("_target_"):
+        evaluation = instantiate(config.eval)
+    search.check(evaluation)
     return search
 
 
@@ -238,17 +247,24 @@ def drop_unknown(sweeper: HydraSweeper, space: Space, own: set[str]) -> None:
         space: what varies; it is changed.
         own: the settings that the search's file lets vary.
     """
-    for key in [key for key in space.varying if key in own]:
-        group = key.partition(".")[0]
-        searched = group != key and group in space.varying
-        choices = [[]]
-        if searched:
-            choices = [settings({group: choice}) for choice in members(space.varying[group])]
-        value = settings({key: example(space.varying[key])})
-        fixed = list(space.fixed.values())
-        if not any(_composes(sweeper, fixed + choice + value) for choice in choices):
+    for key in list(space.varying):  # a copy: keys are removed on the way
+        if key in own and not _is_setting(sweeper, space, key):
             del space.varying[key]
             say(f"{key} is not searched: what was chosen has no such setting.")
+
+
+def _is_setting(sweeper: HydraSweeper, space: Space, key: str) -> bool:
+    """Whether a configuration of the space composes with a value of the setting ``key``."""
+    value = settings({key: example(space.varying[key])})
+    fixed = list(space.fixed.values())
+    group = key.partition(".")[0]
+    if group == key or group not in space.varying:
+        return _composes(sweeper, fixed + value)
+    # the group varies too (quantizer=rtn,none): one choice with the setting is enough
+    for choice in members(space.varying[group]):
+        if _composes(sweeper, fixed + settings({group: choice}) + value):
+            return True
+    return False
 
 
 def _composes(sweeper: HydraSweeper, overrides: list[str]) -> bool:

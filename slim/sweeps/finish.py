@@ -15,9 +15,16 @@ SHOWN = ("number", "overrides", "run_id", "status", "error", "seconds")
 
 
 @dataclass
-class Figures:
-    """The figures of a point's last checkpoint, as the tables of :mod:`slim.report.table` read
-    them."""
+class FinalRow:
+    """The metrics of a point's last checkpoint, as the tables of :mod:`slim.report.table` read
+    them.
+
+    Attributes:
+        label: the point's name.
+        metrics: name -> value, of all parts of the evaluation.
+        quality: ``metrics`` of the model's quality, and the ``protocol`` they were measured by.
+        speed: the same of its speed.
+    """
 
     label: str
     metrics: dict
@@ -36,10 +43,12 @@ def finish(sweep: OpenSweep, error: BaseException | None) -> int:
         The exit code: 0, 1 (an error of slim's own), 2 (a point failed), 130.
     """
     points = sweep.folder.points()
-    failed = [point for point in points if has_failed(point)]
+    failed = list(filter(has_failed, points))
+    skipped = [point for point in points if point.get("skipped")]
     summary = sweep.header()
+    # a sweeper that is not slim's does not say what varies: the points themselves do
     summary["swept"] = sweep.swept or varied(points)
-    summary["points"] = [short_record(point) for point in points]
+    summary["points"] = list(map(short_record, points))
     sweep.folder.write_header(summary)
     tracker = sweep.tracker
     tracker.log_text(json.dumps(summary, indent=1) + "\n", "sweep.json")
@@ -51,13 +60,12 @@ def finish(sweep: OpenSweep, error: BaseException | None) -> int:
     counts = {
         "points": len(points),
         "points_failed": len(failed),
-        "points_skipped": sum(bool(point.get("skipped")) for point in points),
+        "points_skipped": len(skipped),
     }
     kept = None
     if error is None and not sweep.lost:  # else points may be under way elsewhere, or missing
         kept = {point["run_id"] for point in points}
-    status_of_all = "FINISHED" if error is None else ending(error)
-    tracker.close(status_of_all, counts, kept)
+    tracker.close("FINISHED" if error is None else ending(error), counts, kept)
     for line in tracker.browse_lines():
         print(line)
     return exit_code(error, failed)
@@ -82,8 +90,9 @@ def exit_code(error: BaseException | None, failed: list[dict]) -> int:
     """
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if any(point.get("own") for point in failed):  # an error of slim's own
-        return 1
+    for point in failed:
+        if point.get("own"):  # an error of slim's own
+            return 1
     return 2 if failed else 0
 
 
@@ -95,13 +104,18 @@ def varied(points: list[dict]) -> dict[str, list[str]]:
             seen = values.setdefault(key, [])
             if value not in seen:
                 seen.append(value)
-    if len(points) == 1:
+    if len(points) == 1:  # nothing to compare with: all its settings tell what it is
         return values
     return {key: seen for key, seen in values.items() if len(seen) > 1}
 
 
 def print_points(sweep: OpenSweep, points: list[dict]) -> None:
-    """Print the table over the points, and below it why some of them failed."""
+    """Print the table over the points, and below it why some of them failed.
+
+    Args:
+        sweep: says what varies, where it knows.
+        points: as the sweep's folder records them.
+    """
     print_table(points_table(list(sweep.swept or varied(points)), points))
     for point in points:
         if point["error"]:
@@ -116,37 +130,80 @@ def points_table(keys: list[str], points: list[dict]) -> Table:
         points: as the sweep's folder records them.
     """
     keys = keys or ["point"]
-    figures = {point["number"]: figures_of(point) for point in points if point["final"]}
-    measured = list(figures.values())
-    shown = headline_columns(measured)
+    final = {}  # number of the point -> its last checkpoint
+    for point in points:
+        if point["final"]:
+            final[point["number"]] = final_row(point)
+    measured = list(final.values())
+    columns = headline_columns(measured)
     rows = []
     for point in points:
-        row = [str(point["overrides"].get(key, "-")) for key in keys]
-        if keys == ["point"]:
-            row = [point["name"]]
-        last = figures.get(point["number"])
-        for column in shown:
-            row.append(cell(last, column) + mark(measured, last, column) if last else "- ")
-        seconds = "-" if point.get("reused") else f"{point['seconds']:.1f}"
-        rows.append([*row, seconds, status(point)])
+        row = setting_cells(point, keys)
+        row += metric_cells(final.get(point["number"]), columns, measured)
+        rows.append([*row, seconds(point), status(point)])
+    headings = short_names(keys)
+    for column in columns:
+        headings.append(column.label)
+    notes = []
+    if len(measured) > 1:  # a single one is neither best nor worst
+        notes.append(f"{BEST} best and {WORST} worst of a column")
     count = "1 point" if len(points) == 1 else f"{len(points)} points"
-    headings = [*short_names(keys), *(column.label for column in shown), "seconds", "status"]
-    notes = [f"{BEST} best and {WORST} worst of a column"] if len(measured) > 1 else []
     title = f"Sweep of {count}: the last checkpoint of each"
-    return Table(headings, rows, keys=len(keys), title=title, notes=notes)
+    return Table([*headings, "seconds", "status"], rows, keys=len(keys), title=title, notes=notes)
+
+
+def setting_cells(point: dict, keys: list[str]) -> list[str]:
+    """Return the cells that say which point a row is of.
+
+    Args:
+        point: as the sweep's folder records it.
+        keys: the settings in which the points differ; ``["point"]`` for its name.
+    """
+    if keys == ["point"]:
+        return [point["name"]]
+    cells = []
+    for key in keys:
+        # a setting that is swept in some points only has no value in the others
+        cells.append(str(point["overrides"].get(key, "-")))
+    return cells
+
+
+def metric_cells(row: FinalRow | None, columns: list, measured: list[FinalRow]) -> list[str]:
+    """Return the cells of a point's metrics, with the marks of the best and the worst.
+
+    Args:
+        row: the point's last checkpoint; None where it has none.
+        columns: of :func:`slim.report.table.headline_columns`.
+        measured: the last checkpoints of all points, which the marks compare.
+    """
+    if row is None:
+        return ["- "] * len(columns)  # the blank stands where others have their mark
+    cells = []
+    for column in columns:
+        cells.append(cell(row, column) + mark(measured, row, column))
+    return cells
+
+
+def seconds(point: dict) -> str:
+    """Return how long a point took; nothing for one that was finished before."""
+    if point.get("reused"):
+        return "-"
+    return f"{point['seconds']:.1f}"
 
 
 def short_names(keys: list[str]) -> list[str]:
     """Return the last parts of settings' names, ``bits`` for ``quantizer.bits``, unless two have
     the same."""
-    last = [key.rpartition(".")[2] for key in keys]
-    return last if len(set(last)) == len(last) else keys
+    last_parts = [key.rpartition(".")[2] for key in keys]
+    if len(set(last_parts)) < len(last_parts):
+        return list(keys)
+    return last_parts
 
 
-def figures_of(point: dict) -> Figures:
-    """Return the figures of a point's last checkpoint with their protocols."""
+def final_row(point: dict) -> FinalRow:
+    """Return the metrics of a point's last checkpoint with their protocols."""
     final = point["final"]
-    return Figures(point["name"], final["metrics"], final["quality"], final["speed"])
+    return FinalRow(point["name"], final["metrics"], final["quality"], final["speed"])
 
 
 def status(point: dict) -> str:
@@ -155,7 +212,9 @@ def status(point: dict) -> str:
         return "done before"
     if point["status"] == "FINISHED":
         return "done"
-    return "skipped" if point.get("skipped") else "failed"
+    if point.get("skipped"):
+        return "skipped"
+    return "failed"
 
 
 def attach_report(tracker) -> None:

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Planned:
-    """A combination: its overrides, and either its configuration and name or why it cannot run."""
+    """A combination of swept values, composed and planned.
+
+    Attributes:
+        number: of the point in its sweep.
+        overrides: its settings as typed.
+        config: what they compose to; None if they do not.
+        name: see :func:`slim.sweeps.names.point_name`; None if it cannot run.
+        error: why it cannot run, None if it can.
+    """
 
     number: int
     overrides: list[str]
@@ -54,8 +62,12 @@ def run_grid(sweeper: HydraSweeper, arguments: list[str]) -> list[Sequence[JobRe
         return []
     sweep.total = len(points)
     sweep.open()
-    missing = [point for point in points if not finalize(sweep, point)]
-    wrong = sum(point.error is not None for point in points)
+    missing = []
+    wrong = 0
+    for point in points:
+        wrong += point.error is not None
+        if not finalize(sweep, point):
+            missing.append(point)
     announce(len(points), wrong, len(points) - wrong - len(missing))
     return launch(sweeper, sweep, missing)
 
@@ -70,11 +82,14 @@ def parse(sweeper: HydraSweeper, arguments: list[str]) -> list[Override]:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    params = expand_alias([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
-    typed = {bare(override) for override in arguments}
-    params = [param for param in params if bare(param) not in typed]
+    params = []
+    for key, value in (sweeper.params or {}).items():
+        params.append(f"{key}={value}")
+    typed = set(map(bare, arguments))
+    # left out, not overridden: Hydra refuses two values for one key
+    kept = [param for param in expand_alias(params) if bare(param) not in typed]
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
-    return parser.parse_overrides([*params, *arguments])
+    return parser.parse_overrides([*kept, *arguments])
 
 
 def bare(override: str) -> str:
@@ -104,7 +119,7 @@ def expand(overrides: list[Override]) -> tuple[list[list[str]], dict[str, list[s
         choices[key] = [f"{key}={value}" for value in values]
         if len(values) > 1:
             swept[key.lstrip("+")] = values
-    return [list(combination) for combination in itertools.product(*choices.values())], swept
+    return list(map(list, itertools.product(*choices.values()))), swept
 
 
 def plan_point(sweeper: HydraSweeper, sweep: Sweep, number: int, overrides: list[str]) -> Planned:
@@ -149,6 +164,7 @@ def refuse_at_once(sweep: Sweep, points: list[Planned]) -> None:
         if point.config is not None and point.config.output is not None:
             outputs.append(point.config.output)
     composed = any(point.config is not None for point in points)
+    # None: a point that can run, or an error of slim's own, which is recorded with its traceback
     if not composed and len(reasons) == 1 and None not in reasons:
         raise SlimError(reasons.pop())
     if len(outputs) > len(set(outputs)):
@@ -190,11 +206,14 @@ def finalize(sweep: Sweep, planned: Planned) -> bool:
             return explain(error, sweep.command, planned.overrides)
 
         message, own = describe(planned.error, reason, sweep.folder.point(planned.number))
-        record_failure(point, sweep.config if planned.config is None else planned.config, message)
+        # what does not compose is recorded where the sweep's own configuration says
+        config = sweep.config if planned.config is None else planned.config
+        record_failure(point, config, message)
         point.end("FAILED", message, own=own)
         return True
     run_id = sweep.tracker.finished.get((planned.name, point.name))
-    point.final = sweep.tracker.figures(run_id) if run_id else None
+    if run_id:
+        point.final = sweep.tracker.final_record(run_id)
     if point.final is None:
         return False
     point.run_id = run_id
@@ -231,9 +250,13 @@ def launch(sweeper: HydraSweeper, sweep: Sweep, points: list[Planned]) -> list[A
     returns = []
     for start in range(0, len(points), size):
         batch = points[start : start + size]
-        numbered = [[*point.overrides, f"hydra.sweep.subdir={point.number}"] for point in batch]
+        numbered = []
+        for point in batch:
+            # under its own number: Hydra counts what it launches, and finished points are left out
+            numbered.append([*point.overrides, f"hydra.sweep.subdir={point.number}"])
         try:
             returns.append(sweeper.launcher.launch(numbered, initial_job_idx=batch[0].number))
+            # a launcher may return although one of its processes was killed
             record_lost(sweep, batch, RuntimeError("its process ended without a message"))
         except Exception as error:  # a process that died takes the launcher's other points with it
             sweep.lost = True

@@ -14,7 +14,7 @@ from slim.checkpoints.store import digest
 if TYPE_CHECKING:
     from slim.checkpoints.result import Step
 
-# where and how, not what
+# where and how, not what: the same sweep with another of these continues the first
 PLACE = re.compile(r"^(tracking\.(run_name|uri|published)|store|ignore_limits|plan)=")
 
 
@@ -34,8 +34,8 @@ def sweep_id(command: str, experiment: str, overrides: Sequence[str], params: di
         overrides: what was typed, without Hydra's own settings.
         params: ``hydra.sweeper.params`` of an experiment file.
     """
-    what = sorted(override for override in overrides if not PLACE.match(override))
-    return digest(["sweep", command, experiment, what, params])
+    what = [override for override in overrides if not PLACE.match(override)]
+    return digest(["sweep", command, experiment, sorted(what), params])
 
 
 def point_name(chains: Sequence[Sequence[Step]], config: DictConfig) -> str:
@@ -47,13 +47,17 @@ def point_name(chains: Sequence[Sequence[Step]], config: DictConfig) -> str:
             be fetched first has no digest yet; there its settings count.
         config: the point's configuration.
     """
-    steps = [[step.digest or _settings(step) for step in chain] for chain in chains]
+    steps = [list(map(_identity, chain)) for chain in chains]
+    # figures of speed hold on one kind of device, so the same point on a GPU is another one
     return digest(
         ["point", steps, OmegaConf.to_container(config.eval, resolve=True), config.device]
     )
 
 
-def _settings(step: Step) -> list:
+def _identity(step: Step) -> str | list:
+    """Return a step's digest; what its digest would be made of, where it has none yet."""
+    if step.digest:
+        return step.digest
     if isinstance(step.stage, Stage):
         return [step.stage.kind, step.stage.cache_key(), step.stage.version]
     return [step.stage.source, step.stage.revision]

@@ -55,7 +55,10 @@ class Point:
     @property
     def name(self) -> str:
         """Its name on screen and in MLflow."""
-        pairs = [f"{key}={value}" for key, value in self.settings.items()]
+        pairs = []
+        for key, value in self.settings.items():
+            pairs.append(f"{key}={value}")
+        # a point that differs in nothing swept is named by all that was typed
         return " ".join(pairs or self.overrides)[:NAME_LIMIT] or "(defaults)"
 
     def tracker(self, config: DictConfig, name: str) -> Tracker:
@@ -82,16 +85,15 @@ class Point:
         return tracker
 
     def keep(self, result: Result) -> str:
-        """Keep the figures of the last checkpoint, with their protocols, for the table of the
+        """Keep the metrics of the last checkpoint, with their protocols, for the table of the
         sweep; return them as JSON."""
-        metrics = result.metrics
         self.final = {
             "label": result.label,
             "folder": str(result.checkpoint.folder),
             "hash": result.digest,
-            "metrics": metrics,
-            "quality": {part: result.quality.get(part, {}) for part in ("protocol", "metrics")},
-            "speed": {part: result.speed.get(part, {}) for part in ("protocol", "metrics")},
+            "metrics": result.metrics,
+            "quality": _protocol_and_metrics(result.quality),
+            "speed": _protocol_and_metrics(result.speed),
         }
         return json.dumps(self.final, indent=1) + "\n"
 
@@ -115,11 +117,24 @@ class Point:
         self.folder.write_point(self.number, {**record, **more})
 
 
+def _protocol_and_metrics(measured: dict) -> dict:
+    """Return what a table reads of a part of an evaluation; its samples would fill the folder."""
+    return {"protocol": measured.get("protocol", {}), "metrics": measured.get("metrics", {})}
+
+
 def swept_settings(overrides: list[str], swept: dict | None) -> dict[str, str]:
-    """Return key -> value of the overrides whose key is in ``swept``; of all where that is not
-    known."""
-    pairs = (override.lstrip("+").partition("=") for override in overrides)
-    return {key: value for key, _, value in pairs if swept is None or key in swept}
+    """Return key -> value of the overrides that are swept.
+
+    Args:
+        overrides: as typed.
+        swept: key -> values; None where that is not known, and all overrides count.
+    """
+    settings = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if swept is None or key in swept:
+            settings[key] = value
+    return settings
 
 
 def active() -> Point | None:
@@ -134,8 +149,14 @@ def run_point(
 ) -> Any:
     """Run one point of a sweep, record how it ended, and return what ``task`` returns.
 
-    explain: one or two lines for a mistake of the user, None for an error of slim's own.
-    Raises ``SlimError``, which every launcher can hand to another process, if the point failed.
+    Args:
+        task: what is run.
+        config: of the point.
+        explain: returns one or two lines for a mistake of the user, None for an error of slim's
+            own.
+
+    Raises:
+        SlimError: when the point failed; every launcher can hand it to another process.
     """
     global _active
     _active = point = _begin()
@@ -166,29 +187,47 @@ def _begin() -> Point:
     header = folder.header()
     if os.getpid() != header["pid"]:
         be_quiet()  # the process that was started speaks for all
-    return Point(folder, int(number) if number.isdigit() else hydra.job.num, typed(hydra), header)
+    if not number.isdigit():
+        number = hydra.job.num
+    return Point(folder, int(number), typed(hydra), header)
 
 
 def describe(error: Exception, explain: Callable, folder: Path) -> tuple[str, bool]:
-    """Return a few words for an error and whether it is slim's own; writes its traceback into
-    ``folder`` then."""
+    """Return a few words for an error and whether it is slim's own.
+
+    Args:
+        error: that ended a point.
+        explain: see :func:`run_point`.
+        folder: of the point; the traceback of an error of slim's own is written there.
+    """
     message = explain(error)
     if message is not None:
         return message, False
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TRACEBACK
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0] if first else ''} (traceback in {path})", True
+    lines = str(error).strip().splitlines()
+    first_line = lines[0] if lines else ""
+    return f"{type(error).__name__}: {first_line} (traceback in {path})", True
 
 
 def record_failure(point: Point, config: DictConfig, message: str, skipped: bool = False) -> None:
     """Let MLflow know why a point failed before it had a run; the run of one that failed later says
-    so itself."""
+    so itself.
+
+    Args:
+        point: that failed.
+        config: says where runs are recorded.
+        message: why it failed.
+        skipped: whether nothing was tried.
+    """
     if point.run_id is not None:
         return
     from slim.checkpoints.store import digest
 
     tracker = point.tracker(config, digest(["unplanned", sorted(point.overrides)]))
     tracker.log_settings({}, "", point.overrides)
-    tracker.end("FAILED", {"error": message, **({"slim.skipped": "true"} if skipped else {})})
+    tags = {"error": message}
+    if skipped:
+        tags["slim.skipped"] = "true"
+    tracker.end("FAILED", tags)

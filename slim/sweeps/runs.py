@@ -37,7 +37,8 @@ class SweepRun:
     """
 
     def __init__(self, root: Path, config: DictConfig, sweep: str, overrides: str):
-        self.root, self.sweep = root, sweep
+        self.root = root
+        self.sweep = sweep
         self.uri = tracking_uri(root, config.tracking.uri)
         self._tracking = TrackingClient(root, self.uri)
         self.client = self._tracking.client
@@ -107,9 +108,9 @@ class SweepRun:
         self.client.set_tag(run.info.run_id, "error", "The process ended before the run did.")
         self.client.set_terminated(run.info.run_id, "KILLED")
 
-    def figures(self, run_id: str) -> dict | None:
-        """Return the figures of a finished run's last checkpoint, None where they cannot be
-        read."""
+    def final_record(self, run_id: str) -> dict | None:
+        """Return the record of a finished run's last checkpoint, with its metrics; None where it
+        cannot be read."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -136,15 +137,17 @@ class SweepRun:
             kept: runs of its points that stay, with finished ones that no kept one repeats; None
                 for all.
         """
-        self._tracking.log(
-            self.run_id, {}, [[name, float(count), now(), 0] for name, count in counts.items()], {}
-        )
+        metrics = []
+        for name, count in counts.items():
+            metrics.append([name, float(count), now(), 0])
+        self._tracking.log(self.run_id, {}, metrics, {})
         self._tracking.end(self.run_id, status)
         self._tracking.close()
         try:
             if kept is not None:
                 self._drop_repeated(kept)
         except Exception as error:
+            # a server that went away loses nothing here: the next start drops them
             if not is_gone(error):
                 raise
         self._lock.release()

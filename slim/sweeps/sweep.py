@@ -33,7 +33,8 @@ class Sweep:
     """
 
     def __init__(self, config: DictConfig, command: str):
-        self.config, self.command = config, command
+        self.config = config
+        self.command = command
         self.overrides = typed(config.hydra)
         self.folder = SweepFolder(Path(config.hydra.sweep.dir).absolute())
         self.root = Path(config.store).expanduser().absolute()

@@ -50,6 +50,7 @@ class Watcher(threading.Thread):
             self.seen.add(record["number"])
             if record.get("reused"):  # the sweep has said how many these are
                 continue
+            # as if they had ended one after the other, so that the count rises by one per line
             ended = [r for r in records if r["number"] in self.seen or r.get("reused")]
             show = say if record["status"] == "FINISHED" else warn
             show(
@@ -66,7 +67,9 @@ def point_head(ended: list[dict], total: int | None) -> str:
         ended: records of the points that have ended.
         total: number of points, None if unknown.
     """
-    return f"point {len(ended)}/{total}" if total else f"point {len(ended)}"
+    if total:
+        return f"point {len(ended)}/{total}"
+    return f"point {len(ended)}"
 
 
 def point_line(record: dict, ended: list[dict], total: int | None, workers: int) -> str:
@@ -82,14 +85,19 @@ def point_line(record: dict, ended: list[dict], total: int | None, workers: int)
     if record["status"] == "FINISHED":
         state = f"{record['seconds']:.1f} s"
     notes = []
-    failed = sum(r["status"] != "FINISHED" and not r.get("skipped") for r in ended)
+    failed = 0
+    for point in ended:
+        if point["status"] != "FINISHED" and not point.get("skipped"):
+            failed += 1
     if failed:
         notes.append(f"{failed} failed")
     left = time_left(ended, total, workers)
     if left:
         notes.append(f"{left} left")
     line = f"{record['name']}: {state}"
-    return f"{line}  ({', '.join(notes)})" if notes else line
+    if notes:
+        line += f"  ({', '.join(notes)})"
+    return line
 
 
 def time_left(ended: list[dict], total: int | None, workers: int) -> str:
