@@ -19,24 +19,34 @@ STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")
 
 
 def build_pipeline(config: DictConfig) -> Pipeline:
-    """Make the parts that the configuration names. Raises ``SlimError`` for a setting that cannot
-    be."""
+    """Make the parts that the configuration names.
+
+    Args:
+        config: as Hydra composes it.
+
+    Raises:
+        SlimError: when a setting cannot be.
+    """
     from hydra.utils import instantiate
 
     from slim.core.hardware import pick_device
 
     adapter = config.model.get("adapter")
     config = import_gguf(learn_from_teacher(merge_alias(config)))
+    chosen = []
     for group in STAGES:
-        if config[group] and "_target_" not in config[group]:
+        if not config[group]:
+            continue
+        if "_target_" not in config[group]:
             raise SlimError(
                 f"{group}: that file is what choices are made of, not one of them. "
                 f"Use {group}=CHOICE; --help lists the choices."
             )
-    chosen = [config[group] for group in STAGES if config[group]]
-    # plain dicts and lists as settings
-    stages = [instantiate(settings, _convert_="all") for settings in chosen]
-    if adapter is not None:
+        chosen.append(config[group])
+    stages = []
+    for settings in chosen:  # "all": dicts and lists as settings, which can be hashed and written
+        stages.append(instantiate(settings, _convert_="all"))
+    if adapter is not None:  # every other stage works on the merged weights
         stages.insert(0, MergeAdapter(adapter))
     evaluation = None
     if config.eval and config.eval.get("_target_"):
@@ -97,30 +107,38 @@ def learn_from_teacher(config: DictConfig) -> DictConfig:
         raise SlimError(f"teacher.stage=tune makes the tuner learn from the teacher: {needed}.")
     config = config.copy()
     OmegaConf.set_struct(config, False)
-    settings = {name: value for name, value in config.tuner.items() if name != "_target_"}
+    settings = dict(config.tuner)
+    del settings["_target_"]
     config.teacher = OmegaConf.merge(config.teacher, settings, {"train": train})
     config.tuner = {}
     return config
 
 
 def plan_chains(config: DictConfig) -> list[list[Step]]:
-    """Plan every chain of a configuration, several where ``model.source`` is a list. Raises
-    ``SlimError`` as a run would."""
-    from slim.chain.build import one_by_one
+    """Plan every chain of a configuration, several where ``model.source`` is a list.
 
-    several = isinstance(config.model.get("source"), ListConfig)
-    return [
-        build_pipeline(single).plan() for single in (one_by_one(config) if several else [config])
-    ]
+    Args:
+        config: as Hydra composes it.
+
+    Raises:
+        SlimError: as a run would.
+    """
+    singles = [config]
+    if isinstance(config.model.get("source"), ListConfig):
+        singles = one_by_one(config)
+    return [build_pipeline(single).plan() for single in singles]
 
 
 def one_by_one(config: DictConfig) -> list[DictConfig]:
     """Return a configuration for each source. Raises ``SlimError`` for an empty list or one that
     names a source twice."""
-    sources = [str(source) for source in config.model.source]
-    twice = [source for source, count in Counter(sources).items() if count > 1]
-    if not sources or twice:
-        wrong = f"{twice[0]} is named twice" if twice else "the list is empty"
+    sources = list(map(str, config.model.source))
+    wrong = None if sources else "the list is empty"
+    for source, count in Counter(sources).items():
+        if count > 1:
+            wrong = f"{source} is named twice"
+            break
+    if wrong is not None:
         raise SlimError(
             f"model.source takes different checkpoints, and {wrong}: model.source=[FOLDER,FOLDER]"
         )

@@ -49,6 +49,7 @@ def compose(
     GlobalHydra.instance().clear()
     expanded = expand_alias(overrides or [])
     if folders:
+        # compose() knows no --config-dir: the search path says the same
         paths = [f"file://{folder.expanduser().absolute()}" for folder in folders]
         expanded = [*expanded, f"hydra.searchpath=[{','.join(paths)}]"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

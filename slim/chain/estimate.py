@@ -204,7 +204,9 @@ def work_name(stage: Stage) -> str:
 def evaluation_name(evaluation: object) -> str:
     """Name the kind of measuring whose time is comparable, by its parts; empty for none."""
     parts = [part for part in MEASURED if getattr(evaluation, part, None)]
-    return " ".join(["evaluate", *parts]) if parts else ""
+    if not parts:
+        return ""
+    return " ".join(["evaluate", *parts])
 
 
 def machine_key(device: str) -> str:
@@ -232,12 +234,17 @@ def measured_rate(device: str) -> float:
 
 def _records(path: Path) -> dict[str, Any]:
     """Return what is kept of all machines; nothing where the file is damaged: it is made again."""
+    if not path.is_file():
+        return {}
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_json(path)
     except SlimError:
         return {}
 
 
 def _number(holder: object, name: str) -> float:
+    """Return a setting that is a number, 0 for one that is missing or something else."""
     value = getattr(holder, name, None)
-    return value if isinstance(value, (int, float)) else 0
+    if isinstance(value, (int, float)):
+        return value
+    return 0

@@ -116,16 +116,22 @@ class Pipeline:
     def limit_problem(self, steps: list[Step]) -> str | None:
         """Say what the stages still to run lack: disk or memory, how much is needed, free and
         missing; None if nothing."""
-        missing = [step for step in steps if isinstance(step.stage, Stage) and not step.cached]
+        missing = []
+        disk = 0
+        for step in steps:
+            if isinstance(step.stage, Stage) and not step.cached:
+                missing.append(step)
+                disk += weight_bytes(step.spec)
         if not missing:
             return None
-        disk, free = sum(weight_bytes(step.spec) for step in missing), free_disk(self.store.root)
+        free = free_disk(self.store.root)
         if disk > free:
             return (
                 f"The results need about {gigabytes(disk)} on disk, and {gigabytes(free)} are free "
                 f"at {self.store.root}: {gigabytes(disk - free)} are missing "
                 "(store=FOLDER chooses another place)."
             )
+        # one stage runs at a time, so the memory of the largest is what is needed
         worst = max(missing, key=lambda step: step.peak_bytes)
         memory = available_memory(self.device)
         if memory is not None and worst.peak_bytes > memory:
@@ -172,6 +178,7 @@ class Pipeline:
             name = stage_digest(stage, parent.digest)
         folder = self.store.stage_folder(stage.kind, name)
         with self.store.lock(folder):
+            # looked for with the lock: another process may just have finished it
             checkpoint = self.store.find(folder)
             cached = checkpoint is not None
             if not cached:
@@ -179,9 +186,8 @@ class Pipeline:
                 checkpoint = Checkpoint(folder)
         manifest = checkpoint.manifest
         content = digest(manifest["checksums"])
-        return Result(
-            label(stage), checkpoint, name, cached, 0.0, content, manifest["facts"]
-        ), manifest["curves"]
+        result = Result(label(stage), checkpoint, name, cached, 0.0, content, manifest["facts"])
+        return result, manifest["curves"]
 
     def _run_stage(self, stage: Stage, parent: Result | None, name: str, folder: Path) -> None:
         say("...", head=label(stage))
@@ -204,13 +210,16 @@ class Pipeline:
                 }
             )
         with self.store.writing(folder) as partial:
-            used: dict = {}
-            source = None if parent is None else parent.checkpoint.folder
+            used: dict = {}  # what measuring the energy adds to the metadata
+            read = None  # a fresh model has no parent
+            source = None
+            if parent is not None:
+                read = parent.checkpoint
+                source = read.folder
             energy = stage_energy(getattr(self.evaluation, "energy", None), self.device, used)
             with activity(label(stage)), energy:
-                facts = stage.run(source, partial, context)
-            read = parent.checkpoint if parent else None
-            facts = {**facts, **used, **carried_mask(read, partial, facts)}
+                metadata = stage.run(source, partial, context)
+            metadata = {**metadata, **used, **carried_mask(read, partial, metadata)}
             seconds = time.time() - started
             manifest = {
                 "kind": stage.kind,
@@ -223,7 +232,7 @@ class Pipeline:
                 "git_commit": git_commit(),
                 "seconds": round(seconds, 3),
                 "estimated_seconds": round(estimate, 3),
-                "facts": facts,
+                "facts": metadata,
                 "curves": curves,
             }
             write_manifest(partial, manifest)
@@ -232,7 +241,9 @@ class Pipeline:
             clock.learn(work_name(stage), estimate, seconds)
 
     def _input_spec(self, stage: Stage, parent: Result | None) -> ModelSpec:
-        return stage.describe() if parent is None else parent.checkpoint.spec
+        if parent is None:
+            return stage.describe()
+        return parent.checkpoint.spec
 
     def _check(self, folder: Path) -> None:
         """Load what a stage has written once more; a difference means that it is not kept."""
@@ -269,10 +280,17 @@ class Pipeline:
             "quality": digest(["quality", result.content, *quality]),
             "speed": digest(["speed", result.content, self.device, *speed]),
         }
-        files = {part: self.store.evaluation_file(key) for part, key in keys.items()}
+        files = {}
+        for part, key in keys.items():
+            files[part] = self.store.evaluation_file(key)
+        # one lock for both parts: they are measured with the model loaded once
         with self.store.lock(files["quality"]):
-            measured = {part: self.store.find_evaluation(path) for part, path in files.items()}
-            missing = {part for part, metrics in measured.items() if metrics is None}
+            measured = {}
+            missing = set()
+            for part, path in files.items():
+                measured[part] = self.store.find_evaluation(path)
+                if measured[part] is None:
+                    missing.add(part)
             if missing:
                 fresh = self._measure(result, missing)
                 for part in missing:

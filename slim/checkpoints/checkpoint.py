@@ -37,8 +37,9 @@ EXPORTS = ("model.gguf", "Modelfile")
 # Files that belong to a model but hold neither weights nor its configuration: copied along
 # unchanged.
 COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "chat_template*", "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "spiece.model", "chat_template*", "additional_chat_templates/*", "generation_config.json",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -93,7 +94,9 @@ class Checkpoint:
         """The content of ``slim.json``, or an empty dict for a checkpoint that slim did not
         make."""
         path = self.folder / MANIFEST
-        return read_json(path) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        return read_json(path)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
@@ -107,13 +110,16 @@ class Checkpoint:
             return False
         if (self.folder / ADAPTER_CONFIG).is_file():
             return False
-        if any(tensor.changed or tensor.name != name for name, tensor in self.stored.items()):
-            return False
+        for name, tensor in self.stored.items():
+            if tensor.changed or tensor.name != name:
+                return False
         index = self.folder / INDEX
         if not index.is_file():
             return self.weight_files[0].name == SINGLE
         # transformers needs both entries, and looks for tensors where the index says they are
-        files = {tensor.name: tensor.file for tensor in stored_tensors(self.weight_files).values()}
+        files = {}
+        for tensor in stored_tensors(self.weight_files).values():
+            files[tensor.name] = tensor.file
         content = read_json(index)
         return "metadata" in content and content["weight_map"] == files
 
@@ -153,7 +159,8 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         )
     if not any(folder.iterdir()):
         raise SlimError(
-            f"The folder {folder} is empty. A checkpoint has config.json, a tokenizer and *.safetensors."
+            f"The folder {folder} is empty. "
+            "A checkpoint has config.json, a tokenizer and *.safetensors."
         )
     refuse_lone_adapter(folder)
     if not (folder / "config.json").is_file():
@@ -167,11 +174,12 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise SlimError(
             f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Save one into it."
         )
-    missing = [path for path in checkpoint.adapter_files if not path.is_file()]
-    if missing:
-        raise SlimError(
-            f"{folder} lacks {missing[0].relative_to(folder)}: its config.json says that an adapter belongs to it."
-        )
+    for path in checkpoint.adapter_files:
+        if not path.is_file():
+            raise SlimError(
+                f"{folder} lacks {path.relative_to(folder)}: "
+                "its config.json says that an adapter belongs to it."
+            )
     for path in checkpoint.adapter_files[1:]:
         read_header(path)
     checkpoint.config  # noqa: B018 - reads the headers and checks the entries
@@ -184,16 +192,18 @@ def checksums(folder: Path) -> dict[str, str]:
     Args:
         folder: The checkpoint folder. Files are taken as they are, however they are read.
     """
-    names = {"config.json"}
-    for pattern in COMPANIONS:
-        names |= {
-            path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file()
-        }
     checkpoint = Checkpoint(folder)
-    further = [*checkpoint.weight_files, *checkpoint.adapter_files, folder / INDEX]
-    further += [folder / name for name in EXPORTS]
+    paths = [*checkpoint.weight_files, *checkpoint.adapter_files, folder / INDEX]
+    for pattern in COMPANIONS:
+        paths.extend(folder.glob(pattern))
+    for name in EXPORTS:
+        paths.append(folder / name)
     described = quantization_file(folder)
+    # read only where config.json itself says nothing, so only there it changes the result
     if described is not None and "quantization_config" not in read_json(folder / "config.json"):
-        further.append(described)
-    names |= {path.relative_to(folder).as_posix() for path in further if path.is_file()}
+        paths.append(described)
+    names = {"config.json"}
+    for path in paths:
+        if path.is_file():
+            names.add(path.relative_to(folder).as_posix())
     return {name: sha256(folder / name) for name in sorted(names)}

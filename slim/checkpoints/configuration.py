@@ -103,7 +103,8 @@ def show(value: object) -> str:
 def _with_quantization(
     config: dict, folder: Path, tensors: dict[str, StoredTensor], notes: list[str]
 ) -> dict:
-    """Add what other files say of the quantization; take away what float8 weights no longer need."""
+    """Add what other files say of the quantization; take away what float8 weights no longer
+    need."""
     config = dict(config)
     if config.get("quantization_config") is None:
         config.pop("quantization_config", None)
@@ -111,6 +112,7 @@ def _with_quantization(
             config["quantization_config"] = config.pop("compression_config")
     file = quantization_file(folder)
     if "quantization_config" not in config and file is not None:
+        # the file may be left over from what the plain weights were made for
         packed = any(name.endswith((".qweight", ".weight_packed")) for name in tensors)
         if packed:
             method = {"quant_method": QUANTIZATION_FILES[file.name]}
@@ -131,7 +133,8 @@ def _with_dtype(config: dict, tensors: dict[str, StoredTensor]) -> dict:
         kind = NAMES.get(tensor.entry[1])
         if kind is not None:
             counts[kind] = counts.get(kind, 0) + 1
-    config = {key: value for key, value in config.items() if key != "torch_dtype"}
+    config = dict(config)
+    config.pop("torch_dtype", None)  # the older name would say something else
     config["dtype"] = max(counts, key=counts.get, default="bfloat16")
     return config
 

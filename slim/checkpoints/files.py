@@ -31,7 +31,8 @@ def weight_files(folder: Path) -> list[Path]:
         SlimError: The folder holds two models, an index of files that are gone, or several
             safetensors files without an index.
     """
-    single, index = folder / SINGLE, folder / INDEX
+    single = folder / SINGLE
+    index = folder / INDEX
     if index.is_file():
         listed = listed_files(index)
         if single.is_file() and listed != [SINGLE]:
@@ -55,8 +56,10 @@ def listed_files(index: Path) -> list[str]:
         SlimError: It has no ``weight_map`` of names to files in its own folder.
     """
     content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    names = []
+    if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
+        names = sorted(set(map(str, content["weight_map"].values())))
+    # a path to elsewhere could have slim read and hash any file of the machine
     if not names or any(Path(name).name != name for name in names):
         raise SlimError(
             f"{index} has no weight_map of tensors to files next to it. Fetch or make it again."
@@ -65,13 +68,18 @@ def listed_files(index: Path) -> list[str]:
 
 
 def refuse_two_models(folder: Path, listed: list[str]) -> None:
-    """Raise ``SlimError`` for a folder with a whole file and an index of others."""
-    missing = [name for name in listed if not (folder / name).is_file()]
-    if missing:
-        raise SlimError(
-            f"{folder}: the index {INDEX} is stale: it lists {missing[0]}, which is not there, "
-            f"next to {SINGLE}.\nDelete the index if {SINGLE} is the model."
-        )
+    """Raise ``SlimError`` for a folder with a whole file and an index of others.
+
+    Args:
+        folder: The checkpoint folder.
+        listed: The files that its index lists.
+    """
+    for name in listed:
+        if not (folder / name).is_file():
+            raise SlimError(
+                f"{folder}: the index {INDEX} is stale: it lists {name}, which is not there, "
+                f"next to {SINGLE}.\nDelete the index if {SINGLE} is the model."
+            )
     raise SlimError(
         f"{folder} holds two models: {SINGLE}, and the shards that {INDEX} lists.\n"
         "Delete the one that is not meant: other programs would read either."
@@ -79,18 +87,26 @@ def refuse_two_models(folder: Path, listed: list[str]) -> None:
 
 
 def refuse_missing(folder: Path, missing: list[str]) -> None:
-    """Raise ``SlimError`` for weight files that are not there, saying what is there instead."""
+    """Raise ``SlimError`` for weight files that are not there, saying what is there instead.
+
+    Args:
+        folder: The checkpoint folder.
+        missing: Names of the files that it should have.
+    """
     if (folder / INDEX).is_file():
         raise SlimError(
             f"{folder} lacks the weights {', '.join(missing[:3])}, which its index {INDEX} lists. "
             "Fetch them, or make the checkpoint again."
         )
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    pickles = [name for name in pickles if not name.startswith("adapter_model")]
+    pickles = []
+    for pattern in PICKLES:
+        for path in folder.glob(pattern):
+            if not path.name.startswith("adapter_model"):
+                pickles.append(path.name)
     if pickles:
         raise SlimError(
-            f"{folder} holds pickled weights only ({pickles[0]}), which can run code when loaded; "
-            "slim reads safetensors.\n"
+            f"{folder} holds pickled weights only ({min(pickles)}), "
+            "which can run code when loaded; slim reads safetensors.\n"
             "Convert them with transformers: model.save_pretrained(folder) writes safetensors."
         )
     raise SlimError(f"{folder} lacks the weights {', '.join(missing)}.")
@@ -108,7 +124,8 @@ def refuse_lone_adapter(folder: Path) -> None:
 
 
 def refuse_gguf_files(folder: Path) -> None:
-    """Raise ``SlimError`` where a folder without a config holds GGUF files: one of them is meant."""
+    """Raise ``SlimError`` where a folder without a config holds GGUF files: one of them is
+    meant."""
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if files:
         raise SlimError(

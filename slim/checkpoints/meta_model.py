@@ -57,12 +57,10 @@ class MetaModel:
         module = self.model.get_submodule(name)
         tensors = {}
         for key, tensor in self.reader.read_module(name):
-            tensors[key] = (
-                tensor.to(self.device, torch.float32) if tensor.is_floating_point() else tensor
-            )
-            if not all(
-                torch.isfinite(part).all() for part in tensors[key].flatten().split(FINITE_AT_ONCE)
-            ):
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.device, torch.float32)
+            tensors[key] = tensor
+            if not is_finite(tensor):
                 raise SlimError(
                     f"The weights {name}.{key} contain NaN or infinity: the model is damaged."
                 )
@@ -120,6 +118,13 @@ def empty_model(source: Checkpoint) -> nn.Module:
     except Exception as error:  # see model_config
         raise refused_entry(source, error) from error
     return model.eval().requires_grad_(False)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor (of any shape) holds neither NaN nor infinity."""
+    # in parts: a mask as large as an embedding is memory that nobody has planned
+    parts = tensor.flatten().split(FINITE_AT_ONCE)
+    return all(torch.isfinite(part).all() for part in parts)
 
 
 def refused_entry(source: Checkpoint, error: Exception) -> SlimError:

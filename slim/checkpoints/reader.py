@@ -47,9 +47,14 @@ class TensorReader:
         stored = self.checkpoint.stored[name]
         tensor = self._raw(stored, device)
         if stored.read_as is not None:
-            scale = None if stored.scale is None else self._raw(stored.scale, device)
+            scale = None
+            if stored.scale is not None:
+                scale = self._raw(stored.scale, device)
             tensor = from_float8(tensor, scale, name).to(stored_dtype(stored.read_as))
-        return tensor if stored.rows is None else tensor[: stored.rows].clone()
+        if stored.rows is not None:
+            # a copy: a view would keep the rows that are left out in memory
+            tensor = tensor[: stored.rows].clone()
+        return tensor
 
     def _raw(self, stored: StoredTensor, device: str) -> torch.Tensor:
         """Read a tensor as it lies in its file."""

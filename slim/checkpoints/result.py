@@ -47,7 +47,7 @@ class Result:
         cached: Whether it was there already.
         seconds: What making it took.
         content: Hash of the files themselves, wherever they came from.
-        facts: What the stage says of its work, plain JSON values.
+        metadata: What the stage says of its work, plain JSON values (``facts`` in files).
         quality: What the evaluation measured of the checkpoint alone.
         speed: What it measured of the checkpoint on this machine.
     """
@@ -58,7 +58,7 @@ class Result:
     cached: bool
     seconds: float
     content: str = ""  # digest of the files themselves, wherever they came from
-    facts: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
     quality: dict = field(default_factory=dict)
     speed: dict = field(default_factory=dict)
 

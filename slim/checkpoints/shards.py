@@ -24,8 +24,9 @@ COMPACT_BYTES = 2**26  # files below this are written again without the room tha
 ENTRY_BYTES = 128  # more than the entry of a tensor takes beside its name
 LARGE_BYTES = 2**16  # tensors of at least this size are written at once
 NAMES = {
-    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 
 
@@ -179,8 +180,9 @@ class ShardWriter:
         self._offset = state["offset"]
         self._header = state["header"]
         self.pending = pending
-        self._names = {name for shard in self._shards for name in shard}
-        self._names |= self._entries.keys() | pending.keys()
+        self._names = self._entries.keys() | pending.keys()
+        for shard in self._shards:
+            self._names.update(shard)
         if state["open"]:
             self._file = self._path(len(self._shards)).open("r+b")
             self._file.truncate(8 + HEADER_BYTES + self._offset)

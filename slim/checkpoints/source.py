@@ -57,13 +57,16 @@ class Source:
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
             raise SlimError(
-                "model.source is missing. Give a checkpoint folder or a hub id: model=hf model.source=..."
+                "model.source is missing. "
+                "Give a checkpoint folder or a hub id: model=hf model.source=..."
             )
 
     @property
     def label(self) -> str:
         """Short name for tables."""
-        return self.source if HUB_ID.fullmatch(self.source) else Path(self.source).resolve().name
+        if HUB_ID.fullmatch(self.source):
+            return self.source
+        return Path(self.source).resolve().name
 
     def local_folder(self) -> Path | None:
         """Return the folder if the source is one, None if it is a hub id.
@@ -84,7 +87,8 @@ class Source:
             )
         if not HUB_ID.fullmatch(self.source):
             raise SlimError(
-                f"There is no folder {self.source}. Give model.source=FOLDER or a hub id (org/name)."
+                f"There is no folder {self.source}. "
+                "Give model.source=FOLDER or a hub id (org/name)."
             )
         return None
 
@@ -118,9 +122,10 @@ class Source:
         checkpoint = open_checkpoint(folder)
         if self.adapter is None and (folder / ADAPTER_CONFIG).is_file():
             raise SlimError(
-                f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}), which some programs apply "
-                "and others leave out.\n"
-                f"To merge it: model.adapter={folder}. To leave it out: move the adapter's files elsewhere."
+                f"{folder} holds a model and an adapter ({ADAPTER_CONFIG}), "
+                "which some programs apply and others leave out.\n"
+                f"To merge it: model.adapter={folder}. "
+                "To leave it out: move the adapter's files elsewhere."
             )
         return checkpoint
 
@@ -149,7 +154,8 @@ class Source:
             ) from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             raise SlimError(
-                f"{self.source} is neither a folder here nor in the local hub cache, and the hub cannot be reached. "
+                f"{self.source} is neither a folder here nor in the local hub cache, "
+                "and the hub cannot be reached. "
                 "Check the network (and HF_HUB_OFFLINE), or give model.source=FOLDER."
             ) from error
 
@@ -173,13 +179,15 @@ def verified_checksums(checkpoint: Checkpoint) -> dict[str, str]:
     sums = checksums(checkpoint.folder)
     recorded = dict(checkpoint.manifest.get("checksums", {}))
     for name in sums:
+        # the hub names a large file by its SHA-256, and links to it from the checkpoint's folder
         blob = (checkpoint.folder / name).resolve()
         if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
             recorded[name] = blob.name
     changed = sorted(name for name, checksum in recorded.items() if sums.get(name) != checksum)
     if changed:
         raise SlimError(
-            f"{checkpoint.folder}: {', '.join(changed)} differs from its recorded checksum (altered or damaged). "
+            f"{checkpoint.folder}: {', '.join(changed)} differs from its recorded checksum "
+            "(altered or damaged). "
             f"Fetch or make the checkpoint again{_own_risk(checkpoint)}."
         )
     return sums

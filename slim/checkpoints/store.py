@@ -134,28 +134,31 @@ class Store:
         return None
 
     def find_evaluation(self, path: Path) -> dict | None:
-        """Return recorded figures, or None if they are not there or damaged."""
+        """Return what was measured, or None where that is not recorded or the record is
+        damaged."""
         if not path.is_file():
             return None
         try:
             record = read_json(path)
         except SlimError:
             return None
-        figures = record.get("figures")
-        return figures if record.get("digest") == digest(figures) else None
+        metrics = record.get("figures")
+        if record.get("digest") != digest(metrics):
+            return None
+        return metrics
 
-    def write_evaluation(self, path: Path, figures: dict) -> None:
+    def write_evaluation(self, path: Path, metrics: dict) -> None:
         """Record an evaluation, complete or not at all.
 
         Args:
             path: The file, from :meth:`evaluation_file`.
-            figures: What was measured, plain JSON values.
+            metrics: What was measured, plain JSON values.
 
         Raises:
             SlimError: The disk is full.
         """
         try:
-            write_json(path, {"digest": digest(figures), "figures": figures})
+            write_json(path, {"digest": digest(metrics), "figures": metrics})
         except OSError as error:
             reraise_full_disk(error, path)
             raise

@@ -52,7 +52,9 @@ class StoredTensor:
     @property
     def entry(self) -> tuple[str, str, tuple[int, ...]]:
         """File, type and shape as those who read it see them."""
-        shape = self.shape if self.rows is None else (self.rows, *self.shape[1:])
+        shape = self.shape
+        if self.rows is not None:
+            shape = (self.rows, *self.shape[1:])
         return self.file, self.read_as or self.dtype, shape
 
     @property
@@ -99,7 +101,9 @@ def normalize(
     notes: list[str] = []
     family = FAMILIES.get(config.get("model_type"))
     tensors = _renamed(tensors, family, folder, notes)
-    tensors = {name: tensor for name, tensor in tensors.items() if not COMPUTED.search(name)}
+    for name in list(tensors):
+        if COMPUTED.search(name):  # the model's class computes it, whatever the file holds
+            del tensors[name]
     tensors = _with_scales(tensors, config, folder, notes)
     if family is not None:
         tensors = _cut_vocabulary(tensors, config, family, notes)
@@ -119,9 +123,10 @@ def _renamed(
                 "Keep one of them."
             )
         renamed[new] = tensors[old]
-    changed = [name for name, tensor in renamed.items() if name != tensor.name]
-    if changed:
-        notes.append(f"Names: '{renamed[changed[0]].name}' is read as '{changed[0]}', and so on.")
+    for name, tensor in renamed.items():
+        if name != tensor.name:  # one example is enough: they have the prefix in common
+            notes.append(f"Names: '{tensor.name}' is read as '{name}', and so on.")
+            break
     return renamed
 
 
@@ -136,13 +141,14 @@ def canonical_names(names: list[str], family: Family | None) -> list[str]:
     if family is None:
         return names
     base, _, blocks = family.blocks.partition(".")  # "model" and "layers"
+    # the head stands outside the base model, so it tells nothing of a prefix
     inside = [name for name in names if name.split(".")[0] != family.head]
     for doubled in (f"{base}.{base}.", f"{base}.language_model."):
-        if inside and all(name.startswith(doubled) for name in inside):
+        if inside and _all_begin(inside, doubled):
             return [name.replace(doubled, f"{base}.", 1) for name in names]
-    if any(name.startswith(f"{base}.") for name in names):
+    if _any_begins(names, f"{base}."):
         return names
-    if any(name.startswith(f"{blocks}.") for name in names):
+    if _any_begins(names, f"{blocks}."):  # saved from the base model alone, without a head
         for index, name in enumerate(names):
             if name.split(".")[0] != family.head:
                 names[index] = f"{base}.{name}"
@@ -156,9 +162,17 @@ def without_wrappers(names: list[str]) -> list[str]:
         names: All names of a checkpoint.
     """
     for prefix in WRAPPERS * 2:  # one wrapper may stand in another
-        if all(name.startswith(prefix) for name in names):
+        if _all_begin(names, prefix):
             names = [name.removeprefix(prefix) for name in names]
     return names
+
+
+def _all_begin(names: list[str], prefix: str) -> bool:
+    return all(name.startswith(prefix) for name in names)
+
+
+def _any_begins(names: list[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def _with_scales(
@@ -169,24 +183,36 @@ def _with_scales(
     if not packed:
         return tensors
     wanted = {"float32": "F32", "float16": "F16"}.get(plain_dtype(config), "BF16")
-    ends = (*SCALES, *ACTIVATION_SCALES)
-    scaled = {name for name in tensors if name.endswith(ends)}
-    joined = {name: tensor for name, tensor in tensors.items() if name not in scaled}
-    used = 0
+    joined = {}
+    for name, tensor in tensors.items():
+        # scales are no tensors of the model; those of activations are of no use for plain weights
+        if not name.endswith((*SCALES, *ACTIVATION_SCALES)):
+            joined[name] = tensor
+    has_scales = len(joined) < len(tensors)
+    how = "as the numbers they are: there are no scales"
     for name in packed:
-        module = name.removesuffix(".weight")
-        found = [f"{module}.{end}" for end in SCALES if f"{module}.{end}" in tensors]
-        if not found and scaled and name.endswith(".weight"):
+        scale = _scale_of(name, tensors)
+        if scale is not None:
+            how = "by their scales"
+        elif has_scales and name.endswith(".weight"):
+            # a file is missing or damaged: without its scale the weight is off by orders
+            module = name.removesuffix(".weight")
             raise SlimError(
                 f"{folder}: '{name}' is {tensors[name].dtype} without a scale ('{module}."
                 f"{SCALES[0]}' or '{module}.{SCALES[1]}'), though others have one."
             )
-        used += bool(found)
-        scale = tensors[found[0]] if found else None
         joined[name] = replace(tensors[name], scale=scale, read_as=wanted)
-    how = "by their scales" if used else "as the numbers they are: there are no scales"
     notes.append(f"{len(packed)} weights are stored in float8; they are read as {wanted}, {how}.")
     return joined
+
+
+def _scale_of(name: str, tensors: dict[str, StoredTensor]) -> StoredTensor | None:
+    """Return the scale that lies next to a float8 weight, by the names that other tools use."""
+    module = name.removesuffix(".weight")
+    for end in SCALES:
+        if f"{module}.{end}" in tensors:
+            return tensors[f"{module}.{end}"]
+    return None
 
 
 def plain_dtype(config: dict) -> str:
@@ -215,7 +241,14 @@ def _cut_vocabulary(
 
 
 def equal_contents(folder: Path, first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors hold the same numbers, as bytes."""
+    """Whether two tensors hold the same numbers, as bytes.
+
+    Args:
+        folder: The checkpoint folder.
+        first: A tensor in one of its files.
+        second: Another one.
+    """
+    # the headers first: comparing the bytes of an embedding reads gigabytes
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return same_data(folder / first.file, first.name, folder / second.file, second.name)

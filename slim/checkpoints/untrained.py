@@ -64,7 +64,8 @@ class Untrained(Stage):
             require_number(f"model.{name}", getattr(self, name), 1, integer=True)
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
             raise SlimError(
-                "model.heads must divide model.hidden_size, and model.kv_heads must divide model.heads."
+                "model.heads must divide model.hidden_size, "
+                "and model.kv_heads must divide model.heads."
             )
         require_flag("model.tied", self.tied)
         for name in ("matrix_std", "embedding_std"):
@@ -110,8 +111,9 @@ class Untrained(Stage):
         tokenizer = train_tokenizer(World(self.world_seed), self.vocab_size)
         save_tokenizer(tokenizer, target)
         ids = {
-            f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
-            for name in ("bos", "eos", "pad")
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
         }
         config = {**self.config, **ids, "vocab_size": len(tokenizer)}
         hide_library_bars()
@@ -121,7 +123,7 @@ class Untrained(Stage):
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.dim() == 2:
+                if weight.dim() == 2:  # norms stay at one
                     std = self.embedding_std if "embed_tokens" in name else self.matrix_std
                     weight.normal_(0, std, generator=generator)
         model.to(torch.bfloat16).save_pretrained(target)

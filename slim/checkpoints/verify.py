@@ -32,22 +32,25 @@ def verify(checkpoint: Checkpoint) -> None:
     if not checkpoint.spec.known:
         return
     model = empty_model(checkpoint)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if checkpoint.spec.tied:
-        expected.pop(f"{checkpoint.spec.family.head}.weight", None)
     packed = packed_modules(checkpoint, model)
-    tensors = {
-        name: shape
-        for name, (_, _, shape) in checkpoint.tensors.items()
-        if not is_inside(name, packed)
-    }
-    refuse_unused(checkpoint, [name for name in tensors if name not in expected])
+    expected = model.state_dict()
+    if checkpoint.spec.tied:  # the embedding is the head
+        expected.pop(f"{checkpoint.spec.family.head}.weight", None)
+    tensors = {}
+    unused = []
+    for name, entry in checkpoint.tensors.items():
+        if is_inside(name, packed):
+            continue
+        tensors[name] = entry
+        if name not in expected:
+            unused.append(name)
+    refuse_unused(checkpoint, unused)
     plain = [name for name in expected if not is_inside(name, packed)]
     refuse_missing_tensors(checkpoint, [name for name in plain if name not in tensors])
     for name in plain:
-        if tensors[name] != expected[name]:
-            refuse_shape(checkpoint, name, tensors[name], expected[name])
-        dtype = checkpoint.tensors[name][1]
+        _, dtype, stored_shape = tensors[name]
+        if stored_shape != tuple(expected[name].shape):
+            refuse_shape(checkpoint, name, stored_shape, tuple(expected[name].shape))
         if dtype not in PLAIN:
             raise SlimError(
                 f"{name} in {checkpoint.folder} is stored as {dtype}, and nothing says how to read "
@@ -66,19 +69,35 @@ def packed_modules(checkpoint: Checkpoint, model: nn.Module) -> set[str]:
 
     if checkpoint.spec.quantization is None:
         return set()
-    return {
-        name for name, part in model.named_modules() if isinstance(part, (nn.Linear, nn.Embedding))
-    }
+    names = set()
+    for name, part in model.named_modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            names.add(name)
+    return names
 
 
 def is_inside(name: str, modules: set[str]) -> bool:
-    """Whether a tensor belongs to one of the modules: its name has one of theirs in front."""
-    parts = name.split(".")
-    return any(".".join(parts[:count]) in modules for count in range(1, len(parts)))
+    """Whether a tensor belongs to one of the modules: its name has one of theirs in front.
+
+    Args:
+        name: Of the tensor, such as ``model.layers.0.mlp.up_proj.weight``.
+        modules: Names of modules.
+    """
+    prefix, dot, _ = name.rpartition(".")
+    while dot:
+        if prefix in modules:
+            return True
+        prefix, dot, _ = prefix.rpartition(".")
+    return False
 
 
 def refuse_unused(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Raise ``SlimError`` for tensors of the files that the model has no place for."""
+    """Raise ``SlimError`` for tensors of the files that the model has no place for.
+
+    Args:
+        checkpoint: That they are in.
+        names: Of the tensors; nothing happens without any.
+    """
     if names:
         blocks = checkpoint.spec.blocks
         raise SlimError(
@@ -88,27 +107,42 @@ def refuse_unused(checkpoint: Checkpoint, names: list[str]) -> None:
 
 
 def refuse_missing_tensors(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Raise ``SlimError`` for weights of the model that the files do not hold."""
+    """Raise ``SlimError`` for weights of the model that the files do not hold.
+
+    Args:
+        checkpoint: That lacks them.
+        names: Of the weights; nothing happens without any.
+    """
     if names:
         raise SlimError(
-            f"{checkpoint.folder} lacks {len(names)} weights its config asks for, first '{names[0]}'."
+            f"{checkpoint.folder} lacks {len(names)} weights its config asks for, "
+            f"first '{names[0]}'."
         )
 
 
 def refuse_shape(
-    checkpoint: Checkpoint, name: str, found: tuple[int, ...], wanted: tuple[int, ...]
+    checkpoint: Checkpoint, name: str, stored: tuple[int, ...], wanted: tuple[int, ...]
 ) -> None:
-    """Raise ``SlimError`` for a tensor of another shape than the model's."""
+    """Raise ``SlimError`` for a tensor of another shape than the model's.
+
+    Args:
+        checkpoint: That the tensor is in.
+        name: Of the tensor.
+        stored: Its shape in the file.
+        wanted: The shape that the model has for it.
+    """
     raise SlimError(
-        f"{name} in {checkpoint.folder} is {shape(found)}, but config.json asks for {shape(wanted)}. "
-        f"{BELONG}"
+        f"{name} in {checkpoint.folder} is {shape(stored)}, "
+        f"but config.json asks for {shape(wanted)}. {BELONG}"
     )
 
 
 def listed(names: list[str]) -> str:
     """Return the first names, and that there are more."""
     shown = ", ".join(names[:NAMED])
-    return f"{shown}, ..." if len(names) > NAMED else shown
+    if len(names) > NAMED:
+        return f"{shown}, ..."
+    return shown
 
 
 def shape(sizes: tuple[int, ...]) -> str:

@@ -38,7 +38,7 @@ class Row:
         method: class that made it; None for a source.
         settings: of the method.
         metrics: name -> figure, those of both parts and standard errors.
-        facts: what the checkpoint's files say of themselves.
+        metadata: what the checkpoint's files say of themselves.
         quality: ``metrics`` (name -> figure) and ``protocol`` of the quality.
         speed: the same of the speed.
         curves: [label, value, step] of a training.
@@ -51,7 +51,7 @@ class Row:
     method: str | None
     settings: dict
     metrics: dict[str, float]
-    facts: dict
+    metadata: dict
     quality: dict
     speed: dict
     curves: list
@@ -77,7 +77,7 @@ class Row:
             method=record["method"],
             settings=record["settings"],
             metrics=record["metrics"],
-            facts=record["facts"],
+            metadata=record["facts"],
             quality=cls._part(record, "quality"),
             speed=cls._part(record, "speed"),
             curves=record["curves"],

@@ -353,7 +353,7 @@ def record(result: Result) -> dict:
             "quality": list(result.quality.get("metrics", {})),
             "speed": list(result.speed.get("metrics", {})),
         },
-        "facts": result.facts,
+        "facts": result.metadata,
         "protocol": {
             "quality": result.quality.get("protocol"),
             "speed": result.speed.get("protocol"),

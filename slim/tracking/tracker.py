@@ -122,7 +122,7 @@ class Tracker:
         manifest = result.checkpoint.manifest
         settings = manifest.get("settings") or {"source": result.label}
         numbers = {}
-        for name, value in result.facts.items():
+        for name, value in result.metadata.items():
             if isinstance(value, (int, float)):
                 numbers[name] = value
         lineage = [f"{step['label']} ({step['hash']})" for step in manifest.get("lineage", [])]

@@ -369,7 +369,7 @@ def test_a_chain_distils_after_tuning_and_uses_the_cached_result(tmp_path):
         "tune lora",
         "distill lora",
     ]
-    last = first[-1].facts
+    last = first[-1].metadata
     assert (
         last["teacher_validation_loss"]
         < last["validation_loss_after"]

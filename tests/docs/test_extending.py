@@ -93,7 +93,7 @@ def test_pruner(project, tmp_path):
     assert last.label == "prune outputnorm"
     assert last.checkpoint.spec.blocks == 5
     last = run_command(merged, project, tmp_path / "store")[-1]
-    assert last.facts == {"merged_blocks": [3, 4]}
+    assert last.metadata == {"merged_blocks": [3, 4]}
 
 
 def test_merged_blocks_are_the_mean_of_two(project, tmp_path):
@@ -125,7 +125,7 @@ def test_method_of_the_readme(project, tmp_path):
     first = run_command(words, project, tmp_path / "store")[-1]
     other = run_command(words, project, tmp_path / "store", "seed=2")[-1]
     assert first.checkpoint.spec.blocks == 6
-    assert first.facts["removed_blocks"] != other.facts["removed_blocks"]
+    assert first.metadata["removed_blocks"] != other.metadata["removed_blocks"]
 
 
 def entry_and_line(text: str) -> tuple[dict, dict]:

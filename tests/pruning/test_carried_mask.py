@@ -79,11 +79,11 @@ def test_a_stage_that_copies_weights_passes_the_mask_on(dense, store, between):
     _, masked, cut, tuned = chain(
         dense, store, MagnitudeWeights(sparsity=0.5), BETWEEN[between](), Lora(**TRAINED)
     )
-    assert cut.facts["mask"]["kind"] == "unstructured"
-    assert cut.facts["sparsity"] == pytest.approx(zero_share(cut))
+    assert cut.metadata["mask"]["kind"] == "unstructured"
+    assert cut.metadata["sparsity"] == pytest.approx(zero_share(cut))
     assert zero_share(tuned) == pytest.approx(zero_share(cut), abs=1e-6)
-    assert tuned.facts["zeros_restored"] > 0
-    assert zero_share(tuned) >= masked.facts["sparsity"] - 0.02
+    assert tuned.metadata["zeros_restored"] > 0
+    assert zero_share(tuned) >= masked.metadata["sparsity"] - 0.02
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -100,30 +100,30 @@ def test_two_trainings_in_a_row_keep_the_zeros(dense, store):
 
 def test_a_pattern_stays_a_pattern_where_only_blocks_go(dense, store):
     *_, cut = chain(dense, store, MagnitudeWeights(n=2, m=4), Magnitude(blocks=1))
-    assert cut.facts["mask"] == {"kind": "n:m", "n": 2, "m": 4}
+    assert cut.metadata["mask"] == {"kind": "n:m", "n": 2, "m": 4}
 
 
 def test_a_pattern_ends_as_one_where_channels_go(dense, store):
     *_, cut = chain(dense, store, MagnitudeWeights(n=2, m=4), narrower())
-    assert cut.facts["mask"]["kind"] == "unstructured"
+    assert cut.metadata["mask"]["kind"] == "unstructured"
 
 
 def test_a_quantized_result_says_that_the_mask_ends(dense, store, capfd):
     *_, rounded = chain(dense, store, MagnitudeWeights(sparsity=0.5), RTN(bits=4, group_size=32))
-    assert "mask" not in rounded.facts
+    assert "mask" not in rounded.metadata
     assert ENDS in " ".join(capfd.readouterr().err.split())
 
 
 def test_an_adapter_that_stays_apart_says_that_the_mask_ends(dense, store, capfd):
     stages = MagnitudeWeights(sparsity=0.5), Lora(**TRAINED, merge=False)
     *_, adapted = chain(dense, store, *stages)
-    assert "mask" not in adapted.facts
+    assert "mask" not in adapted.metadata
     assert ENDS in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_dense_chain_says_nothing_of_masks(dense, store, capfd):
     *_, tuned = chain(dense, store, Magnitude(blocks=1), Lora(**TRAINED))
-    assert "mask" not in tuned.facts
+    assert "mask" not in tuned.metadata
     assert "mask" not in capfd.readouterr().err
 
 

@@ -101,4 +101,4 @@ def test_zeros_survive_depth_pruning_and_tuning(small_llama, tmp_path):
         if "_proj" in name:
             refilled += int((tuned[name][tensor == 0] != 0).sum())
     assert refilled == 0
-    assert results[3].facts["zeros_restored"] > 0
+    assert results[3].metadata["zeros_restored"] > 0

@@ -385,7 +385,7 @@ def test_a_record_holds_the_stage_and_the_errors_of_perplexities():
         "records": {"perplexity": {"nll": nll}, "documents": {"nll": nll, "words": words, "bytes": words}},
     }  # fmt: skip
     result = SimpleNamespace(
-        label="prune taylor", digest="h1", cached=True, seconds=2.0, facts={}, quality=quality, speed={},
+        label="prune taylor", digest="h1", cached=True, seconds=2.0, metadata={}, quality=quality, speed={},
         metrics=quality["metrics"], checkpoint=SimpleNamespace(folder="f", manifest=manifest),
     )  # fmt: skip
     found = result_record(result)

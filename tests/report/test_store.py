@@ -210,7 +210,7 @@ def result(record: dict) -> SimpleNamespace:
         **{name: record[name] for name in ("kind", "method", "settings", "curves")},
     }
     return SimpleNamespace(
-        label=record["checkpoint"], digest=record["hash"], cached=False, seconds=0.0, facts={}, metrics=record["metrics"],
+        label=record["checkpoint"], digest=record["hash"], cached=False, seconds=0.0, metadata={}, metrics=record["metrics"],
         quality={**quality, "protocol": record["protocol"]["quality"]}, speed={},
         checkpoint=SimpleNamespace(folder=Path("f"), manifest={} if record["kind"] == "source" else made),
     )  # fmt: skip

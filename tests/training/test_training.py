@@ -607,6 +607,6 @@ def test_zeros_of_a_weight_pruned_source_stay_zero(little, tmp_path, kind, capsy
     for name in linears:
         assert (tuned[name][pruned[name] == 0] == 0).all(), name
         assert not torch.equal(tuned[name], pruned[name])
-    facts = results[-1].facts
-    assert facts["mask"] == results[1].facts["mask"] and facts["zeros_restored"] > 0
+    facts = results[-1].metadata
+    assert facts["mask"] == results[1].metadata["mask"] and facts["zeros_restored"] > 0
     assert "set back to zero" in " ".join(capsys.readouterr().err.split())

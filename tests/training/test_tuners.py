@@ -583,7 +583,7 @@ def test_presets_run_on_the_embedded_model(name, tmp_path):
         "train",
         ["model=tiny", f"tuner={name}", "data=tiny_chat", f"store={tmp_path / 'runs'}", *few],
     )
-    facts = build_pipeline(config).run()[-1].facts
+    facts = build_pipeline(config).run()[-1].metadata
     assert facts["steps"] == 3 and facts["tokens_seen"] == 3 * 2048
     assert facts["validation_loss_trained"] != facts["validation_loss_before"]
 
