@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 from slim.cache.cleaning import leftovers, remove, require_uploaded, unneeded_results
 from slim.cache.inventory import damage, entries, existing_store, size_of, size_rows, tracked_runs
@@ -77,7 +78,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def list_command(store: Store, options: argparse.Namespace) -> int:
-    """Print every result."""
+    """Print every result.
+
+    Args:
+        store: whose results they are.
+        options: ``uri``.
+    """
     results = entries(store, tracked_runs(store, options.uri))
     rows = []
     for entry in results:
@@ -94,7 +100,9 @@ def list_command(store: Store, options: argparse.Namespace) -> int:
 
 def shown_users(runs: list[Run]) -> str:
     """Name up to three runs, each with its experiment."""
-    names = [f"{run.experiment}: {run.name}" for run in runs[:3]]
+    names = []
+    for run in runs[:3]:  # a source is in every run's chain
+        names.append(f"{run.experiment}: {run.name}")
     if len(runs) > 3:
         names.append(f"and {len(runs) - 3} more")
     return "\n".join(names) or "no run"
@@ -110,46 +118,67 @@ def age(moment: float) -> str:
 
 
 def size_command(store: Store, options: argparse.Namespace) -> int:
-    """Print how much room everything takes."""
-    parts = size_rows(store)
-    rows = [[name, str(number), gigabytes(size)] for name, number, size in parts]
-    rows.append(["all", "", gigabytes(sum(size for _, _, size in parts))])
+    """Print how much room everything takes.
+
+    Args:
+        store: that is looked at.
+        options: none are read.
+    """
+    rows = []
+    total = 0
+    for name, number, size in size_rows(store):
+        rows.append([name, str(number), gigabytes(size)])
+        total += size
+    rows.append(["all", "", gigabytes(total)])
     print_table(Table(["what", "number", "size"], rows, title=str(store.root)))
     return 0
 
 
 def prune_command(store: Store, options: argparse.Namespace) -> int:
-    """Show what no run needs, ask, and remove it."""
+    """Show what no run needs, ask, and remove it.
+
+    Args:
+        store: whose results they are.
+        options: ``uri`` and those of ``PRUNE_OPTIONS``.
+    """
     runs = tracked_runs(store, options.uri, needed=True)
     require_uploaded(store)
     results, unneeded, running = unneeded_results(store, runs, options.intermediate, options.failed)
-    shown = [entry.folder for entry in unneeded] + leftovers(store)
+    folders = [entry.folder for entry in unneeded]
+    folders += leftovers(store)
     evaluations = []
     if options.evaluations:
-        evaluations = sorted((store.root / "evaluations").glob("*.json"))
+        evaluations = evaluation_files(store)
     if running:
         print(
             f"'{running[0].name}' is marked as running in MLflow: "
             "what was used since it began is kept."
         )
-    if not shown and not evaluations:
+    if not folders and not evaluations:
         print(f"Nothing to remove: {len(results)} results, {len(runs)} runs.")
         return 0
-    sizes = {path: size_of(path) for path in shown}
-    for path, size in sizes.items():
+    bytes_in_all = 0
+    for path in folders:
+        size = size_of(path)
+        bytes_in_all += size
         print(f"{gigabytes(size):>10}  {path.name}")
-    if evaluations:
+    if evaluations:  # one line: there may be hundreds of small files
         size = sum(map(size_of, evaluations))
+        bytes_in_all += size
         print(f"{gigabytes(size):>10}  all {len(evaluations)} evaluations")
-        sizes.update((path, size_of(path)) for path in evaluations)
-    total = f"{len(unneeded)} of {len(results)} results, {gigabytes(sum(sizes.values()))} in all"
+    total = f"{len(unneeded)} of {len(results)} results, {gigabytes(bytes_in_all)} in all"
     if options.dry_run:
         print(f"Would remove {total}.")
     elif options.yes or confirmed(f"Remove {total}? [y/N] "):
-        print(removed_line(*remove(store, list(sizes))))
+        print(removed_line(*remove(store, [*folders, *evaluations])))
     else:
         print("Nothing was removed.")
     return 0
+
+
+def evaluation_files(store: Store) -> list[Path]:
+    """Return the files of all evaluations, by name."""
+    return sorted((store.root / "evaluations").glob("*.json"))
 
 
 def removed_line(freed: int, busy: list[str]) -> str:
@@ -180,15 +209,22 @@ def confirmed(question: str) -> bool:
 
 
 def verify_command(store: Store, options: argparse.Namespace) -> int:
-    """Read all results again; say which are damaged."""
+    """Read all results again; say which are damaged.
+
+    Args:
+        store: whose results they are.
+        options: ``remove``.
+    """
     results = entries(store)
     damaged = {}
     for entry in track(results, "Verifying"):
+        # what another process works on may change while it is read, or be gone by now
         with store.lock_if_free(entry.folder) as free:
             if free and entry.folder.is_dir():
-                damaged[entry.folder] = damage(entry)
-    damaged = {folder: reason for folder, reason in damaged.items() if reason}
-    evaluations = sorted((store.root / "evaluations").glob("*.json"))
+                reason = damage(entry)
+                if reason:
+                    damaged[entry.folder] = reason
+    evaluations = evaluation_files(store)
     for path in evaluations:
         if store.find_evaluation(path) is None:
             damaged[path] = "differs from its digest"

@@ -26,14 +26,21 @@ def unneeded_results(
         intermediate: whether what is not the end of a run's chain can go too.
         failed: whether runs that ended badly need nothing.
     """
-    needing = [run for run in runs if not (failed and run.status in ENDED_BADLY)]
-    results = entries(store, needing)
-    running = [run for run in runs if run.status == "RUNNING"]
+    needing = []
+    running = []
+    for run in runs:
+        if not (failed and run.status in ENDED_BADLY):
+            needing.append(run)
+        if run.status == "RUNNING":
+            running.append(run)
     running.sort(key=lambda run: run.started)
+    results = entries(store, needing)
     unneeded = []
     kept = False
     for entry in results:
-        needed_by = final_users(needing, entry.folder) if intermediate else entry.users
+        needed_by = entry.users
+        if intermediate:
+            needed_by = final_users(needing, entry.folder)
         if needed_by:
             continue
         # A run records a result only once it is measured: what was used since it began may be what
@@ -64,6 +71,7 @@ def leftovers(store: Store) -> list[Path]:
         with store.lock_if_free(path.with_suffix("")) as free:
             if free:
                 left.append(path)
+    # these have no lock: only their age tells that nobody is writing them
     old = time.time() - WRITING_SECONDS
     for path in (store.root / "evaluations").glob("*.partial"):
         if path.stat().st_mtime < old:

@@ -110,7 +110,9 @@ def folder_bytes(folder: Path) -> int:
 
 def size_of(path: Path) -> int:
     """Return the bytes of a file or of all files below a folder."""
-    return folder_bytes(path) if path.is_dir() else path.stat().st_size
+    if path.is_dir():
+        return folder_bytes(path)
+    return path.stat().st_size
 
 
 def size_rows(store: Store) -> list[tuple[str, int, int]]:
@@ -119,7 +121,9 @@ def size_rows(store: Store) -> list[tuple[str, int, int]]:
     by_kind: dict[str, list[int]] = {}
     for entry in entries(store):
         by_kind.setdefault(entry.kind, []).append(entry.size)
-    rows = [(f"results of {kind}", len(sizes), sum(sizes)) for kind, sizes in by_kind.items()]
+    rows = []
+    for kind, sizes in by_kind.items():
+        rows.append((f"results of {kind}", len(sizes), sum(sizes)))
     artifacts = store.root / "artifacts"
     parts = {
         "work in progress or left behind": unfinished_folders(store),
@@ -131,7 +135,10 @@ def size_rows(store: Store) -> list[tuple[str, int, int]]:
         rows.append((name, len(paths), sum(map(size_of, paths))))
     # an experiment's folder counts as one, with whatever lies next to the runs in it
     rows.append(("tracking: files of runs", len(_folders(artifacts)), folder_bytes(artifacts)))
-    other = folder_bytes(store.root) - sum(size for _, _, size in rows)
+    # a remainder, so that the rows are together what the folder takes
+    other = folder_bytes(store.root)
+    for _, _, size in rows:
+        other -= size
     if other:
         rows.append(("other", 0, other))
     return rows

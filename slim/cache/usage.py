@@ -105,9 +105,13 @@ def _records(uri: str) -> tuple[dict, dict[str, str]]:
 
     try:
         client = connect(uri)
-        names = {entry.experiment_id: entry.name for entry in client.search_experiments()}
-        newest_first = reversed(search_runs(client, list(names)))
-        records = {record.info.run_id: record for record in newest_first}
+        names = {}
+        for experiment in client.search_experiments():
+            names[experiment.experiment_id] = experiment.name
+        records = {}
+        # MLflow gives the newest first; the tables name the runs in the order they were made
+        for record in reversed(search_runs(client, list(names))):
+            records[record.info.run_id] = record
     except MlflowException as error:
         raise SlimError(
             f"The runs in {uri} cannot be read: {str(error).splitlines()[0]}"

@@ -48,7 +48,12 @@ def warn(message: str, head: str = "") -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print an error as ``slim: message`` and end the process with the exit code ``code``."""
+    """Print an error as ``slim: message`` and end the process.
+
+    Args:
+        message: one or two lines.
+        code: the exit code.
+    """
     never_fail_on_a_character()
     _log(logging.ERROR, f"slim: {message}", "", "", "")
     sys.exit(code)
@@ -115,7 +120,9 @@ def results_console():
     if sys.stdout.isatty():
         return _make_console()
     columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() and int(columns) else FILE_WIDTH
+    width = FILE_WIDTH
+    if columns.isdigit() and int(columns):
+        width = int(columns)
     return _make_console(width=width)
 
 

@@ -15,10 +15,16 @@ class SlimError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean x?"`` for the entry of ``known`` nearest to ``word``, or an empty
-    string."""
+    """Return ``" Did you mean x?"``, or an empty string where nothing is near.
+
+    Args:
+        word: what was typed.
+        known: what could have been meant; the nearest is named.
+    """
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]}?" if nearest else ""
+    if not nearest:
+        return ""
+    return f" Did you mean {nearest[0]}?"
 
 
 class Terminated(KeyboardInterrupt):

@@ -33,21 +33,28 @@ def bar_scores(
     title: str = "",
     reference: float | None = None,
 ) -> None:
-    """Draw one bar per block into ``path``: removed ones in another colour, protected ones hatched.
+    """Draw one bar per block: removed ones in another colour, protected ones hatched.
 
-    score: label of the axis. reference: value of the whole model, as a dashed line.
+    Args:
+        path: the picture.
+        scores: one per block.
+        removed: numbers of the blocks that are removed.
+        protected: numbers of those that had to stay.
+        score: label of the axis.
+        title: above the picture.
+        reference: value of the whole model, as a dashed line; None for no line.
     """
     figure = new_figure(max(5.0, 1.5 + 0.24 * len(scores)), 3.6)
     axes = figure.subplots()
-    colours = [REMOVED if block in removed else KEPT for block in range(len(scores))]
+    colours = [KEPT] * len(scores)
+    for block in removed:
+        colours[block] = REMOVED
     bars = axes.bar(range(len(scores)), scores, color=colours, edgecolor="white")
     for block in protected:
         bars[block].set_hatch("///")
     if min(scores) > 0 and max(scores) > LOG_FROM * min(scores):
         axes.set_yscale("log")
-    handles = legend_of_blocks(
-        any(block in removed for block in range(len(scores))), bool(protected)
-    )
+    handles = legend_of_blocks(REMOVED in colours, bool(protected))
     if reference is not None:
         handles.append(
             axes.axhline(reference, color="black", linestyle="--", linewidth=1, label="whole model")
@@ -66,7 +73,12 @@ def bar_scores(
 
 
 def legend_of_blocks(removed: bool, protected: bool) -> list:
-    """Return the legend's patches for kept, removed and protected blocks."""
+    """Return the legend's patches.
+
+    Args:
+        removed: whether there are removed blocks.
+        protected: whether there are blocks that had to stay.
+    """
     from matplotlib.patches import Patch
 
     patches = [Patch(facecolor=KEPT, label="kept")]
@@ -84,12 +96,15 @@ def run_distances(
     candidates: Collection[int],
     removed: Sequence[int],
 ) -> None:
-    """Draw angular distances into ``path``: per start of a run of the wanted length, and for all
-    runs as a heat map.
+    """Draw angular distances: per start of a run of the wanted length, and for all runs as a heat
+    map.
 
-    curve: distance per start. by_length: row n - 1 holds the distances of runs of n blocks, per
-        start.
-    candidates: starts that were allowed. removed: the chosen run.
+    Args:
+        path: the picture.
+        curve: distance per start.
+        by_length: row n - 1 holds the distances of runs of n blocks, per start.
+        candidates: starts that were allowed.
+        removed: the chosen run.
     """
     figure = new_figure(11.0, 4.2)
     left, right = figure.subplots(1, 2)
@@ -102,9 +117,21 @@ def run_distances(
 def draw_run_curve(
     axes, curve: Sequence[float], candidates: Collection[int], removed: Sequence[int]
 ) -> None:
-    """Draw the distance over the start of the run; starts that were not allowed are hollow."""
-    allowed = [start for start in range(len(curve)) if start in candidates]
-    barred = [start for start in range(len(curve)) if start not in candidates]
+    """Draw the distance over the start of the run; starts that were not allowed are hollow.
+
+    Args:
+        axes: of matplotlib.
+        curve: distance per start.
+        candidates: starts that were allowed.
+        removed: the chosen run.
+    """
+    allowed = []
+    barred = []
+    for start in range(len(curve)):
+        if start in candidates:
+            allowed.append(start)
+        else:
+            barred.append(start)
     axes.plot(range(len(curve)), curve, color=KEPT, linewidth=1)
     axes.plot(allowed, [curve[start] for start in allowed], "o", color=KEPT, label="possible run")
     if barred:
@@ -134,9 +161,17 @@ def draw_run_curve(
 
 
 def draw_heat_map(axes, by_length: Sequence[Sequence[float]], removed: Sequence[int]):
-    """Draw distances over (start, run length) and return the image; the chosen run is marked."""
+    """Draw distances over (start, run length) and return the image; the chosen run is marked.
+
+    Args:
+        axes: of matplotlib.
+        by_length: row n - 1 holds the distances of runs of n blocks, per start.
+        removed: the chosen run.
+    """
     depth = len(by_length)
-    grid = [list(row) + [float("nan")] * (depth - len(row)) for row in by_length]
+    grid = []
+    for row in by_length:  # the longer the run, the fewer starts it has: NaN stays white
+        grid.append(list(row) + [float("nan")] * (depth - len(row)))
     image = axes.imshow(
         grid,
         origin="lower",

@@ -14,20 +14,21 @@ from pathlib import Path
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
 RECORDED_PACKAGES = (
-    "slim", "torch", "transformers", "peft", "lightning", "lm-eval", "compressed-tensors", "bitsandbytes", "datasets",
+    "slim", "torch", "transformers", "peft", "lightning", "lm-eval", "compressed-tensors",
+    "bitsandbytes", "datasets",
 )  # fmt: skip
 
 
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:
+            installed[package] = version(package)
+        except PackageNotFoundError:  # some are extras, and slim itself may run from a checkout
             continue
-    return found
+    return installed
 
 
 @cache
@@ -38,8 +39,10 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        commit = _git(root, "rev-parse", "HEAD")
+        if _git(root, "status", "--porcelain", "--untracked-files=no"):
+            commit += "+"
+        return commit
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -96,6 +99,7 @@ def fingerprint(device: str) -> dict:
 
 
 def _processor() -> str:
+    """Return the processor's name; the architecture alone where the system does not tell it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # of safetensors' types; files may hold others
 ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
+    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 COMPARED_AT_ONCE = 2**24  # bytes
 _same: dict[tuple, bool] = {}  # what same_data compared, by the files' states
@@ -48,7 +48,8 @@ def read_header(path: Path) -> dict[str, dict]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise SlimError(
-                f"{path} is truncated or no safetensors file ({size} bytes). Fetch or make it again."
+                f"{path} is truncated or no safetensors file ({size} bytes). "
+                "Fetch or make it again."
             )
         try:
             header = json.loads(file.read(length))
@@ -71,10 +72,15 @@ def _end_of_data(path: Path, header: dict[str, dict]) -> int:
     Raises:
         SlimError: An entry is incomplete, or there is a gap or an overlap.
     """
+    spans = []
+    sizes = {}  # name -> numbers that the tensor holds
+    items = {}  # name -> bytes of one; None for types that later versions may add
     try:
-        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        sizes = {name: math.prod(entry["shape"]) for name, entry in header.items()}
-        items = {name: ITEM_BYTES.get(entry["dtype"]) for name, entry in header.items()}
+        for name, entry in header.items():
+            spans.append((*entry["data_offsets"], name))
+            sizes[name] = math.prod(entry["shape"])
+            items[name] = ITEM_BYTES.get(entry["dtype"])
+        spans.sort()
     except (KeyError, TypeError, ValueError) as error:
         raise SlimError(f"{path} has a damaged header. Fetch or make it again.") from error
     end = 0
@@ -86,8 +92,8 @@ def _end_of_data(path: Path, header: dict[str, dict]) -> int:
             )
         if items[name] is not None and stop - start != sizes[name] * items[name]:
             raise SlimError(
-                f"{path} is damaged: '{name}' has {stop - start} bytes for {sizes[name]} numbers of "
-                f"{items[name]}. Fetch or make it again."
+                f"{path} is damaged: '{name}' has {stop - start} bytes for {sizes[name]} numbers "
+                f"of {items[name]}. Fetch or make it again."
             )
         end = stop
     return end
@@ -147,10 +153,10 @@ def sha256(path: Path) -> str:
     if key in _sums:
         return _sums[key]
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - path.stat().st_mtime > 2:
-        _sums[key] = found
-    return found
+        _sums[key] = checksum
+    return checksum
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

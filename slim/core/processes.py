@@ -33,22 +33,30 @@ def launched() -> bool:
 
 def rank() -> int:
     """Number of this process."""
-    return int(os.environ["RANK"]) if launched() else 0
+    return _from_torchrun("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes."""
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+    return _from_torchrun("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Number of this process on its machine, which is that of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+    return _from_torchrun("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """Number of processes on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+    return _from_torchrun("LOCAL_WORLD_SIZE", 1)
+
+
+def _from_torchrun(variable: str, alone: int) -> int:
+    """Return a number that torchrun sets; ``alone`` where it did not start this process, since a
+    scheduler may set variables of the same names."""
+    if not launched():
+        return alone
+    return int(os.environ[variable])
 
 
 def is_main_process() -> bool:
@@ -59,7 +67,9 @@ def is_main_process() -> bool:
 def connect() -> None:
     """Join the group of processes; nothing where there is but one."""
     if world_size() > 1 and not torch.distributed.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"  # flags and messages stay on the CPU
         torch.distributed.init_process_group(backend, timeout=PATIENCE)
         atexit.register(torch.distributed.destroy_process_group)
 

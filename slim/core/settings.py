@@ -22,9 +22,9 @@ def require_choice(setting: str, value: Any, allowed: Collection) -> None:
         SlimError: when it has another one.
     """
     if value not in allowed:
-        shown = ", ".join(str(choice) for choice in allowed)
-        hint = did_you_mean(str(value), [str(choice) for choice in allowed])
-        raise SlimError(f"{setting}={value}: must be one of {shown}.{hint}")
+        choices = list(map(str, allowed))
+        hint = did_you_mean(str(value), choices)
+        raise SlimError(f"{setting}={value}: must be one of {', '.join(choices)}.{hint}")
 
 
 def require_number(
@@ -92,12 +92,11 @@ def cache_key(value: Any) -> Any:
 def dataclass_cache_key(value: Any) -> dict:
     """Return class name and fields of a settings dataclass as plain JSON values (see
     :func:`cache_key`)."""
-    fields = {
-        field.name: cache_key(getattr(value, field.name))
-        for field in dataclasses.fields(value)
-        if field.metadata.get("cache_key", True)
-    }
-    return {"class": cache_name(value), **fields}
+    key = {"class": cache_name(value)}
+    for field in dataclasses.fields(value):
+        if field.metadata.get("cache_key", True):
+            key[field.name] = cache_key(getattr(value, field.name))
+    return key
 
 
 def cache_name(value: Any) -> str:

@@ -45,7 +45,9 @@ class Table:
     def lines(self, width: int) -> list[str]:
         """Return the lines of the table, none longer than ``width`` (at least 20)."""
         width = max(width, 20)
-        lines = wrapped(self.title, width) if self.title else []
+        lines = []
+        if self.title:
+            lines = wrapped(self.title, width)
         widths = self._widths(width)
         for number, columns in enumerate(self._blocks(widths, width)):
             if number:
@@ -58,8 +60,9 @@ class Table:
     def _widths(self, width: int) -> list[int]:
         widths = []
         for index, heading in enumerate(self.headings):
-            cells = [text_width(line) for row in self.rows for line in row[index].split("\n")]
-            content = max([1, *cells])
+            content = 1
+            for row in self.rows:
+                content = max(content, *map(text_width, row[index].split("\n")))
             widths.append(max(content, heading_width(heading, content)))
         self._fold_text(widths, width)
         self._fold_keys(widths, width)
@@ -107,7 +110,7 @@ class Table:
 
     def _block(self, columns: list[int], widths: list[int]) -> list[str]:
         heads = [wrapped(self.headings[index], widths[index]) for index in columns]
-        height = max(len(head) for head in heads)
+        height = max(map(len, heads))
         # headings stand on the line below them
         above = [[""] * (height - len(head)) + head for head in heads]
         lines = self._joined(above, columns, widths)
@@ -116,21 +119,28 @@ class Table:
         for row in self.rows:
             cells = []
             for index in columns:
-                parts = [wrapped(part, widths[index]) for part in row[index].split("\n")]
-                cells.append([line for part in parts for line in part])
+                cell = []
+                for part in row[index].split("\n"):
+                    cell += wrapped(part, widths[index])
+                cells.append(cell)
             lines += self._joined(cells, columns, widths)
         return lines
 
     def _joined(self, cells: list[list[str]], columns: list[int], widths: list[int]) -> list[str]:
         """Return the lines of one row whose cells have several lines each."""
         lines = []
-        for number in range(max(len(cell) for cell in cells)):
+        for number in range(max(map(len, cells))):
             parts = []
             for cell, index in zip(cells, columns, strict=True):
-                text = cell[number] if number < len(cell) else ""
+                text = ""
+                if number < len(cell):
+                    text = cell[number]
                 space = " " * (widths[index] - text_width(text))
-                left = index < self.keys or index in self.fold
-                parts.append(text + space if left else space + text)
+                # text begins on the left; numbers end on the right, under each other
+                if index < self.keys or index in self.fold:
+                    parts.append(text + space)
+                else:
+                    parts.append(space + text)
             lines.append((" " * GAP).join(parts).rstrip())
         return lines
 
@@ -146,7 +156,7 @@ def text_width(text: str) -> int:
 
 def heading_width(heading: str, content: int) -> int:
     """Return the least width, ``content`` or more, at which a heading takes few lines."""
-    width = max([content, *(text_width(part) for part in PARTS.findall(heading))])
+    width = max([content, *map(text_width, PARTS.findall(heading))])
     while len(wrapped(heading, width)) > HEADING_LINES:
         width += 1
     return width

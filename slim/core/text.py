@@ -17,7 +17,9 @@ SHARES = ("ratio", "sparsity")  # shown in per cent
 
 def gigabytes(count: float) -> str:
     """Show bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    if count >= 1e8:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.1f} MB"
 
 
 def short_settings(settings: dict) -> str:
@@ -38,12 +40,19 @@ def short_settings(settings: dict) -> str:
             continue
         if name in SHARES:
             words.append(f"{100 * value:g}%")
+        elif name == "blocks" and value == 1:
+            words.append("1 block")
         else:
-            words.append("1 block" if (name, value) == ("blocks", 1) else form.format(value))
+            words.append(form.format(value))
     return " ".join(words)
 
 
 def markdown_lines(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table: names to the left, figures to the right."""
+    """Return the lines of a Markdown table: names to the left, figures to the right.
+
+    Args:
+        headings: one per column.
+        rows: cells in the order of the headings.
+    """
     lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
     return [lines[0], "| --- |" + " ---: |" * (len(headings) - 1), *lines[1:]]
