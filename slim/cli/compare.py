@@ -13,6 +13,9 @@ from slim.core.errors import SlimError
 def execute(config: DictConfig) -> list[Result]:
     """Measure one checkpoint, or all of ``model.source=[A,B,C]`` and compare them in one table.
 
+    Args:
+        config: as Hydra composes it.
+
     Raises:
         SlimError: when something is asked for that takes one checkpoint only.
     """
@@ -24,12 +27,13 @@ def execute(config: DictConfig) -> list[Result]:
             "plan=true and output= take one checkpoint. "
             "Leave them out, or give model.source=FOLDER."
         )
-    pipelines = [build_pipeline(single) for single in one_by_one(config)]
-    if any(pipeline.stages for pipeline in pipelines):
-        raise SlimError(
-            "Several checkpoints are measured as they are. "
-            "Leave out pruner, tuner, teacher and quantizer."
-        )
+    pipelines = list(map(build_pipeline, one_by_one(config)))
+    for pipeline in pipelines:
+        if pipeline.stages:
+            raise SlimError(
+                "Several checkpoints are measured as they are. "
+                "Leave out pruner, tuner, teacher and quantizer."
+            )
     # all plans come before the first measurement, since a plan finds mistakes
     plans = [pipeline.plan() for pipeline in pipelines]
     return chain.run_tracked(pipelines, plans, config)

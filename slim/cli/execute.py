@@ -151,7 +151,7 @@ def log_settings(tracker: Tracker, config: DictConfig) -> None:
 def record_results(
     tracker: Tracker, results: list[Result], comparison: Comparison, compared: bool
 ) -> None:
-    """Record tables, sample answers and figures of the whole run.
+    """Record tables, sample answers and metrics of the whole run.
 
     Args:
         tracker: of the run.
@@ -170,7 +170,9 @@ def record_results(
     if point is not None:
         files["final.json"] = point.keep(final)
     files.update(comparison_files(comparison, results))
-    metrics = {} if compared else dict(final.metrics)
+    metrics = {}
+    if not compared:  # several checkpoints side by side have no last one that speaks for the run
+        metrics.update(final.metrics)
     metrics.update(comparison.metrics())
     tracker.log_summary(metrics, files, {"slim.folder": str(final.checkpoint.folder)})
 

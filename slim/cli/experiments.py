@@ -41,11 +41,13 @@ def check_experiments(arguments: list[str], conf: Path, command: str = "compress
     folders = [conf, *config_dirs(arguments)]
     elsewhere = any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments)
     for name in chosen_experiments(arguments):
-        files = [folder / "experiment" / f"{name}.yaml" for folder in folders]
-        files = [path for path in files if path.is_file()]
-        for path in files:
-            ExperimentFile(path, folders, command).check()
-        if not files and not elsewhere:
+        exists = False
+        for folder in folders:
+            path = folder / "experiment" / f"{name}.yaml"
+            if path.is_file():
+                exists = True
+                ExperimentFile(path, folders, command).check()
+        if not exists and not elsewhere:
             known = known_experiments(folders)
             hint = did_you_mean(name, known)
             raise SlimError(
@@ -58,9 +60,12 @@ def chosen_experiments(arguments: list[str]) -> list[str]:
     names = []
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
-        if key == "experiment":
-            names.extend(name.strip() for name in value.split(","))
-    return [name for name in names if name not in ("null", "")]
+        if key != "experiment":
+            continue
+        for name in value.split(","):
+            if name.strip() not in ("null", ""):  # no experiment is a choice, too
+                names.append(name.strip())
+    return names
 
 
 def known_experiments(folders: list[Path]) -> list[str]:
@@ -82,11 +87,13 @@ class ExperimentFile:
     """
 
     def __init__(self, path: Path, folders: list[Path], command: str):
-        self.path, self.folders, self.command = path, folders, command
+        self.path = path
+        self.folders = folders
+        self.command = command
         content = load(path)
-        self.entries = [
-            entry for entry in content.pop("defaults", None) or [] if isinstance(entry, dict)
-        ]
+        defaults = content.pop("defaults", None) or []
+        # a plain text (_self_) names no choice
+        self.entries = [entry for entry in defaults if isinstance(entry, dict)]
         self.hydra = content.pop("hydra", None) or {}
         self.body = content
 
@@ -109,8 +116,10 @@ class ExperimentFile:
                     f"there is no group or setting '{key}'", [*self.groups, *self.top_level()], key
                 )
             known = self.settings(key)
-            for name in value if isinstance(value, dict) and known else ():
-                self.check_setting(key, name, known)
+            # nothing is known of a group that has no settings, such as one of strings
+            if isinstance(value, dict) and known:
+                for name in value:
+                    self.check_setting(key, name, known)
         params = (self.hydra.get("sweeper") or {}).get("params") or {}
         for key, values in params.items():
             self.check_swept(str(key), values)
@@ -139,7 +148,9 @@ class ExperimentFile:
                 "",
                 "Use",
             )
-        for choice in choices if isinstance(choices, list) else [choices]:
+        if not isinstance(choices, list):
+            choices = [choices]
+        for choice in choices:
             self.check_choice(group, choice)
 
     def used_groups(self, command: str) -> set[str]:
@@ -147,8 +158,10 @@ class ExperimentFile:
         groups = set()
         for path in self.files(command):
             for entry in load(path).get("defaults", []):
-                if isinstance(entry, dict):
-                    groups |= {str(key).removeprefix("/").split("@")[0] for key in entry}
+                if not isinstance(entry, dict):
+                    continue
+                for key in entry:
+                    groups.add(str(key).removeprefix("/").split("@")[0])
         return groups
 
     def check_choice(self, group: str, choice) -> None:
@@ -218,7 +231,9 @@ class ExperimentFile:
     def settings(self, key: str) -> list[str]:
         """Return the settings that any choice of a group has, or those below a setting of the
         commands; empty if unknown."""
-        group = "quantizer" if key == "quant" else key
+        group = key
+        if key == "quant":
+            group = "quantizer"
         names = set()
         for settings in self.bodies(group):
             if isinstance(settings, dict):

@@ -45,13 +45,18 @@ def help_page(command: str, arguments: list[str]) -> str:
         hydra.errors.HydraException: when what else was typed is wrong.
     """
     folders = config_dirs(arguments)
-    names = {str(folder) for folder in folders}
-    typed = [word for word in arguments if not word.startswith("-") and word not in names]
+    # the value of --config-dir FOLDER is a word of its own, and no override
+    values_of_flags = set(map(str, folders))
+    typed = []
+    for word in arguments:
+        if not word.startswith("-") and word not in values_of_flags:
+            typed.append(word)
     config = compose(command, typed, folders)
     lines = ["slim: make large language models smaller."]
-    lines += [f"  python {example}" for example in EXAMPLES[command]]
+    for example in EXAMPLES[command]:
+        lines.append(f"  python {example}")
     lines += ["", "Choices"]
-    width = max(len(group) for group in GROUPS) + 1
+    width = max(map(len, GROUPS)) + 1
     for group in [*GROUPS, "experiment"]:
         if group in config or group in ("experiment", "hparams_search"):
             lines += wrapped(f"{group}:", list(choices(group)), width + 1)
@@ -85,7 +90,9 @@ def wrapped(title: str, words: list[str], indent: int) -> list[str]:
     lines = []
     line = title.ljust(indent)
     for number, word in enumerate(words):
-        piece = word if number == len(words) - 1 else f"{word},"
+        piece = f"{word},"
+        if number == len(words) - 1:
+            piece = word
         if len(line) + 1 + len(piece) > 80 and line.strip():
             lines.append(line)
             line = " " * indent

@@ -53,11 +53,14 @@ TYPES = {
 BAR = "\\|"  # a bar inside a cell
 HEADER = """# All settings
 
-Generated from the choice files in `slim/conf` by `python -m slim.cli.settings_page docs/settings.md`; do not edit.
+Generated from the choice files in `slim/conf` \
+by `python -m slim.cli.settings_page docs/settings.md`; do not edit.
 
-Choose with `group=choice`, set with `group.setting=value`. A default of `${name}` is the value of that setting or group.
-Where choices of one group differ, the choice stands next to the default or the meaning. `quant.` is short for `quantizer.`.
-"""  # noqa: E501
+Choose with `group=choice`, set with `group.setting=value`. \
+A default of `${name}` is the value of that setting or group.
+Where choices of one group differ, the choice stands next to the default or the meaning. \
+`quant.` is short for `quantizer.`.
+"""
 COMMAND = re.compile(r"(python|torchrun|pip) |docs/|[a-z ]+: ?(eval|quant)")
 
 
