@@ -27,10 +27,16 @@ FINITE_AT_ONCE = 2**20  # numbers looked at together: the check makes several co
 
 class MetaModel:
     """The model without weights: modules on torch's meta device, into which single parts are
-    loaded."""
+    loaded.
+
+    Args:
+        source: The checkpoint.
+        device: Where parts are loaded to.
+    """
 
     def __init__(self, source: Checkpoint, device: str = "cpu"):
-        self.spec, self.device = source.spec, device
+        self.spec = source.spec
+        self.device = device
         self.family: Family = self.spec.family
         self.reader = TensorReader(source)
         self.model = empty_model(source)
@@ -153,7 +159,12 @@ def refused_entry(source: Checkpoint, error: Exception) -> SlimError:
 
 
 def entries(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (path, value) of all entries of a config, those of inner objects first."""
+    """Yield (path, value) of all entries of a config, those of inner objects first.
+
+    Args:
+        config: A parsed ``config.json``, or an object in it.
+        prefix: Stands in front of every path.
+    """
     for key, value in config.items():
         if isinstance(value, dict):
             yield from entries(value, f"{prefix}{key}.")

@@ -105,7 +105,14 @@ def flat(ids) -> list[int]:
 
 
 def refusal(tokenizer: PreTrainedTokenizerBase, number: int, rows: int, folder: Path) -> str:
-    """Return what is wrong with a token beyond the embedding."""
+    """Return what is wrong with a token beyond the embedding.
+
+    Args:
+        tokenizer: That has the token.
+        number: Its id.
+        rows: Of the embedding.
+        folder: Of the checkpoint, for the message.
+    """
     token = tokenizer.convert_ids_to_tokens(number)
     return (
         f"The tokenizer in {folder} gives {token!r} the id {number}, but the embedding has {rows} "

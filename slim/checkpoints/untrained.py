@@ -101,7 +101,16 @@ class Untrained(Stage):
         return 6 * spec.parameters()  # float32 at creation, then the stored copy
 
     def run(self, source: Path | None, target: Path, context: Context) -> dict:
-        """Write the checkpoint; there is no source."""
+        """Write the checkpoint.
+
+        Args:
+            source: None: nothing comes before it.
+            target: An empty folder.
+            context: Not needed.
+
+        Returns:
+            No metadata.
+        """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -62,6 +62,7 @@ def execute(config: DictConfig) -> list[Result]:
 def run_chain(config: DictConfig) -> list[Result]:
     """Do what :func:`execute` does, in the process that writes."""
     pipeline = build_pipeline(config)
+    # before hours of work, at the end of which there would be no place for the result
     output = check_output(config.output)
     steps = pipeline.plan()
     if config.plan:
@@ -143,7 +144,12 @@ def run_name(chains: list[list[Step]]) -> str:
 
 
 def log_settings(tracker: Tracker, config: DictConfig) -> None:
-    """Record the resolved settings and what was typed."""
+    """Record the resolved settings and what was typed.
+
+    Args:
+        tracker: of the run.
+        config: the composed configuration.
+    """
     resolved = OmegaConf.to_container(config, resolve=True)
     tracker.log_settings(resolved, OmegaConf.to_yaml(config, resolve=True), overrides())
 
@@ -178,7 +184,12 @@ def record_results(
 
 
 def draw_chain(results: list[Result], tracker: Tracker) -> None:
-    """Record the picture of perplexity and tasks before and after every step."""
+    """Record the picture of perplexity and tasks before and after every step.
+
+    Args:
+        results: all checkpoints in order.
+        tracker: of the run.
+    """
     from slim.report.chain_plot import plot_chain  # local: matplotlib
 
     with TemporaryDirectory() as scratch:
@@ -227,6 +238,7 @@ def print_results(
     out = results_console()
     print_table(terminal_table(results, compared))
     if compared and any(comparison.differences.values()):
+        # against the first: it is the one whose answers the others are compared with
         print_table(differences_table(comparison, results[0].label))
     for note in notes(results, comparison):
         show_line(out, note)
@@ -237,7 +249,12 @@ def print_results(
 
 
 def show_line(out: Console, text: str) -> None:
-    """Print plain text as one line, however long: what is to be copied must not be broken."""
+    """Print plain text as one line, however long: what is to be copied must not be broken.
+
+    Args:
+        out: where to.
+        text: brackets in it have no meaning.
+    """
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -278,7 +295,12 @@ def check_output_file(output: Path | None, last: Step) -> None:
 
 
 def copy_result(result: Result, output: Path) -> None:
-    """Copy the final checkpoint, or its GGUF file where ``output`` is one, whole or not at all."""
+    """Copy the final checkpoint, or its GGUF file where ``output`` is one, whole or not at all.
+
+    Args:
+        result: whose checkpoint it is.
+        output: a folder or a file that does not exist yet.
+    """
     with atomic_path(output) as partial:
         if output.suffix == GGUF_ENDING:
             shutil.copyfile(result.checkpoint.folder / GGUF_FILE, partial)
@@ -294,6 +316,6 @@ def quiet_libraries() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }.items():
-        os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)  # what the user has set stays
     # its retries; the last failure is reported by us
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -102,6 +102,7 @@ class ExperimentFile:
         """The groups there are."""
         names = set()
         for folder in self.folders:
+            # a folder of one's own may bring groups that slim does not have
             names |= {path.name for path in folder.iterdir() if path.is_dir()}
         return sorted(names - {"hydra", "experiment", "__pycache__"})
 
@@ -132,7 +133,7 @@ class ExperimentFile:
             choices: the choice, or a list of several.
         """
         entry = ENTRY.match(key)
-        if entry is None or entry.group(1).startswith("hydra/"):
+        if entry is None or entry.group(1).startswith("hydra/"):  # Hydra checks its own
             return
         group = entry.group(1)
         if group.split("/")[0] not in [*self.groups, "experiment"]:

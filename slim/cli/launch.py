@@ -33,6 +33,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     end_in_order()
     import hydra  # local: importing takes a while, and a signal may come meanwhile
 
+    # before anyone reads them: Hydra knows only the group's real name
     sys.argv[1:] = expand_alias(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to us
 
@@ -40,6 +41,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     def job(config: DictConfig) -> Any:
         if is_sweep():
+            # a point records by itself how it ended, also in another process
             from slim.sweeps.point import run_point
 
             return run_point(task, config, lambda error: explain(error, config_name, arguments))
@@ -52,6 +54,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             fail(message, 2)
 
     hide_bases()
+    # our checks come before Hydra's, whose errors say less
     try:
         check_experiments(arguments, CONF, config_name)
         if is_asked_for(arguments):

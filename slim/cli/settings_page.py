@@ -278,8 +278,15 @@ class Row:
     meanings: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, choice: str, types: list[str], default: str, meaning: str) -> None:
-        """Take what one choice says of the setting."""
-        self.types = list(dict.fromkeys([*self.types, *types]))
+        """Take what one choice says of the setting.
+
+        Args:
+            choice: its name.
+            types: that its value may have.
+            default: its value as the page shows it.
+            meaning: its comment; empty where it has none.
+        """
+        self.types = list(dict.fromkeys([*self.types, *types]))  # without repeats, in order
         self.defaults.setdefault(default, []).append(choice)
         if meaning:
             self.meanings.setdefault(meaning, []).append(choice)

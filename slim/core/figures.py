@@ -17,10 +17,15 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write ``figure`` as PNG."""
+    """Write a figure as PNG.
+
+    Args:
+        figure: of :func:`new_figure`.
+        path: the file.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # without pyplot, which looks for a display
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -52,6 +57,7 @@ def bar_scores(
     bars = axes.bar(range(len(scores)), scores, color=colours, edgecolor="white")
     for block in protected:
         bars[block].set_hatch("///")
+    # on a linear axis one large score would flatten all others
     if min(scores) > 0 and max(scores) > LOG_FROM * min(scores):
         axes.set_yscale("log")
     handles = legend_of_blocks(REMOVED in colours, bool(protected))

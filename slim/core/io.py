@@ -46,6 +46,7 @@ def read_header(path: Path) -> dict[str, dict]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        # checked before it is read: in another kind of file the length may be anything
         if size < 8 or length > size - 8:
             raise SlimError(
                 f"{path} is truncated or no safetensors file ({size} bytes). "
@@ -160,7 +161,15 @@ def sha256(path: Path) -> str:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file. A full disk raises ``OSError`` like any other file operation."""
+    """Write a safetensors file.
+
+    Args:
+        tensors: Name -> tensor of any shape and type that the format has.
+        path: The file.
+
+    Raises:
+        OSError: The disk is full, as for any other file operation.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -30,7 +30,9 @@ class OverBudget(SlimError):
     """A point that the budget rules out before any work. ``skipped`` tells trackers that nothing
     was tried.
 
-    needed: the memory that the model would take, bytes.
+    Args:
+        message: what is over which limit.
+        needed: the memory that the model would take, bytes.
     """
 
     skipped = True
@@ -58,6 +60,7 @@ class Budget:
     quality: str | None = None
 
     def __post_init__(self) -> None:
+        # here, not at the first point: a mistake in a limit is known at once
         for name in ("memory_gb", "tokens_per_second"):
             if getattr(self, name) is not None:
                 require_number(f"budget.{name}", getattr(self, name), 0)
@@ -121,7 +124,7 @@ def cache_bytes(spec: ModelSpec, context: int) -> float:
         spec: of the model.
         context: tokens; at most the model's own context counts.
     """
-    total = 0
+    total = 0  # numbers, not bytes: all have one type
     tokens = min(context, spec.context_length)
     sliding = sliding_blocks(spec)
     for block in range(spec.blocks):
@@ -129,6 +132,7 @@ def cache_bytes(spec: ModelSpec, context: int) -> float:
         kept = tokens
         if block in sliding:
             kept = min(tokens, spec.entry("sliding_window"))
+        # a key and a value per token
         total += 2 * shape.kv_heads * shape.head_dim * kept
     return float(total * DTYPE_BYTES.get(spec.dtype, 4))
 

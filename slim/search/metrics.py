@@ -41,6 +41,7 @@ def measured_parts(evaluation: Evaluation | None) -> set[str]:
         return set()
     answers = evaluation.answers
     speed = evaluation.speed
+    # part -> settings that have it measured; what counts is whether there are any
     parts = {
         "perplexity": evaluation.perplexity,
         "documents": evaluation.documents,
@@ -80,6 +81,8 @@ def require_metric(setting: str, metric: str, evaluation: Evaluation | None) -> 
         evaluation: what is measured; None: nothing.
     """
     known = offered(evaluation)
+    # a task's accuracy is offered, its other metrics are known once it has run; how far a metric
+    # spreads is no objective
     if (metric in known or _is_of_task(metric, evaluation)) and not metric.endswith(SPREADS):
         return
     raise SlimError(

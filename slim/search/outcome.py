@@ -75,6 +75,7 @@ class Trial:
             self.error = record.get("error") or "it ended without a result"
             return
         final = record["final"]
+        # plain values only: they go into search.json as they are
         self.result = {**judge(search, final["metrics"], self.model), "folder": final["folder"]}
 
 
@@ -196,6 +197,7 @@ def nothing_good(trials: list[Trial], budget: Budget) -> str:
             "Allow more, or search among smaller models."
         )
     if skipped:
+        # how far the budget is from any model tells by how much to raise it
         least = min(skipped, key=lambda trial: trial.needed)
         return (
             f"No point meets budget.memory_gb={budget.memory_gb:g}: the smallest of "

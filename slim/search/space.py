@@ -94,13 +94,13 @@ class Space:
         if self.size > LISTED:
             return self._random_new(generator)
         nearest: list[dict[str, Any]] = []
-        least = len(point) + 1
+        least = len(point) + 1  # more than any two points differ in
         for values in itertools.product(*map(members, self.varying.values())):
             candidate = dict(zip(self.varying, values, strict=True))
             if not self.is_new(candidate):
                 continue
             distance = differing(candidate, point)
-            if distance < least:
+            if distance < least:  # those so far are further away
                 nearest = []
                 least = distance
             if distance == least:
@@ -177,7 +177,7 @@ def count(values) -> float:
 
 def shown(values) -> list[str]:
     """Return the values of a distribution as typed; of a continuous or a large one its ends."""
-    if count(values) > LISTED:
+    if count(values) > LISTED:  # a list would fill the screen and the sweep's file
         return [as_typed(values.low), as_typed(values.high)]
     return list(map(as_typed, members(values)))
 

@@ -58,6 +58,7 @@ def run_search(sweeper: HydraSweeper, typed: list[str]) -> dict:
     run.announce()
     while run.goes_on:
         run.advance()
+    # also where every point failed: then it says so as an error
     outcome = conclude(run.trials, search, Path(sweeper.config.hydra.sweep.dir))
     show(outcome)
     return outcome
@@ -91,6 +92,7 @@ class Run:
             sampler=instantiate(sweeper.settings["sampler"]), directions=search.directions
         )
         self.failed = optuna.trial.TrialState.FAIL
+        # seeded: the same command moves the same proposals to the same points
         self.generator = random.Random(int(sweeper.config.get("seed") or 0))
         self.trials: list[Trial] = []
 
@@ -113,10 +115,11 @@ class Run:
     def advance(self) -> None:
         """Try the next points, as many as run at once."""
         batch: list[Trial] = []
+        # Optuna proposes the points of a batch without knowing how the others end
         while self.goes_on and len(batch) < min(self.at_once, self.wanted):
             trial = self.ask()
             if self.settled(trial):
-                self.tell(trial)
+                self.tell(trial)  # at once, so that the next proposal knows it
             else:
                 batch.append(trial)
         self.launch(batch)
@@ -202,7 +205,12 @@ def record_skipped(sweep: Sweep, planned: Planned, message: str) -> None:
 
 
 def compose(sweeper: HydraSweeper, overrides: list[str]) -> DictConfig:
-    """Return the configuration of a point as its launcher will compose it."""
+    """Return the configuration of a point as its launcher will compose it.
+
+    Args:
+        sweeper: as Hydra has set it up.
+        overrides: the point's settings as typed.
+    """
     return sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, overrides)
 
 
@@ -220,6 +228,7 @@ def check_settings(sweeper: HydraSweeper, fixed: dict[str, str]) -> Search:
 
     for name in ("n_trials", "n_jobs"):
         require_number(f"hydra.sweeper.{name}", sweeper.settings[name], 1, integer=True)
+    # composed without what varies: that cannot change what the search is
     config = compose(sweeper, list(fixed.values()))
     if config.plan:
         raise SlimError(
@@ -270,7 +279,7 @@ def _is_setting(sweeper: HydraSweeper, space: Space, key: str) -> bool:
 def _composes(sweeper: HydraSweeper, overrides: list[str]) -> bool:
     try:
         compose(sweeper, overrides)
-    except Exception:
+    except Exception:  # Hydra has a dozen kinds of error for what does not fit together
         return False
     return True
 

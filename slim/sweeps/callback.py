@@ -18,7 +18,13 @@ class SweepCallback:
 
     def on_multirun_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
         """Prepare the sweep. slim's own sweepers open it, when they know that there is a point to
-        run."""
+        run.
+
+        Args:
+            config: the configuration without what is swept.
+            config_name: the command: ``compress``, ``train`` or ``evaluate``.
+            kwargs: whatever else Hydra passes, in this version and later ones.
+        """
         from slim.core.console import fail
         from slim.core.errors import SlimError
         from slim.sweeps import sweep
@@ -36,4 +42,4 @@ class SweepCallback:
     def __getattr__(self, name: str):
         if not name.startswith("on_"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: None
+        return lambda *args, **kwargs: None  # the other events are none of ours

@@ -28,6 +28,7 @@ class SweepFolder:
         if not (self.path / HEADER).is_file():
             return
         pid = self.header()["pid"]
+        # a process that was killed left its number here, and does not count
         if pid != os.getpid() and Path(f"/proc/{pid}").exists():
             raise SlimError(
                 f"Another sweep is running in {self.path}. "

@@ -138,7 +138,7 @@ def plan_point(sweeper: HydraSweeper, sweep: Sweep, number: int, overrides: list
 
         point.config = loader.load_sweep_config(sweep.config, overrides)
         point.name = point_name(plan_chains(point.config), point.config)
-    except Exception as error:
+    except Exception as error:  # also slim's own: the other points are run all the same
         point.error = error
     return point
 
@@ -175,7 +175,12 @@ def refuse_at_once(sweep: Sweep, points: list[Planned]) -> None:
 
 
 def show_plans(sweep: Sweep, points: list[Planned]) -> None:
-    """Print the plan of every point."""
+    """Print the plan of every point.
+
+    Args:
+        sweep: that they belong to.
+        points: all of them, planned.
+    """
     from slim.chain.build import build_pipeline
     from slim.report.plan import show_plan
 

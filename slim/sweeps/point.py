@@ -79,7 +79,7 @@ class Point:
             tracking.uri,
             tags,
             self.header["run_id"],
-            patient=True,
+            patient=True,  # a server that is down for a while ends no sweep
         )
         self.run_id = tracker.run_id
         return tracker
@@ -165,7 +165,7 @@ def run_point(
         point.end("FINISHED")
         return value
     except Exception as error:
-        skipped = getattr(error, "skipped", False)
+        skipped = getattr(error, "skipped", False)  # a search's budget rules the point out
         message, own = describe(error, explain, point.folder.point(point.number))
         record_failure(point, config, message, skipped)
         point.end("FAILED", message, skipped=skipped, own=own)

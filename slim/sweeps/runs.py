@@ -95,8 +95,10 @@ class SweepRun:
     def _clear_up(self) -> None:
         """Note which points are finished, and end the runs that a killed process left open."""
         for child in reversed(self.children()):  # of several finished ones the newest counts
+            # we hold the lock, so no living process can be at work on it
             if child.info.status not in ENDED:
                 self._kill(child)
+            # without its folder (slim.cache prune) a point is run again
             folder = child.data.tags.get("slim.folder")
             if child.info.status == "FINISHED" and folder and Path(folder).is_dir():
                 self.finished.setdefault(identity(child), child.info.run_id)

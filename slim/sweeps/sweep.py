@@ -38,6 +38,7 @@ class Sweep:
         self.overrides = typed(config.hydra)
         self.folder = SweepFolder(Path(config.hydra.sweep.dir).absolute())
         self.root = Path(config.store).expanduser().absolute()
+        # what the sweeper alone knows, once it has read what was typed
         self.swept: dict[str, list[str]] | None = None
         self.total: int | None = config.hydra.sweeper.get("n_trials")
         self.tracker: SweepRun | None = None
@@ -82,6 +83,7 @@ class Sweep:
                 "A search chooses its next point when it knows the last one."
             )
         self.tracker = SweepRun(self.root, self.config, self.id, " ".join(self.overrides))
+        # after the run's lock is held: only one of two equal commands may clear the folder
         self.folder.claim()
         self.folder.write_header(self.header())
         self.watcher = Watcher(self)
@@ -104,9 +106,9 @@ class Sweep:
 
     def close(self, error: BaseException | None = None) -> int:
         """End the sweep: table, ``sweep.json``, report. Returns the exit code."""
-        if self.tracker is None:
+        if self.tracker is None:  # a mistake ended it before it was opened
             return 0
-        self.watcher.stop()
+        self.watcher.stop()  # first, so that its lines stand above the table
         return finish(self, error)
 
 
