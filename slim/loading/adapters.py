@@ -84,13 +84,16 @@ def attach_adapter(model: nn.Module, checkpoint: Checkpoint) -> None:
             loaded = peft.set_peft_model_state_dict(model, state)
     except (ValueError, RuntimeError) as error:
         raise SlimError(
-            f"The adapter in {checkpoint.folder} does not fit its model: {str(error).splitlines()[0]}"
+            f"The adapter in {checkpoint.folder} does not fit its model: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     missing = [name for name in loaded.missing_keys if "lora_" in name]
     if missing or loaded.unexpected_keys:
+        problem = (
+            f"{missing[0]} is missing" if missing else f"{loaded.unexpected_keys[0]} is unknown"
+        )
         raise SlimError(
-            f"The adapter in {checkpoint.folder} does not belong to its model: {(missing or loaded.unexpected_keys)[0]} is "
-            f"{'missing' if missing else 'unknown'}."
+            f"The adapter in {checkpoint.folder} does not belong to its model: {problem}."
         )
     model.requires_grad_(False).eval()
 

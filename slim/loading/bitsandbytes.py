@@ -31,8 +31,8 @@ def load(checkpoint: Checkpoint, dtype: str, device: str, trainable: bool) -> nn
     """
     if not checkpoint.is_plain:
         raise SlimError(
-            f"{checkpoint.folder}: its files are read through transformers, so that their names and "
-            "config must be as transformers writes them."
+            f"{checkpoint.folder}: its files are read through transformers, "
+            "so that their names and config must be as transformers writes them."
         )
     return load_bitsandbytes(checkpoint, dtype, device)
 
@@ -58,8 +58,8 @@ def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -
     check_tensors(checkpoint)
     wanted = getattr(torch, dtype)
     model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=wanted, device_map={"": device}, local_files_only=True, use_safetensors=True,
-        output_loading_info=True,
+        checkpoint.folder, dtype=wanted, device_map={"": device}, local_files_only=True,
+        use_safetensors=True, output_loading_info=True,
     )  # fmt: skip
     missing = sorted(info["missing_keys"])
     if missing:

@@ -29,7 +29,8 @@ def read_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
     except Exception as error:  # the library checks its entries in several ways
         reason = " ".join(str(error).split())[:300]
         raise SlimError(
-            f"{checkpoint.folder / FILE}: transformers refuses it ({type(error).__name__}: {reason}).\n"
+            f"{checkpoint.folder / FILE}: transformers refuses it "
+            f"({type(error).__name__}: {reason}).\n"
             "Correct the entry, or remove the file: greedy generation is the default."
         ) from error
 

@@ -99,7 +99,8 @@ def packed_scheme(stored: Stored, reader: TensorReader, name: str, optional: boo
     scheme, codes = stored.scheme(name), f"{name}.{stored.format.codes}"
     if codes in reader and scheme is None and f"{name}.weight" not in reader:
         raise SlimError(
-            f"{reader.checkpoint.folder} holds '{codes}', but its quantization_config says that {name} is plain. "
+            f"{reader.checkpoint.folder} holds '{codes}', "
+            f"but its quantization_config says that {name} is plain. "
             "The config does not belong to these weights."
         )
     if codes in reader:
@@ -204,5 +205,6 @@ def require_all(model: nn.Module, reader: TensorReader) -> None:
     empty = [name for name, tensor in tensors if tensor.is_meta]
     if empty:
         raise SlimError(
-            f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, first '{empty[0]}'."
+            f"{reader.checkpoint.folder} lacks {len(empty)} weights its config asks for, "
+            f"first '{empty[0]}'."
         )

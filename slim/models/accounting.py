@@ -5,7 +5,7 @@ For a sequence of T tokens (``macs_tokens``), with no key/value cache and every 
 all T positions, as a plain forward pass computes them:
 
     linear     T * sum of out * in over the linear layers of all blocks and of the head
-    attention  2 * T^2 * sum over blocks of query heads * head_dim       (Q K^T, and the product with V)
+    attention  2 * T^2 * sum over blocks of query heads * head_dim   (Q K^T, and the product with V)
 
 Norms, rotations, softmax, activation functions and embeddings are not counted. A
 multiply-accumulate is two floating point operations. ``llm_pruner_macs`` is what LLM-Pruner's

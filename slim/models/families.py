@@ -180,13 +180,19 @@ FAMILIES = {
     for family in (
         Family("llama", **ATTENTION_BIAS, mlp_bias="mlp_bias"),
         Family("mistral", defaults={"num_key_value_heads": 8}),
-        Family("qwen2", qkv_bias=True, layer_types=windows_behind, defaults={"num_key_value_heads": 32}),
+        Family(
+            "qwen2", qkv_bias=True, layer_types=windows_behind,
+            defaults={"num_key_value_heads": 32},
+        ),
         Family(
             "qwen3", **ATTENTION_BIAS, qk_norm=True, layer_types=windows_behind,
             defaults={"num_key_value_heads": 32, "head_dim": 128},
         ),
         Family("gemma2", **GEMMA, layer_types=one_full_in(2), defaults=GEMMA_DEFAULTS),
-        Family("gemma3_text", **GEMMA, qk_norm=True, layer_types=one_full_in(6), defaults=GEMMA_DEFAULTS),
+        Family(
+            "gemma3_text", **GEMMA, qk_norm=True, layer_types=one_full_in(6),
+            defaults=GEMMA_DEFAULTS,
+        ),
         Family("phi3", linear_groups=PHI3_SEGMENTS),
     )
 }  # fmt: skip

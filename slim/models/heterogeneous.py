@@ -100,7 +100,8 @@ def write_card(folder: Path) -> None:
     (folder / CARD).write_text(
         "---\nlibrary_name: transformers\n---\n"
         "# A model whose blocks differ in size\n\n"
-        "The sizes of every block are in `config.json` under `per_layer_config`. The model classes of transformers do\n"
+        "The sizes of every block are in `config.json` under `per_layer_config`. "
+        "The model classes of transformers do\n"
         "not read them yet; with slim imported they do:\n\n"
         "```python\n"
         "import slim\n"

@@ -50,7 +50,9 @@ class ModelSpec:
             model_type = self.config.get("model_type")
             raise SlimError(
                 f"{self.name} is a model of several parts (model_type '{model_type}'); slim "
-                "compresses text models.\nSave its text part as a checkpoint first: docs/extending/family.md, 'Models of several parts'."
+                "compresses text models.\n"
+                "Save its text part as a checkpoint first: "
+                "docs/extending/family.md, 'Models of several parts'."
             )
         missing = [key for key in SIZES if not isinstance(self.config.get(key), int)]
         if missing:
@@ -70,8 +72,9 @@ class ModelSpec:
         if model_type not in FAMILIES:
             raise SlimError(
                 f"slim does not know the model family '{model_type}' of {self.name}. Known: "
-                f"{', '.join(FAMILIES)}.\nTo describe it, add Family('{model_type}', ...) to FAMILIES in slim/models/families.py; "
-                "docs/extending/family.md says how."
+                f"{', '.join(FAMILIES)}.\n"
+                f"To describe it, add Family('{model_type}', ...) to FAMILIES "
+                "in slim/models/families.py; docs/extending/family.md says how."
             )
         return FAMILIES[model_type]
 
@@ -165,8 +168,8 @@ class ModelSpec:
         """
         if self.adapter is not None:
             raise SlimError(
-                f"{self.name} has an adapter beside its weights, and changing these would leave the "
-                "adapter without what it was trained on.\n"
+                f"{self.name} has an adapter beside its weights, and changing these would leave "
+                "the adapter without what it was trained on.\n"
                 "Put this stage before the tuner, or tune with tuner.merge=true."
             )
 
@@ -313,7 +316,8 @@ class ModelSpec:
         return matrices
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Return full name -> (out_features, in_features) of the blocks' linear layers, in order."""
+        """Return full name -> (out_features, in_features) of the blocks' linear layers, in
+        order."""
         linears = {}
         for block in range(self.blocks):
             for name, shape in self.block_linears(block).items():

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-# methods move weights before they round them (error feedback, scaled channels): so much room is kept
+# methods move weights before they round them (error feedback, scaled channels): so much room is
+# kept
 MARGIN = 4
 
 
@@ -91,7 +92,8 @@ def require_range(name: str, layer: Quantized, form: Format) -> None:
     """
     if not torch.isfinite(layer.scale).all():
         raise SlimError(
-            f"The scales of {name} are beyond what quant.format={form.name} holds (float16: 65504). "
+            f"The scales of {name} are beyond what quant.format={form.name} holds "
+            "(float16: 65504). "
             f"Use quant.format=compressed-tensors, or leave it as it is: "
             f"'quant.overrides={{*{name}:{{bits:16}}}}'."
         )

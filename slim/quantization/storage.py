@@ -1,4 +1,6 @@
-"""What the weights of a checkpoint take in its files, from ``config.json`` alone. Needs no torch."""
+"""What the weights of a checkpoint take in its files, from ``config.json`` alone.
+
+Needs no torch."""
 
 from __future__ import annotations
 

@@ -83,8 +83,8 @@ class AwqGemm(Format):
         for layer in schemes:
             if sizes and sizes[layer][0] % FIELDS:
                 raise SlimError(
-                    f"quant.format=awq: the {sizes[layer][0]} outputs of {layer} are no multiple of "
-                    f"8; {OTHERWISE}."
+                    f"quant.format=awq: the {sizes[layer][0]} outputs of {layer} "
+                    f"are no multiple of 8; {OTHERWISE}."
                 )
 
     def config(

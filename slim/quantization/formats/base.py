@@ -376,8 +376,9 @@ def read_tensor(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torc
     tensor = reader.read(name)
     if tuple(tensor.shape) != tuple(shape):
         raise SlimError(
-            f"{name} in {reader.checkpoint.folder} is {show(tensor.shape)}, but the config asks for "
-            f"{show(shape)}. The quantization_config does not belong to these weights."
+            f"{name} in {reader.checkpoint.folder} is {show(tensor.shape)}, "
+            f"but the config asks for {show(shape)}. "
+            "The quantization_config does not belong to these weights."
         )
     return tensor
 

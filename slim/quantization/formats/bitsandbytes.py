@@ -102,7 +102,8 @@ def require_library() -> None:
     """
     if importlib.util.find_spec(METHOD) is None:
         raise SlimError(
-            "quant=int8 and quant=nf4 need the package bitsandbytes. Install it: pip install bitsandbytes."
+            "quant=int8 and quant=nf4 need the package bitsandbytes. "
+            "Install it: pip install bitsandbytes."
         )
 
 

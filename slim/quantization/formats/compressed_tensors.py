@@ -5,7 +5,8 @@ everything.
     weight_scale       [out, groups]                      in the model's type
     weight_zero_point  int32 [ceil(out b / 32), groups]   asymmetric only; packed along the rows
     weight_shape       int64 [2]                          out, in
-    weight_g_idx       int32 [in]                         groups in activation order only (``actorder: group``)
+    weight_g_idx       int32 [in]                         groups in activation order only
+                                                          (``actorder: group``)
 
 That library keeps codes and zero points in the signed range and adds 2^(b-1) to both when packing:
 what is packed is the same unsigned code and zero point as here."""
@@ -113,17 +114,20 @@ class CompressedTensors(Format):
     def read_config(self, config: dict, name: str) -> Stored:
         if config.get("format") not in (LAYOUT, "mixed-precision"):
             raise SlimError(
-                f"{name} is quantised as {self.quant_method} ({config.get('format', 'no format')}). "
+                f"{name} is quantised as {self.quant_method} "
+                f"({config.get('format', 'no format')}). "
                 f"slim reads {self.quant_method} in the format {LAYOUT}."
             )
         if config.get("transform_config"):
             raise SlimError(
-                f"{name} rotates activations while it runs (transform_config), which slim does not do."
+                f"{name} rotates activations while it runs (transform_config), "
+                "which slim does not do."
             )
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise SlimError(
-                f"{name}: the quantization_config has no config_groups. slim reads at least one of {LAYOUT}."
+                f"{name}: the quantization_config has no config_groups. "
+                f"slim reads at least one of {LAYOUT}."
             )
         for key, group in groups.items():
             check_group(group if isinstance(group, dict) else {}, f"{name}, {key}")
@@ -241,7 +245,8 @@ def check_group(group: dict, name: str) -> None:
         )
     if strategy_of(weights) == "group" and (weights.get("group_size") or 0) < 1:
         raise SlimError(
-            f"{name}: strategy=group with group_size={weights.get('group_size')}. slim reads 1 and above."
+            f"{name}: strategy=group with group_size={weights.get('group_size')}. "
+            "slim reads 1 and above."
         )
 
 

@@ -132,7 +132,8 @@ class Gptq(Format):
             )
         if config.get("pack_dtype", "int32") != "int32":
             raise SlimError(
-                f"{name} packs codes into {config['pack_dtype']}. slim reads gptq packed into int32."
+                f"{name} packs codes into {config['pack_dtype']}. "
+                "slim reads gptq packed into int32."
             )
         for entry in (config, *overrides(config).values()):
             merged = {**config, **entry}

@@ -23,8 +23,8 @@ def pack_int8(weight: torch.Tensor) -> Packed:
         weight: [out, in], of a 16- or 32-bit type.
 
     Returns:
-        The tensors that are stored: ``weight`` int8 [out, in]; ``SCB`` float32 [out], max |w| of each
-        row; ``weight_format`` uint8, 0 for "by rows". And the weights they stand for, float32.
+        The tensors that are stored: ``weight`` int8 [out, in]; ``SCB`` float32 [out], max |w| of
+        each row; ``weight_format`` uint8, 0 for "by rows". And the weights they stand for, float32.
 
     Raises:
         SlimError: float16, which the library goes through, cannot hold a weight.
