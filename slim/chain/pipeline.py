@@ -68,6 +68,7 @@ class Pipeline:
         steps = [self._first_step()]
         for stage in self.stages:
             parent = steps[-1]
+            # against the planned model: a mistake in the last stage is found before the first runs
             stage.check(parent.spec)
             steps.append(self._step(stage, parent))
         if self.evaluation is not None:
@@ -83,7 +84,7 @@ class Pipeline:
             peak = self.model.peak_bytes(spec, self.device)
             return Step(label(self.model), self.model, spec, name, folder, folder.is_dir(), peak)
         local = self.model.local_folder()
-        if local is None:
+        if local is None:  # on the hub: a plan fetches no weights, so the digest is unknown
             return Step(self.model.label, self.model, spec)
         checkpoint = self.model.resolve()
         return Step(
@@ -236,7 +237,7 @@ class Pipeline:
                 "curves": curves,
             }
             write_manifest(partial, manifest)
-            self._check(partial)
+            self._check(partial)  # inside: what does not load never gets its name
         if not resumed:  # half of the work says little of the time for all
             clock.learn(work_name(stage), estimate, seconds)
 
@@ -266,6 +267,7 @@ class Pipeline:
         evaluation = self.evaluation
         spec = result.checkpoint.spec
         self._choose_speed_dtype()
+        # quality holds wherever it is measured; speed only on this machine
         quality = [
             evaluation.quality_cache_key(),
             self.device,

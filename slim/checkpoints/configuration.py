@@ -66,6 +66,7 @@ def check_entries(config: dict, folder: Path) -> None:
     file = folder / "config.json"
     for key in (*SIZES, *OPTIONAL_SIZES):
         value = config.get(key)
+        # type, not isinstance: true is an int in Python
         if value is not None and (type(value) is not int or value < 1):
             raise SlimError(f"{file}: {key}={show(value)} must be a whole number of at least 1.")
     for key in OBJECTS:
@@ -82,6 +83,7 @@ def check_entries(config: dict, folder: Path) -> None:
             )
     rows = config.get("vocab_size")
     padding = config.get("pad_token_id")
+    # torch counts a negative row from the end
     if isinstance(rows, int) and isinstance(padding, int) and not -rows <= padding < rows:
         raise SlimError(
             f"{file}: pad_token_id={padding} must be below vocab_size={rows}, the rows of the "

@@ -76,6 +76,7 @@ class MetaModel:
             reason = str(error).splitlines()[1].strip()
             raise SlimError(f"The weights of {name} do not fit config.json: {reason}") from error
         self.reader.release()
+        # strict=False above, so that the message can name the tensor in the checkpoint's words
         if missing:
             raise SlimError(
                 f"{self.spec.name} has no tensor '{name}.{missing[0]}', which its config asks for."
@@ -103,6 +104,7 @@ def model_config(source: Checkpoint) -> PreTrainedConfig:
             config = CONFIG_MAPPING[source.config["model_type"]].from_dict(dict(source.config))
     except Exception as error:  # every class checks its entries in its own way
         raise refused_entry(source, error) from error
+    # with it transformers would build packed layers, which slim reads by itself
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -58,7 +58,7 @@ class TensorReader:
 
     def _raw(self, stored: StoredTensor, device: str) -> torch.Tensor:
         """Read a tensor as it lies in its file."""
-        if stored.file not in self._open:
+        if stored.file not in self._open:  # opening reads the header, which takes a while
             from safetensors import safe_open
 
             self._open[stored.file] = safe_open(
@@ -107,6 +107,7 @@ def from_float8(weight: torch.Tensor, scale: torch.Tensor | None, name: str) -> 
     if scale.numel() == rows:
         return weight * scale.reshape(rows, 1)
     if tuple(scale.shape) == (-(-rows // BLOCK), -(-columns // BLOCK)):
+        # the last blocks may reach beyond the weight
         spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
         return weight * spread[:rows, :columns]
     raise SlimError(

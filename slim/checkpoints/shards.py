@@ -78,6 +78,7 @@ class ShardWriter:
         if self._header + room > HEADER_BYTES:
             self._finish()
         self._header += room
+        # a size that is no multiple of 8 would leave the next tensor unaligned
         if tensor.nbytes >= LARGE_BYTES and tensor.nbytes % 8 == 0:
             self._write(name, tensor)
         else:
@@ -90,6 +91,7 @@ class ShardWriter:
 
         if self._file is None:
             self._file = self._path(len(self._shards)).open("wb")
+            # the header stands in front of the data, and is known only at the end
             self._file.seek(8 + HEADER_BYTES)
         self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         end = self._offset + tensor.nbytes
@@ -120,11 +122,15 @@ class ShardWriter:
             self._compact(header.ljust(len(header) + -len(header) % 8))
         else:
             self._file.seek(0)
+            # blanks at the end of a header are allowed
             self._file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
             self._file.close()
         self._shards.append(list(self._entries))
         self._total += self._offset
-        self._file, self._entries, self._offset, self._header = None, {}, 0, 0
+        self._file = None
+        self._entries = {}
+        self._offset = 0
+        self._header = 0
 
     def _compact(self, header: bytes) -> None:
         """Write the present file again without unused room: it would be a good part of a small
@@ -141,6 +147,7 @@ class ShardWriter:
     def close(self) -> None:
         """Finish the last file, and give all of them their final names and place."""
         self._finish()
+        # only now: a file's name says how many there are
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         for number, tensors in enumerate(self._shards):

@@ -76,6 +76,7 @@ class Source:
         """
         if self.source in EMBEDDED:
             return EMBEDDED[self.source]
+        # a folder first: "org/name" may be both, and what is here is meant
         folder = Path(self.source).expanduser()
         if folder.is_dir():
             return folder

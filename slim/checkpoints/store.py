@@ -67,6 +67,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.parent / f".{path.name}.lock")
         try:
+            # long enough for a look at a finished result, about which nothing need be said
             lock.acquire(timeout=0.2)
         except Timeout:
             say(f"Waiting for another process that is making {path.name} ...")
@@ -109,6 +110,7 @@ class Store:
                 partial.mkdir()
                 yield partial
                 _sync(partial)
+            # last: until the result has its name, a crash must leave something to resume from
             shutil.rmtree(self.work_folder(folder), ignore_errors=True)
         except BaseException as error:
             reraise_full_disk(error, folder)
@@ -143,6 +145,7 @@ class Store:
         except SlimError:
             return None
         metrics = record.get("figures")
+        # valid JSON may still be half a file's worth of figures: it is measured again
         if record.get("digest") != digest(metrics):
             return None
         return metrics
@@ -175,6 +178,7 @@ def reraise_full_disk(error: BaseException, path: Path) -> None:
         SlimError: The disk is full.
     """
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # libraries in Rust keep the number (28 is ENOSPC) in their message only
     if full or (isinstance(error, OSError) and "os error 28" in str(error)):
         raise SlimError(
             f"The disk is full: {path.name} could not be written to {path.parent}. Nothing "

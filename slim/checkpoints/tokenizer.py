@@ -38,6 +38,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             "It may be of another version of the library: save it again with the installed one."
         ) from error
     longest = tokenizer.model_max_length
+    # a text here fails deep inside the library, at the first long input
     if not isinstance(longest, (int, float)) or isinstance(longest, bool):
         raise SlimError(
             f"{folder / 'tokenizer_config.json'}: model_max_length={longest!r} must be a number, "
@@ -82,6 +83,7 @@ def watch_ids(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> No
             raise SlimError(refusal(tokenizer, number, rows, folder))
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    # the one method that all ways to call a tokenizer end in
     encode = tokenizer._encode_plus
 
     def checked(*texts, **settings):
