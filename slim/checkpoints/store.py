@@ -145,7 +145,7 @@ class Store:
         except SlimError:
             return None
         metrics = record.get("figures")
-        # valid JSON may still be half a file's worth of figures: it is measured again
+        # altered by a failing disk or by hand: it is measured again
         if record.get("digest") != digest(metrics):
             return None
         return metrics
