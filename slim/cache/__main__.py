@@ -110,7 +110,7 @@ def shown_users(runs: list[Run]) -> str:
 
 def age(moment: float) -> str:
     """Say how long ago a moment was."""
-    seconds = max(0.0, time.time() - moment)
+    seconds = max(0.0, time.time() - moment)  # another machine's clock may be ahead
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit} ago"
@@ -141,6 +141,7 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
         store: whose results they are.
         options: ``uri`` and those of ``PRUNE_OPTIONS``.
     """
+    # without any runs everything would count as unneeded, so both of these refuse first
     runs = tracked_runs(store, options.uri, needed=True)
     require_uploaded(store)
     results, unneeded, running = unneeded_results(store, runs, options.intermediate, options.failed)
@@ -200,7 +201,7 @@ def confirmed(question: str) -> bool:
     Raises:
         SlimError: when nobody can answer.
     """
-    if not sys.stdin.isatty():
+    if not sys.stdin.isatty():  # in a script a question would wait for ever
         raise SlimError(
             "prune asks before it removes anything, and there is no terminal. "
             "Add --yes, or --dry-run to look."
@@ -225,6 +226,7 @@ def verify_command(store: Store, options: argparse.Namespace) -> int:
                 if reason:
                     damaged[entry.folder] = reason
     evaluations = evaluation_files(store)
+    # no lock is needed: they appear whole, and are never changed
     for path in evaluations:
         if store.find_evaluation(path) is None:
             damaged[path] = "differs from its digest"

@@ -68,6 +68,7 @@ def leftovers(store: Store) -> list[Path]:
     half-written figures."""
     left = []
     for path in unfinished_folders(store):
+        # the lock is named after the result, which does not exist yet
         with store.lock_if_free(path.with_suffix("")) as free:
             if free:
                 left.append(path)
@@ -99,7 +100,7 @@ def remove(store: Store, paths: list[Path]) -> tuple[int, list[str]]:
         with store.lock_if_free(result) as free:
             if not free:
                 busy.append(path.name)
-            elif path.exists():
+            elif path.exists():  # another prune may have been faster
                 freed += size_of(path)
                 _delete(path)
     return freed, busy
@@ -109,6 +110,7 @@ def _delete(path: Path) -> None:
     if path.is_file():
         path.unlink()
         return
+    # a folder cannot vanish at once: under this name nobody takes half of it for a result
     if path.suffix not in UNFINISHED:
         path = path.rename(path.with_name(path.name + ".partial"))
     shutil.rmtree(path)

@@ -65,6 +65,7 @@ def existing_store(root: str) -> Store:
             "Give --store FOLDER, the one of store=FOLDER in the runs' commands."
         )
     parts = ("stages", "evaluations", DATABASE)
+    # an empty folder is a store that nothing was run in yet
     if any(store.root.iterdir()) and not any((store.root / part).exists() for part in parts):
         raise SlimError(
             f"{root} is no store of slim: it has none of {', '.join(parts)}. Give --store FOLDER."
@@ -87,7 +88,7 @@ def entries(store: Store, runs: Iterable[Run] = ()) -> list[Entry]:
         try:
             manifest = read_json(folder / MANIFEST)
             made = (folder / MANIFEST).stat().st_mtime
-        except (SlimError, OSError):
+        except (SlimError, OSError):  # damaged; it takes room all the same
             manifest = {}
             made = folder.stat().st_mtime
         size = folder_bytes(folder)
@@ -189,6 +190,7 @@ def damage(entry: Entry) -> str | None:
         return str(error).splitlines()[0]
     differing = []
     for name in sorted(set(recorded) | set(now)):
+        # get: a file that is missing, or that was added, differs too
         if recorded.get(name) != now.get(name):
             differing.append(name)
     if not differing:

@@ -78,6 +78,7 @@ def _runs(uri: str) -> list[Run]:
             info = record.info
             experiment = names[info.experiment_id]
             runs[run_id] = Run(info.run_name, experiment, info.status, info.start_time / 1000)
+    # in a second pass: a checkpoint's record may come before that of its run
     for record in records.values():
         tags = record.data.tags
         if "hash" in tags and _stands(record, records):

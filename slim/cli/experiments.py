@@ -39,6 +39,7 @@ def check_experiments(arguments: list[str], conf: Path, command: str = "compress
         SlimError: naming the file and what is unknown in it, or the experiments there are.
     """
     folders = [conf, *config_dirs(arguments)]
+    # then a name that is not found here may still exist, and Hydra has to tell
     elsewhere = any(argument.lstrip("+").startswith("hydra.searchpath") for argument in arguments)
     for name in chosen_experiments(arguments):
         exists = False
@@ -172,6 +173,7 @@ class ExperimentFile:
             group: its name.
             choice: one that depends on another group's may be any that fits.
         """
+        # ${model} in a choice stands for any name: which one is known when all are chosen
         if choice is None or any(self.files(f"{group}/{INTERPOLATION.sub('*', str(choice))}")):
             return
         known = sorted(path.stem for path in self.files(f"{group}/*"))
@@ -204,6 +206,7 @@ class ExperimentFile:
             )
         elif setting and self.settings(group):
             self.check_setting(group, setting.split(".")[0], self.settings(group))
+        # with "(" it is a function of Hydra's, such as choice(...) or range(...)
         elif not setting and group in self.groups and isinstance(values, str) and "(" not in values:
             for choice in values.split(","):
                 self.check_choice(group, choice.strip())

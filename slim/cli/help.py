@@ -107,6 +107,7 @@ def settings(config: DictConfig) -> list[str]:
     for name, value in plain.items():
         if name not in GROUPS and name not in HIDDEN:
             general[name] = value
+    # after the command's own settings, in the order in which the stages run
     ordered = general
     for group in GROUPS:
         if plain.get(group):

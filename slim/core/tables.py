@@ -77,7 +77,7 @@ class Table:
         that is not enough."""
         total = sum(widths) + GAP * (len(widths) - 1)
         spare = sum(max(0, widths[index] - NARROWEST) for index in self.fold)
-        if total - spare > width:
+        if total - spare > width:  # the table is parted anyway, so the text keeps its room
             return
         while total > width:
             widest = max(self.fold, key=lambda index: widths[index])

@@ -81,6 +81,7 @@ def judge(search: Search, metrics: dict[str, float], spec: ModelSpec) -> dict:
     """
     measured = objectives(search, metrics)
     rate = metrics.get(DECODE)
+    # measured, not planned: formats add scales and headers that a plan only estimates
     memory = search.budget.memory(metrics["bytes_on_disk"], spec)
     problem = search.budget.problem(memory, rate)
     for name, value in measured.items():

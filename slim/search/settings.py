@@ -34,6 +34,7 @@ class Search:
         if isinstance(self.objectives, str):
             self.objectives = [self.objectives]
         self.objectives = list(self.objectives or [])
+        # a front of a metric against itself is that metric alone
         repeated = len(set(self.objectives)) < len(self.objectives)
         if repeated or not 1 <= len(self.objectives) <= MOST:
             raise SlimError(

@@ -54,6 +54,7 @@ def finish(sweep: OpenSweep, error: BaseException | None) -> int:
     tracker.log_text(json.dumps(summary, indent=1) + "\n", "sweep.json")
     if points:
         print_points(sweep, points)
+    # an interrupted sweep ends at once; the next start makes both
     if error is None:
         attach_report(tracker)
         attach_search(sweep)
@@ -224,7 +225,7 @@ def attach_report(tracker) -> None:
         from slim.report.build import build_report
 
         report = build_report(tracker.client, [tracker.run_id])
-    except Exception as error:
+    except Exception as error:  # hours of results must not end in a failed picture
         warn(f"{type(error).__name__}: {error}", head="The report could not be made:")
         return
     tracker.log_text(report.html, "report.html")

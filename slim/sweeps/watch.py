@@ -21,7 +21,7 @@ class Watcher(threading.Thread):
     """
 
     def __init__(self, sweep: OpenSweep):
-        super().__init__(daemon=True)
+        super().__init__(daemon=True)  # it must not keep a process alive that was interrupted
         self.sweep = sweep
         self.seen: set[int] = set()  # numbers of the points that have their line
         self._ended = threading.Event()
@@ -40,7 +40,7 @@ class Watcher(threading.Thread):
         """Show what is left to show and end."""
         self._ended.set()
         self.join()
-        self.look()
+        self.look()  # for points that ended after the thread's last look
 
     def look(self) -> int:
         """Print the points that have ended since the last look and return how many."""
@@ -115,4 +115,5 @@ def time_left(ended: list[dict], total: int | None, workers: int) -> str:
             times.append(record["seconds"])
     if not total or not times or len(ended) >= total:
         return ""
+    # the median: the first point also made what the others take from the store
     return duration(median(times) * (total - len(ended)) / workers)
