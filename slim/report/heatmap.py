@@ -111,6 +111,7 @@ def _labeled(grids: list[Grid], points: list[Point]) -> list[Grid]:
     differing = varying_settings(rows)
     labeled = []
     for grid in grids:
+        # all points of a grid agree in what is besides the pair
         example = next(iter(grid.points.values()))
         labeled.append(replace(grid, rest=_rest_label(example, grid.pair, differing)))
     return labeled

@@ -19,6 +19,7 @@ def page(report: Sections) -> str:
     """Return the page. All that comes from runs is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    # everything is escaped unless the template says "safe"; a missing name is an error
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,

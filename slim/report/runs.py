@@ -206,10 +206,8 @@ def collect(client: MlflowClient, run_ids: list[str], title: str | None = None) 
 
 
 def _add_tables(collection: Collection, run: Run) -> None:
-    """Add the published tables that a run asks for, each once."""
-    for table in _tables(run):
-        if table not in collection.published:
-            collection.published.append(table)
+    """Add the published tables that a run asks for and no run before it did."""
+    collection.published += [table for table in _tables(run) if table not in collection.published]
 
 
 def without_places(typed: list[str]) -> list[str]:
@@ -243,6 +241,7 @@ def _expand(client: MlflowClient, run_ids: list[str], collection: Collection) ->
     go to ``collection``."""
     runs: dict[str, Run] = {}
     for run_id in run_ids:
+        # by id: a run asked for twice, and as a point of its sweep, counts once
         run = client.get_run(run_id)
         if run.data.tags.get(KIND) != "sweep":
             collection.title = collection.title or run.info.run_name

@@ -119,6 +119,7 @@ def sections(collection: Collection) -> Sections:
 
 def _pictures(collection: Collection, points: list[Point]) -> list[dict]:
     """Return the pictures that there is data for, in the order of the page."""
+    # size before speed: it is what most readers came for, and every run has it
     pictures = [
         size_picture(points),
         speed_picture(points),
@@ -154,6 +155,7 @@ def summary(collection: Collection, points: list[Point]) -> str:
         text += f" on {', '.join(sources)}"
     if points:
         text += f", with {count(len(points), 'checkpoint')} measured"
+    # what the plan rules out was never tried: it did not fail
     skipped = sum(failure.skipped for failure in collection.failures)
     failed = len(collection.failures) - skipped
     without = []
@@ -181,10 +183,8 @@ def protocol_notes(points: list[Point]) -> list[str]:
         return []
     return [
         "These runs were not all measured by the same protocol (more than one for: "
-        f"{', '.join(several)}). "
-        "Figures of different protocols do not "
-        "compare: each protocol has columns and pictures of its own, and the heading says what "
-        "tells it apart."
+        f"{', '.join(several)}). Figures of different protocols do not compare: each protocol has "
+        "columns and pictures of its own, and the heading says what tells it apart."
     ]
 
 
@@ -260,8 +260,7 @@ def models_table(points: list[Point]) -> Table | None:
         "suggests. A dash: not measured, or not by the protocol of the column."
     )
     headings = ["model", "what it is"]
-    for column in shown:
-        headings.append(column.heading)
+    headings += [column.heading for column in shown]
     return Table(sentence, headings, rows)
 
 

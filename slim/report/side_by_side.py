@@ -31,6 +31,7 @@ def comparison_files(comparison: Comparison, results: list[Result]) -> dict[str,
         far as there is anything in them.
     """
     files = {}
+    # checkpoints that share no question have no differences
     if any(comparison.differences.values()):
         files["differences.md"] = differences_text(comparison, results[0].label)
     if results and results[0].quality.get("records", {}).get("answers"):

@@ -130,6 +130,7 @@ def best_cells(results: list[Result], column: Column, worst: bool = False) -> se
     values = {}
     for result in results:
         value = figure(result, column)
+        # NaN is no worst value: it says that something broke
         if value is not None and math.isfinite(value):
             values[cell(result, column)] = value
     if len(values) < 2:
@@ -233,6 +234,7 @@ def headline_columns(results: list[Result]) -> list[Column]:
             tasks.append(column)
         else:
             others.append(column)
+    # a benchmark of many subjects would push everything else off the screen
     if len(tasks) > MOST_TASKS:
         shown = by_protocol([MEAN_ACCURACY], results) + others
     return sorted(shown, key=lambda column: ORDER.get(column.metric.part, 0))
@@ -384,6 +386,7 @@ def errors_of_perplexity(result: Result) -> dict[str, float]:
 def samples_text(results: list[Result]) -> str:
     """Return the sample answers of every checkpoint, prompt by prompt, in Markdown."""
     lines = []
+    # all checkpoints of an evaluation were asked the same prompts
     for index, sample in enumerate(results[0].quality.get("samples", [])):
         lines += [f"## {sample['prompt']}", ""]
         for result in results:
