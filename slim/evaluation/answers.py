@@ -17,10 +17,14 @@ from slim.core.errors import SlimError
 from slim.core.settings import require_flag, require_number
 from slim.data.chat import render_chat, require_chat_template
 from slim.data.text import ASSETS, Text
+from slim.evaluation.generation import continue_ids
+from slim.evaluation.similarity import check_encoder, cosines, encoder_cache_key, encoder_name
+from slim.evaluation.tasks import mean
 
 if TYPE_CHECKING:
     from slim.models.spec import ModelSpec
 
+# in the place of a file: questions that the embedded model's training left out
 EMBEDDED = {"tiny:questions": ASSETS / "tiny_world" / "conversations_validation.jsonl"}
 
 
@@ -61,6 +65,7 @@ class Answers:
                 "eval.answers.system is said in a chat only: add eval.answers.chat=true, or leave "
                 "it out."
             )
+        # a part of its own, not a base class: the text's own settings are none of eval.answers
         self._text = Text(str(EMBEDDED.get(self.questions, self.questions)))
 
     def cache_key(self) -> dict:
@@ -69,7 +74,6 @@ class Answers:
         return {**self._text.text_identity(), **asked, "similarity": self._encoder_identity()}
 
     def _encoder_identity(self) -> str | dict | None:
-        from slim.evaluation.similarity import encoder_cache_key
 
         if self.similarity is None:
             return None
@@ -78,9 +82,7 @@ class Answers:
     def check(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` for questions that cannot be read or have no room in the context of
         ``spec``, and for an embedding model that cannot be used."""
-        from slim.evaluation.similarity import check_encoder
-
-        self.pairs()
+        self.pairs()  # raises for rows without a question
         if self.similarity is not None:
             check_encoder(self.similarity)
         if self.new_tokens >= spec.context_length:
@@ -152,11 +154,10 @@ class Answers:
         Raises:
             SlimError: when a question has no tokens, or the tokenizer lacks a chat template.
         """
-        from slim.evaluation.generation import continue_ids
-
         self.check_tokenizer(tokenizer)
         rows = []
         cut = 0
+        # prompt and answer share the context
         room = context_length - self.new_tokens
         for question, reference in track(self.pairs(), "answers"):
             ids = self.prompt(tokenizer, question)
@@ -180,15 +181,13 @@ class Answers:
             "chat": self.chat,
             "system": self.system,
         }
+        # without a comparison the answers are there for a judge and for people
         if self.similarity is None:
             return {"metrics": {}, "protocol": protocol, "records": rows}
         return self._compared(rows, protocol, model.device.type)
 
     def _compared(self, rows: list[dict], protocol: dict, device: str) -> dict:
         """Return what :meth:`measure` does, with the similarity of every row."""
-        from slim.evaluation.similarity import cosines, encoder_name
-        from slim.evaluation.tasks import mean
-
         answers = [row["answer"] for row in rows]
         references = [row["reference"] for row in rows]
         values = cosines(answers, references, self.similarity, device)

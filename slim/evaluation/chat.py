@@ -8,8 +8,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.errors import SlimError
 from slim.data.chat import has_chat_template, render_chat
+from slim.evaluation.generation import continue_ids
+from slim.loading.load_model import load_model
 
 # answers of a server that may be better in a moment
 TEMPORARY = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -128,8 +131,6 @@ class LocalModel:
         Raises:
             Unreachable: when the model has no chat template, or no room for the question.
         """
-        from slim.evaluation.generation import continue_ids
-
         model, tokenizer = self._load()
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
         # the template writes the special tokens itself
@@ -143,8 +144,6 @@ class LocalModel:
         return continue_ids(model, tokenizer, ids, new_tokens)
 
     def _load(self) -> tuple:
-        from slim.checkpoints.tokenizer import load_tokenizer
-        from slim.loading.load_model import load_model
 
         if self._loaded is None:
             tokenizer = load_tokenizer(self.folder)

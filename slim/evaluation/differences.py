@@ -69,6 +69,7 @@ def paired(differences: list[float], weights: list[float] | None = None) -> tupl
     """
     weights = weights or [1.0] * len(differences)
     count, total = len(differences), sum(weights)
+    # the ratio of the sums: every word counts the same, however long its document is
     ratio = sum(differences) / total
     if count < 2:
         return ratio, math.nan
@@ -127,6 +128,7 @@ def _of_perplexities(before: dict, after: dict) -> list[Difference]:
     for metric in METRICS:
         old, weights = perplexity_records(metric, before)
         new, _ = perplexity_records(metric, after)
+        # other windows or documents make no pairs; the protocols say whether they are the same
         if not old or len(old) != len(new):
             continue
         ratio, error = paired(_minus(new, old), weights)

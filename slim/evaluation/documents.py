@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
+# lm-eval counts words by splitting here, the empty ones at both ends included
 WORDS = re.compile(r"\s+")
 
 
@@ -93,12 +94,14 @@ class DocumentPerplexity(Text):
             SlimError: when the text is empty.
         """
         window = min(self.window or context_length, context_length)
+        # a list: they are read once more for their checksum
         documents = list(itertools.islice(self.documents(), self.limit))
         if not any(documents):
             raise SlimError(
                 f"The text {self.text} is empty. Give another one with eval.documents.text=FILE."
             )
         records: dict[str, list] = {"nll": [], "words": [], "bytes": []}
+        # documents are measured apart, so that no text is context of another
         for text in track(documents, "documents"):
             first, tokens = document_tokens(tokenizer, self._restored(text))
             records["nll"].append(document_nll(model, first, tokens, window))
@@ -205,6 +208,7 @@ def document_nll(model, first: int, tokens: list[int], window: int) -> float:
 def wikitext_detokenizer() -> Callable[[str], str]:
     """Return lm-eval's own function, from its file: importing the whole harness for it would take
     seconds."""
+    # its module imports nothing but re
     path = shipped_folder() / "wikitext" / "preprocess_wikitext.py"
     spec = importlib.util.spec_from_file_location("lm_eval_wikitext", path)
     module = importlib.util.module_from_spec(spec)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slim.core.errors import SlimError, did_you_mean
+from slim.evaluation.timing import timed_run
 
 RAPL = Path("/sys/class/powercap")
 JOULES_PER_KWH = 3.6e6
@@ -177,8 +178,6 @@ def generation_energy(
         a meter. Empty where codecarbon failed.
     """
     import torch
-
-    from slim.evaluation.timing import timed_run
 
     # before the meter runs: copying to the device is not generating
     tensors = [torch.tensor([ids], device=model.device) for ids in prompts]

@@ -16,7 +16,11 @@ from slim.core.settings import cache_key, require_choice, require_number
 from slim.data.text import Text
 from slim.evaluation.answers import Answers
 from slim.evaluation.documents import DocumentPerplexity
+from slim.evaluation.energy import check_country, generation_energy
+from slim.evaluation.generation import samples
+from slim.evaluation.health import finite, first_non_finite, repetition, suspects
 from slim.evaluation.judge import Judge
+from slim.evaluation.memory import phase_peaks, weights_bytes
 from slim.evaluation.perplexity import Perplexity
 from slim.evaluation.speed import Speed, preset
 from slim.evaluation.tasks import Tasks
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from slim.models.spec import ModelSpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# "auto" in a cache key as what it means: a change of the rule must change the key
 DTYPE_RULES = {"auto": "float32 on a CPU, the stored type elsewhere"}
 
 
@@ -79,6 +84,7 @@ class Evaluation:
         if isinstance(self.speed, str):
             self.speed = preset(self.speed)
         if self.local_data is not None and self.tasks is not None:
+            # the setting stands next to the tasks' names, since it concerns what data they read
             self.tasks.local_data = str(self.local_data)
         if self.judge is not None and self.answers is None:
             raise SlimError(
@@ -160,9 +166,6 @@ class Evaluation:
         if self.answers:
             self.answers.check(spec)
         if self.energy is not None:
-            # local: a mistake elsewhere is answered without looking for codecarbon
-            from slim.evaluation.energy import check_country
-
             check_country(self.energy)
         if self.prompts and self.new_tokens >= spec.context_length:
             raise SlimError(
@@ -210,9 +213,6 @@ class Evaluation:
             ``prompt`` and ``answer`` of each; ``records``: per part what was measured question by
             question; ``health``: where NaN or infinity starts (empty if all is finite).
         """
-        from slim.evaluation.generation import samples
-        from slim.evaluation.health import repetition
-
         context_length = model.config.max_position_embeddings
         metrics: dict[str, float] = {}
         protocol: dict = {"dtype": dtype_name(model)}
@@ -246,8 +246,6 @@ class Evaluation:
     def _health(self, model, tokenizer, metrics: dict, measured: dict, context_length: int) -> dict:
         """Return ``{"non_finite": ...}`` (see :func:`first_non_finite`) where a metric is not
         finite, else nothing."""
-        from slim.evaluation.health import finite, first_non_finite, suspects
-
         if finite(metrics):
             return {}
         # the windows come first: their records say which of them is not finite
@@ -286,8 +284,6 @@ class Evaluation:
             ``metrics``: rates, and the bytes of the weights in memory; ``protocol``: what they
             depend on, the machine included; ``samples``: empty.
         """
-        from slim.evaluation.memory import weights_bytes
-
         timed = self.speed.measure(model, prompts)
         metrics = {**timed["metrics"], "weights_bytes": float(weights_bytes(model))}
         protocol = {
@@ -308,9 +304,6 @@ class Evaluation:
             Memory of each phase (see :func:`slim.evaluation.memory.phase_peaks`), and energy where
             it is asked for (see :func:`slim.evaluation.energy.generation_energy`).
         """
-        from slim.evaluation.energy import generation_energy
-        from slim.evaluation.memory import phase_peaks
-
         _, cut = self.speed.cases(prompts)[""]  # the case in tables
         new_tokens = self.speed.new_after(cut[0])
         metrics = phase_peaks(model, cut[0], new_tokens)

@@ -26,6 +26,7 @@ def prefill(model, ids: torch.Tensor, cache=None):
     Returns:
         The most likely next token, int64 [batch, 1], and the cache.
     """
+    # of the prompt's logits only the last ones are needed, which spares a large matrix
     settings = {"use_cache": True, "logits_to_keep": 1}
     # some models take None for the cache of another forward pass
     if cache is not None:
@@ -102,11 +103,12 @@ def end_tokens(model, tokenizer) -> set[int]:
     """
     settings = getattr(model, "generation_config", None)
     ends = getattr(settings, "eos_token_id", None)
+    # chat models often end a turn with another token than the one that ends a text
     if ends is None:
         ends = tokenizer.eos_token_id
     if isinstance(ends, (list, tuple)):
         return set(ends)
-    return {ends} - {None}
+    return {ends} - {None}  # a tokenizer may have none
 
 
 def samples(model, tokenizer, prompts: list[str], new_tokens: int) -> list[dict[str, str]]:

@@ -34,7 +34,9 @@ CASE = (
     "[Question]\n{question}\n\n[Reference]\n{reference}\n\n"
     "[Answer A]\n{first}\n\n[Answer B]\n{second}"
 )
+# as the rules ask for it, or as models write it in spite of them: "**Verdict:** Answer B"
 VERDICT = re.compile(r"verdict\W{0,6}(?:answer\s+)?(A|B|C|tie)\b", re.IGNORECASE)
+# MT-bench's form, which judges trained for it keep to
 BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 # what a judge writes, in lower case -> the verdict; MT-bench's rules call a tie C
 MEANINGS = {"a": "A", "b": "B", "c": "tie", "tie": "tie"}

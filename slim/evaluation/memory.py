@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slim.core.hardware import trim_heap
+from slim.evaluation.generation import decode, prefill
 
 STATUS = Path("/proc/self/status")
 # transformers' environment variable: load weights in the calling thread
@@ -150,8 +151,6 @@ def phase_peaks(model, prompt: list[int], new_tokens: int) -> dict[str, float]:
         after the prompt, per token of it.
     """
     import torch
-
-    from slim.evaluation.generation import decode, prefill
 
     ids = torch.tensor([prompt], device=model.device)
     meter = MemoryMeter(model.device.type)

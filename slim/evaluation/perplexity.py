@@ -117,6 +117,7 @@ class Perplexity(Text):
         Raises:
             SlimError: when the text does not fill one window.
         """
+        # a model with a shorter context is measured on shorter windows, which its protocol says
         window = min(self.window, context_length)
         ids = encode_long(tokenizer, self.joined())
         count = len(ids) // window
@@ -143,6 +144,7 @@ class Perplexity(Text):
         """
         windows = self.windows(tokenizer, context_length)
         count, window = windows.shape
+        # the first token of a window has no context and is not predicted
         nll = window_nll(model, windows, self.batch_size) / (window - 1)
         protocol = {
             "window": window,
@@ -184,6 +186,7 @@ def window_nll(model, windows: torch.Tensor, batch_size: int | None = None) -> t
     with torch.inference_mode():
         for batch in track(windows.split(batch_size), "perplexity"):
             batch = batch.to(model.device)
+            # float64 before the sum: thousands of float32 terms would lose digits
             sums.append(token_nll(model, batch[:, :-1], batch[:, 1:]).double().sum(1).cpu())
     return torch.cat(sums)
 
@@ -204,6 +207,7 @@ def token_nll(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if model.config.model_type not in FAMILIES:  # the head may be more than one matrix
         logits = model(input_ids=ids, use_cache=False).logits[:, -predicted:]
         return _cross_entropy(logits.flatten(0, 1), wanted).view(targets.shape)
+    # the model without its head: all logits of a large vocabulary would not fit
     output = model.base_model(input_ids=ids, use_cache=False)
     hidden = output.last_hidden_state[:, -predicted:].flatten(0, 1)
     rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)

@@ -7,7 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.tokenizer import load_tokenizer
+from slim.checkpoints.writer import copy_companions
 from slim.evaluation.memory import MemoryMeter, release
+from slim.evaluation.speed import Speed
+from slim.loading.load_model import import_libraries, load_model, use_fast_kernels
+from slim.models.spec import FAMILIES
 
 if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
@@ -37,9 +43,6 @@ def measure(
         ``quality`` and ``speed``: each with ``metrics`` (flat name -> float), ``protocol`` and
         ``samples`` as plain JSON values; None for what is not asked for.
     """
-    from slim.checkpoints.checkpoint import open_checkpoint
-    from slim.checkpoints.tokenizer import load_tokenizer
-
     quality = quality and evaluation.has_quality
     speed = speed and evaluation.has_speed
     measured: dict[str, dict | None] = {"quality": None, "speed": None}
@@ -75,8 +78,6 @@ def _measure_speed(
     folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str
 ) -> tuple:
     """Return the loaded model (None where it was changed to be fast) and its speed and memory."""
-    from slim.loading.load_model import load_model, use_fast_kernels
-
     # outside the meter: tokenising a long text takes memory too
     prompts = evaluation.speed_prompts(tokenizer)
     warm_up(folder, device)
@@ -100,8 +101,6 @@ def _measure_quality(
     """Return quality of ``model``, loading it first where it is None."""
     import torch
 
-    from slim.loading.load_model import load_model
-
     with torch.inference_mode():
         return evaluation.measure_quality(model or load_model(folder, dtype, device), tokenizer)
 
@@ -117,12 +116,6 @@ def warm_up(folder: Path, device: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
-
-    from slim.checkpoints.checkpoint import open_checkpoint
-    from slim.checkpoints.writer import copy_companions
-    from slim.evaluation.speed import Speed
-    from slim.loading.load_model import import_libraries, load_model
-    from slim.models.spec import FAMILIES
 
     checkpoint = open_checkpoint(folder)
     import_libraries(checkpoint)

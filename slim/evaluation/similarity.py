@@ -25,9 +25,10 @@ else:
     torch = LazyModule("torch")
 
 PACKAGE = "sentence_transformers"
+# where sentence-transformers keeps how a model's states become one vector
 POOLING = Path("1_Pooling") / "config.json"
 LONGEST = 512  # tokens of a text that are read, where the model does not say
-BATCH = 32
+BATCH = 32  # texts in one forward pass
 
 
 def check_encoder(name: str) -> None:
@@ -117,6 +118,7 @@ def _by_transformers(texts: list[str], name: str, device: str) -> torch.Tensor:
     folder = Path(name).expanduser()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        # float32, so that the similarity does not depend on the type that weights are stored in
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         model = model.to(device).eval()
     except (OSError, ValueError) as error:
@@ -168,8 +170,10 @@ def pool(model, ids: torch.Tensor, mask: torch.Tensor, first_only: bool) -> torc
     Returns:
         [texts, hidden], in the model's type.
     """
+    # the mask also keeps padding from being attended to
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
     if first_only:
         return states[:, 0]
+    # padding has states too, which must not count
     weights = mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1)

@@ -130,6 +130,7 @@ class Speed:
         ids = encode_long(tokenizer, text.joined()[: CHARACTERS_PER_TOKEN * needed])
         if not ids:
             raise SlimError(f"The text {text.text} is empty. Give another, or eval.speed.prompts.")
+        # the prompts follow one another in the text, so they differ where it is long enough
         endless = itertools.cycle(ids)
         return [list(itertools.islice(endless, length)) for _ in range(self.count)]
 
@@ -159,6 +160,7 @@ class Speed:
             depend on.
         """
         metrics: dict[str, float] = {}
+        # each case has its own warm-up: other shapes take other kernels
         cases = self.cases(prompt_ids)
         with torch.inference_mode(), compiled(model, self.compile):
             for suffix, (batch, prompts) in cases.items():
@@ -215,6 +217,7 @@ class Speed:
                 rates["whole_length_tokens_per_second"] = run.all_tokens / seconds
             for name, value in rates.items():
                 samples.setdefault(name, []).append(value)
+        # a median: one run that the machine was busy in does not shift it
         metrics = {name: statistics.median(values) for name, values in samples.items()}
         for name, values in samples.items():
             metrics[f"{name}_iqr"] = quartile_distance(values)
@@ -223,7 +226,7 @@ class Speed:
 
 def quartile_distance(values: list[float]) -> float:
     """Return the distance between the first and the third quartile; 0 for a single value."""
-    if len(values) < 2:
+    if len(values) < 2:  # quantiles need two
         return 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return third - first

@@ -24,8 +24,10 @@ from slim.data.text import ASSETS
 
 EMBEDDED = ASSETS / "tiny_world"
 ENDINGS = (".yaml", ".yml")
+# names of tasks and groups are read by lines: parsing fourteen thousand files would take minutes
 TASK_LINE = re.compile(r"""^task:[ \t]*["']?([\w.:-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
 GROUP_LINE = re.compile(r"""^group:[ \t]*["']?([\w.:-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
+# a Python function in a file next to the task file; the group is its module
 FUNCTION = re.compile(r"!function\s+([\w.]+)\.\w+")
 
 
@@ -52,7 +54,7 @@ def find_task(name: str) -> Path:
         path = Path(name).expanduser()
         if not path.is_file():
             raise SlimError(f"There is no task file {name}.")
-        return path.resolve()
+        return path.resolve()  # "./task.yaml" and "task.yaml" are one task
     return embedded_tasks().get(name) or _shipped_task(name)
 
 
@@ -106,7 +108,7 @@ def _index(files: list[Path]) -> tuple[dict[str, Path], set[str]]:
         content = path.read_text(encoding="utf-8", errors="replace")
         groups.update(GROUP_LINE.findall(content))
         for name in TASK_LINE.findall(content):
-            tasks.setdefault(name, path)
+            tasks.setdefault(name, path)  # in the order of paths, so the same every time
     return tasks, groups
 
 
@@ -157,6 +159,7 @@ def read_plain(path: Path) -> dict:
         ) from error
     if not isinstance(content, dict):
         raise SlimError(f"{path} is not a task file: it holds no settings.")
+    # lm-eval's order: what the file itself says overrides what it includes
     merged: dict = {}
     for included in _as_list(content.pop("include", [])):
         merged.update(read_plain(path.parent / included))
@@ -243,6 +246,7 @@ def fingerprint(name: str) -> dict:
     For one that lm-eval ships its name; for a local one the checksums of its YAML, data and code
     files."""
     path = find_task(name)
+    # its files come with lm-eval, whose version is part of the key
     if not is_local(path):
         return {"task": name}
     files = {path} | _included(path)

@@ -20,6 +20,7 @@ from slim.evaluation.local_data import check_rows, local_files
 
 FEWSHOT_SEED = 1234  # lm-eval's own default, so that figures equal those of its command line
 
+# what a task's accuracy depends on, among what the harness returns
 PROTOCOL = ("questions", "num_fewshot", "version", "questions_sha256")
 
 
@@ -125,6 +126,7 @@ class Tasks:
         # imported here: lm-eval takes seconds
         from slim.evaluation.harness import evaluate
 
+        # by file: two names of one file are one task, which check() refuses
         paths = {}
         for name in self.names:
             path = task_files.find_task(name)

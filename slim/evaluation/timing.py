@@ -46,6 +46,7 @@ def timed_run(model, prompt: torch.Tensor, new_tokens: int, fixed_cache: bool = 
         The seconds, and how many tokens they are for.
     """
     batch, length = prompt.shape
+    # made before the clock starts: room for the cache is not part of reading a prompt
     cache = None
     if fixed_cache:
         cache = static_cache(model, prompt, new_tokens)
@@ -68,7 +69,7 @@ class Stopwatch:
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         if self.cuda:
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)  # what was queued before is not timed
         self._marks = [self._mark()]
 
     def _mark(self):
@@ -130,4 +131,4 @@ def compiled(model, wanted: bool) -> Iterator[None]:
         ) from error
     finally:
         model.forward = plain
-        torch.compiler.reset()
+        torch.compiler.reset()  # the next model would count as a recompilation of this one
