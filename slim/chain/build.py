@@ -76,7 +76,14 @@ def import_gguf(config: DictConfig) -> DictConfig:
 
 
 def merge_alias(config: DictConfig) -> DictConfig:
-    """Read ``quant:`` in an experiment file as ``quantizer:``."""
+    """Read ``quant:`` in an experiment file as ``quantizer:``.
+
+    Args:
+        config: as Hydra composes it; it stays as it is.
+
+    Raises:
+        SlimError: when the quantizer has no such setting.
+    """
     if "quant" not in config:
         return config
     config = config.copy()
@@ -93,7 +100,14 @@ def merge_alias(config: DictConfig) -> DictConfig:
 
 def learn_from_teacher(config: DictConfig) -> DictConfig:
     """Where ``teacher.stage=tune``, let the tuner's settings be those of the distillation, which
-    takes its place."""
+    takes its place.
+
+    Args:
+        config: as Hydra composes it; it stays as it is.
+
+    Raises:
+        SlimError: when no tuner is chosen, or one that cannot learn from a teacher.
+    """
     if not config.teacher or config.teacher.get("stage") != "tune":
         return config
     kinds = {

@@ -75,7 +75,14 @@ def cache_key(value: Any) -> Any:
 
     An object with its own ``cache_key()`` decides for itself (a text adds its checksum); a
     dataclass gives its fields, without those marked ``field(metadata={"cache_key": False})`` (they
-    change speed or looks, not the result)."""
+    change speed or looks, not the result).
+
+    Args:
+        value: settings, or one of them.
+
+    Raises:
+        TypeError: when something in them has no such form, a mistake in the stage's class.
+    """
     if hasattr(value, "cache_key"):
         return value.cache_key()
     if dataclasses.is_dataclass(value):

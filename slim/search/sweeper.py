@@ -42,6 +42,9 @@ def run_search(sweeper: HydraSweeper, typed: list[str]) -> dict:
 
     Returns:
         See :func:`slim.search.outcome.conclude`.
+
+    Raises:
+        SlimError: when a setting cannot be, nothing varies, or no point is any good.
     """
     fixed = fixed_overrides(typed)
     search = check_settings(sweeper, fixed)
