@@ -24,7 +24,7 @@ from slim.evaluation.tasks import mean
 if TYPE_CHECKING:
     from slim.models.spec import ModelSpec
 
-# in the place of a file: questions that the embedded model's training left out
+# names that stand for a file: questions that the embedded model's training left out
 EMBEDDED = {"tiny:questions": ASSETS / "tiny_world" / "conversations_validation.jsonl"}
 
 

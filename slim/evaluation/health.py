@@ -1,9 +1,10 @@
 """What averages hide: where NaN or infinity begins, and whether a model repeats itself.
 
-A model whose figures are not finite is run once more with a hook on every module: the first one, in
-the order in which they finish, whose output is not finite is where it starts. Repetition is the
-share of n-grams of tokens that were there before, 1 - (different n-grams) / (all n-grams), with n =
-4 (Welleck et al., arXiv:1908.04319, call it rep-n)."""
+A model with a metric that is not finite is run once more with a hook on every module: the first
+one, in the order in which they finish, whose output is not finite is where it starts. Repetition is
+the share of n-grams of tokens that were there before, 1 - (different n-grams) / (all n-grams), with
+n = 4 (Welleck et al., arXiv:1908.04319, call it rep-n).
+"""
 
 from __future__ import annotations
 

@@ -170,7 +170,6 @@ def pool(model, ids: torch.Tensor, mask: torch.Tensor, first_only: bool) -> torc
     Returns:
         [texts, hidden], in the model's type.
     """
-    # the mask also keeps padding from being attended to
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
     if first_only:
         return states[:, 0]
