@@ -143,7 +143,9 @@ def test_loaded_logits_equal_those_of_the_unpacked_model(
     half = load_model(tmp_path / "q", "float16")
     assert half.dtype == torch.float16
     dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float16)
-    assert relative(logits(half, tokens), logits(dense, tokens)) < 2e-3
+    # Packed layers may multiply in a type that rounds less, so both are compared with float32.
+    rounding = relative(logits(dense, tokens), expected)
+    assert relative(logits(half, tokens), expected) < 1.25 * rounding
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
