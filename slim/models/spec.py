@@ -168,7 +168,7 @@ class ModelSpec:
         """
         if self.adapter is not None:
             raise SlimError(
-                f"{self.name} has an adapter beside its weights, and changing these would leave "
+                f"{self.name} has an adapter next to its weights, and changing these would leave "
                 "the adapter without what it was trained on.\n"
                 "Put this stage before the tuner, or tune with tuner.merge=true."
             )

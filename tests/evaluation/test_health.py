@@ -168,7 +168,9 @@ def test_every_stage_states_its_energy(codecarbon, small_llama, tmp_path):
         Source(str(small_llama)), [Scale()], Evaluation(energy="DEU"), Store(tmp_path / "runs")
     )
     source, result = pipeline.run()
-    assert (result.metadata["energy_joules"], result.metadata["co2_grams"]) == pytest.approx((2000, 0.5))
+    assert (result.metadata["energy_joules"], result.metadata["co2_grams"]) == pytest.approx(
+        (2000, 0.5)
+    )
     assert result.metadata["energy_estimated"] == 1 and "energy_joules" not in source.metadata
 
 

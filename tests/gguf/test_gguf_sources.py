@@ -80,7 +80,7 @@ def test_the_type_is_a_setting(path, tmp_path):
     chain = pipeline(f"model.source={path}", "model.dtype=float32", store=tmp_path)
     assert chain.run()[0].checkpoint.spec.dtype == "float32"
     with pytest.raises(
-        SlimError, match="model.dtype=int4 is not possible. Allowed: bfloat16, float16, float32"
+        SlimError, match=r"model\.dtype=int4: must be one of bfloat16, float16, float32"
     ):
         ImportGguf(path, "int4")
 

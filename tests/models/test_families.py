@@ -320,7 +320,9 @@ def test_scales_of_channels_in_the_middle():
     group = LinearGroup(
         0, "model.layers.0", LinearGroupSpec(("down",), "up"), {}, scale_module, channel_map
     )
-    torch.testing.assert_close(method._rounded_fold(group, scales), torch.cat([scales, torch.ones(2)]))
+    torch.testing.assert_close(
+        method._rounded_fold(group, scales), torch.cat([scales, torch.ones(2)])
+    )
 
 
 def test_norms_that_store_one_less_are_rounded_before_weights_are(tmp_path):

@@ -749,7 +749,7 @@ def test_awq_wants_outputs_in_eights():
 def test_unknown_format():
     with pytest.raises(
         SlimError,
-        match=r"quant\.format=gpt: must be one of compressed-tensors, gptq, awq\..*gptq",
+        match=r"quant\.format=gpt: must be one of compressed-tensors, gptq, awq, gguf\..*gptq",
     ):
         get_format("gpt")
 

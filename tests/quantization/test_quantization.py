@@ -24,6 +24,7 @@ from slim.loading.packed import load_quantized
 from slim.models.spec import ModelSpec
 from slim.quantization.kernels.int4_layout import int4_layout
 from slim.quantization.kernels.linear import KERNEL_ROWS, QuantLinear, int4_kernel_is_fast
+from slim.quantization.kernels.multiply import LARGEST_TILE
 from slim.quantization.kernels.packing import unpack, unpack_columns
 from slim.quantization.methods.awq import AWQ, ActivationAware
 from slim.quantization.methods.rtn import RTN
@@ -251,12 +252,12 @@ def test_no_dense_copy_is_held(tmp_path):
         model = load_model(tmp_path / "q", dtype)
         logits(model, tokens_of(1024))
         for layer in (module for module in model.modules() if isinstance(module, QuantLinear)):
-            finished_weight = sum(
-                tensor.numel() * tensor.element_size()
-                for tensor in [*layer.buffers(), *layer.parameters()]
-            )
-            weights = layer.in_features * layer.out_features
-            assert finished_weight < 0.5 * weights * (1 + 0.6), layer
+            held_bytes = 0
+            for tensor in [*layer.buffers(), *layer.parameters()]:
+                held_bytes += tensor.numel() * tensor.element_size()
+            # The kernel's last tile of rows is filled up: it shows in layers this narrow only.
+            rows = -(-layer.out_features // LARGEST_TILE) * LARGEST_TILE
+            assert held_bytes < 0.5 * layer.in_features * rows * (1 + 0.6), layer
 
 
 # AWQ
