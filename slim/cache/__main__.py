@@ -93,7 +93,8 @@ def list_command(store: Store, options: argparse.Namespace) -> int:
         size = gigabytes(entry.size)
         rows.append([entry.folder.name, method, size, *times, entry.parent, users])
     headings = ["result", "method", "size", "made", "last used", "made from", "used by"]
-    title = f"{len(results)} results in {store.root}"
+    noun = "result" if len(results) == 1 else "results"
+    title = f"{len(results)} {noun} in {store.root}"
     print_table(Table(headings, rows, fold=[1, 5, 6], title=title))
     return 0
 

@@ -9,8 +9,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from slim.chain.pipeline import Pipeline
 from slim.checkpoints.result import Step
 from slim.checkpoints.stage import Stage
-from slim.checkpoints.store import Store
+from slim.checkpoints.store import Store, require_folder
 from slim.core.errors import SlimError
+from slim.core.settings import require_number
 from slim.gguf.sources import beginning
 from slim.loading.merge import MergeAdapter
 
@@ -31,6 +32,8 @@ def build_pipeline(config: DictConfig) -> Pipeline:
 
     from slim.core.hardware import pick_device
 
+    require_folder(config.store)
+    require_number("seed", config.seed, 0, 2**32 - 1, integer=True)
     adapter = config.model.get("adapter")
     config = import_gguf(learn_from_teacher(merge_alias(config)))
     chosen = []

@@ -19,6 +19,8 @@ PLUGINS = {  # choices that optional packages bring: package, extra of ours
 GENERAL = ("seed", "device", "plan", "store", "output", "ignore_limits", "tracking")
 # settings that the choices of another group bring
 BROUGHT_BY = {"budget": "hparams_search", "search": "hparams_search"}
+# what other tools call a setting
+ALSO_CALLED = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha", "num_blocks": "blocks"}
 SETS = re.compile(r"^[+~]{0,2}[A-Za-z_]")  # how an override begins
 
 
@@ -143,6 +145,8 @@ def _explain_override(error: BaseException, config_name: str, arguments: list[st
         group = BROUGHT_BY.get(parent, parent.split(".")[0])
         return f"There is no setting '{key}': {parent} has no settings. Choose one with {group}=..."
     hint = did_you_mean(name, known)
+    if ALSO_CALLED.get(name) in known:
+        hint = f" Did you mean {ALSO_CALLED[name]}?"
     return f"{parent} has no setting '{name}'. It has: {', '.join(known)}.{hint}"
 
 

@@ -35,6 +35,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
+def require_folder(store: object) -> None:
+    """Require the setting ``store`` to name a folder, which need not exist yet.
+
+    Raises:
+        SlimError: when it is empty, or a file stands there or above it.
+    """
+    if not isinstance(store, (str, Path)) or not str(store).strip():
+        raise SlimError(
+            f"store={'null' if store is None else store}: must be a folder. "
+            "Give store=FOLDER, or leave it out for runs/."
+        )
+    path = Path(store).expanduser().absolute()
+    for folder in (path, *path.parents):
+        if folder.exists() and not folder.is_dir():
+            raise SlimError(f"store={store}: {folder} is a file. Give store=FOLDER.")
+
+
 class Store:
     """The folder in which results are kept and found again. It may be shared by processes running
     at the same time."""

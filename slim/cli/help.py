@@ -24,8 +24,9 @@ BY_TEXTS = ("tiny", "hub")
 # settings that say which group or class is meant, not what it does
 HIDDEN = ("texts", "sizes", "chain")
 FOOTER = """Choose with group=choice, set with group.setting=value, sweep with -m and commas.
-plan=true shows what would run. Each choice is a commented file in {conf}; all settings with
-their meaning are in docs/settings.md. "quant" is short for "quantizer".
+plan=true shows what would run; texts=tiny takes the embedded texts, for any model.
+Each choice is a commented file in {conf}; all settings with their meaning
+are in docs/settings.md. "quant" is short for "quantizer".
 """
 
 

@@ -33,8 +33,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     end_in_order()
     import hydra  # local: importing takes a while, and a signal may come meanwhile
 
-    # before anyone reads them: Hydra knows only the group's real name
-    sys.argv[1:] = expand_alias(sys.argv[1:])
+    # before anyone reads them: Hydra knows only the group\'s real name, and -m only in front
+    sys.argv[1:] = sweep_flag_first(expand_alias(sys.argv[1:]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to us
 
     arguments = sys.argv[1:]
@@ -74,6 +74,13 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             raise
         fail(message, 2)
     sys.exit(close_sweep())
+
+
+def sweep_flag_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with ``-m`` in front: Hydra refuses it between two settings, and it
+    may be typed anywhere."""
+    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return [*flags, *(argument for argument in arguments if argument not in flags)]
 
 
 def hide_bases() -> None:

@@ -66,7 +66,8 @@ def show_example(windows: object, tokenizer) -> None:
         text = first_examples(windows, tokenizer, 1)[0]
         if len(text) > SHOWN:
             text = text[:SHOWN] + " ..."
-        say(f"The first example; «this» is read, not learnt:\n{text}", dim=True)
+        legend = "; «this» is read, not learnt" if "«" in text else ""
+        say(f"The first example{legend}:\n{text}", dim=True)
 
 
 def write_examples(windows: object, tokenizer, folder: Path) -> None:

@@ -229,5 +229,6 @@ def _not_loaded(dataset: str, part: str, error: Exception) -> SlimError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return SlimError(
         f"The data set {dataset} ({part}) cannot be loaded: {reason}\n"
-        "Without a network, give a local file instead, for example text=FILE.txt."
+        "Without a network, give a local file instead, for example "
+        "calibration.text=FILE.txt or eval.perplexity.text=FILE.txt."
     )

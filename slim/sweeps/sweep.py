@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from slim.checkpoints.store import require_folder
 from slim.core import processes
 from slim.core.console import warn
 from slim.core.errors import SlimError
@@ -37,6 +38,7 @@ class Sweep:
         self.command = command
         self.overrides = typed(config.hydra)
         self.folder = SweepFolder(Path(config.hydra.sweep.dir).absolute())
+        require_folder(config.store)
         self.root = Path(config.store).expanduser().absolute()
         # what the sweeper alone knows, once it has read what was typed
         self.swept: dict[str, list[str]] | None = None

@@ -15,6 +15,7 @@ import pytest
 from slim.chain.compose import compose, expand_alias
 from slim.chain.explain import explain
 from slim.cli.help import help_page
+from slim.cli.launch import sweep_flag_first
 from tests.conftest import ROOT
 
 
@@ -41,6 +42,15 @@ def run(*arguments: str, script: str = "compress.py", cwd=None) -> subprocess.Co
 )
 def test_quant_is_short_for_quantizer(typed, meant):
     assert expand_alias([typed]) == [meant]
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_the_flag_of_a_sweep_may_stand_anywhere(flag):
+    settings = ["model=tiny", "quantizer.bits=3,4", "--config-dir", "folder"]
+    for place in range(3):
+        typed = [*settings[:place], flag, *settings[place:]]
+        assert sweep_flag_first(typed) == [flag, *settings]
+    assert sweep_flag_first(settings) == settings
 
 
 def test_the_compose_api_takes_the_alias_too():
@@ -102,6 +112,10 @@ WRONG = [
     (["quant.bits=3,4"], r"several values\. Add -m.*\n.*a list is quantizer\.bits=\[3,4\]"),
     (["tuner=lora,full"], r"tuner=lora,full are several choices\. Add -m"),
     (["quant.bits=choice(3,4)"], r"add -m to the command"),
+    (["seed=abc"], r"seed=abc: must be a whole number"),
+    (["seed=-1"], r"seed=-1: must be a whole number"),
+    (["tuner=lora", "tuner.lr=1e-4"], r"no setting 'lr'.*Did you mean learning_rate\?"),
+    (["tuner=lora", "tuner.rank=8"], r"no setting 'rank'.*Did you mean r\?"),
     (["=3"], r"'=3' names no setting"),
     (["quant.bits="], r"."),
     (["quant.bits"], r"."),
@@ -119,6 +133,19 @@ def test_a_mistake_is_answered_in_one_or_two_lines(tmp_path, arguments, message)
     assert "Traceback" not in result.stderr
     assert re.search(message, result.stderr), result.stderr
     assert list(tmp_path.iterdir()) == [], "a mistake must leave nothing behind"
+
+
+@pytest.mark.parametrize("store", ["", "null", "file.txt", "file.txt/runs"])
+@pytest.mark.parametrize("sweep", [[], ["-m", "quant.bits=3,4"]], ids=["run", "sweep"])
+def test_a_store_that_is_no_folder_is_refused(tmp_path, store, sweep):
+    file = tmp_path / "file.txt"
+    file.write_text("kept")
+    result = run("model=tiny", *sweep, f"store={store}", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert re.search(rf"store={re.escape(store)}: .*Give store=FOLDER", result.stderr)
+    assert len(result.stderr.strip().splitlines()) <= 2, result.stderr
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "kept"
 
 
 @pytest.mark.parametrize(
