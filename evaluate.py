@@ -1,4 +1,7 @@
-"""Measure one checkpoint, or several in one table: ``python evaluate.py model.source=FOLDER`` or ``=[FOLDER,FOLDER]``."""
+"""Measure one checkpoint, or several in one table.
+
+``python evaluate.py model.source=FOLDER`` or ``model.source=[FOLDER,FOLDER]``.
+"""
 
 from slim.cli.commands import evaluate
 

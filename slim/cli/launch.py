@@ -33,7 +33,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     end_in_order()
     import hydra  # local: importing takes a while, and a signal may come meanwhile
 
-    # before anyone reads them: Hydra knows only the group\'s real name, and -m only in front
+    # before anyone reads them: Hydra knows only the group's real name, and -m only in front
     sys.argv[1:] = sweep_flag_first(expand_alias(sys.argv[1:]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then leaves its errors to us
 
