@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2**31  # a file gets no more tensors once it has this many bytes
 HEADER_BYTES = 2**18  # room for the header: some 2000 tensors
 COMPACT_BYTES = 2**26  # files below this are written again without the room that was not needed
-ENTRY_BYTES = 128  # more than the entry of a tensor takes beside its name
+ENTRY_BYTES = 128  # more than the entry of a tensor takes besides its name
 LARGE_BYTES = 2**16  # tensors of at least this size are written at once
 NAMES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",

@@ -342,7 +342,7 @@ def find_parts(path: Path) -> list[Path]:
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
         raise SlimError(
-            f"{path} is one of {count} parts, and beside it there is no {', no '.join(missing)}. "
+            f"{path} is one of {count} parts, and next to it there is no {', no '.join(missing)}. "
             "Put all parts into one folder, and give any one of them."
         )
     return parts

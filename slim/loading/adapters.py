@@ -1,4 +1,4 @@
-"""An adapter that is not merged: it lies beside the weights it was trained on, in a folder of
+"""An adapter that is not merged: it lies next to the weights it was trained on, in a folder of
 PEFT's own layout.
 
     config.json                            with "slim_adapter": {"parameters": N}

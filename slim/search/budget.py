@@ -2,7 +2,7 @@
 measuring tells.
 
 Memory is that of serving one text: the weights as they are stored, plus the keys and values of
-``context`` tokens in the type that plain weights are stored in. What an engine needs beside them
+``context`` tokens in the type that plain weights are stored in. What an engine needs besides them
 (its code, activations, a GPU's context) is not in it."""
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class Run:
         One that misses the budget once it is measured has the worst value there is; with several
         objectives it counts as failed, since what is not finite has no place in the volume behind a
         front. One that its plan rules out counts as failed, too, and teaches nothing: it costs
-        nothing, and the best points lie beside those that are just too large."""
+        nothing, and the best points lie next to those that are just too large."""
         if not trial.skipped:
             trial.take(self.sweep.folder, self.search)
             # a point that cannot even be planned took no time: it is no trial of the wanted ones

@@ -219,7 +219,7 @@ def status(point: dict) -> str:
 
 
 def attach_report(tracker) -> None:
-    """Put the report over the points beside the sweep's run. A report that cannot be made is said,
+    """Put the report over the points next to the sweep's run. A report that cannot be made is said,
     and ends nothing."""
     try:
         from slim.report.build import build_report
@@ -233,7 +233,7 @@ def attach_report(tracker) -> None:
 
 
 def attach_search(sweep: OpenSweep) -> None:
-    """Put what a search found beside the sweep's run."""
+    """Put what a search found next to the sweep's run."""
     for name in ("search.json", "search.md"):
         path = sweep.folder.path / name
         if path.is_file():

@@ -1,7 +1,7 @@
 """MLflow: one run for the experiment, a nested run per stage, with settings, figures, curves, plots
 and answers.
 
-The default store is a SQLite file with an artifact folder beside it; any tracking server serves by
+The default store is a SQLite file with an artifact folder next to it; any tracking server serves by
 its address."""
 
 from __future__ import annotations

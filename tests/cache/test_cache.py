@@ -78,7 +78,7 @@ def commands(root: Path):
 
 
 def settle(root: Path) -> None:
-    """Write what the database keeps beside it into it, so that a copy is whole."""
+    """Write what the database keeps next to it into it, so that a copy is whole."""
     connection = sqlite3.connect(root / "mlflow.db")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()

@@ -357,7 +357,7 @@ def test_the_command_line_says_it(tmp_path):
 SHORT = ["eval.prompts=[]", "calibration.samples=8", "calibration.length=64"]
 TRAINED = ["tuner.epochs=null", "tuner.steps=4", "tuner.window=64", "tuner.batch_tokens=256", "tuner.accumulation=1",
            "tuner.validation_tokens=512"]  # fmt: skip
-FEW = {  # what makes each short, beside SHORT
+FEW = {  # what makes each short, besides SHORT
     "thesis/awq_group_size": TRAINED,
     "thesis/awq_vs_gptq": TRAINED,
     "thesis/shortened": TRAINED,

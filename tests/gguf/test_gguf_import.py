@@ -205,7 +205,7 @@ def test_several_parts_are_one_model(tmp_path):
     assert keys[0] == keys[1]
     (tmp_path / "model-00003-of-00003.gguf").rename(tmp_path / "third.gguf")
     with pytest.raises(
-        SlimError, match="one of 3 parts, and beside it there is no model-00003-of-00003.gguf"
+        SlimError, match="one of 3 parts, and next to it there is no model-00003-of-00003.gguf"
     ):
         ImportGguf(tmp_path / "model-00001-of-00003.gguf").describe()
     with pytest.raises(SlimError, match="part 3 of 3, and its name does not tell the others"):

@@ -1,4 +1,4 @@
-"""Tuners: quantised bases, merging by formula, adapters beside the weights, ranks and targets,
+"""Tuners: quantised bases, merging by formula, adapters next to the weights, ranks and targets,
 optimisers, presets."""
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def test_an_unfinished_quantised_base_is_made_again_and_a_finished_one_used(
     assert stage.trained_on(open_checkpoint(little), context).folder == base.folder
 
 
-# Adapters beside the weights
+# Adapters next to the weights
 
 
 @pytest.mark.parametrize("name", ["4", "nf4"])
@@ -269,7 +269,7 @@ def test_an_adapter_that_does_nothing_is_an_error(packed):
 
 @pytest.fixture(scope="module")
 def healed(little, tmp_path_factory) -> Path:
-    """``little`` as it is, with an adapter beside it."""
+    """``little`` as it is, with an adapter next to it."""
     folder = tmp_path_factory.mktemp("healed") / "out"
     run(Lora(data=TinyText(), merge=False, **QUICK), little, folder)
     return folder
