@@ -13,7 +13,6 @@ from slim.calibration.sequential import SequentialCalibration
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.stage import Context
 from slim.core.errors import SlimError
-from slim.data.calibration import Calibration
 from slim.quantization.methods.gptq import GPTQ, ErrorFeedback
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
@@ -28,6 +27,7 @@ from slim.quantization.solvers.error_feedback import (
 )
 from slim.quantization.solvers.grid import Quantized, minmax, search, shrink_factors
 from tests.conftest import build_small
+from tests.support.calibrating import random_calibration
 
 INPUTS, ROWS = 96, 11
 
@@ -301,29 +301,8 @@ def test_columns_without_input_are_rounded_by_themselves(problem):
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = [
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "house",
-        "tree",
-        "runs",
-        "sees",
-        "under",
-        "over",
-        "red",
-        "why",
-        "not",
-        "and",
-        "old",
-    ]
-    draws = torch.randint(
-        0, len(words), (3000,), generator=torch.Generator().manual_seed(7)
-    ).tolist()
-    path.write_text(" ".join(words[draw] for draw in draws), encoding="utf-8")
-    return Calibration(text=str(path), samples=8, length=32)
+    """Calibration on a text of random words."""
+    return random_calibration(tmp_path_factory.mktemp("text"), 3000)
 
 
 class Recording(ErrorFeedback):

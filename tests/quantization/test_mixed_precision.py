@@ -17,7 +17,6 @@ from slim.checkpoints.source import Source
 from slim.checkpoints.stage import Context
 from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
-from slim.data.calibration import Calibration
 from slim.loading.load_model import load_model
 from slim.pruning.weights import MagnitudeWeights
 from slim.quantization.methods.allocate import allocate
@@ -27,35 +26,15 @@ from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
 from slim.quantization.storage import weight_bytes
 from tests.conftest import build_small
+from tests.support.calibrating import random_calibration
 
 HEAD = Scheme(8, -1, True)
 
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = [
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "house",
-        "tree",
-        "runs",
-        "sees",
-        "under",
-        "over",
-        "red",
-        "why",
-        "not",
-        "and",
-        "old",
-    ]
-    draws = torch.randint(
-        0, len(words), (3000,), generator=torch.Generator().manual_seed(7)
-    ).tolist()
-    path.write_text(" ".join(words[draw] for draw in draws), encoding="utf-8")
-    return Calibration(text=str(path), samples=8, length=32)
+    """Calibration on a text of random words."""
+    return random_calibration(tmp_path_factory.mktemp("text"), 3000)
 
 
 def run(stage, source, target, **context):

@@ -32,6 +32,7 @@ from slim.quantization.scheme import Scheme
 from slim.quantization.solvers.grid import decode, minmax
 from slim.quantization.storage import packed_bits, weight_bytes
 from tests.conftest import build_small
+from tests.support.calibrating import random_calibration
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 12}, "qwen2": {}, "qwen3": {"head_dim": 32}}
 
@@ -62,29 +63,7 @@ def small(model_type, folder, **changes):
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
     """Calibration on a text of random words."""
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    words = [
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "house",
-        "tree",
-        "runs",
-        "sees",
-        "under",
-        "over",
-        "red",
-        "why",
-        "not",
-        "and",
-        "old",
-    ]
-    draws = torch.randint(
-        0, len(words), (4000,), generator=torch.Generator().manual_seed(7)
-    ).tolist()
-    path.write_text(" ".join(words[draw] for draw in draws), encoding="utf-8")
-    return Calibration(text=str(path), samples=8, length=32)
+    return random_calibration(tmp_path_factory.mktemp("text"), 4000)
 
 
 def run(stage, source, target):
