@@ -8,15 +8,10 @@ there, else the run says that it ends. Nothing relies on stages remembering it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slim.checkpoints.checkpoint import Checkpoint
-from slim.checkpoints.reader import TensorReader
 from slim.core.console import warn
-from slim.pruning.masks import linear_weights, mask_of
-
-if TYPE_CHECKING:
-    import torch
+from slim.pruning.masks import count_zeros, mask_of
 
 TOLERANCE = 0.01  # share of the weights that may be zero no longer, where channels were removed
 
@@ -61,40 +56,3 @@ def _why_it_ends(checkpoint: Checkpoint) -> str | None:
     if checkpoint.spec.quantization is not None:
         return "the result is quantized, and zeros are not tracked in packed weights"
     return None
-
-
-def count_zeros(checkpoint: Checkpoint, mask: dict) -> tuple[float, bool]:
-    """Count the zeros in the linear layers of the blocks.
-
-    Args:
-        checkpoint: With plain weights.
-        mask: What the manifest says of the zeros: ``kind``, ``n`` and ``m``.
-
-    Returns:
-        Their share, and whether they still have the pattern of the mask.
-    """
-    reader = TensorReader(checkpoint)
-    zeros = weights = 0
-    regular = True
-    for name in linear_weights(checkpoint):
-        weight = reader.read(name)
-        zeros += int((weight == 0).sum())
-        weights += weight.numel()
-        regular = regular and fits_pattern(weight, mask)
-    return zeros / weights, regular
-
-
-def fits_pattern(weight: torch.Tensor, mask: dict) -> bool:
-    """Whether at most n of every m successive weights of a row are not zero; always for a mask
-    without n and m.
-
-    Args:
-        weight: [out, in].
-        mask: ``kind``, ``n`` and ``m``.
-    """
-    if not mask.get("m"):
-        return True
-    if weight.shape[1] % mask["m"]:
-        return False
-    groups = weight.unflatten(1, (-1, mask["m"]))
-    return bool(((groups != 0).sum(-1) <= mask["n"]).all())

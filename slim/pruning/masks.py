@@ -103,14 +103,45 @@ def inherited_mask(source: Checkpoint, target: Checkpoint, dense: str = "") -> d
 def share_of_zeros(source: Checkpoint) -> float:
     """Return the share of zeros in the linear layers of all blocks; one layer in memory at a
     time."""
-    reader = TensorReader(source)
-    zeros = 0
-    weights = 0
-    for name in linear_weights(source):
+    return count_zeros(source, {})[0]
+
+
+def count_zeros(checkpoint: Checkpoint, mask: dict) -> tuple[float, bool]:
+    """Count the zeros in the linear layers of the blocks.
+
+    Args:
+        checkpoint: With plain weights.
+        mask: What the manifest says of the zeros: ``kind``, ``n`` and ``m``;
+            empty for no pattern.
+
+    Returns:
+        Their share, and whether they still have the pattern of the mask.
+    """
+    reader = TensorReader(checkpoint)
+    zeros = weights = 0
+    regular = True
+    for name in linear_weights(checkpoint):
         weight = reader.read(name)
-        zeros += weight.numel() - int(torch.count_nonzero(weight))
+        zeros += int((weight == 0).sum())
         weights += weight.numel()
-    return zeros / weights
+        regular = regular and fits_pattern(weight, mask)
+    return zeros / weights, regular
+
+
+def fits_pattern(weight: torch.Tensor, mask: dict) -> bool:
+    """Whether at most n of every m successive weights of a row are not zero; always for a mask
+    without n and m.
+
+    Args:
+        weight: [out, in].
+        mask: ``kind``, ``n`` and ``m``.
+    """
+    if not mask.get("m"):
+        return True
+    if weight.shape[1] % mask["m"]:
+        return False
+    groups = weight.unflatten(1, (-1, mask["m"]))
+    return bool(((groups != 0).sum(-1) <= mask["n"]).all())
 
 
 def linear_weights(source: Checkpoint) -> Iterator[str]:

@@ -16,8 +16,8 @@ from slim.data.calibration import Calibration
 from slim.data.examples import TinyText
 from slim.distillation.stage import Lora as Distilled
 from slim.distillation.student import Layers
-from slim.pruning.carried_mask import fits_pattern
 from slim.pruning.magnitude import Magnitude
+from slim.pruning.masks import fits_pattern
 from slim.pruning.weights import MagnitudeWeights
 from slim.pruning.width_magnitude import WidthL1
 from slim.quantization.methods.rtn import RTN
