@@ -13,9 +13,17 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slim.checkpoints.source import ASSETS, HUB_ID
 from slim.core.io import PARTIAL, atomic_path
+from slim.core.text import markdown_lines
+from slim.evaluation.protocol import flat
 from slim.models.heterogeneous import CARD
+from slim.report.chain_plot import chain_points
+from slim.report.loading import loading
+from slim.report.markdown import plain
+from slim.report.points import chain_name, plain_settings
 from slim.report.runs import SOURCES, without_places
+from slim.report.sections import answers, models_table
 
 if TYPE_CHECKING:
     from slim.checkpoints.checkpoint import Checkpoint
@@ -46,8 +54,6 @@ def write_card(results: list[Result], typed: list[str], script: str = "compress.
         The path of the card; None, and nothing is written, where the last checkpoint is a source:
         what was not made here is not touched.
     """
-    from slim.report.chain_plot import chain_points
-
     points = chain_points(results)
     if points[-1].row.kind == "source":
         return None
@@ -77,8 +83,6 @@ def command(typed: list[str], script: str) -> str:
 
 def source_facts(source: Checkpoint) -> dict:
     """Return ``license`` and, where its own card names one, ``base_model`` of the source."""
-    from slim.checkpoints.source import ASSETS
-
     if source.folder.resolve().is_relative_to(ASSETS.resolve()):
         # the embedded model is part of slim
         return {"license": "apache-2.0"}
@@ -116,8 +120,6 @@ def card(points: list[Point], config: dict, source: dict, made_by: str) -> str:
         source: what is known of the source (:func:`source_facts`).
         made_by: the command that made the final checkpoint.
     """
-    from slim.report.points import chain_name
-
     lines = _head(points, source)
     lines += [f"# {chain_name(points[-1].chain)}", ""]
     lines += [_summary(points), "", "## How it was made", ""]
@@ -149,8 +151,6 @@ def _head(points: list[Point], source: dict) -> list[str]:
 
 def _base_model(label: str, source: dict) -> str | None:
     """Return the base model's name on the hub; a folder's or a file's name is none."""
-    from slim.checkpoints.source import HUB_ID
-
     if HUB_ID.fullmatch(label):
         return label
     return source.get("base_model")
@@ -185,9 +185,6 @@ def _summary(points: list[Point]) -> str:
 
 def _chain(points: list[Point]) -> list[str]:
     """Return the steps with all their settings and the hash that names each result."""
-    from slim.report.markdown import plain
-    from slim.report.points import plain_settings
-
     lines = []
     for number, point in enumerate(points, 1):
         stated = []
@@ -202,10 +199,6 @@ def _chain(points: list[Point]) -> list[str]:
 
 def _results(points: list[Point]) -> list[str]:
     """Return the table of all checkpoints with standard errors, and their protocols."""
-    from slim.core.text import markdown_lines
-    from slim.report.markdown import plain
-    from slim.report.sections import models_table
-
     lines = [
         "## Results",
         "",
@@ -229,9 +222,6 @@ def _results(points: list[Point]) -> list[str]:
 
 def _protocol_lines(part: str, points: list[Point]) -> list[str]:
     """Return one line per protocol of a part; where all rows share a protocol that is one."""
-    from slim.evaluation.protocol import flat
-    from slim.report.markdown import plain
-
     protocols = {}
     for point in points:
         protocol = getattr(point.row, part)["protocol"]
@@ -257,8 +247,6 @@ def shortened(value) -> str:
 
 
 def _load(config: dict) -> list[str]:
-    from slim.report.loading import loading
-
     how = loading(config)
     lines = [
         "## How to load it",
@@ -277,9 +265,6 @@ def _load(config: dict) -> list[str]:
 
 def _samples(points: list[Point]) -> list[str]:
     """Return what the first and the last checkpoint answer, long prompts cut."""
-    from slim.report.markdown import plain
-    from slim.report.sections import answers
-
     ends = points[:1]
     if len(points) > 1:
         ends = [points[0], points[-1]]
