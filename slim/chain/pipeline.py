@@ -66,8 +66,9 @@ class Pipeline:
             SlimError: when a stage cannot work on what the one before it gives.
         """
         steps = [self._first_step()]
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages):
             parent = steps[-1]
+            stage.prepare(parent.spec, self.stages[number + 1 :])
             # against the planned model: a mistake in the last stage is found before the first runs
             stage.check(parent.spec)
             steps.append(self._step(stage, parent))

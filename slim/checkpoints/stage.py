@@ -7,7 +7,7 @@ appears under its final name only when ``run`` has returned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -55,6 +55,20 @@ class Stage:
     kind: ClassVar[str]
     version: ClassVar[int] = 1
     together: ClassVar[bool] = False
+
+    @property
+    def input_multiple(self) -> int:
+        """What the inputs of a model's linear layers are best a multiple of for this stage: the
+        size of its groups of weights."""
+        return 1
+
+    def prepare(self, spec: ModelSpec, following: Sequence[Stage]) -> None:
+        """Choose what settings leave to the chain; called before ``check`` and ``cache_key``.
+
+        Args:
+            spec: The model that the stage runs on.
+            following: The later stages of the chain.
+        """
 
     def cache_key(self) -> dict:
         """Settings that determine the result, as plain JSON values."""

@@ -10,6 +10,7 @@ give every unit of a block a score (``width_magnitude.py``, ``width_taylor.py``,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -34,6 +35,8 @@ from slim.pruning.width_sizes import LLM_PRUNER, Width, pruned_width, width_of, 
 if TYPE_CHECKING:
     from slim.pruning.width_method import KeptUnits, WidthMethod
 
+ROUNDING = 64  # of kept channels, where nothing asks for more
+
 
 @dataclass(kw_only=True)
 class WidthPruning(Stage):
@@ -44,7 +47,8 @@ class WidthPruning(Stage):
         first_block: the first pruned block; None: the first that depth pruning does not protect.
         last_block: the last pruned block, included; None: the last that is not protected.
         rounding: the kept MLP channels (and the attention's output, where it can be) are a multiple
-            of this, 1 or more; ``llm_pruner``: exactly its counts.
+            of this, 1 or more; ``llm_pruner``: exactly its counts; None: 64, or more where a later
+            stage of the chain could not divide the result into its groups (see ``prepare``).
         uniform: prune all blocks to the same sizes, so that a stock config describes the result.
         reconstruct: refit ``o_proj`` and ``down_proj`` by least squares to what they gave before,
             on calibration text.
@@ -58,7 +62,7 @@ class WidthPruning(Stage):
     ratio: float = 0.25
     first_block: int | None = None
     last_block: int | None = None
-    rounding: int | str = 64
+    rounding: int | str | None = None
     uniform: bool = False
     reconstruct: bool = False
     damping: float = 0.01
@@ -71,6 +75,7 @@ class WidthPruning(Stage):
     criterion: ClassVar[str]  # name in metadata and pictures
 
     def __post_init__(self) -> None:
+        self._needed = ROUNDING  # by later stages
         calibrated.require_share(
             "pruner.ratio", self.ratio, 0.25, "the share of heads and MLP channels that goes"
         )
@@ -79,7 +84,9 @@ class WidthPruning(Stage):
                 require_number(f"pruner.{name}", getattr(self, name), 0, integer=True)
         for name in ("uniform", "reconstruct"):
             require_flag(f"pruner.{name}", getattr(self, name))
-        if isinstance(self.rounding, str):
+        if self.rounding is None:
+            pass
+        elif isinstance(self.rounding, str):
             require_choice("pruner.rounding", self.rounding, (LLM_PRUNER, "a whole number"))
         else:
             require_number("pruner.rounding", self.rounding, 1, integer=True)
@@ -100,8 +107,36 @@ class WidthPruning(Stage):
                 f"Use pruner.first_block={last} pruner.last_block={first}."
             )
 
+    @property
+    def chosen_rounding(self) -> int | str:
+        """The setting, or what it stands for where it is None."""
+        return self._needed if self.rounding is None else self.rounding
+
+    def prepare(self, spec: ModelSpec, following: Sequence[Stage]) -> None:
+        """Where ``rounding`` is None, let the result fit the groups of the stages that follow.
+
+        Results stay what they are where 64 fits: with groups of 64, and with groups of 128 where
+        the channels happen to be divisible.
+
+        Args:
+            spec: the model.
+            following: the later stages of the chain.
+        """
+        self._needed = ROUNDING
+        if self.rounding is not None:
+            return
+        multiple = max([ROUNDING, *(stage.input_multiple for stage in following)])
+        for block, width in self.widths(spec).items():
+            before = width_of(spec, block)
+            if width.channels % multiple or (
+                before.heads * spec.head_dim % multiple == 0
+                and width.heads * spec.head_dim % multiple
+            ):
+                self._needed = multiple
+
     def cache_key(self) -> dict:
         settings = dataclass_cache_key(self)
+        settings["rounding"] = self.chosen_rounding
         if not self.reconstruct:
             for unused in ("calibration", "damping"):
                 settings.pop(unused)
@@ -123,7 +158,7 @@ class WidthPruning(Stage):
     def widths(self, spec: ModelSpec) -> dict[int, Width]:
         """Return the sizes that the pruned blocks will have."""
         return {
-            block: pruned_width(spec, block, self.ratio, self.rounding)
+            block: pruned_width(spec, block, self.ratio, self.chosen_rounding)
             for block in self.block_range(spec)
         }
 
@@ -167,7 +202,7 @@ class WidthPruning(Stage):
         if all(width == width_of(spec, block) for block, width in widths.items()):
             raise SlimError(
                 f"pruner.ratio={self.ratio} removes nothing from {spec.name} with "
-                f"pruner.rounding={self.rounding}. Use a larger ratio, or a smaller rounding."
+                f"pruner.rounding={self.chosen_rounding}. Use a larger ratio, or a smaller rounding."
             )
         with_widths(spec, widths)  # raises where no config can hold the result
 

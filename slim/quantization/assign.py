@@ -117,6 +117,53 @@ def pinned_layers(names: Iterable[str], overrides: Mapping[str, Mapping]) -> set
     return pinned
 
 
+def fused_groups(spec: ModelSpec) -> list[tuple[str, ...]]:
+    """Return the layers of the blocks that engines keep in one matrix: those that share an input.
+
+    Args:
+        spec: The model.
+
+    Returns:
+        Full names of queries, keys and values of every block, and of gate and up projections.
+        Layers that have their input for themselves are in no group.
+    """
+    groups = []
+    for block in range(spec.blocks):
+        prefix = f"{spec.family.blocks}.{block}"
+        for group in spec.family.linear_groups:
+            if len(group.linears) > 1:
+                groups.append(tuple(f"{prefix}.{name}" for name in group.linears))
+    return groups
+
+
+def split_groups(spec: ModelSpec, schemes: Mapping[str, Scheme]) -> str | None:
+    """Say what engines make of layers that they fuse and that have different schemes.
+
+    Args:
+        spec: The model.
+        schemes: Full layer name -> scheme; layers left plain are not in it.
+
+    Returns:
+        A sentence for the user; None where all layers of a fused matrix are alike.
+    """
+    split = []
+    for group in fused_groups(spec):
+        if len({schemes.get(name) for name in group}) > 1:
+            split.append(group)
+    if not split:
+        return None
+    bits = []
+    for name in split[0]:
+        scheme = schemes.get(name)
+        width = "plain" if scheme is None else f"{scheme.bits} bits"
+        bits.append(f"{name.rpartition('.')[2]} {width}")
+    return (
+        f"{len(split)} groups of layers that engines keep in one matrix have different schemes "
+        f"(first {split[0][0].rpartition('.')[0]}: {', '.join(bits)}). vLLM does not load such a "
+        "file; slim, transformers and llama.cpp (quant.format=gguf) do."
+    )
+
+
 def check_plain(spec: ModelSpec) -> None:
     """Check that a model can be quantized.
 

@@ -523,6 +523,41 @@ def test_a_ratio_that_drops_no_head_prunes_the_mlp_alone_and_says_so(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
+@pytest.mark.parametrize(
+    ("group_size", "ratio", "channels"),
+    [
+        (None, 0.3, 448),  # 7 * 64
+        (64, 0.3, 448),
+        (128, 0.3, 512),
+        (128, 0.4, 384),  # 64 gives a multiple of 128 already
+        (-1, 0.3, 448),
+    ],
+)
+def test_channels_fit_the_groups_of_a_later_quantizer(
+    grouped_llama, calibration, group_size, ratio, channels
+):
+    from slim.quantization.methods.rtn import RTN
+
+    spec = open_checkpoint(grouped_llama).spec.with_config(intermediate_size=640)
+    following = []
+    if group_size is not None:
+        following = [RTN(4, group_size)]
+    stage = WidthL1(calibration=calibration, ratio=ratio)
+    stage.prepare(spec, following)
+    assert {width.channels for width in stage.widths(spec).values()} == {channels}
+    # where 64 fits the result keeps the name it had when 64 was the default
+    assert stage.cache_key()["rounding"] == (128 if channels == 512 else 64)
+
+
+def test_a_rounding_that_is_given_is_kept(grouped_llama, calibration):
+    from slim.quantization.methods.rtn import RTN
+
+    spec = open_checkpoint(grouped_llama).spec.with_config(intermediate_size=640)
+    stage = WidthL1(calibration=calibration, ratio=0.3, rounding=64)
+    stage.prepare(spec, [RTN(4, 128)])
+    assert {width.channels for width in stage.widths(spec).values()} == {448}
+
+
 def test_the_plan_of_a_later_stage_sees_the_sizes_of_every_block(grouped_llama, calibration):
     """One block of 40 channels among others of 128 is enough for groups of 32 not to fit."""
     from slim.quantization.methods.rtn import RTN

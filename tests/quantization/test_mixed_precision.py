@@ -19,12 +19,13 @@ from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
 from slim.loading.load_model import load_model
 from slim.pruning.weights import MagnitudeWeights
-from slim.quantization.methods.allocate import allocate
+from slim.quantization.assign import fused_groups
+from slim.quantization.methods.allocate import allocate, allocate_together
 from slim.quantization.methods.awq import AWQ
 from slim.quantization.methods.gptq import GPTQ
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.scheme import Scheme
-from slim.quantization.storage import weight_bytes
+from slim.quantization.storage import packed_schemes, weight_bytes
 from tests.conftest import build_small
 from tests.support.calibrating import random_calibration
 
@@ -103,6 +104,63 @@ def test_bits_that_bring_nothing_are_not_spent():
         "useful": {2: 0.1, 3: 0.05, 4: 0.02, 8: 0.0},
     }
     assert allocate(errors, {"useless": 10, "useful": 10}, 8.0) == {"useless": 2, "useful": 8}
+
+
+def test_layers_of_a_group_get_the_bits_that_their_sum_asks_for():
+    errors = {
+        "q": {2: 1.0, 3: 0.9, 4: 0.8, 8: 0.7},
+        "k": {2: 9.0, 3: 2.0, 4: 0.5, 8: 0.0},
+        "o": {2: 0.5, 3: 0.4, 4: 0.3, 8: 0.2},
+    }
+    sizes = {"q": 30, "k": 10, "o": 40}
+    groups = [("q", "k", "v"), ("o",)]
+    for average in (2.5, 3.0, 4.0, 6.0):
+        chosen = allocate_together(errors, sizes, average, groups)
+        assert chosen["q"] == chosen["k"]
+        best = None
+        for together, alone in itertools.product((2, 3, 4, 8), repeat=2):
+            if 40 * together + 40 * alone > 80 * average:
+                continue
+            loss = 30 * errors["q"][together] + 10 * errors["k"][together]
+            loss += 40 * errors["o"][alone]
+            if best is None or loss < best[0]:
+                best = (loss, together, alone)
+        assert (chosen["q"], chosen["o"]) == best[1:]
+
+
+def groups_that_differ(folder) -> set[str]:
+    """Return the fused groups in whose report the layers have different bits."""
+    table = json.loads((folder / "report" / "bits.json").read_text())
+    bits = {row["layer"]: row["bits"] for row in table}
+    spec = open_checkpoint(folder).spec
+    return {group[0] for group in fused_groups(spec) if len({bits[name] for name in group}) > 1}
+
+
+def test_automatic_bits_are_alike_in_what_engines_fuse(small_llama, tmp_path):
+    run(RTN("auto", 32, average_bits=3.3), small_llama, tmp_path / "fused")
+    run(RTN("auto", 32, average_bits=3.3, fused=False), small_llama, tmp_path / "apart")
+    assert not groups_that_differ(tmp_path / "fused")
+    assert groups_that_differ(tmp_path / "apart")
+
+
+def test_an_override_that_parts_fused_layers_is_kept_and_warned_of(small_llama, tmp_path):
+    overrides = {"*.q_proj": {"bits": 8}}
+    result = run(RTN(4, 32, overrides=overrides), small_llama, tmp_path / "q")
+    assert len(result["notes"]) == 1
+    assert "q_proj 8 bits, k_proj 4 bits, v_proj 4 bits" in result["notes"][0]
+    assert "vLLM" in result["notes"][0]
+    assert packed_schemes(open_checkpoint(tmp_path / "q").spec)[
+        "model.layers.0.self_attn.q_proj"
+    ] == Scheme(8, 32, False)
+    whole = {"*.self_attn.?_proj": {"bits": 8}}
+    assert "notes" not in run(RTN(4, 32, overrides=whole), small_llama, tmp_path / "whole")
+
+
+def test_only_automatic_bits_have_fused_in_their_name():
+    assert "fused" not in RTN(4, 32).cache_key()
+    assert RTN("auto", 32, average_bits=3).cache_key()["fused"] is True
+    apart = RTN("auto", 32, average_bits=3, fused=False)
+    assert "fused" not in apart.cache_key()  # as before there was the setting
 
 
 @pytest.mark.parametrize("method", [RTN, GPTQ])

@@ -10,11 +10,15 @@ number of weights. Without the share, layers with large outputs would take all b
 them (a norm, a residual stream) does not care for absolute size. All layers begin with the fewest
 bits; the step with the largest gain per bit comes next, along each layer's lower convex hull, so
 that only steps that fit no more can be missed (Shoham & Gersho 1988).
+
+Engines keep the layers that share an input (queries, keys and values; gate and up projections) in
+one matrix with one scheme. So they are one layer here, with the mean of their errors, unless each
+is to be chosen by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from slim.calibration.errors import relative_error
@@ -70,6 +74,40 @@ class Sensitivity(BlockMethod):
                 errors[bits] = relative_error(change, linear.weight, group.hessian) ** 2
             self.errors[f"{group.prefix}.{name}"] = errors
         return {}
+
+
+def allocate_together(
+    errors: Mapping[str, Mapping[int, float]],
+    sizes: Mapping[str, int],
+    average: float,
+    groups: Sequence[Sequence[str]],
+) -> dict[str, int]:
+    """Return layer -> bits as :func:`allocate` does, the same for all layers of a group.
+
+    Args:
+        errors: layer -> bits -> e_l(b).
+        sizes: layer -> number of weights n_l.
+        average: the most bits per weight there may be on average.
+        groups: names of layers that belong together; names that ``errors`` lacks do not matter.
+    """
+    members = {name: [name] for name in errors}
+    for group in groups:
+        together = [name for name in group if name in errors]
+        for name in together:
+            del members[name]
+        if together:
+            members[together[0]] = together
+    joined_errors, joined_sizes = {}, {}
+    for first, names in members.items():
+        size = sum(sizes[name] for name in names)
+        joined_sizes[first] = size
+        joined_errors[first] = {}
+        for bits in errors[first]:
+            # n_l e_l(b), which the sum to be made small consists of, over all weights of the group
+            total = sum(sizes[name] * errors[name][bits] for name in names)
+            joined_errors[first][bits] = total / size
+    chosen = allocate(joined_errors, joined_sizes, average)
+    return {name: chosen[first] for first, names in members.items() for name in names}
 
 
 def allocate(

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, ClassVar
 from slim.checkpoints.checkpoint import REPORT, Checkpoint, open_checkpoint
 from slim.checkpoints.stage import Context, Stage
 from slim.core.errors import SlimError
-from slim.core.settings import require_choice, require_flag, require_number
+from slim.core.settings import dataclass_cache_key, require_choice, require_flag, require_number
 from slim.models.spec import DTYPE_BYTES, ModelSpec
 from slim.quantization.assign import (
     PLAIN_BITS,
     assign,
     check_overrides,
     check_plain,
+    fused_groups,
     layer_shapes,
     pinned_layers,
+    split_groups,
 )
 from slim.quantization.formats import get_format
 from slim.quantization.ranges import fitting_schemes
@@ -49,6 +51,8 @@ class Quantization(Stage):
         average_bits: with ``bits=auto``, the most bits per weight on average, 2 to 8, of the codes,
             over the layers whose bits no override sets.
         budget_gb: with ``bits=auto``, the most that all weight files may take, in 10^9 bytes.
+        fused: with ``bits=auto``, whether layers that engines keep in one matrix (queries, keys and
+            values; gate and up projections) get the same bits.
         overrides: layer name with ``*`` for anything -> {bits, group_size, symmetric} of its own;
             bits 16 leave the layer as it is.
         lm_head: whether the head is quantised too: 8 bits, symmetric, a scale per row, unless
@@ -66,6 +70,7 @@ class Quantization(Stage):
     lm_head: bool = False
     embeddings: bool = False
     format: str = "compressed-tensors"
+    fused: bool = True
 
     kind: ClassVar[str] = "quantize"
     ordered: ClassVar[bool] = False  # whether columns are grouped in activation order
@@ -74,12 +79,23 @@ class Quantization(Stage):
     def __post_init__(self) -> None:
         require_choice("quant.bits", self.bits, (*BITS, AUTO))
         require_choice("quant.group_size", self.group_size, (*GROUP_SIZES, WHOLE_ROW))
-        for name in ("symmetric", "lm_head", "embeddings"):
+        for name in ("symmetric", "lm_head", "embeddings", "fused"):
             require_flag(f"quant.{name}", getattr(self, name))
         self.overrides = self.overrides or {}
         check_overrides(self.overrides)
         get_format(self.format)
         self._check_budget()
+
+    @property
+    def input_multiple(self) -> int:
+        return max(1, self.group_size)  # -1 is a whole row, which always fits
+
+    def cache_key(self) -> dict:
+        key = dataclass_cache_key(self)
+        # only bits=auto asks for it; results from before it was a setting chose layer by layer
+        if self.bits != AUTO or not self.fused:
+            del key["fused"]
+        return key
 
     def _check_budget(self) -> None:
         limits = [name for name in ("average_bits", "budget_gb") if getattr(self, name) is not None]
@@ -209,16 +225,27 @@ class Quantization(Stage):
         schemes, left_plain = fitting_schemes(checkpoint, schemes, get_format(self.format))
         method = self.method(spec, schemes)
         method.notes += left_plain
+        split = self._fused_notes(spec, schemes)
+        for note in split:
+            warn(note)  # before hours of work that may be for an engine
         result = self.described(spec, schemes)
         errors = transform_checkpoint(checkpoint, target, method, result.config, context, tokens)
         check_written(target, method.meant)
         metadata = self._metadata(target, result, schemes, errors)
         notes = [*method.notes, *get_format(self.format).finish(target)]
-        if notes:
-            metadata["notes"] = notes
+        if split or notes:
+            metadata["notes"] = split + notes
         for note in notes:
             warn(note)
         return metadata
+
+    def _fused_notes(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> list[str]:
+        """Say where overrides part layers that engines fuse; llama.cpp, which reads GGUF, does not
+        fuse any."""
+        note = split_groups(spec, schemes)
+        if note is None or self.format == "gguf":
+            return []
+        return [note]
 
     def _allocate(
         self, source: Checkpoint, tokens: torch.Tensor | None, target: Path, context: Context
@@ -228,7 +255,7 @@ class Quantization(Stage):
 
         from slim.calibration.resume import CalibrationProgress
         from slim.calibration.sequential import SequentialCalibration
-        from slim.quantization.methods.allocate import Sensitivity, allocate
+        from slim.quantization.methods.allocate import Sensitivity, allocate_together
         from slim.quantization.report import write_allocation
 
         # Measure: a pass of its own over the blocks, which changes nothing.
@@ -251,7 +278,8 @@ class Quantization(Stage):
             if name not in pinned:
                 errors[name] = method.errors[name]
                 sizes[name] = rows * columns
-        bits = allocate(errors, sizes, self.allowed_bits(spec))
+        groups = fused_groups(spec) if self.fused else []
+        bits = allocate_together(errors, sizes, self.allowed_bits(spec), groups)
         for name in pinned:
             bits[name] = schemes[name].bits if name in schemes else PLAIN_BITS
         write_allocation(target / REPORT, spec, method.errors, bits)
