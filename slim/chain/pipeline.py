@@ -68,7 +68,7 @@ class Pipeline:
         steps = [self._first_step()]
         for number, stage in enumerate(self.stages):
             parent = steps[-1]
-            stage.prepare(parent.spec, self.stages[number + 1 :])
+            stage.look_ahead(parent.spec, self.stages[number + 1 :])
             # against the planned model: a mistake in the last stage is found before the first runs
             stage.check(parent.spec)
             steps.append(self._step(stage, parent))

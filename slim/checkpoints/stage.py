@@ -62,7 +62,7 @@ class Stage:
         size of its groups of weights."""
         return 1
 
-    def prepare(self, spec: ModelSpec, following: Sequence[Stage]) -> None:
+    def look_ahead(self, spec: ModelSpec, following: Sequence[Stage]) -> None:
         """Choose what settings leave to the chain; called before ``check`` and ``cache_key``.
 
         Args:

@@ -48,7 +48,7 @@ class WidthPruning(Stage):
         last_block: the last pruned block, included; None: the last that is not protected.
         rounding: the kept MLP channels (and the attention's output, where it can be) are a multiple
             of this, 1 or more; ``llm_pruner``: exactly its counts; None: 64, or more where a later
-            stage of the chain could not divide the result into its groups (see ``prepare``).
+            stage of the chain could not divide the result into its groups (see ``look_ahead``).
         uniform: prune all blocks to the same sizes, so that a stock config describes the result.
         reconstruct: refit ``o_proj`` and ``down_proj`` by least squares to what they gave before,
             on calibration text.
@@ -112,7 +112,7 @@ class WidthPruning(Stage):
         """The setting, or what it stands for where it is None."""
         return self._needed if self.rounding is None else self.rounding
 
-    def prepare(self, spec: ModelSpec, following: Sequence[Stage]) -> None:
+    def look_ahead(self, spec: ModelSpec, following: Sequence[Stage]) -> None:
         """Where ``rounding`` is None, let the result fit the groups of the stages that follow.
 
         Results stay what they are where 64 fits: with groups of 64, and with groups of 128 where
@@ -202,7 +202,8 @@ class WidthPruning(Stage):
         if all(width == width_of(spec, block) for block, width in widths.items()):
             raise SlimError(
                 f"pruner.ratio={self.ratio} removes nothing from {spec.name} with "
-                f"pruner.rounding={self.chosen_rounding}. Use a larger ratio, or a smaller rounding."
+                f"pruner.rounding={self.chosen_rounding}. "
+                "Use a larger ratio, or a smaller rounding."
             )
         with_widths(spec, widths)  # raises where no config can hold the result
 

@@ -543,7 +543,7 @@ def test_channels_fit_the_groups_of_a_later_quantizer(
     if group_size is not None:
         following = [RTN(4, group_size)]
     stage = WidthL1(calibration=calibration, ratio=ratio)
-    stage.prepare(spec, following)
+    stage.look_ahead(spec, following)
     assert {width.channels for width in stage.widths(spec).values()} == {channels}
     # where 64 fits the result keeps the name it had when 64 was the default
     assert stage.cache_key()["rounding"] == (128 if channels == 512 else 64)
@@ -554,7 +554,7 @@ def test_a_rounding_that_is_given_is_kept(grouped_llama, calibration):
 
     spec = open_checkpoint(grouped_llama).spec.with_config(intermediate_size=640)
     stage = WidthL1(calibration=calibration, ratio=0.3, rounding=64)
-    stage.prepare(spec, [RTN(4, 128)])
+    stage.look_ahead(spec, [RTN(4, 128)])
     assert {width.channels for width in stage.widths(spec).values()} == {448}
 
 
