@@ -150,7 +150,7 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
     folders += leftovers(store)
     evaluations = []
     if options.evaluations:
-        evaluations = evaluation_files(store)
+        evaluations = [*evaluation_files(store), *kept_references(store)]
     if running:
         print(
             f"'{running[0].name}' is marked as running in MLflow: "
@@ -181,6 +181,11 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
 def evaluation_files(store: Store) -> list[Path]:
     """Return the files of all evaluations, by name."""
     return sorted((store.root / "evaluations").glob("*.json"))
+
+
+def kept_references(store: Store) -> list[Path]:
+    """Return the files with what evaluations keep of the checkpoints others are compared with."""
+    return sorted((store.root / "evaluations").glob("*.safetensors"))
 
 
 def removed_line(freed: int, busy: list[str]) -> str:

@@ -129,6 +129,7 @@ def size_rows(store: Store) -> list[tuple[str, int, int]]:
     parts = {
         "work in progress or left behind": unfinished_folders(store),
         "evaluations": list((store.root / "evaluations").glob("*.json")),
+        "hidden states of references": list((store.root / "evaluations").glob("*.safetensors")),
         "distributions of teachers": _folders(store.root / "teacher"),
         "tracking: database": list(store.root.glob(f"{DATABASE}*")),
     }

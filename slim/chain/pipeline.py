@@ -144,9 +144,17 @@ class Pipeline:
             )
         return None
 
-    def run(self, tracker: Tracker | None = None) -> list[Result]:
-        """Run what is not there yet, evaluate every checkpoint, and return the source and all
-        results in order."""
+    def run(self, tracker: Tracker | None = None, reference: Result | None = None) -> list[Result]:
+        """Run what is not there yet, and evaluate every checkpoint.
+
+        Args:
+            tracker: records every result; None records nothing.
+            reference: whose predictions those of all checkpoints are compared with where that is
+                asked for; None: the source's.
+
+        Returns:
+            The source and all results, in order.
+        """
         steps = self.plan()
         self.check_limits(steps)
         if isinstance(self.model, Source) and not all(step.cached for step in steps[1:]):
@@ -160,9 +168,11 @@ class Pipeline:
             started = time.monotonic()
             result, curves = self._make(stage, parent)
             result.seconds = time.monotonic() - started
+            self._compare_with(reference or result)
             self._evaluate(result)
             results.append(result)
             parent = result
+            reference = results[0] if reference is None else reference
             if tracker is not None:
                 tracker.log_result(result, stage, curves)
         return results
@@ -259,6 +269,13 @@ class Pipeline:
             if candidate is stage:
                 return number
         raise ValueError("not a stage of this pipeline")
+
+    def _compare_with(self, reference: Result) -> None:
+        """Let predictions be compared with those of ``reference``, where that is asked for."""
+        if self.evaluation is not None and self.evaluation.kl:
+            from slim.evaluation.divergence import Reference  # local: torch
+
+            self.evaluation.reference = Reference.of(reference, self.store)
 
     def _evaluate(self, result: Result) -> None:
         """Fill in quality (a fact about a checkpoint) and speed (one about a checkpoint on a

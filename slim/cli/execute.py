@@ -101,7 +101,9 @@ def run_tracked(
             log_settings(tracker, config)
             results = []
             for pipeline in pipelines:
-                results.extend(pipeline.run(tracker))
+                # of several sources the first is what the others are compared with
+                reference = results[0] if results else None
+                results.extend(pipeline.run(tracker, reference))
             name_apart(results)
             comparison = compare(results, first.evaluation, first.store, first.device)
             record_results(tracker, results, comparison, compared)

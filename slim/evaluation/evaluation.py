@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slim.core.errors import SlimError
 from slim.core.hardware import fingerprint
-from slim.core.settings import cache_key, require_choice, require_number
+from slim.core.settings import cache_key, require_choice, require_flag, require_number
 from slim.data.text import Text
 from slim.evaluation.answers import Answers
 from slim.evaluation.documents import DocumentPerplexity
@@ -28,6 +28,9 @@ from slim.models.spec import resolve_dtype
 from slim.quantization.storage import packed_schemes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from slim.evaluation.divergence import Reference
     from slim.models.spec import ModelSpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -54,6 +57,8 @@ class Evaluation:
         energy: country whose electricity the machine uses, three letters, to measure energy and
             CO2; None measures none.
         local_data: folder with the questions of stock tasks (see :class:`Tasks`).
+        kl: whether the predictions of every checkpoint are compared with those of the first one, on
+            the text of the perplexity (see :mod:`slim.evaluation.divergence`).
         extra: further parts by name: objects with ``measure(model, tokenizer, context_length)``
             (docs/extending/metric.md).
     """
@@ -69,15 +74,19 @@ class Evaluation:
     judge: Judge | None = None
     energy: str | None = None
     local_data: str | None = None
+    kl: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     # found by slim.evaluation.machine.machine_dtype, and set where there is a store to keep it in
     machine_dtype: str | None = field(default=None, init=False, repr=False)
+    # the first checkpoint, set by who measures several; without one nothing is compared
+    reference: Reference | None = field(default=None, init=False, repr=False)
 
     # Raised whenever the same settings begin to give different figures, so that kept results are
     # not reused.
     quality_version: ClassVar[int] = 2
     speed_version: ClassVar[int] = 3
+    kl_version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self.prompts = list(self.prompts or [])
@@ -89,6 +98,12 @@ class Evaluation:
         if self.judge is not None and self.answers is None:
             raise SlimError(
                 "eval.judge compares answers: it needs eval.answers too (eval=judged has both)."
+            )
+        require_flag("eval.kl", self.kl)
+        if self.kl and self.perplexity is None:
+            raise SlimError(
+                "eval.kl=true compares predictions on the text of eval.perplexity, which is null. "
+                "Use another eval, such as eval=wikitext2, or eval.kl=false."
             )
         for prompt in self.prompts:
             if not isinstance(prompt, str) or not prompt:
@@ -185,6 +200,8 @@ class Evaluation:
         key["prompts"] = self.prompts
         # without prompts their length changes nothing
         key["new_tokens"] = self.new_tokens if self.prompts else None
+        if self.kl and self.reference is not None:
+            key["kl"] = {"version": self.kl_version, "reference": self.reference.content}
         return key
 
     def speed_cache_key(self) -> dict:
@@ -201,12 +218,13 @@ class Evaluation:
             key["text"] = self._speed_text().text_identity()
         return key
 
-    def measure_quality(self, model, tokenizer) -> dict:
+    def measure_quality(self, model, tokenizer, states: Path | None = None) -> dict:
         """Measure what is a fact about the checkpoint alone.
 
         Args:
             model: a torch module of transformers.
             tokenizer: of the checkpoint.
+            states: what is kept of ``reference``, for its text; None: nothing is compared with it.
 
         Returns:
             ``metrics``: name -> float; ``protocol``: per part what they depend on; ``samples``:
@@ -219,7 +237,12 @@ class Evaluation:
         measured = {}
         records = {}
         for name, part in self._quality_parts().items():
-            result = part.measure(model, tokenizer, context_length)
+            if name == "perplexity" and states is not None:
+                # in the same pass over the text
+                result = part.measure(model, tokenizer, context_length, states)
+                protocol["kl"] = {**result["protocol"], "reference": self.reference.content}
+            else:
+                result = part.measure(model, tokenizer, context_length)
             metrics.update(result["metrics"])
             protocol[name] = result["protocol"]
             records[name] = result["records"]

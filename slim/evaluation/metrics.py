@@ -123,6 +123,13 @@ METRICS = [
     Metric("bytes_on_disk", "disk", "size on disk", "MB", 1e-6, 2, "low", level=HEADLINE),
     Metric("macs_per_token", "multiplications per token", "", "M", 1e-6, 2, "low"),
     Metric("perplexity", "perplexity", "", "", 1, 3, "low", "perplexity", HEADLINE),
+    Metric("kl", "KL to the first", "", "", 1, 4, "low", "kl", HEADLINE),
+    Metric("kl_p99", "KL of 99 % at most", "", "", 1, 3, "low", "kl", DETAIL),
+    Metric("kl_max", "largest KL", "", "", 1, 3, "low", "kl", DETAIL),
+    Metric(
+        "same_top", "same most likely token", "same top token", "%", 100, 1, "high", "kl", HEADLINE,
+        "difference",
+    ),
     Metric(
         "word_perplexity", "word perplexity", "", "", 1, 3, "low", "documents", HEADLINE,
         per="words",

@@ -16,7 +16,6 @@ C4's first validation file by spaces, and take 256 windows of C4 (``slim/conf/ev
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -29,10 +28,13 @@ from slim.core.lazy import LazyModule
 from slim.core.settings import require_number
 from slim.data.encoding import encode_long
 from slim.data.text import Text, load_dataset_files
+from slim.evaluation.divergence import DivergenceMeter, KeptStates, tokens_sha256
 from slim.models.logits import head_logits
 from slim.models.spec import FAMILIES
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 else:
     torch = LazyModule("torch")
@@ -129,31 +131,43 @@ class Perplexity(Text):
         count = min(count, self.limit or count)
         return torch.tensor(ids[: count * window], dtype=torch.long).view(count, window)
 
-    def measure(self, model, tokenizer, context_length: int) -> dict:
+    def measure(self, model, tokenizer, context_length: int, states: Path | None = None) -> dict:
         """Measure the perplexity. NaN and infinity stay what they are.
 
         Args:
             model: a torch module of transformers.
             tokenizer: of the checkpoint.
             context_length: tokens that the model has room for.
+            states: what is kept of the checkpoint that predictions are compared with (see
+                :mod:`slim.evaluation.divergence`); None: they are not compared.
 
         Returns:
             ``metrics``: ``perplexity``; ``protocol``; and ``records``: ``nll``, the mean negative
             log-likelihood per prediction, in nats, of every window. A difference between two
-            checkpoints is computed from these, pair by pair.
+            checkpoints is computed from these, pair by pair. With ``states`` also those of
+            :meth:`slim.evaluation.divergence.DivergenceMeter.result`.
         """
         windows = self.windows(tokenizer, context_length)
         count, window = windows.shape
+        meter = None
+        if states is not None:
+            cap = getattr(model.config, "final_logit_softcapping", None)
+            meter = DivergenceMeter(KeptStates(states, model.device.type, cap))
         # the first token of a window has no context and is not predicted
-        nll = window_nll(model, windows, self.batch_size) / (window - 1)
+        nll = window_nll(model, windows, self.batch_size, meter) / (window - 1)
         protocol = {
             "window": window,
             "windows": count,
             "predictions": count * (window - 1),
-            "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "tokens_sha256": tokens_sha256(windows),
         }
         metrics = {"perplexity": exponential(nll.mean().item())}
-        return {"metrics": metrics, "protocol": protocol, "records": {"nll": nll.tolist()}}
+        records = {"nll": nll.tolist()}
+        if meter is not None:
+            compared, means = meter.result(count)
+            metrics.update(compared)
+            records.update(means)
+        return {"metrics": metrics, "protocol": protocol, "records": records}
 
 
 def negative_log_likelihood(model, windows: torch.Tensor, batch_size: int | None = None) -> float:
@@ -170,34 +184,52 @@ def negative_log_likelihood(model, windows: torch.Tensor, batch_size: int | None
     return window_nll(model, windows, batch_size).sum().item()
 
 
-def window_nll(model, windows: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+def window_nll(
+    model,
+    windows: torch.Tensor,
+    batch_size: int | None = None,
+    meter: DivergenceMeter | None = None,
+) -> torch.Tensor:
     """Return the negative log-likelihood of every window apart.
 
     Args:
         model: a torch module of transformers.
         windows: int64 [windows, tokens].
         batch_size: windows in one forward pass; None for as many as make 1024 tokens.
+        meter: is shown the logits.
 
     Returns:
         float64 [windows], on the CPU: the sum over all tokens but the first, in nats.
     """
-    batch_size = batch_size or max(1, TOKENS_AT_ONCE // windows.shape[1])
+    batch_size = batch_size or default_batch_size(windows)
     sums = []
     with torch.inference_mode():
         for batch in track(windows.split(batch_size), "perplexity"):
             batch = batch.to(model.device)
             # float64 before the sum: thousands of float32 terms would lose digits
-            sums.append(token_nll(model, batch[:, :-1], batch[:, 1:]).double().sum(1).cpu())
+            nll = token_nll(model, batch[:, :-1], batch[:, 1:], meter)
+            sums.append(nll.double().sum(1).cpu())
     return torch.cat(sums)
 
 
-def token_nll(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def default_batch_size(windows: torch.Tensor) -> int:
+    """Return how many of the windows, [windows, tokens], are read in one forward pass."""
+    return max(1, TOKENS_AT_ONCE // windows.shape[1])
+
+
+def token_nll(
+    model,
+    ids: torch.Tensor,
+    targets: torch.Tensor,
+    meter: DivergenceMeter | None = None,
+) -> torch.Tensor:
     """Return -log p of tokens. The logits are computed for a slice of the positions at a time.
 
     Args:
         model: a torch module of transformers.
         ids: int64 [windows, tokens], what the model reads.
         targets: int64 [windows, k], what comes after the last k positions of ``ids``.
+        meter: is shown the logits, row after row.
 
     Returns:
         float32 [windows, k], in nats.
@@ -205,15 +237,20 @@ def token_nll(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     predicted = targets.shape[1]
     wanted = targets.flatten()
     if model.config.model_type not in FAMILIES:  # the head may be more than one matrix
-        logits = model(input_ids=ids, use_cache=False).logits[:, -predicted:]
-        return _cross_entropy(logits.flatten(0, 1), wanted).view(targets.shape)
+        logits = model(input_ids=ids, use_cache=False).logits[:, -predicted:].flatten(0, 1)
+        if meter is not None:
+            meter.add(logits)
+        return _cross_entropy(logits, wanted).view(targets.shape)
     # the model without its head: all logits of a large vocabulary would not fit
     output = model.base_model(input_ids=ids, use_cache=False)
     hidden = output.last_hidden_state[:, -predicted:].flatten(0, 1)
     rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     parts = []
     for states, tokens in zip(hidden.split(rows), wanted.split(rows), strict=True):
-        parts.append(_cross_entropy(head_logits(model, states), tokens))
+        logits = head_logits(model, states)
+        if meter is not None:
+            meter.add(logits)
+        parts.append(_cross_entropy(logits, tokens))
     return torch.cat(parts).view(targets.shape)
 
 

@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.checkpoints.writer import copy_companions
+from slim.core.console import warn
+from slim.core.errors import SlimError
+from slim.evaluation.divergence import keep_states
 from slim.evaluation.memory import MemoryMeter, release
+from slim.evaluation.perplexity import default_batch_size
 from slim.evaluation.speed import Speed
 from slim.loading.load_model import import_libraries, load_model, use_fast_kernels
 from slim.models.spec import FAMILIES
@@ -54,6 +58,9 @@ def measure(
     speed_type = evaluation.speed_dtype(spec, device)
     evaluation.check_tokenizer(tokenizer, spec.context_length)
     seed_everything()
+    states = None
+    if quality and evaluation.reference is not None:
+        states = reference_states(evaluation, folder, tokenizer, quality_type, device)
     model = None
     if speed:
         model, measured["speed"] = _measure_speed(folder, evaluation, tokenizer, speed_type, device)
@@ -63,7 +70,7 @@ def measure(
             release()
     if quality:
         measured["quality"] = _measure_quality(
-            model, folder, evaluation, tokenizer, quality_type, device
+            model, folder, evaluation, tokenizer, quality_type, device, states
         )
     del model
     release()
@@ -96,13 +103,72 @@ def _measure_speed(
 
 
 def _measure_quality(
-    model, folder: Path, evaluation: Evaluation, tokenizer, dtype: str, device: str
+    model,
+    folder: Path,
+    evaluation: Evaluation,
+    tokenizer,
+    dtype: str,
+    device: str,
+    states: Path | None,
 ) -> dict:
     """Return quality of ``model``, loading it first where it is None."""
     import torch
 
     with torch.inference_mode():
-        return evaluation.measure_quality(model or load_model(folder, dtype, device), tokenizer)
+        model = model or load_model(folder, dtype, device)
+        return evaluation.measure_quality(model, tokenizer, states)
+
+
+def reference_states(
+    evaluation: Evaluation, folder: Path, tokenizer, dtype: str, device: str
+) -> Path | None:
+    """Return the file with what is kept of the reference, made now where it is not there.
+
+    Args:
+        evaluation: with a perplexity and a reference.
+        folder: the checkpoint that is compared with it.
+        tokenizer: of that checkpoint.
+        dtype: type to compute in.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The file, or None, which is said, where the two read the text as other tokens.
+
+    Raises:
+        SlimError: when the head of the reference is not one matrix that slim knows.
+    """
+    import torch
+
+    reference, perplexity = evaluation.reference, evaluation.perplexity
+    spec = open_checkpoint(folder).spec
+    windows = perplexity.windows(tokenizer, spec.context_length)
+    path = reference.states_file(windows, dtype, device)
+    with reference.store.lock(path):
+        # the name holds the tokens, so a file that is there was made of the same
+        if path.is_file():
+            return path
+        other = open_checkpoint(reference.folder)
+        if other.config.get("model_type") not in FAMILIES:
+            raise SlimError(
+                f"eval.kl=true: the head of {reference.label} is not known, since no family is "
+                f"called {other.config.get('model_type')}. Use eval.kl=false."
+            )
+        same_words = spec.vocab_size == other.spec.vocab_size
+        if not same_words or not torch.equal(
+            windows, perplexity.windows(load_tokenizer(reference.folder), other.spec.context_length)
+        ):
+            warn(
+                f"KL is left out: its tokens are not those of {reference.label}.",
+                head=f"{Path(folder).name}:",
+            )
+            return None
+        with torch.inference_mode():
+            model = load_model(reference.folder, dtype, device)
+            batch_size = perplexity.batch_size or default_batch_size(windows)
+            keep_states(path, model, windows, batch_size)
+        del model
+        release()
+    return path
 
 
 def warm_up(folder: Path, device: str) -> None:

@@ -21,7 +21,11 @@ def head_logits(model, hidden: torch.Tensor) -> torch.Tensor:
         [..., vocabulary], in the type of ``hidden``.
     """
     logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    return soft_cap(logits, getattr(model.config, "final_logit_softcapping", None))
+
+
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return c tanh(x / c) for logits x of any shape; x itself where there is no cap c."""
     if cap is None:
         return logits
     return (logits / cap).tanh() * cap
