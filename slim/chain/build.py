@@ -95,7 +95,8 @@ def merge_alias(config: DictConfig) -> DictConfig:
     unknown = [key for key in alias if key not in config.quantizer]
     if unknown:
         raise SlimError(
-            f"The quantizer has no setting '{unknown[0]}'. It has: {', '.join(config.quantizer)}."
+            f"The quantizer has no setting '{unknown[0]}'. It has: "
+            f"{', '.join(config.quantizer) or 'none, since no quantizer is chosen: quant=gptq'}."
         )
     config.quantizer = OmegaConf.merge(config.quantizer, alias)
     return config
