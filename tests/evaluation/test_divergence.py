@@ -122,9 +122,7 @@ def test_gemmas_soft_cap_is_part_of_what_is_said(tmp_path):
     reference = build_small("gemma2", tmp_path / "gemma", final_logit_softcapping=2.0)
     other = changed(reference, tmp_path / "other")
     measured = compare(other, reference, tmp_path)["metrics"]
-    assert {key: measured[key] for key in KEYS} == pytest.approx(
-        direct(other, reference), rel=1e-4
-    )
+    assert {key: measured[key] for key in KEYS} == pytest.approx(direct(other, reference), rel=1e-4)
 
 
 def test_other_tokens_are_left_out_and_said(compared, tmp_path, capsys):

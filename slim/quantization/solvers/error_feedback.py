@@ -16,7 +16,7 @@ from slim.core.hardware import trim_heap
 from slim.core.lazy import LazyModule
 from slim.quantization.scheme import WHOLE_ROW
 from slim.quantization.solvers.columns import ColumnSweep
-from slim.quantization.solvers.grid import Quantized, search
+from slim.quantization.solvers.grid import Quantized, concatenated, search
 
 if TYPE_CHECKING:
     import torch
@@ -340,15 +340,3 @@ def by_rows(
         if rows.numel() >= ROW_WEIGHTS // 2:  # trimming after every small layer would cost time
             trim_heap()
     return concatenated(parts)
-
-
-def concatenated(parts: list[Quantized]) -> Quantized:
-    """Join layers with the same inputs, scheme and groups, row below row."""
-    if len(parts) == 1:
-        return parts[0]
-    return replace(
-        parts[0],
-        codes=torch.cat([part.codes for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        zero=torch.cat([part.zero for part in parts]),
-    )
