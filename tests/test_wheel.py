@@ -71,7 +71,7 @@ def test_an_installed_wheel_compresses_outside_the_checkout(wheel, tmp_path):
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert "final checkpoint: " in result.stdout
+    assert "final checkpoint:" in result.stdout
     assert [path.name for path in empty.iterdir()] == ["results"]
     assert len(list((empty / "results" / "stages").glob("quantize-*/model.safetensors"))) == 1
     where = subprocess.run(

@@ -45,11 +45,12 @@ class Entry:
 
     @property
     def parent(self) -> str:
-        """Label and hash of what it was made from."""
+        """Name and hash of what it was made from."""
         lineage = self.manifest.get("lineage", [])
         if len(lineage) < 2:
             return "-"
-        return f"{lineage[-2]['label']} ({lineage[-2]['hash'][:6]})"
+        parent = lineage[-2]
+        return f"{parent.get('name') or parent['label']} ({parent['hash'][:6]})"
 
 
 def existing_store(root: str) -> Store:

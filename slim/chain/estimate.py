@@ -30,13 +30,21 @@ if TYPE_CHECKING:
 
 FILE = "machine.json"
 SIZE = 512  # rows and columns of the matrices that are multiplied to measure the rate
-MEASURE_SECONDS = 0.2  # how long that may take
+MEASURES = 5  # times that they are, of which the median counts
+MEASURE_SECONDS = 0.04  # of work, each time
 REMEMBERED = 5  # ratios kept per kind of work
 # Passes over the model per token of its text, each 2 operations per multiply-accumulate: a forward
 # pass is one, a backward pass two. Quantization runs a block before and after it is changed.
 PASSES = {"prune": 3, "quantize": 2, "tune": 3, "distill": 4, "student": 1}
 OVERHEAD = 2.0  # seconds to load libraries and weights
-EVALUATED_TOKENS = 50_000  # of an evaluation, about, where its settings do not tell
+# Of a text whose length its settings do not tell, and of a question with all its answers.
+TEXT_TOKENS = 300_000
+QUESTION_TOKENS = 60
+QUESTIONS = 1000  # of a task, where its settings do not tell
+BYTES_PER_TOKEN = 4
+# A generated token reads all weights for itself: about so much slower than one that is read.
+GENERATED = 8
+WAITED = Path("/proc/self/schedstat")  # of the main thread, where the system says it
 # the parts of an evaluation, by the names of their settings
 MEASURED = ("perplexity", "documents", "tasks", "answers", "prompts", "judge", "speed", "extra")
 # settings that make one kind of work take another time than the count of its tokens says
@@ -105,8 +113,8 @@ class Clock:
         name = evaluation_name(evaluation)
         if not name:
             return 0.0
-        counted = self._counted(2.0 * macs_per_token(spec) * EVALUATED_TOKENS)
-        return self._corrected(name, counted)
+        tokens = evaluation_tokens(evaluation)
+        return self._corrected(name, self._counted(2.0 * macs_per_token(spec) * tokens))
 
     def learn(self, name: str, estimate: float, seconds: float) -> None:
         """Take note of how long something took.
@@ -114,7 +122,7 @@ class Clock:
         Args:
             name: the kind of work.
             estimate: seconds, as estimated before.
-            seconds: the truth.
+            seconds: the truth, see :class:`Stopwatch`.
         """
         ratio = self._ratio(name) * seconds / max(estimate, 1e-9)
         self.ratios[name] = [*self.ratios.get(name, []), round(ratio, 4)][-REMEMBERED:]
@@ -209,27 +217,107 @@ def evaluation_name(evaluation: object) -> str:
     return " ".join(["evaluate", *parts])
 
 
+def evaluation_tokens(evaluation: object) -> float:
+    """Count the tokens that measuring one checkpoint takes, about; a generated one as several.
+
+    Args:
+        evaluation: its settings.
+    """
+    tokens = 0.0
+    for name in ("perplexity", "documents"):
+        tokens += text_tokens(getattr(evaluation, name, None))
+    tasks = getattr(evaluation, "tasks", None)
+    if tasks is not None:
+        tokens += len(tasks.names) * (tasks.limit or QUESTIONS) * QUESTION_TOKENS
+    generated = len(evaluation.prompts) * evaluation.new_tokens
+    speed = evaluation.speed
+    if speed is not None:
+        runs = (len(speed.prompts) or speed.count) * (speed.repeats + speed.warmup)
+        tokens += runs * _largest(speed.prompt_length)
+        generated += runs * _largest(speed.new_tokens)
+    answers = getattr(evaluation, "answers", None)
+    if answers is not None:
+        generated += (_number(answers, "limit") or QUESTIONS) * _number(answers, "new_tokens")
+    return tokens + GENERATED * generated
+
+
+def text_tokens(text: object) -> float:
+    """Return about how many tokens of a text are measured, 0 for none.
+
+    Args:
+        text: settings of a perplexity.
+    """
+    if text is None:
+        return 0.0
+    size = float(TEXT_TOKENS)
+    path = text.path
+    if path is not None and path.is_file():
+        size = path.stat().st_size / BYTES_PER_TOKEN
+    limit, window = _number(text, "limit"), _number(text, "window")
+    if limit and window:
+        return min(size, limit * window)
+    return size
+
+
+def _largest(value: object) -> float:
+    """Return a number, or the largest of a list of them."""
+    if isinstance(value, (list, tuple)):
+        return max(value, default=0)
+    return value or 0
+
+
 def machine_key(device: str) -> str:
     """Name this machine without loading torch: processor, its threads, device and version."""
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     machine = [platform.node(), platform.machine(), str(threads), versions().get("torch"), device]
-    return digest(["machine", *machine])
+    return digest(["machine 2", *machine])  # 2: what is counted and measured has changed
 
 
 def measured_rate(device: str) -> float:
-    """Measure how many float32 operations per second the device does on small matrices."""
+    """Measure how many float32 operations per second the device does on small matrices.
+
+    On a CPU the time of the process counts, which is the same whatever else is running.
+    """
     import torch
 
+    clock, threads = time.perf_counter, 1
+    if device == "cpu":  # of all threads together
+        clock, threads = time.process_time, torch.get_num_threads()
     matrix = torch.ones(SIZE, SIZE, device=device)
     (matrix @ matrix).sum().item()  # the first product loads what it needs
-    started = time.perf_counter()
-    count = 0
-    elapsed = 0.0
-    while elapsed < MEASURE_SECONDS:
-        (matrix @ matrix).sum().item()  # a sum that is read waits for the device
-        count += 1
-        elapsed = time.perf_counter() - started
-    return 2.0 * SIZE**3 * count / elapsed
+    rates = []
+    for _ in range(MEASURES):
+        started = clock()
+        count = 0
+        elapsed = 0.0
+        while elapsed < MEASURE_SECONDS * threads:
+            (matrix @ matrix).sum().item()  # a sum that is read waits for the device
+            count += 1
+            elapsed = clock() - started
+        rates.append(2.0 * SIZE**3 * count * threads / elapsed)
+    return median(rates)
+
+
+class Stopwatch:
+    """Seconds since it was made, without those that this process was ready to work and others held
+    the processors: what is learnt under load is true without it."""
+
+    def __init__(self):
+        self._started = time.monotonic()
+        self._waited = seconds_waited()
+
+    def seconds(self) -> float:
+        waited = seconds_waited() - self._waited
+        return max(time.monotonic() - self._started - waited, 0.0)
+
+
+def seconds_waited() -> float:
+    """Return how long the main thread has waited for a processor so far; 0 where the system does
+    not say."""
+    try:
+        return int(WAITED.read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _records(path: Path) -> dict[str, Any]:

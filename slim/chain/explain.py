@@ -21,15 +21,55 @@ GENERAL = ("seed", "device", "plan", "store", "output", "ignore_limits", "tracki
 BROUGHT_BY = {"budget": "hparams_search", "search": "hparams_search"}
 # what other tools call a setting
 ALSO_CALLED = {"lr": "learning_rate", "rank": "r", "lora_alpha": "alpha", "num_blocks": "blocks"}
+SHORT_NAME = "quant"  # for quantizer
+EXAMPLES = {  # what settings and groups may be set to, for messages
+    "plan": "true",
+    "ignore_limits": "true",
+    "quant": "gptq",
+    "model": "tiny",
+    "pruner": "taylor",
+    "tuner": "lora",
+}
+# options that Hydra takes, in front of the settings or between them
+OPTIONS = {
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p"),
+    *("--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp"),
+    *("--config-name", "-cn", "--config-dir", "-cd", "--info", "-i", "--experimental-rerun"),
+}
 SETS = re.compile(r"^[+~]{0,2}[A-Za-z_]")  # how an override begins
 
 
 def check_form(arguments: list[str]) -> None:
     """Raise ``SlimError`` for an argument that names no setting, which Hydra answers with a
-    traceback."""
+    traceback, and for an option that it does not have."""
     for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("-") and name not in OPTIONS:
+            raise SlimError(_explain_option(name, value))
         if "=" in argument and not argument.startswith("-") and not SETS.match(argument):
             raise SlimError(f"'{argument}' names no setting. Type it as group.setting=value.")
+
+
+def _explain_option(option: str, value: str) -> str:
+    """Say how to type what was typed with dashes in front."""
+    name = option.lstrip("-")
+    if name in (*GENERAL, *_groups(), SHORT_NAME) or "." in name:
+        return f"Settings are typed without dashes: {name}={value or _example(name)}"
+    return (
+        f"There is no option {option}. Settings are typed as group.setting=value, without dashes; "
+        "--help lists them."
+    )
+
+
+def _example(name: str) -> str:
+    """Return a value that a setting or group may have, for a message."""
+    if name in EXAMPLES:
+        return EXAMPLES[name]
+    return "CHOICE" if name in _groups() else "VALUE"
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def explain(error: BaseException, config_name: str, arguments: list[str]) -> str | None:
@@ -97,7 +137,12 @@ def _explain_form(override: str) -> str:
     """Say how to type a value with characters that mean something to Hydra."""
     key, equals, value = override.partition("=")
     if not equals:
-        return f"'{override}' sets nothing. Type it as group.setting=value."
+        if override == "quantizer":  # it may have been typed so
+            override = SHORT_NAME
+        example = f"{override}={_example(override)}"
+        if override not in (*GENERAL, *_groups(), SHORT_NAME):
+            example = "group.setting=value"
+        return f"'{override}' sets nothing. Type it as {example}"
     if not re.fullmatch(r"[+~]{0,2}[\w/@.-]+", key) or ".." in key:
         return f"'{key}' is no name of a setting. Type it as group.setting=value."
     if value.startswith("="):
@@ -132,7 +177,7 @@ def _explain_override(error: BaseException, config_name: str, arguments: list[st
     if missing is None:
         return _first_line(error)
     key = missing.group(1).split("@")[0]
-    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    groups = _groups()
     if key in groups:
         return _first_line(error)
     if "." not in key:

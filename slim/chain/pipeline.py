@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slim.chain.estimate import Clock, evaluation_name, work_name
+from slim.chain.estimate import Clock, Stopwatch, evaluation_name, work_name
+from slim.chain.ready import text_problem
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.result import Result, Step
 from slim.checkpoints.source import Source, verified_checksums
@@ -115,6 +116,27 @@ class Pipeline:
         if problem:
             raise SlimError(f"{problem} Use less, or add ignore_limits=true to try all the same.")
 
+    def text_problem(self, steps: list[Step]) -> str | None:
+        """Say which texts cannot be had that a run of ``steps`` will need; None if it has all."""
+        evaluation = self.evaluation
+        if all(self._is_measured(step) for step in steps):
+            evaluation = None
+        return text_problem(steps, evaluation)
+
+    def _is_measured(self, step: Step) -> bool:
+        """Whether the quality of a planned checkpoint is known; False where it may be."""
+        if self.evaluation is None:
+            return True
+        if not step.cached or step.folder is None:
+            return False
+        content = step.digest
+        if isinstance(step.stage, Stage):
+            try:
+                content = digest(Checkpoint(step.folder).manifest["checksums"])
+            except (SlimError, KeyError):  # damaged, so it will be made again
+                return False
+        return self._quality_file(content, step.spec).is_file()
+
     def limit_problem(self, steps: list[Step]) -> str | None:
         """Say what the stages still to run lack: disk or memory, how much is needed, free and
         missing; None if nothing."""
@@ -213,6 +235,7 @@ class Pipeline:
             resume_dir=self.store.work_folder(folder),
         )
         started = time.time()
+        watch = Stopwatch()
         if stage.together:
             processes.broadcast(
                 {
@@ -250,7 +273,7 @@ class Pipeline:
             write_manifest(partial, manifest)
             self._check(partial)  # inside: what does not load never gets its name
         if not resumed:  # half of the work says little of the time for all
-            clock.learn(work_name(stage), estimate, seconds)
+            clock.learn(work_name(stage), estimate, watch.seconds())
 
     def _input_spec(self, stage: Stage, parent: Result | None) -> ModelSpec:
         if parent is None:
@@ -286,23 +309,16 @@ class Pipeline:
         spec = result.checkpoint.spec
         self._choose_speed_dtype()
         # quality holds wherever it is measured; speed only on this machine
-        quality = [
-            evaluation.quality_cache_key(),
-            self.device,
-            evaluation.quality_dtype(spec, self.device),
-        ]
         speed = [
             evaluation.speed_cache_key(),
             evaluation.speed_dtype(spec, self.device),
             fingerprint(self.device),
         ]
-        keys = {
-            "quality": digest(["quality", result.content, *quality]),
-            "speed": digest(["speed", result.content, self.device, *speed]),
+        speed_key = digest(["speed", result.content, self.device, *speed])
+        files = {
+            "quality": self._quality_file(result.content, spec),
+            "speed": self.store.evaluation_file(speed_key),
         }
-        files = {}
-        for part, key in keys.items():
-            files[part] = self.store.evaluation_file(key)
         # one lock for both parts: they are measured with the model loaded once
         with self.store.lock(files["quality"]):
             measured = {}
@@ -319,6 +335,20 @@ class Pipeline:
         result.quality = measured["quality"]
         result.speed = measured["speed"]
 
+    def _quality_file(self, content: str, spec: ModelSpec) -> Path:
+        """Return where the quality of a checkpoint is kept.
+
+        Args:
+            content: name of the checkpoint's content.
+            spec: the checkpoint.
+        """
+        quality = [
+            self.evaluation.quality_cache_key(),
+            self.device,
+            self.evaluation.quality_dtype(spec, self.device),
+        ]
+        return self.store.evaluation_file(digest(["quality", content, *quality]))
+
     def _measure(self, result: Result, missing: set[str]) -> dict:
         """Measure the parts of an evaluation that are ``missing``: ``quality``, ``speed``."""
         from slim.evaluation.run import measure  # local: torch and lm-eval
@@ -326,7 +356,7 @@ class Pipeline:
         say(f"evaluating {result.label} ...", dim=True)
         clock = Clock.read(self.store.root, self.device)
         estimate = clock.evaluation_seconds(self.evaluation, result.checkpoint.spec)
-        started = time.monotonic()
+        watch = Stopwatch()
         with activity(f"evaluating {result.label}"):
             measured = measure(
                 result.checkpoint.folder,
@@ -337,7 +367,7 @@ class Pipeline:
             )
         name = evaluation_name(self.evaluation)
         if name and len(missing) == 2:  # a part alone says little of the rest
-            clock.learn(name, estimate, time.monotonic() - started)
+            clock.learn(name, estimate, watch.seconds())
         return measured
 
     def _choose_speed_dtype(self) -> None:
@@ -369,6 +399,10 @@ def lineage(parent: Result | None) -> list[dict]:
     entry."""
     if parent is None:
         return []
-    return parent.checkpoint.manifest.get("lineage") or [
-        {"label": parent.label, "hash": parent.digest}
-    ]
+    recorded = parent.checkpoint.manifest.get("lineage")
+    if not recorded:
+        return [{"label": parent.label, "hash": parent.digest}]
+    *earlier, last = recorded
+    if parent.label != last["label"]:  # a chain's source, known here by its folder's name
+        last = {**last, "name": parent.label}
+    return [*earlier, last]

@@ -14,6 +14,7 @@ from slim.checkpoints.checkpoint import MANIFEST, Checkpoint, checksums, open_ch
 from slim.checkpoints.files import ADAPTER_CONFIG
 from slim.checkpoints.store import digest
 from slim.core.errors import SlimError
+from slim.core.hub import hub_problem
 from slim.core.io import read_json
 from slim.models.spec import ModelSpec
 
@@ -57,8 +58,8 @@ class Source:
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
             raise SlimError(
-                "model.source is missing. "
-                "Give a checkpoint folder or a hub id: model=hf model.source=..."
+                "model.source is missing. Give a checkpoint folder, a hub id or a GGUF file: "
+                "model=hf model.source=..."
             )
 
     @property
@@ -88,8 +89,8 @@ class Source:
             )
         if not HUB_ID.fullmatch(self.source):
             raise SlimError(
-                f"There is no folder {self.source}. "
-                "Give model.source=FOLDER or a hub id (org/name)."
+                f"There is no folder or file {self.source}. "
+                "Give model.source=FOLDER, FILE.gguf or a hub id (org/name)."
             )
         return None
 
@@ -143,6 +144,7 @@ class Source:
             RepositoryNotFoundError,
         )
 
+        problem = hub_problem()  # without a network, only the hub's cache is asked, at once
         try:
             return fetch()
         except GatedRepoError as error:
@@ -155,9 +157,9 @@ class Source:
             ) from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             raise SlimError(
-                f"{self.source} is neither a folder here nor in the local hub cache, "
-                "and the hub cannot be reached. "
-                "Check the network (and HF_HUB_OFFLINE), or give model.source=FOLDER."
+                f"{self.source} is neither a folder here nor in the local hub cache, and "
+                f"{problem or 'the hub cannot be reached'}.\n"
+                "Give a checkpoint folder or a GGUF file instead: model=hf model.source=FOLDER"
             ) from error
 
 

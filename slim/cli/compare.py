@@ -36,4 +36,8 @@ def execute(config: DictConfig) -> list[Result]:
             )
     # all plans come before the first measurement, since a plan finds mistakes
     plans = [pipeline.plan() for pipeline in pipelines]
+    for pipeline, steps in zip(pipelines, plans, strict=True):
+        problem = pipeline.text_problem(steps)
+        if problem is not None:
+            raise SlimError(problem)
     return chain.run_tracked(pipelines, plans, config)

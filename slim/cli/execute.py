@@ -3,7 +3,6 @@ one table."""
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from slim.chain.worker import run_worker
 from slim.checkpoints.result import Result, Step
 from slim.checkpoints.store import reraise_full_disk
 from slim.core import processes
-from slim.core.console import results_console
+from slim.core.console import show_labelled, show_line
 from slim.core.errors import SlimError
 from slim.core.io import atomic_path
 from slim.core.settings import cache_name
@@ -29,10 +28,9 @@ from slim.gguf.sources import ENDING as GGUF_ENDING
 from slim.report.plan import show_plan
 from slim.sweeps import point as sweeps
 from slim.sweeps.names import point_name, typed
+from slim.tracking.connection import server_problem
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from slim.evaluation.compare import Comparison
     from slim.tracking.tracker import Tracker
 
@@ -66,10 +64,15 @@ def run_chain(config: DictConfig) -> list[Result]:
     output = check_output(config.output)
     steps = pipeline.plan()
     if config.plan:
-        show_plan(pipeline, steps)
+        show_plan(pipeline, steps, config.tracking.uri)
         return []
     check_output_file(output, steps[-1])
     pipeline.check_limits(steps)
+    problem = pipeline.text_problem(steps)
+    if problem is None and sweeps.active() is None:  # a sweep's points wait for their server
+        problem = server_problem(config.tracking.uri)
+    if problem is not None:
+        raise SlimError(problem)
     return run_tracked([pipeline], [steps], config, output)
 
 
@@ -237,27 +240,16 @@ def print_results(
     from slim.report.side_by_side import differences_table, notes
     from slim.report.table import terminal_table
 
-    out = results_console()
     print_table(terminal_table(results, compared))
     if compared and any(comparison.differences.values()):
         # against the first: it is the one whose answers the others are compared with
         print_table(differences_table(comparison, results[0].label))
     for note in notes(results, comparison):
-        show_line(out, note)
+        show_line(note)
     if not compared:
-        show_line(out, f"final checkpoint: {output or results[-1].checkpoint.folder}")
-    for line in tracker.browse_lines():
-        show_line(out, line)
-
-
-def show_line(out: Console, text: str) -> None:
-    """Print plain text as one line, however long: what is to be copied must not be broken.
-
-    Args:
-        out: where to.
-        text: brackets in it have no meaning.
-    """
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+        show_labelled("final checkpoint", str(output or results[-1].checkpoint.folder))
+    for label, text in tracker.browse_lines().items():
+        show_labelled(label, text)
 
 
 def check_output(output: str | None) -> Path | None:
@@ -316,8 +308,7 @@ def quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_VERBOSITY": "error",  # its retries; the last failure is reported by us
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }.items():
         os.environ.setdefault(name, value)  # what the user has set stays
-    # its retries; the last failure is reported by us
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

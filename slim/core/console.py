@@ -126,6 +126,25 @@ def results_console():
     return _make_console(width=width)
 
 
+def show_line(text: str) -> None:
+    """Print plain text as one line of the results, however long: what is to be copied must not be
+    broken."""
+    results_console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_labelled(label: str, text: str) -> None:
+    """Print what can be pasted, after its label where both fit one line, else on a line of its own.
+
+    Args:
+        label: what it is.
+        text: a path, a command or an address.
+    """
+    line = f"{label}: {text}"
+    if len(line) > results_console().width:
+        line = f"{label}:\n{text}"
+    show_line(line)
+
+
 def _log(level: int, message: str, head: str, head_style: str, style: str) -> None:
     if not any(isinstance(handler, _ConsoleHandler) for handler in LOGGER.handlers):
         LOGGER.addHandler(_ConsoleHandler())

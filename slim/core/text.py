@@ -22,6 +22,16 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 token`` or ``12 tokens``.
+
+    Args:
+        number: of the things.
+        noun: for one of them, whose plural ends in s.
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def short_settings(settings: dict) -> str:
     """Return the settings of a stage that say most about its result, in few letters.
 

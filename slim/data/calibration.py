@@ -13,6 +13,7 @@ from slim.core.console import warn
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.core.settings import require_number
+from slim.core.text import counted
 from slim.data.encoding import encode_long
 from slim.data.text import Text
 
@@ -38,6 +39,7 @@ class Calibration(Text):
     """
 
     cache_name: ClassVar[str] = "Calibration"
+    group: ClassVar[str] = "calibration"
     # what a user types to change them; a pruner may have its own, see slim.pruning.calibrated
     samples_setting: ClassVar[str] = "calibration.samples"
     length_setting: ClassVar[str] = "calibration.length"
@@ -105,8 +107,8 @@ class Calibration(Text):
         if available >= SHORTEST:
             advice += f" or {self.length_setting}={available}"
         raise SlimError(
-            f"The calibration text {self.text} has {available} tokens, fewer than one sample of "
-            f"{length}. {advice}."
+            f"The calibration text {self.text} has {counted(available, 'token')}, fewer than one "
+            f"sample of {length}. {advice}."
         )
 
     def _warn_of_overlap(self, available: int, starts: list[int], length: int) -> None:

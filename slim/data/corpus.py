@@ -96,7 +96,17 @@ class Corpus(TrainingData):
 
     def source(self, split: str) -> Text:
         """Return the text of a split. Raises ``SlimError`` if there can be none."""
-        return Text(self.text, self.subset, split, revision=self.revision, streaming=self.streaming)
+        text = Text(self.text, self.subset, split, revision=self.revision, streaming=self.streaming)
+        text.group = "data"
+        return text
+
+    def check_row(self, row: dict, where: str) -> None:
+        """Raise ``SlimError`` for a row that cannot be learned from.
+
+        Args:
+            row: of the file or data set.
+            where: it stands, for messages.
+        """
 
     def part_identity(self, *names: str) -> dict:
         """Return what the text is and how it is divided, and the settings ``names``, as plain
@@ -196,7 +206,12 @@ class TextData(Corpus, PlainText):
         super().__post_init__()
 
     def source(self, split: str) -> Text:
-        return Text(self.text, self.subset, split, self.column, self.revision, self.streaming)
+        text = Text(self.text, self.subset, split, self.column, self.revision, self.streaming)
+        text.group = "data"
+        return text
+
+    def check_row(self, row: dict, where: str) -> None:
+        self.source(self.split).cell(row, where)
 
     def cache_key(self) -> dict:
         return self.part_identity("passage")

@@ -130,6 +130,9 @@ class Pairs(Dialogue):
             prompt = f"{prompt}\n\n{context}"
         return prompt, self._cell(row, self.answer, where)
 
+    def check_row(self, row: dict, where: str) -> None:
+        self.pair(row, where)
+
     def _cell(self, row: dict, column: str | None, where: str) -> str:
         """Return a cell as text; nothing where there is no such column."""
         return first_text(row[column], f"{where}: column '{column}'") if column else ""
@@ -177,6 +180,9 @@ class Messages(Dialogue):
         """Yield all dialogues of the part's split."""
         for where, row in self.opened(part).located_rows():
             yield self.turns(row, where)
+
+    def check_row(self, row: dict, where: str) -> None:
+        self.turns(row, where)
 
     def turns(self, row: dict, where: str) -> list[Message]:
         """Return a row's messages, empty ones left out.

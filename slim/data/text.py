@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from slim.core.errors import SlimError
+from slim.core.hub import hub_problem
 from slim.core.io import sha256
 from slim.data.cells import as_text
 from slim.data.files import Row, json_rows, parquet_rows, read_text, text_lines
@@ -45,6 +47,9 @@ class Text:
     revision: str | None = None
     streaming: bool = False
 
+    # where the settings are typed, for messages: "calibration" for calibration.text
+    group: ClassVar[str] = ""
+
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
             raise SlimError(f"text={self.text}: must be a file or the id of a hub data set.")
@@ -60,6 +65,10 @@ class Text:
             raise SlimError(
                 f"{self.text} is not a text slim reads. Allowed endings: {', '.join(FILE_ENDINGS)}."
             )
+
+    def setting(self, name: str) -> str:
+        """Return a setting as it is typed, such as ``calibration.column``."""
+        return f"{self.group}.{name}" if self.group else name
 
     @property
     def path(self) -> Path | None:
@@ -166,12 +175,29 @@ class Text:
     def _column(self) -> Iterator[str]:
         """Yield the text column's cells."""
         for where, row in self.located_rows():
-            if self.column not in row:
-                raise SlimError(
-                    f"{where}: no column '{self.column}' (has: {', '.join(row)}). "
-                    "Set column=... to one of them."
-                )
-            yield as_text(row[self.column], f"{where}: column '{self.column}'")
+            yield self.cell(row, where)
+
+    def cell(self, row: Row, where: str) -> str:
+        """Return the text of a row.
+
+        Args:
+            row: of the file or data set.
+            where: it stands, for messages.
+
+        Raises:
+            SlimError: when it has no such column, or something else than text in it.
+        """
+        if self.column not in row:
+            raise SlimError(
+                f"{where}: no column '{self.column}'. To take another: "
+                f"{self.setting('column')}={_columns(row)}"
+            )
+        return as_text(row[self.column], f"{where}: column '{self.column}'")
+
+
+def _columns(row: Row) -> str:
+    """Return the columns of a row, to choose from."""
+    return " or ".join(row) or "NAME (this row has none)"
 
 
 def load_dataset(
@@ -215,6 +241,8 @@ def load_dataset_files(name: str, files: str, revision: str | None = None):
 
 def _load(dataset: str, part: str, **arguments):
     """Call the library. ``part`` names what is loaded, for messages."""
+    if not Path(dataset).expanduser().is_dir():
+        hub_problem()  # without a network, the library then looks into its cache at once
     import datasets
 
     datasets.disable_progress_bars()
@@ -226,9 +254,17 @@ def _load(dataset: str, part: str, **arguments):
 
 def _not_loaded(dataset: str, part: str, error: Exception) -> SlimError:
     """Return the error for a data set that the library cannot read, with the first line of why."""
+    # of "an error occurred" the library's own reason is what raised that
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if Path(dataset).expanduser().is_dir():
+        return SlimError(
+            f"The folder {dataset} ({part}) cannot be loaded as a data set: {reason}\n"
+            f"Give one file instead, whose name ends in {', '.join(FILE_ENDINGS)}."
+        )
     return SlimError(
-        f"The data set {dataset} ({part}) cannot be loaded: {reason}\n"
+        f"The data set {dataset} ({part}) cannot be loaded: {hub_problem() or reason}.\n"
         "Without a network, give a local file instead, for example "
         "calibration.text=FILE.txt or eval.perplexity.text=FILE.txt."
     )

@@ -95,6 +95,9 @@ class Evaluation:
         if self.local_data is not None and self.tasks is not None:
             # the setting stands next to the tasks' names, since it concerns what data they read
             self.tasks.local_data = str(self.local_data)
+        for name in ("perplexity", "documents"):  # as their settings are typed, for messages
+            if getattr(self, name) is not None:
+                getattr(self, name).group = f"eval.{name}"
         if self.judge is not None and self.answers is None:
             raise SlimError(
                 "eval.judge compares answers: it needs eval.answers too (eval=judged has both)."

@@ -194,8 +194,12 @@ def check_groups(spec: ModelSpec, schemes: Mapping[str, Scheme]) -> None:
             continue
         widths = {inputs[layer] for layer in schemes}
         fits = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
-        allowed = ", ".join(map(str, [*fits, WHOLE_ROW]))
+        use = f"quant.group_size={WHOLE_ROW} (whole rows)"
+        if fits:
+            *smaller, largest = map(str, fits)
+            others = ", ".join([*smaller, f"{WHOLE_ROW} (whole rows)"])
+            use = f"quant.group_size={largest}; these fit all layers, too: {others}"
         raise SlimError(
             f"quant.group_size={scheme.group_size} does not divide the {inputs[name]} inputs of "
-            f"{name} in {spec.name}. Sizes that fit all layers: {allowed}."
+            f"{name} in {spec.name}.\nUse {use}."
         )

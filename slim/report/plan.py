@@ -6,27 +6,36 @@ from slim.chain.estimate import time_line
 from slim.chain.pipeline import Pipeline
 from slim.checkpoints.result import Step
 from slim.checkpoints.stage import Stage
-from slim.core.console import results_console
-from slim.core.tables import Table, print_table
+from slim.core.console import results_console, show_line
+from slim.core.tables import Table, print_table, wrapped
 from slim.core.text import gigabytes
 from slim.quantization.storage import weight_bytes
+from slim.tracking.connection import server_problem
 
 
-def show_plan(pipeline: Pipeline, steps: list[Step]) -> None:
-    """Print what would run, and whether it fits.
+def show_plan(pipeline: Pipeline, steps: list[Step], uri: str | None) -> None:
+    """Print what would run, whether it fits, what is missing for it, and how long it takes.
 
     Args:
         pipeline: what would run.
         steps: its plan.
+        uri: where it would be tracked; None for the store's own file.
     """
-    print_table(plan_table(steps))
+    lines = []
     problem = pipeline.limit_problem(steps)
-    verdict = "Disk and memory suffice."
-    if problem:
-        verdict = f"This would not fit: {problem}"
-    results_console().print(verdict, highlight=False, markup=False, soft_wrap=True)
-    line = time_line(steps, pipeline.evaluation, pipeline.store.root, pipeline.device)
-    results_console().print(line, highlight=False, markup=False, soft_wrap=True)
+    if problem is None:
+        lines.append("Disk and memory suffice.")
+    else:
+        lines.append(f"This would not fit: {problem}")
+    for problem in (pipeline.text_problem(steps), server_problem(uri)):
+        if problem is not None:
+            lines.append(f"This would not run: {problem}")
+    lines.append(time_line(steps, pipeline.evaluation, pipeline.store.root, pipeline.device))
+    print_table(plan_table(steps))
+    for text in lines:
+        prose, *commands = text.split("\n")
+        for line in [*wrapped(prose, results_console().width), *commands]:
+            show_line(line)
 
 
 def plan_table(steps: list[Step]) -> Table:

@@ -235,8 +235,8 @@ def check_settings(sweeper: HydraSweeper, fixed: dict[str, str]) -> Search:
     config = compose(sweeper, list(fixed.values()))
     if config.plan:
         raise SlimError(
-            "plan=true shows a run or a grid. "
-            "A search chooses its next point when it knows the last one."
+            "plan=true shows a run or a grid, and a search chooses each point by the ones "
+            "before it.\nTo see one point's plan, leave hparams_search= out."
         )
     search = read_search(config)
     if search is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from slim.core.console import warn
+from slim.core.console import show_labelled, warn
 from slim.core.tables import Table, print_table
 from slim.report.table import BEST, WORST, cell, headline_columns, mark
 from slim.sweeps.protocols import OpenSweep
@@ -67,8 +67,8 @@ def finish(sweep: OpenSweep, error: BaseException | None) -> int:
     if error is None and not sweep.lost:  # else points may be under way elsewhere, or missing
         kept = {point["run_id"] for point in points}
     tracker.close("FINISHED" if error is None else ending(error), counts, kept)
-    for line in tracker.browse_lines():
-        print(line)
+    for label, text in tracker.browse_lines().items():
+        show_labelled(label, text)
     return exit_code(error, failed)
 
 

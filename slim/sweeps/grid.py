@@ -191,7 +191,7 @@ def show_plans(sweep: Sweep, points: list[Planned]) -> None:
             print(f"cannot run: {reason or repr(point.error)}")
             continue
         pipeline = build_pipeline(point.config)
-        show_plan(pipeline, pipeline.plan())
+        show_plan(pipeline, pipeline.plan(), point.config.tracking.uri)
 
 
 def finalize(sweep: Sweep, planned: Planned) -> bool:

@@ -122,7 +122,7 @@ class SweepRun:
         except (MlflowException, OSError, ValueError):
             return None
 
-    def browse_lines(self) -> list[str]:
+    def browse_lines(self) -> dict[str, str]:
         """Return what to type and to open to see the runs of the experiment."""
         return browse_lines(self.uri, self.experiment)
 

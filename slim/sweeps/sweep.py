@@ -81,8 +81,8 @@ class Sweep:
 
         if self.config.plan:
             raise SlimError(
-                "plan=true shows a run or a grid. "
-                "A search chooses its next point when it knows the last one."
+                "plan=true shows a run or a grid, and a search chooses each point by the ones "
+                "before it.\nTo see one point's plan, leave hparams_search= out."
             )
         self.tracker = SweepRun(self.root, self.config, self.id, " ".join(self.overrides))
         # after the run's lock is held: only one of two equal commands may clear the folder

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import socket
 import sqlite3
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import getproxies
 
 from slim.core.errors import SlimError
 
@@ -26,6 +28,9 @@ SQLITE = "sqlite:///"
 SPECIAL = "?#%"  # characters that mean something in an address
 LOCAL_SERVER = "http://127.0.0.1:5000"  # what "mlflow ui" starts
 PARENT = "mlflow.parentRunId"
+ANSWER_SECONDS = 5.0  # how long a server may take to be there
+REASON_LIMIT = 200  # characters of MLflow's own reason, which may hold a whole page
+START_IT = "Start the server, or leave tracking.uri out to track into a local file."
 PAGE = 1000  # runs asked for at a time
 # by address: connecting checks the tables' schema, once per process is enough
 _clients: dict[str, MlflowClient] = {}
@@ -58,8 +63,8 @@ def database_path(uri: str) -> Path | None:
     return Path(unquote(uri.removeprefix(SQLITE)))
 
 
-def browse_lines(uri: str, experiment_id: str | None = None) -> list[str]:
-    """Return what to type and to open to see the runs, a line each.
+def browse_lines(uri: str, experiment_id: str | None = None) -> dict[str, str]:
+    """Return what to type and to open to see the runs, by what is said of it.
 
     Args:
         uri: where they are tracked.
@@ -68,9 +73,29 @@ def browse_lines(uri: str, experiment_id: str | None = None) -> list[str]:
     """
     page = f"/#/experiments/{experiment_id}/runs" if experiment_id else ""
     if uri.startswith("http"):
-        return [f"browse the runs:  {uri.rstrip('/')}{page}"]
+        return {"browse the runs": f"{uri.rstrip('/')}{page}"}
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    return [f"browse the runs:  {shlex.join(command)}", f"then open:        {LOCAL_SERVER}{page}"]
+    return {"browse the runs": shlex.join(command), "then open": f"{LOCAL_SERVER}{page}"}
+
+
+def server_problem(uri: str | None) -> str | None:
+    """Say that a tracking server does not answer, with what to do; None where it does, and for a
+    file. Takes at most a few seconds and loads nothing.
+
+    Args:
+        uri: address of a server or database; None for the store's own file.
+    """
+    address = urlsplit(uri or "")
+    # through a proxy nothing can be said without asking it
+    if address.scheme not in ("http", "https") or not address.hostname or getproxies():
+        return None
+    port = address.port or {"http": 80, "https": 443}[address.scheme]
+    try:
+        socket.create_connection((address.hostname, port), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return f"The tracking server {uri} does not answer ({reason}).\n{START_IT}"
+    return None
 
 
 def connect(uri: str) -> MlflowClient:
@@ -93,6 +118,9 @@ def _connect(uri: str, path: Path | None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow.exceptions import MlflowException
 
+    problem = server_problem(uri)
+    if problem is not None:
+        raise SlimError(problem)
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -100,8 +128,7 @@ def _connect(uri: str, path: Path | None) -> MlflowClient:
     except (MlflowException, OSError, sqlite3.Error) as error:
         reason = str(error).splitlines()[0]
         raise SlimError(
-            f"The tracking store {uri} cannot be used: {reason}\n"
-            "Start the server, or leave tracking.uri out to track into a local file."
+            f"The tracking store {uri} cannot be used: {reason[:REASON_LIMIT]}\n{START_IT}"
         ) from error
 
 

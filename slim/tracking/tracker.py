@@ -93,7 +93,7 @@ class Tracker:
         self._tracking.end(self.run_id, status)
         self._tracking.close()
 
-    def browse_lines(self) -> list[str]:
+    def browse_lines(self) -> dict[str, str]:
         """Return what to type and to open to see the runs of the experiment."""
         return browse_lines(self.uri, self._tracking.experiment_id(self.run_id))
 

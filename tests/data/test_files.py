@@ -139,7 +139,7 @@ def test_parquet_text_that_is_no_utf_8(tmp_path):
 
 def test_a_stream_that_breaks_is_an_error_of_the_data_set(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "x"}\n' * 9 + "{broken\n")
-    with pytest.raises(SlimError, match="cannot be loaded"):
+    with pytest.raises(SlimError, match=r"cannot be loaded as a data set"):
         list(Text(str(tmp_path), streaming=True).documents())
 
 

@@ -123,7 +123,7 @@ def test_a_store_may_have_any_path(tmp_path, name, monkeypatch):
     root = fresh_store(tmp_path / name / "runs")
     with Tracker(root, "test", "here") as tracker:
         tracker.log_summary({"x": 1.0}, {"results.md": "table"})
-        command, page = tracker.browse_lines()
+        command, page = tracker.browse_lines().values()
     assert [path.name for path in tmp_path.iterdir()] == [name]
     # pasted into a shell, the address is one word and leads to the same runs
     address = shlex.split(command)[-1]
@@ -176,4 +176,4 @@ def test_headline_figures_come_first_and_the_table_describes_the_run(tmp_path):
 
 def test_a_server_is_browsed_by_its_own_address():
     lines = connection.browse_lines("http://mlflow.example:80/", "7")
-    assert lines == ["browse the runs:  http://mlflow.example:80/#/experiments/7/runs"]
+    assert lines == {"browse the runs": "http://mlflow.example:80/#/experiments/7/runs"}
