@@ -25,7 +25,7 @@ def hub_problem() -> str | None:
 
     host = urlsplit(constants.ENDPOINT).netloc or constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
-        return f"{host} cannot be reached (HF_HUB_OFFLINE is set)"
+        return "the hub cannot be reached (HF_HUB_OFFLINE is set)"
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
     except Exception as error:  # two libraries with a dozen kinds each
@@ -34,7 +34,7 @@ def hub_problem() -> str | None:
         constants.HF_HUB_OFFLINE = True
         if "datasets" in sys.modules:  # it has read the setting already
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-        problem = f"{host} cannot be reached ({reason.split('] ')[-1]})"
-        say(f"{problem}: only what is in the local cache can be used.")
+        problem = f"the hub cannot be reached ({host}: {reason.split('] ')[-1]})"
+        say(f"{problem[0].upper()}{problem[1:]}: only what is in the local cache can be used.")
         return problem
     return None

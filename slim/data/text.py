@@ -189,15 +189,10 @@ class Text:
         """
         if self.column not in row:
             raise SlimError(
-                f"{where}: no column '{self.column}'. To take another: "
-                f"{self.setting('column')}={_columns(row)}"
+                f"{where}: no column '{self.column}' (has: {', '.join(row)}). "
+                f"Set {self.setting('column')}=... to one of them."
             )
         return as_text(row[self.column], f"{where}: column '{self.column}'")
-
-
-def _columns(row: Row) -> str:
-    """Return the columns of a row, to choose from."""
-    return " or ".join(row) or "NAME (this row has none)"
 
 
 def load_dataset(

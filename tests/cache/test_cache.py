@@ -116,7 +116,7 @@ def test_the_list_names_the_runs_that_use_a_result(store, capsys, monkeypatch):
     assert "prune scale (" in rows[names["first"][1]][0]
 
 
-@pytest.mark.parametrize("columns", ["80", "100"])
+@pytest.mark.parametrize("columns", ["80", "100", "200"])
 def test_the_list_fits_a_terminal_and_cuts_nothing(store, capsys, monkeypatch, columns):
     root, _ = store
     monkeypatch.setenv("COLUMNS", columns)

@@ -112,3 +112,25 @@ def test_the_estimate_stands_next_to_the_truth(small_llama, tmp_path):
 )
 def test_a_chain_is_named_by_what_tells_it_from_others(overrides, name, tmp_path):
     assert chain_name(plan(*overrides, f"store={tmp_path}")) == name
+
+
+def test_measuring_a_part_takes_a_part_of_the_time(tmp_path):
+    evaluation = build_pipeline(compose("compress", ["eval=wikitext2"])).evaluation
+    everything = estimate.evaluation_tokens(evaluation)
+    evaluation.perplexity.limit = 8
+    part = estimate.evaluation_tokens(evaluation)
+    assert everything - part == estimate.TEXT_TOKENS - 8 * 2048
+    evaluation.perplexity.text = "tiny:heldout"  # as long as its file
+    evaluation.perplexity.limit = None
+    size = evaluation.perplexity.path.stat().st_size
+    assert everything - estimate.evaluation_tokens(evaluation) == pytest.approx(
+        estimate.TEXT_TOKENS - size / estimate.BYTES_PER_TOKEN
+    )
+
+
+def test_waiting_for_a_processor_is_not_learnt(monkeypatch):
+    waited = iter([3.0, 10.0])
+    monkeypatch.setattr(estimate, "seconds_waited", lambda: next(waited))
+    moments = iter([100.0, 120.0])
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: next(moments))
+    assert estimate.Stopwatch().seconds() == 13.0

@@ -102,7 +102,7 @@ WRONG = [
     (["pruner.blocks=99"], r"blocks=99"),
     (["pruner.blocks=0"], r"blocks=0"),
     (["model=hf"], r"model\.source is missing"),
-    (["model=hf", "model.source=/not/there"], r"There is no folder /not/there"),
+    (["model=hf", "model.source=/not/there"], r"There is no folder or file /not/there"),
     (["device=gpu"], r"device=gpu: must be one of auto, cpu, cuda"),
     (["calibration.text=/not/there.txt"], r"no text /not/there.txt"),
     (["calibration.samples=0"], r"calibration\.samples=0"),
