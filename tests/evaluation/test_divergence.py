@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.store import Store
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.errors import SlimError
