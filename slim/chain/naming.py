@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from slim.checkpoints.result import Step
 from slim.checkpoints.stage import Stage
-from slim.core.settings import cache_name
+from slim.core.settings import spoken_name
 
 # Settings that tell stages of one method apart, and how a value is shown.
 SHOWN = {
@@ -41,7 +41,7 @@ def stage_name(step: Step, parent: Step) -> str:
     """
     if not isinstance(step.stage, Stage):
         return step.label
-    words = [cache_name(step.stage).lower()]
+    words = [spoken_name(step.stage)]
     removed = parent.spec.blocks - step.spec.blocks
     if removed:
         words.append(str(removed))

@@ -23,7 +23,7 @@ from slim.core import processes
 from slim.core.console import activity, say
 from slim.core.errors import SlimError
 from slim.core.hardware import available_memory, fingerprint, free_disk, git_commit, versions
-from slim.core.settings import cache_name
+from slim.core.settings import cache_name, spoken_name
 from slim.core.text import gigabytes
 from slim.evaluation.energy import stage_energy
 from slim.evaluation.machine import machine_dtype
@@ -381,7 +381,7 @@ class Pipeline:
 
 def label(stage: Stage) -> str:
     """Name a stage in tables: its kind and method, or what it calls itself."""
-    return getattr(stage, "label", None) or f"{stage.kind} {cache_name(stage).lower()}"
+    return getattr(stage, "label", None) or f"{stage.kind} {spoken_name(stage)}"
 
 
 def stage_digest(stage: Stage, parent: str) -> str:

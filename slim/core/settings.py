@@ -4,6 +4,7 @@ types it."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -113,3 +114,9 @@ def cache_name(value: Any) -> str:
     and results that were made before are still found. Classes without one go by their own name, so
     a subclass never takes the results of its base."""
     return vars(type(value)).get("cache_name", type(value).__name__)
+
+
+def spoken_name(value: Any) -> str:
+    """Return what tables call the class of ``value``: its cache name as a file of a group is named,
+    such as ``width_activation`` for ``WidthActivation`` and ``sparsegpt`` for ``SparseGPT``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z0-9])", "_", cache_name(value)).lower()

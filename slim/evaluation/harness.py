@@ -25,6 +25,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from slim.core.console import progress_bar, warn
 from slim.core.errors import SlimError
+from slim.evaluation.choices import fits, score
 from slim.evaluation.documents import document_nll, document_tokens
 from slim.evaluation.local_data import use_local_files
 from slim.evaluation.task_files import data_files, is_local, read_rows
@@ -93,6 +94,9 @@ class LoadedModel(HFLM):
                 f"{cut} of {len(requests)} answers with their questions are longer than the "
                 f"context of {self.max_length} tokens: the beginnings of these questions are cut."
             )
+        if fits(self.model, requests, self.max_length):
+            size = None if self.batch_size == "auto" else int(self.batch_size)
+            return score(self.model, requests, size, self._advance)
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:

@@ -704,7 +704,7 @@ def test_settings_answer_without_torch(calibration):
 
 def test_the_plan_says_when_memory_is_short(tiny_plan):
     with pytest.raises(
-        SlimError, match=r"'prune widthtaylor' needs about .* of memory, and 1.0 MB are free"
+        SlimError, match=r"'prune width_taylor' needs about .* of memory, and 1.0 MB are free"
     ):
         tiny_plan()
 
