@@ -132,8 +132,8 @@ class LoadedModel(HFLM):
         return super()._model_call(inps, *args, **kwargs)
 
     def _note_nan(self, requests, scores) -> None:
-        for request, score in zip(requests, scores, strict=True):
-            if math.isnan(score):
+        for request, value in zip(requests, scores, strict=True):
+            if math.isnan(value):
                 self.broken.add(request.task_name)
 
 
