@@ -24,6 +24,7 @@ from slim.loading.load_model import load_model
 from slim.models.spec import ModelSpec
 from slim.pruning import taylor
 from slim.pruning.angular import Angular, state_distances
+from slim.pruning.block_influence import BlockInfluence, block_influences
 from slim.pruning.magnitude import Magnitude
 from slim.pruning.ppl import Perplexity, perplexities_without
 from slim.pruning.taylor import Taylor, block_taylor_scores, taylor_score
@@ -221,6 +222,29 @@ def test_angular_distances_equal_those_of_the_models_own_hidden_states(family_fo
     assert distances[0, 6] > 0.01
 
 
+def test_influences_equal_those_of_the_models_own_hidden_states(family_folder, monkeypatch):
+    model, family = load(family_folder)
+    tokens = random_tokens(5, 19)
+    monkeypatch.setattr("slim.calibration.loaded_blocks.TOKENS_PER_BATCH", 2 * 19)
+    found = block_influences(model, family, tokens)
+
+    last_states = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _, args: last_states.append(args[0]))
+    with torch.no_grad():
+        states = list(model(tokens, output_hidden_states=True).hidden_states)
+    hook.remove()
+    states[-1] = last_states[0]  # transformers gives the last state behind the final norm
+    for block, influence in enumerate(found):
+        total = 0.0
+        for sample in range(5):
+            for token in range(19):
+                x = states[block][sample, token].tolist()
+                y = states[block + 1][sample, token].tolist()
+                total += dot(x, y) / math.sqrt(dot(x, x) * dot(y, y))
+        assert influence == pytest.approx(1 - total / (5 * 19), abs=1e-5)
+    assert max(found) > 0.01
+
+
 def test_magnitude_equals_the_sum_over_the_file(small_llama, calibration):
     checkpoint = open_checkpoint(small_llama)
     expected = [0.0] * 6
@@ -243,10 +267,14 @@ def stages(calibration: Calibration) -> list:
         Perplexity(calibration=calibration, blocks=2, samples=4, length=16),
         Angular(calibration=calibration, blocks=2),
         Magnitude(blocks=2),
+        BlockInfluence(calibration=calibration, blocks=2),
     ]
 
 
-@pytest.mark.parametrize("index", range(4), ids=["taylor", "ppl", "angular", "magnitude"])
+NAMES = ["taylor", "ppl", "angular", "magnitude", "block_influence"]
+
+
+@pytest.mark.parametrize("index", range(5), ids=NAMES)
 def test_result_is_the_source_without_the_removed_blocks(small_llama, calibration, tmp_path, index):
     stage = stages(calibration)[index]
     facts = stage.run(small_llama, tmp_path, Context())
@@ -274,7 +302,7 @@ def test_result_is_the_source_without_the_removed_blocks(small_llama, calibratio
     assert (tmp_path / "report" / "block_scores.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("index", range(4), ids=["taylor", "ppl", "angular", "magnitude"])
+@pytest.mark.parametrize("index", range(5), ids=NAMES)
 def test_same_run_twice_gives_the_same(small_llama, calibration, tmp_path, index):
     facts = []
     for name in ("a", "b"):
