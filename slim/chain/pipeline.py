@@ -124,7 +124,7 @@ class Pipeline:
         return text_problem(steps, evaluation)
 
     def _is_measured(self, step: Step) -> bool:
-        """Whether the quality of a planned checkpoint is known; False where it may be."""
+        """Whether the quality of a planned checkpoint is known, as far as a plan can tell."""
         if self.evaluation is None:
             return True
         if not step.cached or step.folder is None:
@@ -135,6 +135,8 @@ class Pipeline:
                 content = digest(Checkpoint(step.folder).manifest["checksums"])
             except (SlimError, KeyError):  # damaged, so it will be made again
                 return False
+        if self.evaluation.kl:  # its name needs what it is compared with, which is not made yet
+            return True
         return self._quality_file(content, step.spec).is_file()
 
     def limit_problem(self, steps: list[Step]) -> str | None:
