@@ -3,9 +3,23 @@ scripts run."""
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+import sys
+from typing import TYPE_CHECKING
 
-from slim.cli.launch import launch
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+try:
+    from slim.cli.launch import launch
+except ModuleNotFoundError as error:  # most often the system's Python instead of the environment's
+    if (error.name or "slim").startswith("slim"):
+        raise
+    print(
+        f"slim: {sys.executable} has no package '{error.name}'. Activate the environment in which "
+        "slim is installed:\nsource .venv/bin/activate",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def compress() -> None:

@@ -89,6 +89,14 @@ def test_the_models_of_the_studies(choice, source):
     )
 
 
+def test_a_python_without_the_packages_is_named():
+    script = [sys.executable, "-S", str(ROOT / "compress.py"), "model=tiny"]  # -S: none installed
+    result = subprocess.run(script, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "has no package 'omegaconf'. Activate the environment" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 WRONG = [
     (["prunner=taylor"], r"no group or setting 'prunner'.*Did you mean pruner"),
     (["pruner=tailor"], r"pruner=tailor: must be one of .*taylor.*Did you mean taylor"),
