@@ -18,7 +18,7 @@ from slim.checkpoints.store import Store
 from slim.core.console import never_fail_on_a_character, output_may_be_cut, track
 from slim.core.errors import SlimError
 from slim.core.tables import Table, print_table
-from slim.core.text import gigabytes
+from slim.core.text import counted, gigabytes
 
 ABOUT = {
     "list": "every result, what it was made from, and the runs that use it",
@@ -93,8 +93,7 @@ def list_command(store: Store, options: argparse.Namespace) -> int:
         size = gigabytes(entry.size)
         rows.append([entry.folder.name, method, size, *times, entry.parent, users])
     headings = ["result", "method", "size", "made", "last used", "made from", "used by"]
-    noun = "result" if len(results) == 1 else "results"
-    title = f"{len(results)} {noun} in {store.root}"
+    title = f"{counted(len(results), 'result')} in {store.root}"
     print_table(Table(headings, rows, fold=[1, 5, 6], title=title))
     return 0
 
@@ -157,7 +156,8 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
             "what was used since it began is kept."
         )
     if not folders and not evaluations:
-        print(f"Nothing to remove: {len(results)} results, {len(runs)} runs.")
+        kept = f"{counted(len(results), 'result')}, {counted(len(runs), 'run')}"
+        print(f"Nothing to remove: {kept}.")
         return 0
     bytes_in_all = 0
     for path in folders:
@@ -167,8 +167,10 @@ def prune_command(store: Store, options: argparse.Namespace) -> int:
     if evaluations:  # one line: there may be hundreds of small files
         size = sum(map(size_of, evaluations))
         bytes_in_all += size
-        print(f"{gigabytes(size):>10}  all {len(evaluations)} evaluations")
-    total = f"{len(unneeded)} of {len(results)} results, {gigabytes(bytes_in_all)} in all"
+        print(f"{gigabytes(size):>10}  all {counted(len(evaluations), 'evaluation')}")
+    total = (
+        f"{len(unneeded)} of {counted(len(results), 'result')}, {gigabytes(bytes_in_all)} in all"
+    )
     if options.dry_run:
         print(f"Would remove {total}.")
     elif options.yes or confirmed(f"Remove {total}? [y/N] "):
@@ -241,7 +243,8 @@ def verify_command(store: Store, options: argparse.Namespace) -> int:
     if damaged and options.remove:
         print(removed_line(*remove(store, list(damaged))))
     print(
-        f"{len(results)} results and {len(evaluations)} evaluations read, {len(damaged)} damaged."
+        f"{counted(len(results), 'result')} and {counted(len(evaluations), 'evaluation')} read, "
+        f"{len(damaged)} damaged."
     )
     return 1 if damaged else 0
 

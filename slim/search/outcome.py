@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slim.core.console import results_console
+from slim.core.console import show_labelled
 from slim.core.errors import SlimError
 from slim.core.tables import Table, print_table
-from slim.core.text import markdown_lines
+from slim.core.text import counted, markdown_lines
 from slim.evaluation.metrics import BY_NAME, metric_of
 from slim.report.pareto import front
 from slim.search.budget import size
@@ -192,7 +192,7 @@ def nothing_good(trials: list[Trial], budget: Budget) -> str:
     if measured:
         nearest = max(measured, key=nearness)
         return (
-            f"None of the {len(measured)} points that were run is within the budget: "
+            f"None of the points that were run ({len(measured)}) is within the budget: "
             f"{name(nearest.point)} {nearest.result['problem']}, and that is the nearest.\n"
             "Allow more, or search among smaller models."
         )
@@ -243,7 +243,7 @@ def title(outcome: dict) -> str:
             limits.append(f"{key}={value:g}")
     if limits:
         line += f" within {' and '.join(limits)}"
-    line += f" ({tried} points tried"
+    line += f" ({counted(tried, 'point')} tried"
     if skipped:
         line += f", {skipped} ruled out by their plan"
     return line + ")"
@@ -320,7 +320,4 @@ def show(outcome: dict) -> None:
     keys = len(outcome["best"][0]["settings"])
     print_table(Table(headings, rows, keys=keys, title=title(outcome)))
     if len(rows) == 1:
-        out = results_console()
-        out.print(
-            f"its checkpoint: {outcome['best'][0]['folder']}", highlight=False, soft_wrap=True
-        )
+        show_labelled("its checkpoint", outcome["best"][0]["folder"])

@@ -12,6 +12,7 @@ from slim.evaluation.compare import Comparison
 from slim.evaluation.differences import Difference
 from slim.report.side_by_side import differences_table
 from slim.report.table import headline_columns, terminal_table
+from slim.search.outcome import show
 from slim.sweeps.finish import points_table
 
 WIDTHS = (80, 100, 200)
@@ -149,6 +150,32 @@ def test_a_sweep_fits(width, value):
     lines = points_table(list(points[0]["overrides"]), points).lines(width)
     assert max(text_width(line) for line in lines) <= width
     assert not any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("value", ["64", LONG])
+def test_what_a_search_found_fits(width, value, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    points = []
+    for number in range(3):
+        settings = {"quantizer": "gptq", "quantizer.bits": number + 2, "quantizer.x": value}
+        points.append(
+            {
+                "settings": {**settings, "pruner": "taylor", "pruner.blocks": 2},
+                "objectives": {"perplexity": 2.5 + number, "bytes_on_disk": 1e6},
+                "memory_bytes": 3e6,
+                "tokens_per_second": 400.0,
+                "folder": LONG,
+                "state": "good",
+            }
+        )
+    budget = {"memory_gb": 0.0025, "context": 2048}
+    outcome = {"objectives": ["perplexity", "bytes_on_disk"], "budget": budget}
+    outcome |= {"best": points, "points": points}
+    show(outcome)
+    out = capsys.readouterr().out
+    assert max(text_width(line) for line in out.splitlines()) <= width
+    assert "…" not in out
 
 
 def test_a_sweep_marks_the_best_and_the_worst_point():

@@ -229,7 +229,8 @@ def test_a_point_that_is_slower_than_asked_is_out_of_the_contest(small_llama, tm
     ):
         judge(wanted, {"bytes_on_disk": 10, "parameters": 5}, spec)
     with pytest.raises(
-        SlimError, match=r"None of the 1 points .*quantizer.bits=3 decodes 49.9 tokens/s"
+        SlimError,
+        match=r"None of the points that were run \(1\) .*quantizer.bits=3 decodes 49.9 tokens/s",
     ):
         conclude([Trial(0, {"quantizer.bits": 3}, result=slow)], wanted, tmp_path)
 
