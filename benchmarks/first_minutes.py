@@ -27,11 +27,12 @@ COLUMNS = 80
 ROWS = 24
 PAGE = Path("docs/first_ten_minutes.md")
 LOGS = Path("runs/log")
-SMOLLM2 = """\\
-python compress.py model=smollm2 pruner=none quant=gptq quant.bits=3 \\
-    quant.group_size=64 calibration.text=calibration.txt \\
-    calibration.samples=16 eval.perplexity.text=test.txt \\
-    eval.perplexity.window=512 eval.perplexity.limit=16""".removeprefix("\\\n")
+SMOLLM2 = (
+    "python compress.py model=smollm2 pruner=none quant=gptq quant.bits=3 \\\n"
+    "    quant.group_size=64 calibration.text=calibration.txt \\\n"
+    "    calibration.samples=8 eval.perplexity.text=test.txt \\\n"
+    "    eval.perplexity.window=512 eval.perplexity.limit=8 eval.speed=null"
+)
 
 # what is said before a command, the command, lines of its output that are shown (0: all)
 STEPS = [

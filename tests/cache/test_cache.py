@@ -248,7 +248,7 @@ def test_verify_finds_every_kind_of_damage(store, small_llama, capsys):
     file = Store(root).evaluation_file("abc")
     file.write_text(file.read_text().replace("2.0", "1.0"))
     code, out, _ = slim_cache(capsys, root, "verify")
-    assert code == 1 and out.endswith("6 results and 1 evaluations read, 5 damaged.\n")
+    assert code == 1 and out.endswith("6 results and 1 evaluation read, 5 damaged.\n")
     assert all(f"damaged: {path.name}" in out for path in (first, second, third, fourth, file))
     assert "model.safetensors differs" in out
     assert slim_cache(capsys, root, "verify", "--remove")[0] == 1
