@@ -168,6 +168,9 @@ def main() -> None:
             started = time.monotonic()
             log.write_text(record(command) + "\n", encoding="utf-8")
             print(f"{shlex.split(command)[:3]}: {time.monotonic() - started:.0f} s", flush=True)
+        if not log.is_file():
+            print(f"{log} is missing: add --only {number}", flush=True)
+            continue
         text = shown(log.read_text(encoding="utf-8").rstrip("\n"), count)
         parts.append(f"\n{about}\n\n```\n$ {command}\n{text}\n```\n")
     PAGE.write_text("".join(parts) + END, encoding="utf-8")
