@@ -1,10 +1,13 @@
-"""GGUF's block types: 32 weights of a row with their scale, and for some types an offset.
+"""GGUF's block types: some weights of a row with their scales, and for some types offsets.
 
-    Q4_0, Q5_0, Q8_0    w^ = d (q - middle)     d in float16; middle 8, 16, 0 (Q8_0: signed codes)
-    Q4_1, Q5_1          w^ = d q + m            d and m in float16
+    Q4_0, Q5_0, Q8_0    w^ = d (q - middle)     32 weights; d in float16; middle 8, 16, 128
+    Q4_1, Q5_1          w^ = d q + m            32 weights; d and m in float16
+    Q3_K, Q6_K          w^ = d s (q - middle)   256 weights; whole s for every 16; middle 4, 32
+    Q2_K, Q4_K, Q5_K    w^ = d s q - e m        256 weights; whole s and m for every 16 (Q2_K) or 32
 
-Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. The ``gguf`` library
-rounds weights to these types and reads them back; what slim's own methods chose (codes, scales and
+Layouts: https://github.com/ggml-org/ggml/blob/master/ggml/src/ggml-common.h. The ``gguf`` library
+reads them back. It also rounds weights to those of 32; the others' grids are slim's choice
+(``slim/quantization/solvers/super_blocks.py``). What slim's own methods chose (codes, scales and
 zero points) is put into blocks here, unchanged.
 """
 
@@ -16,8 +19,10 @@ from typing import TYPE_CHECKING
 
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
+from slim.gguf.packing import pack
 from slim.gguf.reader import CHUNK_ELEMENTS
 from slim.quantization.scheme import Scheme
+from slim.quantization.solvers.super_blocks import BlockKind, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +31,8 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-BLOCK = 32  # weights in a block of each of these types
+BLOCK = 32  # weights in the smallest blocks
+SUPER_BLOCK = 256  # in those of the K types
 
 
 @dataclass(frozen=True)
@@ -34,27 +40,31 @@ class BlockType:
     """A type of blocks.
 
     Attributes:
-        bits: Bits per code.
-        symmetric: Whether blocks have a scale only, no offset.
+        kind: What a block can hold.
         size: Bytes of a block.
     """
 
-    bits: int
-    symmetric: bool
+    kind: BlockKind
     size: int
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme that the type stands for."""
-        return Scheme(self.bits, BLOCK, self.symmetric)
+        """The scheme that is nearest to the type."""
+        return Scheme(self.kind.bits, self.kind.group, self.kind.symmetric)
 
 
+OFFSET = (1, 1)  # m of types whose blocks have an offset of their own
 BLOCK_TYPES = {
-    "Q4_0": BlockType(4, True, 18),
-    "Q4_1": BlockType(4, False, 20),
-    "Q5_0": BlockType(5, True, 22),
-    "Q5_1": BlockType(5, False, 24),
-    "Q8_0": BlockType(8, True, 34),
+    "Q4_0": BlockType(BlockKind(4), 18),
+    "Q4_1": BlockType(BlockKind(4, minimums=OFFSET), 20),
+    "Q5_0": BlockType(BlockKind(5), 22),
+    "Q5_1": BlockType(BlockKind(5, minimums=OFFSET), 24),
+    "Q8_0": BlockType(BlockKind(8), 34),
+    "Q2_K": BlockType(BlockKind(2, SUPER_BLOCK, 16, (0, 15), (0, 15)), 84),
+    "Q3_K": BlockType(BlockKind(3, SUPER_BLOCK, 16, (-32, 31)), 110),
+    "Q4_K": BlockType(BlockKind(4, SUPER_BLOCK, 32, (0, 63), (0, 63)), 144),
+    "Q5_K": BlockType(BlockKind(5, SUPER_BLOCK, 32, (0, 63), (0, 63)), 176),
+    "Q6_K": BlockType(BlockKind(6, SUPER_BLOCK, 16, (-128, 127)), 210),
 }
 PLAIN_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # (bits, symmetric) of slim's own codes -> the type that holds them
@@ -63,7 +73,13 @@ TYPES_OF_CODES = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}
 
 def row_bytes(type_name: str, columns: int) -> int:
     """Return the bytes of a row of ``columns`` weights in blocks of a type."""
-    return columns // BLOCK * BLOCK_TYPES[type_name].size
+    block = BLOCK_TYPES[type_name]
+    return columns // block.kind.size * block.size
+
+
+def fits(type_name: str, columns: int) -> bool:
+    """Whether blocks of a type divide a row of ``columns`` weights; plain types always do."""
+    return type_name in PLAIN_TYPES or columns % BLOCK_TYPES[type_name].kind.size == 0
 
 
 def pack_blocks(layer: Quantized) -> torch.Tensor:
@@ -110,7 +126,9 @@ def _bytes(values: torch.Tensor) -> torch.Tensor:
 
 
 def round_to_blocks(weight: torch.Tensor, type_name: str) -> torch.Tensor:
-    """Round a weight matrix with the ``gguf`` library's own quantizer, some rows at a time.
+    """Round a weight matrix, some rows at a time, every weight by itself.
+
+    Types of 32 weights are rounded by the ``gguf`` library's own quantizer, K types by slim's.
 
     Args:
         weight: [out, in], of any floating-point type.
@@ -122,11 +140,30 @@ def round_to_blocks(weight: torch.Tensor, type_name: str) -> torch.Tensor:
     from gguf import GGMLQuantizationType, quantize
 
     rows, columns = weight.shape
+    kind = BLOCK_TYPES[type_name].kind
     result = torch.empty(rows, row_bytes(type_name, columns), dtype=torch.uint8)
     for part in row_chunks(rows, columns):
-        values = weight[part].float().contiguous().numpy()
-        result[part] = torch.from_numpy(quantize(values, GGMLQuantizationType[type_name]))
+        values = weight[part].float().contiguous()
+        if kind.two_levels:
+            result[part] = pack(nearest(values, kind), type_name)
+        else:
+            blocks = quantize(values.numpy(), GGMLQuantizationType[type_name])
+            result[part] = torch.from_numpy(blocks)
     return result
+
+
+def require_range(layer: str, weight: torch.Tensor) -> None:
+    """Raise ``SlimError`` for weights whose scales float16 could not hold, or NaN.
+
+    Args:
+        layer: For the message.
+        weight: [out, in].
+    """
+    if not float(weight.abs().amax()) <= torch.finfo(torch.float16).max:
+        raise SlimError(
+            f"{layer} has weights beyond 65504, the largest number that scales in GGUF's blocks "
+            f"hold, or NaN.\nLeave it plain: 'quant.overrides={{{layer}:BF16}}'"
+        )
 
 
 def unpack_blocks(blocks: torch.Tensor, type_name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -143,7 +180,8 @@ def unpack_blocks(blocks: torch.Tensor, type_name: str, dtype: torch.dtype) -> t
     from gguf import GGMLQuantizationType, dequantize
 
     rows = len(blocks)
-    columns = blocks.shape[1] // BLOCK_TYPES[type_name].size * BLOCK
+    block_type = BLOCK_TYPES[type_name]
+    columns = blocks.shape[1] // block_type.size * block_type.kind.size
     result = torch.empty(rows, columns, dtype=dtype)
     for part in row_chunks(rows, columns):
         values = dequantize(blocks[part].contiguous().numpy(), GGMLQuantizationType[type_name])

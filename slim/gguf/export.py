@@ -23,6 +23,7 @@ from slim.gguf.metadata import (
     rotary_tensors,
     stored_names,
 )
+from slim.gguf.mixes import MIXES
 from slim.gguf.tokenizer import KEY
 from slim.gguf.vocabulary import vocabulary_entries
 
@@ -36,6 +37,7 @@ BLOCKS = "weight_blocks"
 STORED_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 # type of most weights -> general.file_type (gguf.LlamaFileType)
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+FILE_TYPES |= {"Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18}
 QUANTIZATION_VERSION = 2  # of ggml's block types
 # llama.cpp looks for these tokens in every model whose name contains "phi3", to let them take the
 # white space that follows along, and does not load one that lacks them.
@@ -204,11 +206,19 @@ def file_entries(checkpoint: Checkpoint, types: Counter, tokens: dict[str, Any])
         "general.name": f"{name} {size}",
         "general.basename": family,  # files of Mistral's models are told from Llama's by it
         "general.size_label": size,
-        "general.file_type": FILE_TYPES[types.most_common(1)[0][0]],
+        "general.file_type": file_type(checkpoint, types),
     }
     if set(types) & set(BLOCK_TYPES):
         entries["general.quantization_version"] = QUANTIZATION_VERSION
     return entries
+
+
+def file_type(checkpoint: Checkpoint, types: Counter) -> int:
+    """Return ``general.file_type``: of the mix where it has a name, else of most weights' type."""
+    mix = (checkpoint.spec.quantization or {}).get("mix")
+    if mix in MIXES:
+        return MIXES[mix][1]
+    return FILE_TYPES[types.most_common(1)[0][0]]
 
 
 def size_label(parameters: int) -> str:

@@ -1,7 +1,7 @@
 """``quant.format=gguf``: packed weights in GGUF's blocks, with the GGUF file itself in the same
 folder.
 
-    weight_blocks      uint8 [out, bytes of a row]        blocks of 32 weights (slim/gguf/blocks.py)
+    weight_blocks      uint8 [out, bytes of a row]        blocks of weights (slim/gguf/blocks.py)
 
 slim loads the safetensors files, whose blocks are those of ``model.gguf`` to the byte (there, rows
 of queries and keys may stand in another order). Engines load ``model.gguf``.
@@ -116,10 +116,13 @@ class GgufFormat(Format):
     def layer_bytes(
         self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False
     ) -> int:
-        for name, block_type in BLOCK_TYPES.items():
-            if (block_type.bits, block_type.symmetric) == (scheme.bits, scheme.symmetric):
-                return rows * row_bytes(name, columns)
-        return rows * columns * scheme.bits // 8
+        name = TYPES_OF_CODES.get((scheme.bits, scheme.symmetric))
+        if name is None:  # a plan that is then refused
+            return rows * columns * scheme.bits // 8
+        return rows * row_bytes(name, columns)
+
+    def bytes_of(self, config: dict, layer: str, rows: int, columns: int, model_dtype: str) -> int:
+        return rows * row_bytes(config["types"][layer], columns)
 
     def read_config(self, config: dict, name: str) -> Stored:
         types = config.get("types")
@@ -175,10 +178,12 @@ def read_blocks(
     return unpack_blocks(blocks, type_name, dtype)
 
 
-def gguf_config(types: Mapping[str, str]) -> dict:
+def gguf_config(types: Mapping[str, str], mix: str | None = None) -> dict:
     """Return the ``quantization_config`` for layers in blocks.
 
     Args:
         types: Full layer name -> one of ``BLOCK_TYPES``.
+        mix: llama.cpp's name of such a mix of types, where it has one.
     """
-    return {"quant_method": GgufFormat.quant_method, "file": GGUF_FILE, "types": dict(types)}
+    config = {"quant_method": GgufFormat.quant_method, "file": GGUF_FILE, "types": dict(types)}
+    return config if mix is None else {**config, "mix": mix}

@@ -14,6 +14,26 @@ if TYPE_CHECKING:
     from slim.models.spec import ModelSpec
 
 
+def write_layer_errors(folder: Path, errors: Sequence[LayerError]) -> dict[str, float]:
+    """Write ``layer_errors.json`` and ``layer_errors.png``.
+
+    Args:
+        folder: where they go; it is made if it is not there.
+        errors: of all layers.
+
+    Returns:
+        ``layer_error_mean`` and ``layer_error_max``.
+    """
+    table = [{"block": item.block, "layer": item.layer, "error": item.error} for item in errors]
+    folder.mkdir(exist_ok=True)
+    (folder / "layer_errors.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    plot_layer_errors(folder / "layer_errors.png", errors)
+    return {
+        "layer_error_mean": sum(item.error for item in errors) / len(errors),
+        "layer_error_max": max(item.error for item in errors),
+    }
+
+
 def plot_layer_errors(path: Path, errors: Sequence[LayerError]) -> None:
     """Draw one line per kind of layer over the blocks.
 

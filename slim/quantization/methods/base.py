@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,14 +292,9 @@ class Quantization(Stage):
         errors: list[LayerError],
     ) -> dict:
         """Write the table and picture of layer errors and return the metadata for the manifest."""
-        from slim.quantization.report import plot_layer_errors  # loads matplotlib
+        from slim.quantization.report import write_layer_errors  # loads matplotlib
 
-        table = [{"block": item.block, "layer": item.layer, "error": item.error} for item in errors]
-        (target / REPORT).mkdir(exist_ok=True)
-        (target / REPORT / "layer_errors.json").write_text(
-            json.dumps(table, indent=1) + "\n", encoding="utf-8"
-        )
-        plot_layer_errors(target / REPORT / "layer_errors.png", errors)
+        layer_errors = write_layer_errors(target / REPORT, errors)
         code_bits = weights = 0
         for name, (rows, columns) in layer_shapes(result).items():
             if name in schemes:
@@ -309,6 +303,5 @@ class Quantization(Stage):
         return {
             "bits": round(code_bits / weights, 4),
             "bits_per_weight": round(packed_bits(result), 4),
-            "layer_error_mean": sum(item.error for item in errors) / len(errors),
-            "layer_error_max": max(item.error for item in errors),
+            **layer_errors,
         }

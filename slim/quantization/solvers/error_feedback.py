@@ -320,7 +320,10 @@ def times(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def by_rows(
-    weight: torch.Tensor, solve: Callable[..., Quantized], layer: Quantized | None = None
+    weight: torch.Tensor,
+    solve: Callable[..., Quantized],
+    layer: Quantized | None = None,
+    join: Callable[[list], Quantized] | None = None,
 ) -> Quantized:
     """Solve for some rows of a layer after another, so that the solver's copies of them stay small.
 
@@ -328,6 +331,7 @@ def by_rows(
         weight: [out, in].
         solve: gives the codes and grid of some rows of ``weight``.
         layer: if given, ``solve`` gets the same rows of it as a second argument.
+        join: puts the solutions one below the other; None: :func:`concatenated`.
     """
     size = max(1, ROW_WEIGHTS // weight.shape[1])
     parts = []
@@ -339,4 +343,4 @@ def by_rows(
             parts.append(solve(rows, layer.rows(slice(start, start + size))))
         if rows.numel() >= ROW_WEIGHTS // 2:  # trimming after every small layer would cost time
             trim_heap()
-    return concatenated(parts)
+    return (join or concatenated)(parts)
