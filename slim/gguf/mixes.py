@@ -89,15 +89,14 @@ class _Chooser:
         if part == "output" or (part == "token_embd" and self.spec.tied):
             return "Q6_K"
         if part in ("attn_v", "attn_qkv"):
-            return self._value_type(fused=part == "attn_qkv")
+            return self._value_type()
         if part == "ffn_down":
             return self._down_type()
         if part == "attn_output":
             return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(self.mix, self.usual)
         return self.usual
 
-    def _value_type(self, fused: bool) -> str:
-        """Values, alone or fused with queries and keys."""
+    def _value_type(self) -> str:
         index, mix = self.values, self.mix
         self.values += 1
         shared = self.spec.heads // max(1, self.spec.kv_heads) >= SHARED_VALUES
@@ -114,7 +113,7 @@ class _Chooser:
             chosen = "Q6_K"
         elif mix == "Q4_K_S" and index < 4:
             chosen = "Q5_K"
-        if chosen in ("Q3_K", "Q4_K") and self._is_large() and not fused:
+        if chosen in ("Q3_K", "Q4_K") and self._is_large():
             chosen = "Q5_K"
         return chosen
 

@@ -18,7 +18,7 @@ from slim.gguf.architecture import restore_rows
 from slim.gguf.blocks import BLOCK_TYPES, pack_blocks, round_to_blocks, unpack_blocks
 from slim.gguf.export import permute_rows
 from slim.gguf.metadata import rotary
-from slim.gguf.quantizer import Gguf
+from slim.gguf.quantizer import BLOCKS_OF_32, Gguf
 from slim.gguf.reader import GgufModel, type_name
 from slim.gguf.stage import ImportGguf
 from slim.gguf.vocabulary import PROBES, rule_name
@@ -122,7 +122,7 @@ def test_only_offsets_of_asymmetric_codes_round(group):
     assert error.max() > 0
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", BLOCKS_OF_32)
 def test_rounding_is_that_of_the_library(name, monkeypatch):
     import gguf
 
@@ -253,17 +253,16 @@ def test_rows_that_blocks_do_not_divide_fall_back(tmp_path):
     facts = run(Gguf("Q4_1"), source, tmp_path / "result")
     tensors = GgufModel(tmp_path / "result" / "model.gguf").tensors
     assert type_name(tensors["blk.0.ffn_down.weight"].type) == "F16"
-    assert "3 layers are stored as F16" in facts["notes"][0]
+    assert "3 x F16 for Q4_1" in facts["notes"][0]
     load_model(tmp_path / "result", "float32")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"type": "Q4_K_M"}, "does not write this type yet.* the nearest is Q4_1"),
-        ({"type": "IQ2_XS"}, "does not write this type yet"),
-        ({"type": "Q8"}, "must be one of Q8_0.*Did you mean"),
-        ({"embeddings": "Q6_K"}, "quant.embeddings=Q6_K"),
+        ({"type": "IQ2_XS"}, "does not write this type; the nearest is Q2_K"),
+        ({"type": "Q8"}, "must be one of Q6_K.*Did you mean"),
+        ({"embeddings": "Q6_K_M"}, "quant.embeddings=Q6_K_M"),
         ({"overrides": {"*.up_proj": "Q4"}}, "the type of '\\*.up_proj'"),
     ],
 )

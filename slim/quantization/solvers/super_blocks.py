@@ -196,8 +196,7 @@ def choose_grids(target: torch.Tensor, kind: BlockKind, importance: torch.Tensor
     shape = (-1, kind.size // kind.group, kind.group)
     x = target.unflatten(0, shape)  # [blocks, groups, group, rows]
     # a column without input has importance 0, and a group of such columns has no best grid
-    floor = 1e-6 * importance.mean(0) + TINY
-    h = (importance + floor).unflatten(0, shape)
+    h = (importance / (importance.mean(0) + TINY) + 1e-6).unflatten(0, shape)
     if kind.symmetric:
         scale, minimum = _best_scales(x, h, kind)
     else:
@@ -259,9 +258,10 @@ class _LineFit:
     """Keeps, per group, the codes' best line x ~ s c - m among those offered."""
 
     def __init__(self, x: torch.Tensor, h: torch.Tensor, positive: bool):
-        self.x, self.h, self.positive = x, h, positive
-        self.weighted = x * h
-        self.total, self.sum = h.sum(2), self.weighted.sum(2)
+        self.positive = positive
+        self.h = h / h.sum(2, keepdim=True)
+        self.weighted = x * self.h
+        self.sum = self.weighted.sum(2)
         self.gain = torch.full_like(self.sum, -float("inf"))
         self.scale = torch.zeros_like(self.sum)
         self.minimum = torch.zeros_like(self.sum)
@@ -270,16 +270,19 @@ class _LineFit:
         """Fit a line to codes, and keep it in the groups where it is better."""
         product = (self.weighted * codes).sum(2)
         weighted_codes = codes * self.h
-        first, second = weighted_codes.sum(2), weighted_codes.mul_(codes).sum(2).clamp(min=TINY)
-        determinant = (self.total * second - first.square()).clamp(min=TINY)
-        scale = (self.total * product - self.sum * first) / determinant
-        offset = (second * self.sum - first * product) / determinant
+        first, second = weighted_codes.sum(2), weighted_codes.mul_(codes).sum(2)
+        variance = second - first.square()
+        # codes that are all the same have no slope
+        sloped = variance > 1e-6 * second
+        scale = (product - self.sum * first) / torch.where(sloped, variance, 1.0)
+        scale = torch.where(sloped, scale, 0.0)
+        offset = self.sum - scale * first
         if self.positive:
             without = (offset > 0) | (scale <= 0)
-            scale = torch.where(without, product / second, scale)
-            offset = torch.where(without, torch.zeros_like(offset), offset)
+            scale = torch.where(without, product / second.clamp(min=TINY), scale)
+            offset = torch.where(without, 0.0, offset)
         gain = 2 * (scale * product + offset * self.sum)
-        gain -= scale.square() * second + 2 * scale * offset * first + offset.square() * self.total
+        gain -= scale.square() * second + 2 * scale * offset * first + offset.square()
         better = gain > self.gain
         self.gain = torch.where(better, gain, self.gain)
         self.scale = torch.where(better, scale, self.scale)
