@@ -82,6 +82,7 @@ class Architecture:
     activation: tuple[str, str] = ("hidden_act", "silu")
 
 
+DECI = "deci"  # llama.cpp's name of a Llama whose blocks differ in size
 GELU = ("hidden_activation", "gelu_pytorch_tanh")
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=("attn_q", "attn_k")),
@@ -99,6 +100,14 @@ ARCHITECTURES = {
         activation=GELU,
     ),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", PHI3_PARTS),
+    # Llama's blocks in different sizes; transformers' Mistral takes any number of heads
+    DECI: Architecture("mistral", "MistralForCausalLM", permuted=("attn_q", "attn_k")),
+}
+# key that a file of differing blocks lists by block -> entry of config.json
+SIZES_BY_BLOCK = {
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
 }
 # Blocks of the Gemma models of 27 billion parameters, whose queries are scaled by another number
 # (llama.cpp does the same).
@@ -156,16 +165,51 @@ class Layout:
         return value
 
     def count(self, key: str) -> int:
-        """Return such an entry as a whole number above 0. Raises ``SlimError`` if it is missing or
-        something else.
+        """Return such an entry as a whole number above 0; where blocks differ, the largest. Raises
+        ``SlimError`` if it is missing or something else.
         """
-        value = self.required(key)
+        if self.prefix == DECI and isinstance(self.entry(key), list):
+            return max(self.counts(key))
+        return self._checked_count(key, self.required(key))
+
+    def counts(self, key: str) -> list[int]:
+        """Return such an entry for every block.
+
+        Raises:
+            SlimError: It is missing, one of them is no count, or 0: a block without attention or
+                MLP.
+        """
+        values, blocks = self.entry(key), self.count("block_count")
+        if not isinstance(values, list):
+            values = [self.required(key)] * blocks
+        if 0 in values:
+            raise SlimError(
+                f"{self.model.path}: block {values.index(0)} has no attention or no MLP "
+                f"({self.prefix}.{key} is 0), which slim does not import."
+            )
+        if len(values) != blocks:
+            raise SlimError(
+                f"{self.model.path}: {self.prefix}.{key} lists {len(values)} numbers for {blocks} "
+                "blocks. Fetch or make it again."
+            )
+        return [self._checked_count(key, value) for value in values]
+
+    def _checked_count(self, key: str, value: Any) -> int:
         if not isinstance(value, int) or value < 1:
             raise SlimError(
                 f"{self.model.path}: {self.prefix}.{key} is {value!r}, where a count belongs. "
                 "Fetch or make it again."
             )
         return value
+
+    def differing_sizes(self, config: dict) -> dict[str, dict[str, int]]:
+        """Return ``per_layer_config``: block -> entries in which it differs from the config."""
+        differing: dict[str, dict[str, int]] = {}
+        for key, entry in SIZES_BY_BLOCK.items():
+            for block, size in enumerate(self.counts(key)):
+                if size != config[entry]:
+                    differing.setdefault(str(block), {})[entry] = size
+        return differing
 
     def rows(self, name: str) -> int:
         """Return the number of rows of a tensor. Raises ``SlimError`` if the file lacks it."""
@@ -203,6 +247,8 @@ class Layout:
             **token_ids(self.model.metadata),
             **self._biases(),
         }
+        if self.prefix == DECI:
+            config["per_layer_config"] = self.differing_sizes(config)
         config |= self._attention_settings(config)
         config["rope_parameters"] = rotary_settings(self.model, self.prefix, config)
         if architecture.family == "phi3":
@@ -223,6 +269,9 @@ class Layout:
             size, rest = divmod(self.rows("blk.0.attn_qkv.weight"), heads + 2 * kv_heads)
             sizes = [size]
         else:
+            if self.prefix == DECI:
+                heads = self.counts("attention.head_count")[0]
+                kv_heads = self.counts("attention.head_count_kv")[0]
             counts = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads}
             sizes, rest = [], 0
             for name, count in counts.items():
@@ -353,8 +402,8 @@ class Layout:
             return spec.vocab_size, spec.hidden_size
         if name == "output_norm.weight":
             return (spec.hidden_size,)
-        part, kind = name.split(".")[2:]
-        linears, module = spec.block_linears(0), self.architecture.parts[part]
+        block, part, kind = name.split(".")[1:]
+        linears, module = spec.block_linears(int(block)), self.architecture.parts[part]
         if module in linears:
             return linears[module] if kind == "weight" else linears[module][:1]
         return (spec.head_dim if part in HEAD_NORMS else spec.hidden_size,)
@@ -395,7 +444,8 @@ class Layout:
         part = name.split(".")[2] if name.startswith("blk.") else ""
         if part in self.architecture.permuted:
             heads = "num_attention_heads" if part == "attn_q" else "num_key_value_heads"
-            tensor = restore_rows(tensor, self.config[heads])
+            shape = ModelSpec(self.config).at(int(name.split(".")[1]))
+            tensor = restore_rows(tensor, shape.config[heads])
         return tensor
 
 
@@ -446,7 +496,19 @@ def find_architecture(model: GgufModel) -> Architecture:
         str(model.metadata.get(f"general.{key}", "")) for key in ("name", "basename")
     ).lower()
     mistral = name == "llama" and ("mistral" in known_as or _needs_mistral(model))
+    if name == DECI and _even_heads(model):
+        name = "llama"
     return ARCHITECTURES["mistral" if mistral else name]
+
+
+def _even_heads(model: GgufModel) -> bool:
+    """Whether all blocks have the same number of heads, and it divides the hidden size."""
+    hidden = model.metadata.get("deci.embedding_length")
+    heads = model.metadata.get("deci.attention.head_count")
+    counts = set(heads) if isinstance(heads, list) else {heads}
+    number = counts.pop()
+    usable = isinstance(number, int) and isinstance(hidden, int) and number > 0
+    return not counts and usable and hidden % number == 0
 
 
 def _needs_mistral(model: GgufModel) -> bool:

@@ -161,8 +161,8 @@ class GgufTensors:
                 tensor = tensor + architecture.norm_offset
         part = name.split(".")[2] if name.startswith("blk.") else ""
         if part in architecture.permuted:
-            heads = self.spec.heads if part == "attn_q" else self.spec.kv_heads
-            tensor = permute_rows(tensor, heads)
+            shape = self.spec.at(int(name.split(".")[1]))
+            tensor = permute_rows(tensor, shape.heads if part == "attn_q" else shape.kv_heads)
         if type_name in ("F16", "BF16"):
             tensor = tensor.contiguous().view(torch.int16)
         return tensor.contiguous().numpy()

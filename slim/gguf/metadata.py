@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from slim.core.errors import SlimError
-from slim.gguf.architecture import ARCHITECTURES, LARGE_GEMMA, Architecture
+from slim.gguf.architecture import ARCHITECTURES, DECI, LARGE_GEMMA, SIZES_BY_BLOCK, Architecture
 from slim.gguf.rotary import FACTORS, LOCAL_THETA, LONG, SHORT, THETA, llama3_factors
 from slim.models.families import FULL, SLIDING
 from slim.models.spec import ModelSpec
 
 GGUF_FILE = "model.gguf"
 # Files of Mistral's models say llama, which computes the same.
-NAMES = {entry.family: name for name, entry in ARCHITECTURES.items()} | {"mistral": "llama"}
+NAMES = {entry.family: name for name, entry in ARCHITECTURES.items() if name != DECI}
+NAMES["mistral"] = "llama"
+BY_BLOCK = ("llama", "mistral")  # families for whose models of differing blocks there is a name
 GEMMA_PERIODS = {"gemma2": 2, "gemma3_text": 6}
 WITH_BIASES = ("llama", "mistral", "qwen2")  # whose biases llama.cpp reads
 ROPE_TYPES = ("default", "linear", "yarn", "llama3", "longrope")
@@ -37,6 +39,8 @@ def architecture_of(spec: ModelSpec) -> tuple[str, Architecture]:
             f"{spec.name}: slim does not write the family '{family}' as GGUF. It writes "
             f"{', '.join(NAMES)}."
         )
+    if spec.differing and family in BY_BLOCK:
+        return DECI, ARCHITECTURES[DECI]
     entry = ARCHITECTURES.get("mistral" if family == "mistral" else NAMES[family])
     return NAMES[family], entry
 
@@ -50,11 +54,7 @@ def check_model(spec: ModelSpec) -> None:
             f"{spec.name} has an adapter next to its weights, which a GGUF file has no place for. "
             "Use tuner.merge=true."
         )
-    if config.get("per_layer_config"):
-        raise SlimError(
-            f"{spec.name} has blocks of different sizes, which slim does not write as GGUF yet. "
-            "Use pruner.uniform=true, or quant.format=compressed-tensors."
-        )
+    _check_sizes(spec)
     entry, expected = architecture.activation
     activation = config.get(entry, config.get("hidden_act", expected))
     if activation != expected:
@@ -65,6 +65,24 @@ def check_model(spec: ModelSpec) -> None:
     _check_biases(spec)
     _check_rotary(spec)
     _check_windows(spec)
+
+
+def _check_sizes(spec: ModelSpec) -> None:
+    """Raise ``SlimError`` where blocks differ in what no architecture of llama.cpp can be told."""
+    family = spec.family.model_type
+    if spec.differing and family not in BY_BLOCK:
+        raise SlimError(
+            f"{spec.name} has blocks of different sizes, which llama.cpp has no architecture for "
+            f"in the family '{family}' ({' and '.join(BY_BLOCK)} have one).\n"
+            "Use pruner.uniform=true, or quant.format=compressed-tensors."
+        )
+    for block, entries in spec.differing.items():
+        others = sorted(set(entries) - set(SIZES_BY_BLOCK.values()))
+        if others:
+            raise SlimError(
+                f"{spec.name}: block {block} has its own {others[0]}. GGUF can say that blocks "
+                f"differ in {', '.join(SIZES_BY_BLOCK.values())}."
+            )
 
 
 def _check_biases(spec: ModelSpec) -> None:
@@ -178,9 +196,7 @@ def model_entries(spec: ModelSpec) -> dict[str, Any]:
         "context_length": spec.context_length,
         "embedding_length": spec.hidden_size,
         "block_count": spec.blocks,
-        "feed_forward_length": spec.intermediate_size,
-        "attention.head_count": spec.heads,
-        "attention.head_count_kv": spec.kv_heads,
+        **_size_entries(spec),
         "attention.layer_norm_rms_epsilon": float(spec.config.get("rms_norm_eps", 1e-6)),
         "attention.key_length": spec.head_dim,
         "attention.value_length": spec.head_dim,
@@ -191,6 +207,19 @@ def model_entries(spec: ModelSpec) -> dict[str, Any]:
         if spec.config.get(cap):
             entries[cap] = float(spec.config[cap])
     return {f"{name}.{key}": value for key, value in entries.items()}
+
+
+def _size_entries(spec: ModelSpec) -> dict[str, int | list[int]]:
+    """Return heads and MLP channels: a number, or, where blocks differ, one for every block."""
+    by_block: dict[str, list[int]] = {key: [] for key in SIZES_BY_BLOCK}
+    for block in range(spec.blocks):
+        shape = spec.at(block)
+        by_block["feed_forward_length"].append(shape.intermediate_size)
+        by_block["attention.head_count"].append(shape.heads)
+        by_block["attention.head_count_kv"].append(shape.kv_heads)
+    if spec.differing:
+        return by_block
+    return {key: sizes[0] for key, sizes in by_block.items()}
 
 
 def _rotary_entries(spec: ModelSpec) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slim.gguf.architecture import DECI
 from slim.gguf.blocks import PLAIN_TYPES, fits
-from slim.gguf.metadata import stored_names
+from slim.gguf.metadata import architecture_of, stored_names
 from slim.models.spec import ModelSpec
 
 # name -> (type of most matrices, number in general.file_type)
@@ -99,7 +100,8 @@ class _Chooser:
     def _value_type(self) -> str:
         index, mix = self.values, self.mix
         self.values += 1
-        shared = self.spec.heads // max(1, self.spec.kv_heads) >= SHARED_VALUES
+        first = self.spec.at(0)
+        shared = first.heads // first.kv_heads >= SHARED_VALUES
         chosen = self.usual
         if mix == "Q2_K":
             chosen = "Q4_K" if shared else "Q3_K"
@@ -141,9 +143,9 @@ class _Chooser:
         return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
     def _is_large(self) -> bool:
-        spec = self.spec
-        is_llama = spec.family.model_type == "llama"
-        return is_llama and spec.blocks == LARGE and spec.heads != spec.kv_heads
+        spec, (name, _) = self.spec, architecture_of(self.spec)
+        grouped = spec.heads != spec.kv_heads
+        return spec.blocks == LARGE and (name == DECI or (name == "llama" and grouped))
 
 
 def plain_type(dtype: str) -> str:

@@ -13,18 +13,32 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
+from slim.calibration.errors import layer_loss
+from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.stage import Context
 from slim.checkpoints.tokenizer import load_tokenizer
+from slim.gguf.blocks import BLOCK_TYPES, row_bytes, unpack_blocks
+from slim.gguf.metadata import stored_names
+from slim.gguf.mixes import MIXES, fitting_type, mixed_types
 from slim.gguf.quantizer import Gguf
+from slim.gguf.reader import GgufModel, type_name
 from slim.gguf.sources import packaged_smollm2
 from slim.gguf.stage import ImportGguf
 from slim.loading.load_model import load_model
 from slim.quantization.methods.rtn import RTN
+from slim.quantization.solvers.error_feedback import cholesky_factor
+from slim.quantization.solvers.super_block_feedback import descend, feed_errors
+from slim.quantization.solvers.super_blocks import nearest
+from tests.gguf.test_gguf_by_block import MODELS as BY_BLOCK
 from tests.gguf.test_gguf_export import written
 from tests.gguf.test_gguf_import import LLAMA3, LONG
+from tests.gguf.test_gguf_super_blocks import problem  # noqa: F401 - a fixture
+from tests.support.llama_quantize import quantize, quantize_rows
 from tests.support.stages import run
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
@@ -74,6 +88,8 @@ STAGES = {
     "Q8_0": Gguf("Q8_0"),
     "Q4_1": Gguf("Q4_1"),
     "Q4_0": Gguf("Q4_0"),
+    "Q6_K": Gguf("Q6_K", calibrated=False),
+    "Q4_K_M": Gguf("Q4_K_M", calibrated=False),
     "RTN 4 bits": RTN(bits=4, group_size=64, search=10, format="gguf"),
     "RTN 8 bits": RTN(bits=8, group_size=64, symmetric=True, format="gguf"),
 }
@@ -118,6 +134,7 @@ MODELS = {
     "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 7}),
     "phi3": ("phi3", {"sliding_window": None}),
     "phi3 long": ("phi3", {"rope_parameters": LONG, "sliding_window": None}),
+    **BY_BLOCK,
 }
 
 
@@ -129,3 +146,52 @@ def test_llama_cpp_computes_every_family(name, engine, tmp_path):
     values = divergences(result, found["results"])
     print(f"{name}: KL {[f'{value:.1e}' for value in values]}")
     assert max(values) < 1e-3  # llama.cpp keeps keys and values in float16
+
+
+SHAPES = {
+    "shared values": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "fused": ("phi3", {"head_dim": 64}),
+    "normed heads": ("qwen3", {"head_dim": 64, "intermediate_size": 288}),
+    "windows": ("gemma3_text", {"head_dim": 64, "query_pre_attn_scalar": 64}),
+    "rows of 64": ("llama", {"hidden_size": 64}),
+    "by block": ("mistral", {**BY_BLOCK["heads differ"][1], "hidden_size": 64}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_types_are_those_that_llama_cpp_chooses(name, engine, tmp_path):
+    family, changes = SHAPES[name]
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 9, **changes}
+    source, plain = written(family, tmp_path, **sizes)
+    spec = open_checkpoint(source).spec
+    names, matrices = dict(stored_names(spec)), spec.matrices()
+    importance = {}
+    for layer, (_, columns) in matrices.items():
+        importance[f"{names[layer]}.weight"] = numpy.ones(columns, dtype=numpy.float32)
+    for mix, (_, number) in MIXES.items():
+        file = tmp_path / f"{mix}.gguf"
+        # only this mix cannot be made without an importance matrix
+        known = importance if mix == "Q2_K_S" else None
+        quantize(engine, plain / "model.gguf", file, number, known)
+        theirs = GgufModel(file).tensors
+        for layer, wanted in mixed_types(spec, mix).items():
+            expected = type_name(theirs[f"{names[layer]}.weight"].type)
+            assert fitting_type(wanted, matrices[layer][1]) == expected, (mix, layer)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_the_loss_is_below_that_of_llama_cpp(name, engine, problem):  # noqa: F811
+    weight, hessian = problem
+    diagonal, number = hessian.diagonal(), GGMLQuantizationType[name].value
+    kind, size = BLOCK_TYPES[name].kind, row_bytes(name, weight.shape[1])
+    theirs = quantize_rows(engine, weight.numpy(), number, size, diagonal.numpy())
+    theirs = unpack_blocks(torch.from_numpy(theirs), name, torch.float32)
+    order = diagonal.argsort(descending=True)
+    fed = feed_errors(weight, cholesky_factor(hessian, 0.01, order), kind, diagonal)
+    ours = descend(weight, fed, hessian, 3).dequantize()
+    by_diagonal = nearest(weight, kind, diagonal).dequantize()
+    losses = {}
+    for label, values in (("theirs", theirs), ("ours", ours), ("diagonal", by_diagonal)):
+        losses[label] = float(layer_loss(values - weight, hessian).sum())
+    print(name, {label: f"{value / losses['theirs']:.3f}" for label, value in losses.items()})
+    assert losses["ours"] < 0.7 * losses["theirs"]

@@ -318,7 +318,14 @@ GEMMA2 = dict(model_type="gemma2", head_dim=16, query_pre_attn_scalar=16, slidin
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama", "per_layer_config": {"0": {}}}, "blocks of different sizes"),
+        (
+            {"model_type": "qwen2", "per_layer_config": {"0": {"intermediate_size": 64}}},
+            "blocks of different sizes, which llama.cpp has no architecture for",
+        ),
+        (
+            {"model_type": "llama", "per_layer_config": {"1": {"head_dim": 8}}},
+            "block 1 has its own head_dim",
+        ),
         ({"model_type": "llama", "slim_adapter": {"parameters": 1}}, "tuner.merge=true"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),

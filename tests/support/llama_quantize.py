@@ -30,6 +30,49 @@ class Settings(ctypes.Structure):
     )
 
 
+def _libraries(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """Return ggml's and llama.cpp's library, by the folder where node-llama-cpp was installed."""
+    binaries = folder / BINARIES
+    loaded = []
+    for pattern in ("libggml-base.so*", "libggml.*so*", "libllama.*so*"):
+        path = next(binaries.glob(pattern))
+        loaded.append(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))
+    return loaded[0], loaded[2]
+
+
+def quantize_rows(
+    folder: Path, weight: numpy.ndarray, type_number: int, size: int, importance: numpy.ndarray
+) -> numpy.ndarray:
+    """Quantize a matrix.
+
+    Args:
+        folder: Where node-llama-cpp was installed.
+        weight: float32 [out, in].
+        type_number: As in ``gguf.GGMLQuantizationType``.
+        size: Bytes of a row in the type.
+        importance: What an error in each column costs, float32 [in].
+
+    Returns:
+        uint8 [out, size].
+    """
+    ggml, _ = _libraries(folder)
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    rows, columns = weight.shape
+    result = numpy.zeros((rows, size), dtype=numpy.uint8)
+    weight, importance = numpy.ascontiguousarray(weight), numpy.ascontiguousarray(importance)
+    written = ggml.ggml_quantize_chunk(
+        ctypes.c_int(type_number),
+        weight.ctypes.data_as(ctypes.c_void_p),
+        result.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(0),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        importance.ctypes.data_as(ctypes.c_void_p),
+    )
+    assert written == result.size
+    return result
+
+
 def quantize(
     folder: Path,
     source: Path,
@@ -46,11 +89,7 @@ def quantize(
         file_type: Number in ``general.file_type``.
         importance: Name in the file -> float32 [in]; None: no importance matrix.
     """
-    binaries = folder / BINARIES
-    for name in ("libggml-base", "libggml"):
-        library = next(path for path in sorted(binaries.glob(f"{name}.*")) if ".so" in path.name)
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    llama = ctypes.CDLL(str(next(binaries.glob("libllama.*"))))
+    _, llama = _libraries(folder)
     log_type = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
     log: list[str] = []
     collect = log_type(lambda level, text, data: log.append(text.decode(errors="replace")))
