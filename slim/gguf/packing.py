@@ -96,7 +96,7 @@ def _q4_1(codes: torch.Tensor, numbers: _Numbers) -> list[torch.Tensor]:
 
 def _fifth_bits(codes: torch.Tensor) -> torch.Tensor:
     """Return the fifth bits of 32 codes as 4 bytes, those of eight neighbours in each."""
-    places = torch.arange(8, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
     bits = (codes >> 4).unflatten(-1, (-1, 8)) << places
     return bits.sum(-1, dtype=torch.uint8)
 

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from slim.calibration.sequential import calibration_bytes, transform_checkpoint
 from slim.checkpoints.checkpoint import REPORT, open_checkpoint
 from slim.checkpoints.stage import Context, Stage
 from slim.core.errors import SlimError, did_you_mean
@@ -23,12 +24,14 @@ from slim.data.calibration import Calibration
 from slim.gguf.blocks import BLOCK_TYPES, PLAIN_TYPES
 from slim.gguf.format import gguf_config
 from slim.gguf.metadata import check_model
+from slim.gguf.method import BlockRounding
 from slim.gguf.mixes import MIXES, PLAIN_STAND_IN, fitting_type, mixed_types, plain_type
 from slim.gguf.reader import CHUNK_ELEMENTS
 from slim.gguf.stage import TOKENIZER_BYTES
 from slim.models.spec import DTYPE_BYTES, ModelSpec
 from slim.quantization.assign import check_plain
 from slim.quantization.storage import packed_bits
+from slim.quantization.written import check_written
 
 if TYPE_CHECKING:
     import torch
@@ -176,8 +179,6 @@ class Gguf(Stage):
         plain = 2 * stored + 32 * CHUNK_ELEMENTS + TOKENIZER_BYTES * spec.vocab_size
         if not self.calibrated:
             return plain
-        from slim.calibration.sequential import calibration_bytes
-
         length = min(self.calibration.length, spec.context_length)
         widest = max(columns for _, columns in spec.block_linears().values())
         solving = 32 * CHUNK_ELEMENTS + 4 * widest**2
@@ -228,10 +229,7 @@ class Gguf(Stage):
         notes: list[str],
     ) -> dict:
         """Write the checkpoint by sequential calibration; add to the notes, return metadata."""
-        from slim.calibration.sequential import transform_checkpoint
-        from slim.gguf.method import BlockRounding
         from slim.quantization.report import write_layer_errors  # loads matplotlib
-        from slim.quantization.written import check_written
 
         spec = checkpoint.spec
         method = BlockRounding(spec, types, self.damping, self.refine)

@@ -16,6 +16,10 @@ DEQUANTIZED = (
     "config = CompressedTensorsConfig(dequantize=True)\n"
     'model = AutoModelForCausalLM.from_pretrained("FOLDER", quantization_config=config)'
 )
+GGUF_ENGINES = (
+    "`model.gguf` is for engines: `llama-cli -m FOLDER/model.gguf`, or "
+    "`ollama create NAME -f FOLDER/Modelfile`."
+)
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,7 @@ def _bitsandbytes(quantization: dict) -> Loading:
 
 def _gguf(quantization: dict) -> Loading:
     line = 'model = AutoModelForCausalLM.from_pretrained("FOLDER", gguf_file="model.gguf")'
-    text = (
-        "With `gguf` installed; weights are dequantized. `model.gguf` is for engines: "
-        "`llama-cli -m FOLDER/model.gguf`, or `ollama create NAME -f FOLDER/Modelfile`."
-    )
+    text = f"With `gguf` installed; weights are dequantized. {GGUF_ENGINES}"
     return Loading(text, _code(line), NOT_TRIED)
 
 
@@ -156,6 +157,9 @@ def _unequal(by_format: Loading, quantization: dict | None) -> Loading:
         "them yet; with slim imported they do. Without it loading ends with an error, never with "
         "wrong weights."
     )
+    if (quantization or {}).get("quant_method") == "gguf":
+        text = f"Not from `model.gguf`, whose architecture is `deci`. {GGUF_ENGINES}"
+        return Loading(text, None, "No: it builds all blocks alike.")
     sentences = [text]
     if quantization:
         sentences.append(by_format.transformers)

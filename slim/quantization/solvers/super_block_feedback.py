@@ -8,6 +8,7 @@ transposed, [in, rows].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slim.core.lazy import LazyModule
@@ -181,17 +182,25 @@ class _BlockDescent:
         columns = slice(first + inside.start, first + inside.stop)
         block_columns = slice(first, first + kind.size)
 
-        def whole(limits: tuple[int, int]):
+        def whole(limits: tuple[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
             return lambda values: values.round().clamp(*limits)
 
         direction = levels[inside] * grids.d[block]
-        self._move(columns, block_columns, grids.scale[block, group], direction, whole(kind.scales))
+        number = grids.scale[block, group]
+        self._move(columns, block_columns, number, direction, whole(kind.scales))
         if not kind.symmetric:
             direction = (-grids.e[block]).expand_as(direction)
             number = grids.minimum[block, group]
             self._move(columns, block_columns, number, direction, whole(kind.minimums))
 
-    def _move(self, columns, block_columns, number, direction, rounded) -> None:
+    def _move(
+        self,
+        columns: slice,
+        block_columns: slice,
+        number: torch.Tensor,
+        direction: torch.Tensor,
+        rounded: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         """Move a number of every row to its best value that can be stored, where that is a gain.
 
         Args:

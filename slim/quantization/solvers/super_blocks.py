@@ -123,11 +123,6 @@ class Grids:
         tensors = (self.d, self.e, self.scale, self.minimum)
         return Grids(*(tensor[..., part] for tensor in tensors))
 
-    def put(self, block: int, grids: Grids) -> None:
-        """Take the grids of a single super-block as those of super-block ``block``."""
-        for name in ("d", "e", "scale", "minimum"):
-            getattr(self, name)[block] = getattr(grids, name)[0]
-
 
 def joined(parts: list[BlockQuantized]) -> BlockQuantized:
     """Join layers of the same kind and inputs, row below row."""
