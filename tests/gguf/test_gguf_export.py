@@ -17,7 +17,7 @@ from slim.core.errors import SlimError
 from slim.gguf.architecture import restore_rows
 from slim.gguf.blocks import BLOCK_TYPES, pack_blocks, round_to_blocks, unpack_blocks
 from slim.gguf.export import permute_rows
-from slim.gguf.metadata import rotary
+from slim.gguf.metadata import NAMES, rotary
 from slim.gguf.quantizer import BLOCKS_OF_32, Gguf
 from slim.gguf.reader import GgufModel, type_name
 from slim.gguf.stage import ImportGguf
@@ -345,6 +345,12 @@ def test_models_that_gguf_cannot_be_told(config, message):
         Gguf().check(spec)
     with pytest.raises(SlimError, match=message):
         RTN(group_size=32, format="gguf").check(spec)
+
+
+def test_a_family_without_an_architecture(monkeypatch):
+    monkeypatch.delitem(NAMES, "qwen3")
+    with pytest.raises(SlimError, match="does not write the family 'qwen3' as GGUF. It writes"):
+        Gguf().check(ModelSpec({**SIZES, "model_type": "qwen3"}))
 
 
 def test_both_spellings_of_rotary_settings():
