@@ -214,6 +214,9 @@ def evaluation_name(evaluation: object) -> str:
     parts = [part for part in MEASURED if getattr(evaluation, part, None)]
     if not parts:
         return ""
+    engine = getattr(evaluation, "engine", None)
+    if engine is not None:
+        parts.append(engine)
     return " ".join(["evaluate", *parts])
 
 

@@ -191,6 +191,8 @@ class Pipeline:
         for stage in [self.model, *self.stages]:
             started = time.monotonic()
             result, curves = self._make(stage, parent)
+            # the import of a file: an engine measures the file itself
+            result.file = getattr(stage, "file", None)
             result.seconds = time.monotonic() - started
             self._compare_with(reference or result)
             self._evaluate(result)
@@ -316,9 +318,13 @@ class Pipeline:
             evaluation.speed_dtype(spec, self.device),
             fingerprint(self.device),
         ]
-        speed_key = digest(["speed", result.content, self.device, *speed])
+        content = result.content
+        if evaluation.engine is not None and result.file is not None:
+            # what was imported may equal a plain checkpoint, and its file is smaller all the same
+            content = digest([content, result.digest])
+        speed_key = digest(["speed", content, self.device, *speed])
         files = {
-            "quality": self._quality_file(result.content, spec),
+            "quality": self._quality_file(content, spec),
             "speed": self.store.evaluation_file(speed_key),
         }
         # one lock for both parts: they are measured with the model loaded once
@@ -366,6 +372,7 @@ class Pipeline:
                 self.device,
                 quality="quality" in missing,
                 speed="speed" in missing,
+                file=result.file,
             )
         name = evaluation_name(self.evaluation)
         if name and len(missing) == 2:  # a part alone says little of the rest
@@ -377,6 +384,8 @@ class Pipeline:
         evaluation = self.evaluation
         if self.device != "cpu" or not evaluation.has_speed or evaluation.dtype != "auto":
             return
+        if evaluation.engine is not None:
+            return  # it computes in types of its own
         if evaluation.machine_dtype is None:
             evaluation.machine_dtype = machine_dtype(self.store)
 

@@ -50,6 +50,7 @@ class Result:
         metadata: What the stage says of its work, plain JSON values (``facts`` in files).
         quality: What the evaluation measured of the checkpoint alone.
         speed: What it measured of the checkpoint on this machine.
+        file: What the checkpoint was imported from; None where it was not.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Result:
     metadata: dict = field(default_factory=dict)
     quality: dict = field(default_factory=dict)
     speed: dict = field(default_factory=dict)
+    file: Path | None = None
 
     @property
     def parameters(self) -> int:

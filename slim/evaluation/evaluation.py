@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.core.hardware import fingerprint
 from slim.core.settings import cache_key, require_choice, require_flag, require_number
@@ -17,6 +18,7 @@ from slim.data.text import Text
 from slim.evaluation.answers import Answers
 from slim.evaluation.documents import DocumentPerplexity
 from slim.evaluation.energy import check_country, generation_energy
+from slim.evaluation.engines.find import find_engine
 from slim.evaluation.generation import samples
 from slim.evaluation.health import finite, first_non_finite, repetition, suspects
 from slim.evaluation.judge import Judge
@@ -31,8 +33,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from slim.evaluation.divergence import Reference
+    from slim.evaluation.engines.engine import Engine
     from slim.models.spec import ModelSpec
 
+ENGINES = ("llama_cpp", "vllm")
+# parts that engines have no share in
+SLIMS_OWN = ("tasks", "documents", "answers", "judge", "energy", "kl")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # "auto" in a cache key as what it means: a change of the rule must change the key
 DTYPE_RULES = {"auto": "float32 on a CPU, the stored type elsewhere"}
@@ -59,6 +65,10 @@ class Evaluation:
         local_data: folder with the questions of stock tasks (see :class:`Tasks`).
         kl: whether the predictions of every checkpoint are compared with those of the first one, on
             the text of the perplexity (see :mod:`slim.evaluation.divergence`).
+        engine: another engine that measures instead of slim: ``"llama_cpp"`` or ``"vllm"``. It
+            gives perplexity, speed, memory and sample generations; other parts are left out. None:
+            slim.
+        engine_path: where the engine is; None: it is looked for (see ``slim/evaluation/engines``).
         extra: further parts by name: objects with ``measure(model, tokenizer, context_length)``
             (docs/extending/metric.md).
     """
@@ -75,12 +85,17 @@ class Evaluation:
     energy: str | None = None
     local_data: str | None = None
     kl: bool = False
+    engine: str | None = None
+    engine_path: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     # found by slim.evaluation.machine.machine_dtype, and set where there is a store to keep it in
     machine_dtype: str | None = field(default=None, init=False, repr=False)
     # the first checkpoint, set by who measures several; without one nothing is compared
     reference: Reference | None = field(default=None, init=False, repr=False)
+    # looked for once
+    _engine: Engine | None = field(default=None, init=False, repr=False, compare=False)
+    _left_out: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     # Raised whenever the same settings begin to give different figures, so that kept results are
     # not reused.
@@ -116,6 +131,41 @@ class Evaluation:
                 )
         require_number("eval.new_tokens", self.new_tokens, 1, integer=True)
         require_choice("eval.dtype", self.dtype, DTYPES)
+        if self.engine is not None:
+            require_choice("eval.engine", self.engine, ENGINES)
+            self._check_engine()
+        elif self.engine_path is not None:
+            raise SlimError(
+                "eval.engine_path needs the engine's name: eval.engine=llama_cpp or "
+                "eval.engine=vllm."
+            )
+
+    def _check_engine(self) -> None:
+        """Leave out what an engine does not measure; refuse what it cannot time."""
+        self._left_out = [part for part in SLIMS_OWN if getattr(self, part)]
+        self._left_out += list(self.extra)
+        for part in SLIMS_OWN:
+            setattr(self, part, None)
+        self.extra = {}
+        self.kl = False
+        speed = self.speed
+        if speed is None:
+            return
+        if speed.batch_size != [1] or len(speed.prompt_length) > 1:
+            raise SlimError(
+                "eval.engine times one prompt at a time: give one eval.speed.prompt_length and "
+                "eval.speed.batch_size=1."
+            )
+        if speed.compile:
+            raise SlimError("eval.speed.compile=true compiles slim's own model: leave it out.")
+
+    def installed_engine(self) -> Engine:
+        """Return the engine that measures. Raises ``SlimError`` where it is missing or too old."""
+        if self._engine is None:
+            self._engine = find_engine(self.engine, self.engine_path)
+            if self._left_out:
+                say(f"{self._engine.label} does not measure {', '.join(self._left_out)}.")
+        return self._engine
 
     @property
     def has_quality(self) -> bool:
@@ -166,7 +216,7 @@ class Evaluation:
             that was not measured, float32, and bfloat16 for weights of 4 bits, whose kernels take
             no other. Else the type of quality.
         """
-        if self.dtype != "auto" or device != "cpu":
+        if self.dtype != "auto" or device != "cpu" or self.engine is not None:
             return self.quality_dtype(spec, device)
         if self.machine_dtype is not None:
             return self.machine_dtype
@@ -177,6 +227,8 @@ class Evaluation:
     def check(self, spec: ModelSpec) -> None:
         """Raise ``SlimError`` for what cannot work on ``spec``. Reads no weights and takes well
         under a second."""
+        if self.engine is not None:
+            self.installed_engine().check(spec)
         if self.tasks:
             self.tasks.check()
         if self.speed:
@@ -205,6 +257,8 @@ class Evaluation:
         key["new_tokens"] = self.new_tokens if self.prompts else None
         if self.kl and self.reference is not None:
             key["kl"] = {"version": self.kl_version, "reference": self.reference.content}
+        if self.engine is not None:
+            key["engine"] = self.installed_engine().label
         return key
 
     def speed_cache_key(self) -> dict:
@@ -219,6 +273,8 @@ class Evaluation:
         # texts that are given are part of "speed"
         if self.speed is not None and not self.speed.prompts:
             key["text"] = self._speed_text().text_identity()
+        if self.engine is not None:
+            key["engine"] = self.installed_engine().label
         return key
 
     def measure_quality(self, model, tokenizer, states: Path | None = None) -> dict:

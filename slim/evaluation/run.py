@@ -13,6 +13,7 @@ from slim.checkpoints.writer import copy_companions
 from slim.core.console import warn
 from slim.core.errors import SlimError
 from slim.evaluation.divergence import keep_states
+from slim.evaluation.engines.measure import measure_in_engine
 from slim.evaluation.memory import MemoryMeter, release
 from slim.evaluation.perplexity import default_batch_size
 from slim.evaluation.speed import Speed
@@ -29,6 +30,7 @@ def measure(
     device: str = "cpu",
     quality: bool = True,
     speed: bool = True,
+    file: Path | None = None,
 ) -> dict[str, dict | None]:
     """Measure a checkpoint.
 
@@ -42,6 +44,7 @@ def measure(
         device: ``"cpu"`` or ``"cuda"``.
         quality: whether what is a fact about the checkpoint alone is measured.
         speed: whether speed and memory are measured.
+        file: what the checkpoint was imported from, where it was: an engine reads that itself.
 
     Returns:
         ``quality`` and ``speed``: each with ``metrics`` (flat name -> float), ``protocol`` and
@@ -52,6 +55,8 @@ def measure(
     measured: dict[str, dict | None] = {"quality": None, "speed": None}
     if not quality and not speed:
         return measured
+    if evaluation.engine is not None:
+        return measure_in_engine(folder, evaluation, device, quality, speed, file)
     tokenizer = load_tokenizer(folder)
     spec = open_checkpoint(folder).spec
     quality_type = evaluation.quality_dtype(spec, device)

@@ -164,14 +164,21 @@ class Speed:
         cases = self.cases(prompt_ids)
         with torch.inference_mode(), compiled(model, self.compile):
             for suffix, (batch, prompts) in cases.items():
-                rates = self._metrics(self._runs(model, batch, prompts))
+                rates = self.summary(self._runs(model, batch, prompts))
                 for name, value in rates.items():
                     metrics[name + suffix] = value
-        prompts = cases[""][1]
+        return {"metrics": metrics, "protocol": self.protocol(cases[""][1])}
+
+    def protocol(self, prompts: list[list[int]]) -> dict:
+        """Return what the metrics of the case in tables depend on.
+
+        Args:
+            prompts: its tokens.
+        """
         new_tokens = self.new_tokens
         if self.max_length:
             new_tokens = self.max_length - max(map(len, prompts))
-        protocol = {
+        return {
             "prompt_tokens": [len(ids) for ids in prompts],
             "new_tokens": new_tokens,
             "max_length": self.max_length,
@@ -180,7 +187,6 @@ class Speed:
             "batch_size": self.batch_size[0],
             "compile": self.compile,
         }
-        return {"metrics": metrics, "protocol": protocol}
 
     def new_after(self, prompt: list[int]) -> int:
         """Return how many tokens are generated after ``prompt``: two at least, so that there is a
@@ -202,8 +208,12 @@ class Speed:
             runs.append(timed_run(model, rows, count, self.compile))
         return runs
 
-    def _metrics(self, runs: list[Run]) -> dict[str, float]:
-        """Return the median of every rate and time, and the distance between its quartiles."""
+    def summary(self, runs: list[Run]) -> dict[str, float]:
+        """Return the median of every rate and time, and the distance between its quartiles.
+
+        Args:
+            runs: as they were timed.
+        """
         samples: dict[str, list[float]] = {}
         for run in runs:
             rates = {

@@ -55,6 +55,11 @@ class ImportGguf(Stage):
         """Short name for tables."""
         return self.name or self.path.stem
 
+    @property
+    def file(self) -> Path:
+        """What engines measure instead of the imported checkpoint."""
+        return self.path
+
     @cached_property
     def model(self) -> GgufModel:
         """The open file. Raises ``SlimError`` for one that cannot be read."""
