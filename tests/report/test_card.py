@@ -178,15 +178,15 @@ SYMMETRIC, ASYMMETRIC = {"num_bits": 4, "symmetric": True}, {"num_bits": 4, "sym
     [
         ({}, "AutoModelForCausalLM.from_pretrained", "vllm serve"),
         (packed(SYMMETRIC), "AutoModelForCausalLM.from_pretrained", "vllm serve"),
-        (packed(SYMMETRIC, {**SYMMETRIC, "num_bits": 8}), "AutoModelForCausalLM.from_pretrained", "vllm serve"),
+        (packed(SYMMETRIC, {**SYMMETRIC, "num_bits": 8}), "AutoModelForCausalLM.from_pretrained", "one scheme for q, k, v"),
         (packed({**SYMMETRIC, "num_bits": 3}), "AutoModelForCausalLM.from_pretrained", "Not documented"),
-        (packed(ASYMMETRIC), "dequantize=True", "Not documented"),
+        (packed(ASYMMETRIC), "dequantize=True", "Tried with"),
         (packed(ASYMMETRIC, {**ASYMMETRIC, "num_bits": 8}), None, "Not documented"),
         (packed(SYMMETRIC, embedding=True), "dequantize=True", "vllm serve"),
         (packed({**SYMMETRIC, "actorder": "group"}), None, "vllm serve"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4, "sym": True}}, "AutoModelForCausalLM", "vllm serve"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3, "sym": True}}, "AutoModelForCausalLM", "Not documented"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AutoModelForCausalLM", "vllm serve"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AutoModelForCausalLM", "Tried with"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "AutoModelForCausalLM", "not tried"),
         ({"per_layer_config": {"0": {}}}, "import slim\n", "No:"),
         ({"per_layer_config": {"0": {}}, **packed(SYMMETRIC)}, "import slim\n", "No:"),
@@ -197,7 +197,14 @@ SYMMETRIC, ASYMMETRIC = {"num_bits": 4, "symmetric": True}, {"num_bits": 4, "sym
 def test_loading_follows_the_table_of_formats(config, in_code, in_vllm):
     found = loading(config)
     assert (found.code is None) if in_code is None else in_code in found.code
-    assert in_vllm in found.vllm and ("not tried" in found.vllm or found.vllm.startswith("No:"))
+    assert in_vllm in found.vllm
+    assert re.match("No:|.*not tried|.*Tried with .* 0.32.0", found.vllm)
+
+
+def test_the_card_says_which_files_llama_cpp_reads():
+    assert loading({}).llama_cpp.startswith("No: it reads GGUF")
+    blocks = {"quantization_config": {"quant_method": "gguf"}}
+    assert "llama-server" in loading(blocks).llama_cpp
 
 
 @pytest.mark.slow
