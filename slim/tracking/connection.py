@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SQLITE = "sqlite:///"
 SPECIAL = "?#%"  # characters that mean something in an address
 LOCAL_SERVER = "http://127.0.0.1:5000"  # what "mlflow ui" starts
+MENU = "workflowType=machine_learning"  # else the page has MLflow's menu for prompts and agents
 PARENT = "mlflow.parentRunId"
 ANSWER_SECONDS = 5.0  # how long a server may take to be there
 REASON_LIMIT = 200  # characters of MLflow's own reason, which may hold a whole page
@@ -71,7 +72,7 @@ def browse_lines(uri: str, experiment_id: str | None = None) -> dict[str, str]:
         experiment_id: the experiment whose runs are to be seen; None where no server has given it
             one yet.
     """
-    page = f"/#/experiments/{experiment_id}/runs" if experiment_id else ""
+    page = f"/#/experiments/{experiment_id}/runs?{MENU}" if experiment_id else ""
     if uri.startswith("http"):
         return {"browse the runs": f"{uri.rstrip('/')}{page}"}
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]

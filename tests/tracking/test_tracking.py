@@ -133,7 +133,9 @@ def test_a_store_may_have_any_path(tmp_path, name, monkeypatch):
     (run,) = connection.search_runs(store, [experiment])
     assert run.info.run_name == "here"
     assert Path(store.download_artifacts(run.info.run_id, "results.md")).read_text() == "table"
-    assert page.endswith(f"http://127.0.0.1:5000/#/experiments/{experiment}/runs")
+    address, _, menu = page.partition("?")
+    assert address == f"http://127.0.0.1:5000/#/experiments/{experiment}/runs"
+    assert menu == "workflowType=machine_learning"
 
 
 def test_a_deleted_experiment_is_named_with_what_restores_it(tmp_path):
@@ -176,4 +178,5 @@ def test_headline_figures_come_first_and_the_table_describes_the_run(tmp_path):
 
 def test_a_server_is_browsed_by_its_own_address():
     lines = connection.browse_lines("http://mlflow.example:80/", "7")
-    assert lines == {"browse the runs": "http://mlflow.example:80/#/experiments/7/runs"}
+    page = "http://mlflow.example:80/#/experiments/7/runs?workflowType=machine_learning"
+    assert lines == {"browse the runs": page}
