@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -165,9 +166,28 @@ class _ConsoleHandler(logging.Handler):
             print(record.getMessage(), file=sys.stderr)  # at once, also where rich is slow to load
             return
         head_style, style = getattr(record, "styles", ("", ""))
-        text = Text(record.getMessage(), style=style)
+        out = console()
+        message = record.getMessage()
+        if out.is_terminal:
+            message = between_words(message, out.width)
+        text = Text(message, style=style)
         text.stylize(head_style, 0, len(getattr(record, "head", "")))
-        console().print(text, soft_wrap=True)
+        out.print(text, soft_wrap=True)
+
+
+def between_words(message: str, width: int) -> str:
+    """Return a message with line breaks where a terminal would break lines within words. What is
+    longer than a line by itself, such as a path, stays in one piece.
+
+    Args:
+        message: of one line or several.
+        width: of the terminal.
+    """
+    lines = []
+    for line in message.split("\n"):
+        parts = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+        lines.extend(parts or [line])
+    return "\n".join(lines)
 
 
 @dataclass

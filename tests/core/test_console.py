@@ -134,3 +134,10 @@ def test_a_reader_that_leaves_ends_nothing(body):
     process.stdout.close()
     assert process.stderr.read() == "done\n"
     assert process.wait(60) == 0
+
+
+def test_on_a_terminal_lines_end_between_words():
+    path = "/a/path/that/is/longer/than/a/line"
+    message = f"  Adapters merged into {path}: done\n\nnext"
+    lines = console.between_words(message, 20).split("\n")
+    assert lines == ["  Adapters merged", "into", f"{path}:", "done", "", "next"]
