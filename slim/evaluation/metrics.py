@@ -123,12 +123,11 @@ METRICS = [
     Metric("bytes_on_disk", "disk", "size on disk", "MB", 1e-6, 2, "low", level=HEADLINE),
     Metric("macs_per_token", "multiplications per token", "", "M", 1e-6, 2, "low"),
     Metric("perplexity", "perplexity", "", "", 1, 3, "low", "perplexity", HEADLINE),
-    Metric("kl", "KL to the first", "", "", 1, 4, "low", "kl", HEADLINE),
-    Metric("kl_p99", "KL of 99 % at most", "", "", 1, 3, "low", "kl", DETAIL),
-    Metric("kl_max", "largest KL", "", "", 1, 3, "low", "kl", DETAIL),
+    Metric("kl", "KL", "", "", 1, 4, "low", "kl", HEADLINE),
+    Metric("kl_p99", "KL, 99 % of tokens", "", "", 1, 3, "low", "kl", DETAIL),
+    Metric("kl_max", "KL, largest", "", "", 1, 3, "low", "kl", DETAIL),
     Metric(
-        "same_top", "same most likely token", "same top token", "%", 100, 1, "high", "kl", HEADLINE,
-        "difference",
+        "same_top", "same top token", "same top", "%", 100, 1, "high", "kl", HEADLINE, "difference"
     ),
     Metric(
         "word_perplexity", "word perplexity", "", "", 1, 3, "low", "documents", HEADLINE,
