@@ -55,14 +55,18 @@ STEPS = [
 BEGINNING = """# The first ten minutes
 
 What a terminal of {columns} columns shows, as `benchmarks/first_minutes.py` recorded it in a checkout in
-`/home/you/slim` on two server cores with AVX2 and other work on them, so speeds are below those of an idle machine. Bars that
-come and go are left out; nothing else is. [From nothing to a smaller model](getting_started.md) explains the steps.
+`/home/you/slim` on two server cores. Bars that come and go are left out; what else is left out is marked with [ ]. [From nothing to a smaller model](getting_started.md) explains the steps.
 """
 END = """
 The runs in MLflow, at the address above:
 
-![The experiment's page in MLflow: one row per run, named by its chain, headline figures first](images/mlflow_runs.png)
+![The experiment's page in MLflow: one row per run, named by its chain, with its stages below the plus](images/mlflow_runs.png)
+
+"+" in the last column, or "Columns", shows figures: `1 perplexity`, `2 accuracy`, `3 size MB` and `4 decode tok/s` come first.
 """
+
+
+LEFT_OUT = "[two rows of speed left out: the machine was busy]"
 
 
 class Screen:
@@ -149,12 +153,28 @@ def shown(text: str, count: int) -> str:
     return "\n".join([*lines[:count], f"[{len(lines) - count} more lines]"])
 
 
+def without_speed(text: str) -> str:
+    """Replace rows of speed, which say nothing where other programs use the processor."""
+    lines = []
+    for line in text.split("\n"):
+        if not line.startswith(("reading (tok/s)", "writing (tok/s)")):
+            lines.append(line)
+        elif lines[-1] != LEFT_OUT:
+            lines.append(LEFT_OUT)
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Record what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--calibration", required=True, type=Path)
     parser.add_argument("--test", required=True, type=Path)
     parser.add_argument("--only", default="", help="numbers of the commands to run, from 1")
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="others use the processor: leave speeds out, with a mark",
+    )
     options = parser.parse_args()
     for name, path in (("calibration.txt", options.calibration), ("test.txt", options.test)):
         if not Path(name).exists():
@@ -172,6 +192,8 @@ def main() -> None:
             print(f"{log} is missing: add --only {number}", flush=True)
             continue
         text = shown(log.read_text(encoding="utf-8").rstrip("\n"), count)
+        if options.busy:
+            text = without_speed(text)
         parts.append(f"\n{about}\n\n```\n$ {command}\n{text}\n```\n")
     PAGE.write_text("".join(parts) + END, encoding="utf-8")
 

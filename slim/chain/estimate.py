@@ -183,7 +183,10 @@ def stage_operations(stage: Stage, spec: ModelSpec) -> float:
         spec: the model that it works on.
     """
     passes = PASSES.get(stage.kind, 2)
-    touched = 100.0 * spec.parameters()  # loading, solving and writing a weight
+    touched = 100.0 * spec.parameters()  # loading, rounding and writing a weight
+    if hasattr(stage, "refine"):  # GPTQ: each weight's error goes to those behind it in its row
+        rounds = 1 + _number(stage, "refine")
+        touched += 2.0 * rounds * spec.hidden_size * spec.parameters()
     return 2.0 * passes * macs_per_token(spec) * stage_tokens(stage) + touched
 
 
