@@ -304,5 +304,5 @@ def test_the_plan_says_how_much_memory_is_missing(tmp_path):
     assert result.returncode == 0, result.stderr
     assert re.search(
         r"This would not fit: 'prune taylor' needs about [\d.]+ GB of memory.*GB are missing",
-        result.stdout,
+        " ".join(result.stdout.split()),
     ), result.stdout
