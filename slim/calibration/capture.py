@@ -120,6 +120,35 @@ def run_block(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.
     return output[0] if isinstance(output, tuple) else output
 
 
+def last_hidden(
+    meta_model: MetaModel,
+    tokens: torch.Tensor,
+    blocks: Sequence[int],
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return what leaves the last of some blocks, one block in memory at a time.
+
+    Args:
+        meta_model: the model.
+        tokens: int64 [1, length].
+        blocks: numbers of the blocks that run, in their order.
+        hidden: what enters the first of them, float32 [1, length, hidden]; None: the embeddings.
+
+    Returns:
+        float32 [length, hidden], on the CPU.
+    """
+    captured = capture_inputs(meta_model, tokens)
+    if hidden is None:
+        hidden = captured.hidden[0]
+    hidden = hidden.to(meta_model.device)
+    for index in blocks:
+        name = f"{meta_model.family.blocks}.{index}"
+        with torch.no_grad():
+            hidden = run_block(meta_model.load(name), hidden, captured.calls[1][index])
+        meta_model.drop(name)
+    return hidden[0].cpu()
+
+
 @contextmanager
 def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
     """Give modules another ``forward`` for a while; their attributes stay as they are.

@@ -32,7 +32,7 @@ from slim.calibration.resume import CalibrationProgress, CalibrationState
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.meta_model import MetaModel, stored_dtype
 from slim.checkpoints.shards import ShardWriter
-from slim.checkpoints.stage import Context
+from slim.checkpoints.stage import Context, Expected
 from slim.checkpoints.writer import copy_companions, write_config
 from slim.core.hardware import map_large_tensors, trim_heap
 from slim.core.lazy import LazyModule
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from torch import nn
 else:
     torch = LazyModule("torch")
+
+EXPECTED_TOKENS = 12  # of the first sample, that the result is compared on
+# products may take factors rounded to bfloat16 (``precision_of``), with 8 bits of mantissa
+TOLERANCE = 0.05
 
 
 class SequentialCalibration:
@@ -157,6 +161,11 @@ class SequentialCalibration:
                 advance(1, note=f"block {index}: relative error {mean:.4f}")
                 self._save(index)
         return self.errors
+
+    def expected(self) -> Expected:
+        """Return what the changed model makes of the first tokens: they have passed all blocks."""
+        hidden = self.captured.hidden[0][0, :EXPECTED_TOKENS].clone()
+        return Expected(self.tokens[:1, :EXPECTED_TOKENS].clone(), hidden, TOLERANCE)
 
     def _block_runner(self, block: nn.Module, index: int) -> BlockRunner | None:
         """Return what runs the samples through a block; None where there are no samples."""
@@ -296,4 +305,7 @@ def transform_checkpoint(
     writer.close()
     write_config(config, target)
     copy_companions(source.folder, target)
+    if tokens is not None and calibration.captured is not None:
+        expected = calibration.expected()
+        context.expected = lambda: expected
     return errors

@@ -8,6 +8,7 @@ version and of the parent's hash, so the same stage after the same parent is nev
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from slim.chain.ready import text_problem
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.result import Result, Step
 from slim.checkpoints.source import Source, verified_checksums
-from slim.checkpoints.stage import Context, Stage
+from slim.checkpoints.stage import Context, Expected, Stage
 from slim.checkpoints.store import Store, digest, write_manifest
 from slim.core import processes
 from slim.core.console import activity, say
@@ -275,7 +276,7 @@ class Pipeline:
                 "curves": curves,
             }
             write_manifest(partial, manifest)
-            self._check(partial)  # inside: what does not load never gets its name
+            self._check(partial, context.expected)  # inside: what does not load never gets its name
         if not resumed:  # half of the work says little of the time for all
             clock.learn(work_name(stage), estimate, watch.seconds())
 
@@ -284,11 +285,11 @@ class Pipeline:
             return stage.describe()
         return parent.checkpoint.spec
 
-    def _check(self, folder: Path) -> None:
+    def _check(self, folder: Path, expected: Callable[[], Expected] | None) -> None:
         """Load what a stage has written once more; a difference means that it is not kept."""
         from slim.loading.check_result import check_result  # loads torch
 
-        check_result(folder)
+        check_result(folder, expected)
 
     def _number(self, stage: Stage) -> int:
         """Return the place of a stage, by identity: two may have equal settings."""

@@ -15,11 +15,28 @@ from typing import TYPE_CHECKING, ClassVar
 from slim.core.settings import dataclass_cache_key
 
 if TYPE_CHECKING:
+    import torch
+
     from slim.models.spec import ModelSpec
 
 
 def _ignore(name: str, value: float, step: int | None = None) -> None:
     """Take a metric and do nothing with it: the default outside a pipeline."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a stage's result has to compute, for the check after the stage.
+
+    Attributes:
+        tokens: int64 [1, length], an input.
+        hidden: float32 [length, hidden], what leaves the last block for it.
+        tolerance: most that the result may differ, per token and relative to ``hidden``.
+    """
+
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+    tolerance: float
 
 
 @dataclass
@@ -32,11 +49,14 @@ class Context:
             what it needs to resume is kept there. None: nothing is kept.
         metric: ``metric(name, value, step)`` records a curve (training loss, error per block) as it
             appears.
+        expected: Set by a stage that knows what its result computes; called only where there is
+            memory to compare it. None: it does not know.
     """
 
     device: str = "cpu"
     resume_dir: Path | None = None
     metric: Callable[[str, float, int | None], None] = field(default=_ignore)
+    expected: Callable[[], Expected] | None = None
 
 
 class Stage:

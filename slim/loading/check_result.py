@@ -3,15 +3,17 @@
 Two ways through the files must give the same logits: the loader that evaluation uses, with its
 packed layers and kernels, and a plain model into which slim's reader puts every tensor, packed
 layers as the numbers they stand for. A stage may also hand over what it meant
-(``Context.expected``), which the loaded model must give. Where memory is short, only names and
-shapes are compared."""
+(``Context.expected``): what leaves the last block, which the loaded model must give. Where memory
+is short, only names and shapes are compared."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from slim.checkpoints.stage import Expected
 from slim.checkpoints.verify import verify
 from slim.core.errors import SlimError
 from slim.core.hardware import available_memory
@@ -31,20 +33,27 @@ MEMORY_SHARE = 0.5  # of the free memory, at most
 UNPACKED_BY_LIBRARY = ("bitsandbytes",)  # formats whose files only their library reads
 
 
-def check_result(folder: Path) -> None:
-    """Load a stage's result as evaluation will, and compare it with what its files say.
+def check_result(folder: Path, expected: Callable[[], Expected] | None = None) -> None:
+    """Load a stage's result as evaluation will, and compare it with what its files say and with
+    what the stage meant.
 
     Args:
         folder: The checkpoint that a stage has written.
+        expected: Gives what the stage meant; None: it does not say.
 
     Raises:
-        SlimError: It cannot be loaded, its logits are not finite, or the two ways differ.
+        SlimError: It cannot be loaded, the two ways differ, or it computes something else than was
+            meant.
     """
     checkpoint = open_checkpoint(folder)
     verify(checkpoint)
     if not checkpoint.spec.known or not has_memory(checkpoint):
         return
-    loaded = logits(load(folder), checkpoint)
+    model = load(folder)
+    loaded = logits(model, checkpoint)
+    if expected is not None:
+        require_meant(model, checkpoint, expected())
+    del model
     if not torch.isfinite(loaded).all():
         # the evaluation says which layer it is; a model may be damaged on purpose
         return
@@ -84,6 +93,37 @@ def require_equal(first: torch.Tensor, second: torch.Tensor, folder: Path) -> No
         raise SlimError(
             f"The result in {folder.name} does not compute what its files say: logits differ by "
             f"{difference:.2g} of their size. It is not kept. Please report this as a bug of slim."
+        )
+
+
+def require_meant(model: nn.Module, checkpoint: Checkpoint, expected: Expected) -> None:
+    """Raise ``SlimError`` for a model whose last block gives something else than a stage meant.
+
+    Args:
+        model: The result, as it was loaded.
+        checkpoint: The result.
+        expected: What the stage meant; nothing is compared where it is not finite.
+    """
+    if not torch.isfinite(expected.hidden).all():
+        return
+    caught = []
+    last = model.get_submodule(checkpoint.spec.family.blocks)[-1]
+    hook = last.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    try:
+        with torch.inference_mode():
+            model(expected.tokens, use_cache=False)
+    finally:
+        hook.remove()
+    # some families return a tuple whose first entry is the output
+    output = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+    difference = output.reshape(expected.hidden.shape).float() - expected.hidden
+    # token by token: the first one's numbers are often a thousand times those of the others
+    share = difference.norm(dim=-1) / expected.hidden.norm(dim=-1).clamp(min=1e-12)
+    if not share.max() <= expected.tolerance:
+        raise SlimError(
+            f"The result in {checkpoint.folder.name} does not compute what the stage meant: what "
+            f"leaves its last block differs by {float(share.max()):.2g} of its size. It is not "
+            "kept. Please report this as a bug of slim."
         )
 
 

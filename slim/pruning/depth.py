@@ -33,7 +33,6 @@ from slim.pruning.calibrated import (
     load_with_tokens,
     shard_bytes,
 )
-from slim.pruning.masks import inherited_mask
 from slim.pruning.rules import (
     block_list,
     default_blocks,
@@ -42,6 +41,7 @@ from slim.pruning.rules import (
     removal_order,
     share_of_blocks,
 )
+from slim.pruning.written import EXPECTED_TOKENS, check_blocks, expected_of_blocks
 
 
 @dataclass
@@ -290,13 +290,13 @@ class DepthPruning(Stage):
 
         gaps = self._write(checkpoint, target, choice.removed, context)
         result = open_checkpoint(target)
+        self._check_written(checkpoint, result, choice.removed, gaps)
         metadata = {
             "criterion": criterion,
             "removed_blocks": choice.removed,
             "kept_blocks": kept_blocks(checkpoint.spec.blocks, choice.removed),
             "scores": choice.scores,
             **gaps,
-            **inherited_mask(checkpoint, result, self._refitted(gaps)),
         }
         account = before_and_after(checkpoint.spec, result.spec, self.macs_tokens)
         if choice.scores:
@@ -316,8 +316,10 @@ class DepthPruning(Stage):
             Empty; with ``reconstruct`` ``gaps`` (the fields of each ``Gap``) and
             ``unbridged_blocks``, the removed ones that nothing comes before.
         """
+        kept = kept_blocks(source.spec.blocks, removed)
         if not self.reconstruct:
-            write_blocks(source, target, kept_blocks(source.spec.blocks, removed))
+            write_blocks(source, target, kept)
+            context.expected = lambda: expected_of_blocks(source, kept, context.device)
             return {}
         # imports torch
         from slim.pruning.reconstruction import Reconstruction
@@ -326,6 +328,10 @@ class DepthPruning(Stage):
         reconstruction = Reconstruction(source, removed, tokens, self.damping, context.device)
         with progress_bar("Bridging gaps", total=source.spec.blocks) as advance:
             gaps = reconstruction.write(target, advance=advance)
+        hidden, next_block = reconstruction.hidden_after_gaps(EXPECTED_TOKENS)
+        rest = [block for block in kept if block >= next_block]
+        some = tokens[:1, :EXPECTED_TOKENS].clone()
+        context.expected = lambda: expected_of_blocks(source, rest, context.device, some, hidden)
         bridged: set[int] = set()
         for gap in gaps:
             bridged.update(gap.removed)
@@ -334,10 +340,17 @@ class DepthPruning(Stage):
             "unbridged_blocks": [block for block in removed if block not in bridged],
         }
 
-    def _refitted(self, gaps: dict) -> str:
-        """Say which layers ``reconstruct`` has refitted; nothing without."""
-        blocks = ", ".join(str(gap["block"]) for gap in gaps.get("gaps", ()))
-        return f"the last projection of block {blocks}, which was refitted" if blocks else ""
+    def _check_written(
+        self, source: Checkpoint, result: Checkpoint, removed: list[int], gaps: dict
+    ) -> None:
+        """Compare the kept blocks with the source's; the projections before gaps were refitted."""
+        kept = kept_blocks(source.spec.blocks, removed)
+        family = source.spec.family
+        last = family.linear_groups[-1].linears[0]
+        refitted = []
+        for gap in gaps.get("gaps", ()):
+            refitted.append(f"{family.blocks}.{kept.index(gap['block'])}.{last}.weight")
+        check_blocks(source, result, kept, refitted)
 
     def _report(self, folder: Path, content: dict, choice: Choice, depth: int) -> None:
         """Write the table and the picture of the scores."""

@@ -4,11 +4,11 @@ are trained."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.reader import TensorReader
-from slim.core.console import warn
 from slim.core.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 else:
     torch = LazyModule("torch")
+
+UNSTRUCTURED = {"kind": "unstructured", "n": None, "m": None}  # a mask without a pattern
 
 
 def largest_kept(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -77,55 +79,48 @@ def mask_of(source: Checkpoint) -> dict | None:
     return (source.manifest.get("facts") or {}).get("mask")
 
 
-def inherited_mask(source: Checkpoint, target: Checkpoint, dense: str = "") -> dict:
-    """Return what a stage that removes parts of a model says of the zeros in what is left.
+@dataclass(frozen=True)
+class LayerZeros:
+    """The zeros of a linear layer.
 
-    Later stages keep the zeros of a model whose manifest has a mask, so none may lose it silently.
-
-    Args:
-        source: the model before the stage.
-        target: the model it has written.
-        dense: which layers have no zeros, or no n:m pattern, any more; said to the user.
-
-    Returns:
-        ``mask`` and ``sparsity`` (share of zeros in the blocks' linear layers); empty for a model
-        without a mask.
+    Attributes:
+        name: Its full name.
+        zeros: How many of its weights are zero.
+        weights: How many it has.
+        regular: Whether it has the pattern of the mask that was asked for.
     """
-    mask = mask_of(source)
-    if mask is None:
-        return {}
-    if dense:
-        warn(f"The mask of {source.folder.name} ends in {dense}; all other zeros stay.")
-        mask = {"kind": "unstructured", "n": None, "m": None}
-    return {"mask": mask, "sparsity": share_of_zeros(target)}
+
+    name: str
+    zeros: int
+    weights: int
+    regular: bool
+
+    @property
+    def share(self) -> float:
+        """The share of its weights that are zero."""
+        return self.zeros / self.weights
 
 
-def share_of_zeros(source: Checkpoint) -> float:
-    """Return the share of zeros in the linear layers of all blocks; one layer in memory at a
-    time."""
-    return count_zeros(source, {})[0]
-
-
-def count_zeros(checkpoint: Checkpoint, mask: dict) -> tuple[float, bool]:
-    """Count the zeros in the linear layers of the blocks.
+def layer_zeros(checkpoint: Checkpoint, mask: dict) -> Iterator[LayerZeros]:
+    """Count the zeros in the linear layers of the blocks; one layer in memory at a time.
 
     Args:
         checkpoint: With plain weights.
-        mask: What the manifest says of the zeros: ``kind``, ``n`` and ``m``;
-            empty for no pattern.
+        mask: What the manifest says of the zeros: ``kind``, ``n`` and ``m``; empty for no pattern.
 
-    Returns:
-        Their share, and whether they still have the pattern of the mask.
+    Yields:
+        One count per layer, in the model's order.
     """
     reader = TensorReader(checkpoint)
-    zeros = weights = 0
-    regular = True
     for name in linear_weights(checkpoint):
         weight = reader.read(name)
-        zeros += int((weight == 0).sum())
-        weights += weight.numel()
-        regular = regular and fits_pattern(weight, mask)
-    return zeros / weights, regular
+        yield LayerZeros(
+            name.removesuffix(".weight"),
+            int((weight == 0).sum()),
+            weight.numel(),
+            fits_pattern(weight, mask),
+        )
+        reader.release()
 
 
 def fits_pattern(weight: torch.Tensor, mask: dict) -> bool:

@@ -140,6 +140,17 @@ class Reconstruction:
         copy_companions(self.source.folder, target)
         return list(self.gaps.values())
 
+    def hidden_after_gaps(self, length: int) -> tuple[torch.Tensor, int]:
+        """Return what the written model makes of the first tokens, as far as blocks have run.
+
+        Args:
+            length: Number of tokens of the first sample.
+
+        Returns:
+            float32 [1, length, hidden], and the source's block that it enters next.
+        """
+        return self.pruned[0][:1, :length].clone(), max(self.gaps, default=-1) + 1
+
     def _process(self, index: int) -> list[tuple[int, dict[str, torch.Tensor]]]:
         """Pass both hidden states through a block; return (block, tensors) of what is ready to be
         written."""

@@ -29,6 +29,7 @@ from slim.models.spec import ModelSpec
 from slim.pruning import calibrated
 from slim.pruning.masks import largest_kept, n_of_m_kept
 from slim.pruning.sparsegpt import sparsegpt
+from slim.pruning.written import check_zeros
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class SparsityMethod(BlockMethod):
     """A weight pruning method in sequential calibration, with the settings of its stage."""
 
     resumable = True
+    only_zeros = True  # whether the weights that stay keep their values
 
     def __init__(self, stage: WeightPruning, dtype: torch.dtype):
         """Take the settings.
@@ -119,6 +121,8 @@ class WandaMethod(SparsityMethod):
 
 class SparseGPTMethod(SparsityMethod):
     """The cheapest weights go, and the others of their row make up for them."""
+
+    only_zeros = False
 
     def __init__(self, stage: SparseGPT, dtype: torch.dtype):
         super().__init__(stage, dtype)
@@ -222,6 +226,8 @@ class WeightPruning(Stage):
         errors = transform_checkpoint(
             checkpoint, target, method, spec.config, context, self.tokens(checkpoint)
         )
+        zeros = sum(layer["zeros"] for layer in method.zeros)
+        check_zeros(checkpoint, open_checkpoint(target), zeros, method.only_zeros)
         say(NOTE)
         # imports matplotlib
         from slim.pruning.weights_report import write_report

@@ -27,7 +27,6 @@ from slim.models.accounting import MACS_TOKENS, before_and_after
 from slim.models.families import FAMILIES
 from slim.models.spec import DTYPE_BYTES, ModelSpec
 from slim.pruning import calibrated
-from slim.pruning.masks import inherited_mask, mask_of
 from slim.pruning.rules import default_ends
 from slim.pruning.width_scores import FOLDINGS, OWN, UnitScores
 from slim.pruning.width_sizes import LLM_PRUNER, Width, pruned_width, width_of, with_widths
@@ -257,11 +256,7 @@ class WidthPruning(Stage):
         method = WidthMethod(spec, kept, self.damping if self.reconstruct else None)
         self._write(checkpoint, target, method, context)
         metadata = self._report(target, spec, kept, scores)
-        return {
-            **metadata,
-            **method.metadata(),
-            **inherited_mask(checkpoint, open_checkpoint(target), self._dense_layers(checkpoint)),
-        }
+        return {**metadata, **method.metadata()}
 
     def _write(
         self, checkpoint: Checkpoint, target: Path, method: WidthMethod, context: Context
@@ -275,14 +270,6 @@ class WidthPruning(Stage):
             recorded = context
         config = self.output_spec(checkpoint.spec).config
         transform_checkpoint(checkpoint, target, method, config, recorded, tokens)
-
-    def _dense_layers(self, source: Checkpoint) -> str:
-        """Say where the mask of a pruned model ends."""
-        if self.reconstruct:
-            return "the refitted layers o_proj and down_proj"
-        if (mask_of(source) or {}).get("kind") == "n:m":
-            return "the n:m pattern of o_proj and down_proj, which lose columns"
-        return ""
 
     def _report(
         self, target: Path, spec: ModelSpec, kept: dict[int, KeptUnits],

@@ -72,21 +72,6 @@ def compare_weights(model: nn.Module, source: Checkpoint) -> tuple[float, float]
     return changed / total, zeros / total
 
 
-def mask_metadata(source: Checkpoint) -> dict:
-    """Return what the manifest of a checkpoint says of its zeros, for one that keeps them.
-
-    Args:
-        source: The checkpoint.
-
-    Returns:
-        ``mask`` and ``sparsity``; empty for a dense checkpoint.
-    """
-    mask = mask_of(source)
-    if mask is None:
-        return {}
-    return {"mask": mask, "sparsity": source.manifest["facts"]["sparsity"]}
-
-
 def keep_zeros(model: nn.Module, source: Checkpoint) -> dict:
     """Where the source is pruned weight by weight, set its zeros to zero again.
 

@@ -221,10 +221,6 @@ class Lora(Tuner):
         """
         return adapters.merge_adapters(model, probe)
 
-    def inherited(self, checkpoint: Checkpoint) -> dict:
-        # An adapter on top fills the zeros.
-        return super().inherited(checkpoint) if self.merge else {}
-
     def save(
         self, model, better: bool, checkpoint: Checkpoint, base: Checkpoint, target: Path
     ) -> None:

@@ -277,14 +277,6 @@ class Tuner(Stage):
         """
         return outcome.before
 
-    def inherited(self, checkpoint: Checkpoint) -> dict:
-        """Return metadata of the source that hold for the result too.
-
-        Args:
-            checkpoint: The source.
-        """
-        return stored.mask_metadata(checkpoint)
-
     def task(self, checkpoint: Checkpoint, device: str, precision: str) -> task.Task:
         """Return what is learned: here, to predict the next token.
 
@@ -327,7 +319,6 @@ class Tuner(Stage):
             **learned.metadata(),
             "learning_rate": self.rate(checkpoint.spec),
             **metadata,
-            **self.inherited(checkpoint),
         }
 
     def _seeded_model(self, base: Checkpoint, device: str):

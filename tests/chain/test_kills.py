@@ -56,22 +56,26 @@ def test_a_chain_that_is_killed_at_random_moments_ends_in_the_same_table(tmp_pat
     while len(ended) < KILLS:
         sent = (signal.SIGKILL, signal.SIGTERM)[len(ended) % 2]
         process = start(stores[-1], *CHAIN)
-        try:  # short enough for several ends in one chain
-            process.communicate(timeout=draw.uniform(0.05, 0.5) * seconds)
+        moment = draw.uniform(0.05, 0.5) * seconds  # short enough for several ends in one chain
+        try:
+            process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
             process.send_signal(sent)
             _, err = process.communicate(timeout=300)
             ended.append((sent.name, process.returncode))
+            stages = sorted(path.name for path in stores[-1].glob("stages/*"))
+            print(f"{sent.name} after {moment:.1f} s -> {process.returncode}; on disk: {stages}")
             assert "Traceback" not in err, err
             # 0 where the signal came when all was done
             assert process.returncode in (0, -signal.SIGKILL, 128 + signal.SIGTERM), err
         else:  # the chain is complete: begin another one
             stores.append(tmp_path / f"killed-{len(stores)}")
-    print(f"{seconds:.0f} s for the whole chain; ends: {ended}")
+    print(f"{seconds:.0f} s for the whole chain; {len(ended)} ends in {len(stores)} chains")
     for store in stores:
         finish(store)
         assert quality(store) == quality(tmp_path / "whole")
         assert not list(store.glob("stages/*.partial"))
         assert not list(store.glob("stages/*.work"))
         statuses = [run.info.status for run in runs(store)[1]]
+        print(f"{store.name}: {quality(store)}, runs: {statuses}")
         assert "RUNNING" not in statuses, statuses
