@@ -103,7 +103,9 @@ class CalibrationProgress:
             writer: of the output, new; None: nothing is written.
         """
         record = self._read()
-        if record is None:
+        if record is None or not (self.folder / record["tensors"]).is_file():
+            return None
+        if writer is not None and not writer.can_resume(record["writer"]):
             return None
         from safetensors.torch import load_file  # loads torch
 

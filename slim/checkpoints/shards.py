@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2**31  # a file gets no more tensors once it has this many bytes
 HEADER_BYTES = 2**18  # room for the header: some 2000 tensors
 COMPACT_BYTES = 2**26  # files below this are written again without the room that was not needed
+COMPACT = ".compact"  # end of the name of the copy without that room
 ENTRY_BYTES = 128  # more than the entry of a tensor takes besides its name
 LARGE_BYTES = 2**16  # tensors of at least this size are written at once
 NAMES = {
@@ -90,7 +91,10 @@ class ShardWriter:
         import torch
 
         if self._file is None:
-            self._file = self._path(len(self._shards)).open("wb")
+            path = self._path(len(self._shards))
+            for stale in (path, path.with_suffix(COMPACT)):  # of an interrupted writer
+                stale.unlink(missing_ok=True)
+            self._file = path.open("wb")
             # the header stands in front of the data, and is known only at the end
             self._file.seek(8 + HEADER_BYTES)
         self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
@@ -137,12 +141,12 @@ class ShardWriter:
         file."""
         self._file.close()
         path = self._path(len(self._shards))
-        whole = path.with_suffix(".compact")
-        with path.open("rb") as data, whole.open("wb") as file:
+        with path.open("rb") as data, path.with_suffix(COMPACT).open("wb") as file:
             data.seek(8 + HEADER_BYTES)
             file.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(data, file)
-        whole.replace(path)
+        if self.folder == self.target:  # nothing is resumed there
+            path.with_suffix(COMPACT).replace(path)
 
     def close(self) -> None:
         """Finish the last file, and give all of them their final names and place."""
@@ -154,11 +158,29 @@ class ShardWriter:
             name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             if count == 1:
                 name = SINGLE
-            self._path(number).rename(self.target / name)
+            self._deliver(number, self.target / name)
             weight_map.update(dict.fromkeys(tensors, name))
         if count > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
             (self.target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _deliver(self, number: int, path: Path) -> None:
+        """Give a finished file its final name.
+
+        From a work folder it is only linked: the result may still be lost before it is complete,
+        and the writer must then be able to resume.
+        """
+        written = self._path(number)
+        if self.folder == self.target:
+            written.rename(path)
+            return
+        compact = written.with_suffix(COMPACT)
+        if compact.is_file():
+            written = compact
+        try:
+            path.hardlink_to(written)
+        except OSError:  # not every file system has links
+            shutil.copyfile(written, path)
 
     def state(self) -> dict:
         """Return what a later writer in the same ``work`` folder needs besides ``pending``, as
@@ -173,6 +195,19 @@ class ShardWriter:
             "header": self._header,
             "open": self._file is not None,
         }
+
+    def can_resume(self, state: dict) -> bool:
+        """Whether the files that a state speaks of are still there.
+
+        Args:
+            state: What :meth:`state` returned.
+        """
+        needed = [self._path(number) for number in range(len(state["shards"]))]
+        if state["open"]:
+            file = self._path(len(state["shards"]))
+            if not file.is_file() or file.stat().st_size < 8 + HEADER_BYTES + state["offset"]:
+                return False
+        return all(path.is_file() for path in needed)
 
     def resume(self, state: dict, pending: dict[str, torch.Tensor]) -> None:
         """Continue where a state was taken; what was written since is cut off.
@@ -191,6 +226,9 @@ class ShardWriter:
         for shard in self._shards:
             self._names.update(shard)
         if state["open"]:
-            self._file = self._path(len(self._shards)).open("r+b")
+            path = self._path(len(self._shards))
+            # made when the interrupted writer was closed, of the file as it was then
+            path.with_suffix(COMPACT).unlink(missing_ok=True)
+            self._file = path.open("r+b")
             self._file.truncate(8 + HEADER_BYTES + self._offset)
             self._file.seek(0, 2)

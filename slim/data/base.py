@@ -110,7 +110,7 @@ class Conversations(TrainingData):
         lengths = array("q")
         unanswered = {"unanswered": 0}
         answered = _answered(self.conversations(part), unanswered)
-        examples = _measured(encode_conversations(tokenizer, answered), lengths)
+        examples = _measured(encode_conversations(tokenizer, answered, self.title), lengths)
         fitting, counts = fit_length(examples, window, self.long, tokens)
         counts |= unanswered
         if not fitting:

@@ -123,7 +123,8 @@ class Calibration(Text):
         # the number of windows that fit next to one another
         apart = max(1, available // length)
         warn(
-            f"The calibration text {self.text} has {available} tokens, too few for {len(starts)} "
-            f"samples of {length}: {1 - distinct / drawn:.0%} of the sampled tokens are repeats. "
+            f"The calibration text {self.text} has {counted(available, 'token')}, too few for "
+            f"{counted(len(starts), 'sample')} of {length}: "
+            f"{1 - distinct / drawn:.0%} of the sampled tokens are repeats. "
             f"Give a longer text or {self.samples_setting}={apart}."
         )

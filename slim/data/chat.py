@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from slim.core.errors import SlimError
 
 Message = dict[str, str]  # role ("system", "user", "assistant") and content
+
+
+class Conversation(list[Message]):
+    """Messages that know where they come from.
+
+    Attributes:
+        where: they stand, such as ``FILE, line 3``; empty: unknown.
+    """
+
+    def __init__(self, messages: Iterable[Message], where: str = ""):
+        super().__init__(messages)
+        self.where = where
+
 
 DEFAULT = "default"  # the template that the library takes where a tokenizer has several
 
@@ -40,13 +55,16 @@ def require_chat_template(tokenizer, advice: str, who: str = "The model's tokeni
         )
 
 
-def render_chat(tokenizer, messages: list[Message], add_generation_prompt: bool = False) -> str:
+def render_chat(
+    tokenizer, messages: list[Message], add_generation_prompt: bool = False, where: str = ""
+) -> str:
     """Return a conversation as text, written by the tokenizer's chat template.
 
     Args:
         tokenizer: of transformers, with a chat template.
         messages: in their order.
         add_generation_prompt: end with what asks for an answer.
+        where: the conversation stands, for messages.
 
     Raises:
         SlimError: when the template refuses the conversation, or fails.
@@ -60,8 +78,8 @@ def render_chat(tokenizer, messages: list[Message], add_generation_prompt: bool 
         roles = ", ".join(message["role"] for message in messages)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SlimError(
-            f"The chat template of the model's tokenizer refuses a conversation of {roles}: "
-            f"{reason.rstrip('.')}.\n{_advice(messages)}"
+            f"{where and where + ': '}The chat template of the model's tokenizer refuses a "
+            f"conversation of {roles}: {reason.rstrip('.')}.\n{_advice(messages)}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from slim.core.errors import SlimError
 from slim.core.settings import require_choice
 from slim.data.base import Conversations
 from slim.data.cells import as_records, as_text, first_text
-from slim.data.chat import Message
+from slim.data.chat import Conversation, Message
 from slim.data.corpus import Corpus
 
 # What data sets call who speaks.
@@ -162,13 +162,14 @@ class Messages(Dialogue):
         return self.part_identity("messages", "role", "content", "long")
 
     def conversations(self, part: str) -> Iterator[list[Message]]:
-        return (turns[: last_answer(turns)] for turns in self._chosen(part))
+        for turns in self._chosen(part):
+            yield Conversation(turns[: last_answer(turns)], turns.where)
 
     def questions(self, part: str) -> Iterator[str]:
         """Yield the first question of every dialogue."""
         return (first_question(turns) for turns in self._chosen(part))
 
-    def _chosen(self, part: str) -> Iterator[list[Message]]:
+    def _chosen(self, part: str) -> Iterator[Conversation]:
         """Yield the dialogues that belong to the part, in random order."""
         return self.shuffled(
             turns
@@ -176,10 +177,10 @@ class Messages(Dialogue):
             if turns and self.belongs(first_question(turns), part)
         )
 
-    def _all_turns(self, part: str) -> Iterator[list[Message]]:
+    def _all_turns(self, part: str) -> Iterator[Conversation]:
         """Yield all dialogues of the part's split."""
         for where, row in self.opened(part).located_rows():
-            yield self.turns(row, where)
+            yield Conversation(self.turns(row, where), where)
 
     def check_row(self, row: dict, where: str) -> None:
         self.turns(row, where)

@@ -47,7 +47,9 @@ def encode_pairs(tokenizer, pairs: Iterable[tuple[str, str]]) -> Iterator[Exampl
     return encode_conversations(tokenizer, (turns(prompt, answer) for prompt, answer in pairs))
 
 
-def encode_conversations(tokenizer, conversations: Iterable[list[Message]]) -> Iterator[Example]:
+def encode_conversations(
+    tokenizer, conversations: Iterable[list[Message]], title: str = ""
+) -> Iterator[Example]:
     """Yield each conversation in the tokenizer's chat template.
 
     Answers and the tokens that end them have labels; nothing else has.
@@ -55,6 +57,7 @@ def encode_conversations(tokenizer, conversations: Iterable[list[Message]]) -> I
     Args:
         tokenizer: a fast one of transformers, with a chat template.
         conversations: messages, of which the last is an answer; may be endless.
+        title: what to call them in messages, where they do not know where they come from.
 
     Raises:
         SlimError: when there is no chat template, or one that does not keep what was said as it is
@@ -72,16 +75,17 @@ def encode_conversations(tokenizer, conversations: Iterable[list[Message]]) -> I
         )
     conversations = iter(conversations)
     while batch := list(islice(conversations, TEXTS_AT_ONCE)):
-        yield from _encode_batch(tokenizer, batch)
+        yield from _encode_batch(tokenizer, batch, title)
 
 
-def _encode_batch(tokenizer, conversations: list[list[Message]]) -> Iterator[Example]:
+def _encode_batch(tokenizer, conversations: list[list[Message]], title: str) -> Iterator[Example]:
     """Yield some conversations, tokenized together."""
     special_tokens = tokenizer.added_tokens_decoder  # ends of text and of turns, not text itself
     marks = [str(token) for token in special_tokens.values()]
     texts, spans = [], []
     for messages in conversations:
-        text, answers = render(tokenizer, messages, marks)
+        where = getattr(messages, "where", "") or title
+        text, answers = render(tokenizer, messages, marks, where)
         texts.append(text)
         spans.append(answers)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -95,7 +99,9 @@ def _encode_batch(tokenizer, conversations: list[list[Message]]) -> Iterator[Exa
         yield example
 
 
-def render(tokenizer, messages: list[Message], marks: Sequence[str] = ()) -> tuple[str, list[Span]]:
+def render(
+    tokenizer, messages: list[Message], marks: Sequence[str] = (), where: str = ""
+) -> tuple[str, list[Span]]:
     """Return a conversation as text, and where in it every answer stands, with the mark that ends
     it.
 
@@ -105,6 +111,7 @@ def render(tokenizer, messages: list[Message], marks: Sequence[str] = ()) -> tup
         tokenizer: of transformers, with a chat template.
         messages: in their order.
         marks: texts that may end an answer.
+        where: the conversation stands, for messages.
 
     Returns:
         The text without white space at its end, and a span of characters per answer.
@@ -112,35 +119,35 @@ def render(tokenizer, messages: list[Message], marks: Sequence[str] = ()) -> tup
     Raises:
         SlimError: when the place of an answer cannot be known.
     """
-    text = render_chat(tokenizer, messages)
+    text = render_chat(tokenizer, messages, where=where)
     spans: list[Span] = []
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = render_chat(tokenizer, messages[:place], add_generation_prompt=True)
+        prompt = render_chat(tokenizer, messages[:place], add_generation_prompt=True, where=where)
         if not text.startswith(prompt):
             raise SlimError(
-                "The chat template of the model's tokenizer changes the prompt when an answer "
-                f"follows, so where the answer begins is unknown: '{prompt[-40:]}' is not the "
-                f"beginning of '{text[:80]}...'."
+                f"{where and where + ': '}The chat template of the model's tokenizer changes the "
+                "prompt when an answer follows, so where the answer begins is unknown: "
+                f"'{prompt[-40:]}' is not the beginning of '{text[:80]}...'."
             )
         if place == len(messages) - 1:
             end = len(text.rstrip())
         else:
-            end = _answer_end(text, len(prompt), message["content"], marks)
+            end = _answer_end(text, len(prompt), message["content"], marks, where)
         spans.append((len(prompt), end))
     return text.rstrip(), spans
 
 
-def _answer_end(text: str, start: int, answer: str, marks: Sequence[str]) -> int:
+def _answer_end(text: str, start: int, answer: str, marks: Sequence[str], where: str) -> int:
     """Return where the answer at ``start`` ends in ``text``: after the mark that follows it, if one
     does."""
     answer = answer.strip()
     place = text.find(answer, start)
     if place < 0:
         raise SlimError(
-            f"The chat template of the model's tokenizer changes an earlier answer "
-            f"('{answer[:40]}'), so where it ends is unknown. "
+            f"{where and where + ': '}The chat template of the model's tokenizer changes an "
+            f"earlier answer ('{answer[:40]}'), so where it ends is unknown. "
             "Use data with one answer a conversation."
         )
     end = place + len(answer)

@@ -128,8 +128,9 @@ class OnPolicyTask(DistillationTask):
             part: ``TRAIN`` or ``VALIDATION``.
         """
         longest = self.plan.window - self.plan.generation.new_tokens
+        title = self.plan.data.title
         for question in self.plan.data.questions(part):
-            text, ((start, _),) = render(self.tokenizer, turns(question, "x"))
+            text, ((start, _),) = render(self.tokenizer, turns(question, "x"), where=title)
             encoded = self.tokenizer(text[:start], add_special_tokens=False, verbose=False)
             tokens = encoded["input_ids"]
             if len(tokens) <= longest:

@@ -59,8 +59,8 @@ def _conversations(data, part, student, teacher, window, tokens, longest) -> tup
     teacher_examples: list[Example] = []
     seen = dropped = 0
     for example, read in zip(
-        encode_conversations(student, for_student),
-        encode_conversations(teacher, for_teacher),
+        encode_conversations(student, for_student, data.title),
+        encode_conversations(teacher, for_teacher, data.title),
         strict=True,
     ):
         if tokens is not None and seen >= tokens:

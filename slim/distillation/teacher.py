@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from slim.checkpoints.source import Source, has_weights
 from slim.checkpoints.stage import Context, Stage
 from slim.checkpoints.tokenizer import load_tokenizer
+from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.loading.load_model import load_model
 from slim.quantization.storage import weight_bytes
@@ -111,6 +112,9 @@ class Teacher:
             device: Where it teaches.
         """
         folder = self.checkpoint.folder
+        if self.name != BASE:  # the chain has said it of its own source
+            for note in self.checkpoint.notes:
+                say(note, head=f"teacher {self.source.label}")
         if self.quantizer is None:
             return load_model(folder, self.dtype, device).requires_grad_(False)
         with tempfile.TemporaryDirectory() as scratch:

@@ -8,7 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.tokenizer import load_tokenizer
+from slim.core.console import say
 from slim.core.errors import SlimError
 from slim.data.chat import has_chat_template, render_chat
 from slim.evaluation.generation import continue_ids
@@ -152,5 +154,7 @@ class LocalModel:
                     f"The judge {self.folder} has no chat template. Give a model tuned for "
                     "conversation."
                 )
+            for note in open_checkpoint(self.folder).notes:
+                say(note, head=f"judge {self.folder.name}")
             self._loaded = load_model(self.folder, "auto", self.device), tokenizer
         return self._loaded

@@ -26,6 +26,7 @@ from slim.core.console import track
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.core.settings import require_number
+from slim.core.text import counted
 from slim.data.encoding import encode_long
 from slim.data.text import Text, load_dataset_files
 from slim.evaluation.divergence import DivergenceMeter, KeptStates, tokens_sha256
@@ -41,6 +42,7 @@ else:
 
 # entries of the logits held at a time: 64 MiB in float32, whatever the vocabulary
 LOGITS_AT_ONCE = 2**24
+SHORTEST = 2  # tokens per window at least: the first is not predicted
 TOKENS_AT_ONCE = 1024  # tokens in one forward pass where no batch size is given
 
 
@@ -72,7 +74,7 @@ class Perplexity(Text):
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        require_number("eval.perplexity.window", self.window, 2, integer=True)
+        require_number("eval.perplexity.window", self.window, SHORTEST, integer=True)
         for name in ("limit", "batch_size", "first_documents"):
             if getattr(self, name) is not None:
                 require_number(f"eval.perplexity.{name}", getattr(self, name), 1, integer=True)
@@ -124,9 +126,12 @@ class Perplexity(Text):
         ids = encode_long(tokenizer, self.joined())
         count = len(ids) // window
         if count == 0:
+            advice = "Give a longer text: eval.perplexity.text=FILE"
+            if len(ids) >= SHORTEST:
+                advice += f", or a shorter window: eval.perplexity.window={len(ids)}"
             raise SlimError(
-                f"The text {self.text} has {len(ids)} tokens, fewer than one window of {window}. "
-                f"Give a longer text or eval.perplexity.window={max(2, len(ids))}."
+                f"The text {self.text} is too short: it has {counted(len(ids), 'token')}, fewer "
+                f"than one window of {window}.\n{advice}."
             )
         count = min(count, self.limit or count)
         return torch.tensor(ids[: count * window], dtype=torch.long).view(count, window)

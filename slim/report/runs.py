@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from slim.checkpoints.store import digest
+from slim.core.text import counted
 from slim.tracking.connection import children
 
 if TYPE_CHECKING:
@@ -197,11 +198,13 @@ def collect(client: MlflowClient, run_ids: list[str], title: str | None = None) 
     collection.failures = failures
     if repeated:
         collection.notes.append(
-            f"{count(repeated, 'run')} repeated a chain with the same protocol; such a chain is "
+            f"{counted(repeated, 'run')} repeated a chain with the same protocol; such a chain is "
             "shown once."
         )
     if running:
-        collection.notes.append(f"{count(running, 'run')} had not ended when this report was made.")
+        collection.notes.append(
+            f"{counted(running, 'run')} had not ended when this report was made."
+        )
     return collection
 
 
@@ -219,21 +222,6 @@ def without_secrets(text: str) -> str:
     """Return ``text`` without user names and passwords in addresses: a page is handed on more
     easily than a store."""
     return CREDENTIALS.sub("://", text)
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun.
-
-    Args:
-        number: how many.
-        noun: singular, with a plural in s.
-
-    Returns:
-        Such as ``1 run`` or ``2 runs``.
-    """
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun}s"
 
 
 def _expand(client: MlflowClient, run_ids: list[str], collection: Collection) -> list[Run]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from slim.core.text import counted
 from slim.evaluation.health import REPEATING
 from slim.report.chain_figures import before_after, loss_curves
 from slim.report.charts import size_picture, speed_picture, task_bars
@@ -21,7 +22,7 @@ from slim.report.pareto import (
 )
 from slim.report.points import Point, points_of, rows_of, settings_lines
 from slim.report.published import Published, published_tables
-from slim.report.runs import Collection, count
+from slim.report.runs import Collection
 from slim.report.table import Column, columns, figure
 
 MODELS_ANSWERING = 16  # models whose answers are shown
@@ -149,21 +150,21 @@ def summary(collection: Collection, points: list[Point]) -> str:
         collection: the runs.
         points: their checkpoints.
     """
-    text = f"{count(len(collection.chains), 'run')} of slim"
+    text = f"{counted(len(collection.chains), 'run')} of slim"
     sources = sorted({point.source.label for point in points})
     if sources:
         text += f" on {', '.join(sources)}"
     if points:
-        text += f", with {count(len(points), 'checkpoint')} measured"
+        text += f", with {counted(len(points), 'checkpoint')} measured"
     # what the plan rules out was never tried: it did not fail
     skipped = sum(failure.skipped for failure in collection.failures)
     failed = len(collection.failures) - skipped
     without = []
     if failed:
-        without.append(f"{count(failed, 'run')} failed")
+        without.append(f"{counted(failed, 'run')} failed")
     if skipped:
         verb = "was" if skipped == 1 else "were"
-        without.append(f"{count(skipped, 'run')} {verb} ruled out by the plan before any work")
+        without.append(f"{counted(skipped, 'run')} {verb} ruled out by the plan before any work")
     if not without:
         return f"{text}. "
     return f"{text}. {' and '.join(without)}."

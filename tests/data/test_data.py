@@ -122,6 +122,16 @@ def test_templates_that_cannot_be_taken_apart_are_refused(tokenizer):
         list(encode_conversations(tokenizer, [DIALOGUE]))
 
 
+def test_a_conversation_that_a_template_refuses_is_named(tokenizer, tmp_path):
+    tokenizer.chat_template = INSTRUCT
+    rows = [{"messages": DIALOGUE}, {"messages": [turn("system", "Be kind."), *DIALOGUE]}]
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Messages(str(file), validation_fraction=0.001)
+    with pytest.raises(SlimError, match=r"some.jsonl, line 2: The chat template .* refuses"):
+        data.windows("train", tokenizer, 64)
+
+
 def test_a_tokenizer_without_padding_will_do_and_one_without_an_end_will_not(tokenizer):
     tokenizer.pad_token = None
     assert len(TinyChat().windows("train", tokenizer, 64, 500)) > 3

@@ -150,8 +150,18 @@ def test_the_figures_of_the_windows_are_kept(small):
 
 def test_a_text_shorter_than_a_window_is_refused(small, tmp_path):
     (tmp_path / "short.txt").write_text("Luke keeps a hen.")
-    with pytest.raises(SlimError, match=r"fewer than one window of 256.*eval\.perplexity\.window="):
+    with pytest.raises(SlimError, match="fewer than one window of 256") as error:
         Perplexity(str(tmp_path / "short.txt")).windows(small[1], 256)
+    window = int(str(error.value).split("eval.perplexity.window=")[1].rstrip("."))
+    assert Perplexity(str(tmp_path / "short.txt"), window=window).windows(small[1], 256).numel()
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("", "0 tokens"), ("a", "1 token")])
+def test_for_a_text_without_a_prediction_only_a_longer_one_helps(small, tmp_path, text, tokens):
+    (tmp_path / "short.txt").write_text(text)
+    with pytest.raises(SlimError, match=f"it has {tokens}, fewer than one window of 256") as error:
+        Perplexity(str(tmp_path / "short.txt")).windows(small[1], 256)
+    assert str(error.value).endswith("Give a longer text: eval.perplexity.text=FILE.")
 
 
 def test_nan_and_infinity_are_shown(small_llama):

@@ -371,6 +371,43 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_files(
     assert not list((store.root / "stages").glob("*.work"))
 
 
+@pytest.mark.parametrize("small_shards", [False, True])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_stage_that_ends_before_its_result_is_complete_resumes_its_last_block(
+    small_llama, tmp_path, monkeypatch, small_shards, lost
+):
+    """All files are written, the check or the report is not done. ``lost``: someone has removed the
+    files that the saved progress speaks of."""
+    from slim.pruning.weights import MagnitudeMethod
+
+    monkeypatch.setattr("slim.calibration.resume.SAVE_SECONDS", 0.0)
+    if small_shards:
+        monkeypatch.setattr(
+            "slim.checkpoints.shards.ShardWriter.__init__.__defaults__", (50_000, None)
+        )
+    stage = MagnitudeWeights(sparsity=0.5)
+    whole, store = Store(tmp_path / "whole"), Store(tmp_path / "store")
+    expected = Pipeline(Source(str(small_llama)), [stage], None, whole).run()[-1].checkpoint
+    check, seen = Pipeline._check, []
+    monkeypatch.setattr(Pipeline, "_check", lambda *_: (_ for _ in ()).throw(Interrupted()))
+    with pytest.raises(Interrupted):
+        Pipeline(Source(str(small_llama)), [stage], None, store).run()
+    monkeypatch.setattr(Pipeline, "_check", check)
+    process = MagnitudeMethod.process
+    monkeypatch.setattr(
+        MagnitudeMethod,
+        "process",
+        lambda self, group: seen.append(group.block) or process(self, group),
+    )
+    if lost:
+        for path in (store.root / "stages").glob("*.work/shard-*"):
+            path.unlink()
+    result = Pipeline(Source(str(small_llama)), [stage], None, store).run()[-1].checkpoint
+    assert bool(seen) == lost
+    assert result.manifest["checksums"] == expected.manifest["checksums"]
+    assert not list((store.root / "stages").glob("*.work"))
+
+
 def test_progress_made_elsewhere_is_not_taken_up(small_llama, tmp_path, monkeypatch):
     from slim.quantization.methods.rtn import RoundToNearest
 
