@@ -143,9 +143,9 @@ def canonical_names(names: list[str], family: Family | None) -> list[str]:
     base, _, blocks = family.blocks.partition(".")  # "model" and "layers"
     # the head stands outside the base model, so it tells nothing of a prefix
     inside = [name for name in names if name.split(".")[0] != family.head]
-    for doubled in (f"{base}.{base}.", f"{base}.language_model."):
-        if inside and _all_begin(inside, doubled):
-            return [name.replace(doubled, f"{base}.", 1) for name in names]
+    prefix = _before_blocks(inside, base, blocks)
+    if prefix and _all_begin(inside, prefix):  # a wrapper's, or "model.language_model."
+        names = [name.removeprefix(prefix) for name in names]
     if _any_begins(names, f"{base}."):
         return names
     if _any_begins(names, f"{blocks}."):  # saved from the base model alone, without a head
@@ -153,6 +153,16 @@ def canonical_names(names: list[str], family: Family | None) -> list[str]:
             if name.split(".")[0] != family.head:
                 names[index] = f"{base}.{name}"
     return names
+
+
+def _before_blocks(names: list[str], base: str, blocks: str) -> str:
+    """Return what stands in front of the base model in the first name of a block's tensor."""
+    place = re.compile(rf"(?:^|(?<=\.))(?:{base}\.)?{blocks}\.\d+\.")
+    for name in names:
+        match = place.search(name)
+        if match:
+            return name[: match.start()]
+    return ""
 
 
 def without_wrappers(names: list[str]) -> list[str]:

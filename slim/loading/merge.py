@@ -17,7 +17,12 @@ from slim.models.spec import ModelSpec
 from slim.quantization.storage import weight_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+
+PROBE = 12  # tokens
+TOLERANCE = 1e-3  # of the logits: products are added up in another order
+SHARED = ("embed_tokens", "lm_head")  # modules that may have their weights in common
 
 
 @dataclass
@@ -99,6 +104,9 @@ class MergeAdapter(Stage):
 
         peft = import_peft("model.adapter")
         state = load_file(self.folder / ADAPTER_WEIGHTS)
+        self._require_finite(state)
+        if any(part in name.split(".") for name in state for part in SHARED):
+            untie(model)
         try:
             with quiet_peft():
                 config = peft.LoraConfig.from_pretrained(str(self.folder))
@@ -109,12 +117,62 @@ class MergeAdapter(Stage):
             raise SlimError(
                 f"model.adapter={self.adapter} does not fit its model: {reason}"
             ) from error
-        missing = [name for name in loaded.missing_keys if "lora_" in name]
+        missing = []
+        for name in loaded.missing_keys:
+            if "lora_" in name or "modules_to_save" in name:
+                missing.append(name)
         if missing or loaded.unexpected_keys:
             names = missing or list(loaded.unexpected_keys)
             raise SlimError(
                 f"model.adapter={self.adapter} does not belong to its model: {names[0]} is "
                 f"{'missing in the adapter' if missing else 'not in the model'}."
             )
-        merged = wrapped.merge_and_unload(safe_merge=True)
-        return merged.requires_grad_(False).eval(), sum(part.numel() for part in state.values())
+        size = sum(part.numel() for part in state.values())
+        return self._merged(wrapped.eval()).requires_grad_(False), size
+
+    def _require_finite(self, state: dict[str, torch.Tensor]) -> None:
+        """Raise ``SlimError`` for an adapter that holds NaN or infinity."""
+        import torch
+
+        for name, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise SlimError(
+                    f"model.adapter={self.adapter}: {name} contains NaN or infinity. The training "
+                    "of the adapter failed; give another one."
+                )
+
+    def _merged(self, wrapped: nn.Module) -> nn.Module:
+        """Merge the adapter's products, and compare what both models compute."""
+        import torch
+
+        # tokens of any vocabulary
+        probe = torch.arange(PROBE, device=wrapped.device)[None]
+        with torch.no_grad():
+            before = wrapped(input_ids=probe, use_cache=False).logits
+            merged = wrapped.merge_and_unload().eval()
+            after = merged(input_ids=probe, use_cache=False).logits
+        if not (after - before).norm() <= TOLERANCE * before.norm():
+            raise SlimError(
+                f"model.adapter={self.adapter}: with the adapter merged the model computes "
+                "something else than with the adapter applied. It is not merged.\n"
+                "Merge it with the library that trained it, and give the result as model.source."
+            )
+        return merged
+
+
+def untie(model: nn.Module) -> None:
+    """Give a model whose head shares the embedding's weights a head of its own, if it is one.
+
+    An adapter on one of them would otherwise change both.
+
+    Args:
+        model: Of transformers, changed in place.
+    """
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from slim.checkpoints.checkpoint import Checkpoint
@@ -63,6 +63,26 @@ def fitting_schemes(
             f"{notes[0]} So it is with all layers.\nUse quant.format=compressed-tensors."
         )
     return fitting, notes
+
+
+def layers_beyond_float16(checkpoint: Checkpoint, layers: Iterable[str]) -> dict[str, float]:
+    """Return the layers with a weight that float16 does not hold, and the largest magnitude in
+    each.
+
+    Args:
+        checkpoint: The model that is to be quantized.
+        layers: Full names of the layers that count.
+    """
+    if checkpoint.spec.dtype == "float16":
+        return {}
+    most = torch.finfo(torch.float16).max
+    reader, beyond = TensorReader(checkpoint), {}
+    for layer in layers:
+        largest = float(reader.read(f"{layer}.weight").abs().amax())
+        if largest > most:
+            beyond[layer] = largest
+        reader.release()
+    return beyond
 
 
 def largest_scale(weight: torch.Tensor, scheme: Scheme) -> float:

@@ -90,6 +90,46 @@ def test_an_adapter_of_another_model_is_refused(base, adapter, tmp_path, rename,
         MergeAdapter(str(adapter)).run(base, tmp_path / "merged", Context())
 
 
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_an_adapter_on_one_of_two_shared_matrices_leaves_the_other(tmp_path, module):
+    base = build_small("llama", tmp_path / "base", num_hidden_layers=1, tie_word_embeddings=True)
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    (tmp_path / "adapter").mkdir()
+    a, b = torch.randn(RANK, 64), torch.randn(len(before), RANK)
+    names = ("lora_A.weight", "lora_B.weight")
+    if module != "lm_head":
+        a, b, names = torch.randn(RANK, len(before)), torch.randn(64, RANK), (
+            "lora_embedding_A",
+            "lora_embedding_B",
+        )
+    tensors = {f"base_model.model.{module}.{name}": t for name, t in zip(names, (a, b))}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA}
+    settings["target_modules"] = [module.split(".")[-1]]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "merged").mkdir()
+    MergeAdapter(str(tmp_path / "adapter")).run(base, tmp_path / "merged", Context())
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is (
+        False
+    )
+    changed = ALPHA / RANK * (b @ a if module == "lm_head" else (b @ a).T)
+    expected = {"lm_head": before, "model.embed_tokens": before}
+    expected[module] = before + changed
+    for name, weight in expected.items():
+        torch.testing.assert_close(after[f"{name}.weight"], weight, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_with_nan_is_refused(base, adapter, tmp_path):
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(SlimError, match="contains NaN or infinity"):
+        MergeAdapter(str(adapter)).run(base, tmp_path / "merged", Context())
+
+
 def test_quantized_weights_take_no_adapter(base, adapter, tmp_path):
     folder = shutil.copytree(base, tmp_path / "quantized")
     change_json(folder / "config.json", quantization_config={"quant_method": "gptq"})

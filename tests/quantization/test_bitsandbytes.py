@@ -385,13 +385,38 @@ def test_int8_takes_any_size(tmp_path):
     )
 
 
-def test_weights_beyond_float16_are_refused(tmp_path):
-    folder = sixteen_bit(tmp_path / "source")
+def with_huge_weights(folder, names: str):
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
+    for name, tensor in tensors.items():
+        if names in name:
+            tensor[0, 0] = 1e5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SlimError, match="float16.*65504"):
+    return folder
+
+
+def test_a_layer_with_weights_beyond_float16_stays_plain(tmp_path):
+    layer = "model.layers.1.mlp.up_proj"
+    folder = with_huge_weights(sixteen_bit(tmp_path / "source"), layer)
+    metadata = run(Int8(), folder, tmp_path / "q")
+    assert f"{layer} stays unquantized" in metadata["notes"][0]
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    assert stored[f"{layer}.weight"].dtype == torch.bfloat16
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    assert torch.isfinite(logits(load_model(tmp_path / "q"))).all()
+    # transformers reads the same list
+    assert (
+        layer
+        in json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"][
+            "llm_int8_skip_modules"
+        ]
+    )
+
+
+def test_weights_beyond_float16_everywhere_are_refused_before_any_work(tmp_path):
+    folder = with_huge_weights(sixteen_bit(tmp_path / "source"), "_proj.weight")
+    with pytest.raises(SlimError, match="all layers. Use quant=rtn"):
         run(Int8(), folder, tmp_path / "q")
+    assert not list((tmp_path / "q").iterdir())
 
 
 def test_a_missing_library_is_reported_before_work(monkeypatch, packed):

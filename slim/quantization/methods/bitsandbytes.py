@@ -19,17 +19,20 @@ it. ``bitsandbytes_packing.py`` holds what needs the library."""
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.checkpoints.checkpoint import REPORT, open_checkpoint
+from slim.checkpoints.checkpoint import REPORT, Checkpoint, open_checkpoint
 from slim.checkpoints.stage import Context, Stage
+from slim.core.console import warn
 from slim.core.errors import SlimError
 from slim.core.settings import require_choice, require_flag, require_number
 from slim.models.spec import DTYPE_BYTES, ModelSpec
 from slim.quantization.assign import check_plain, layer_shapes
 from slim.quantization.formats.bitsandbytes import BLOCK, DEFAULTS, KERNEL_ROWS, require_library
+from slim.quantization.ranges import layers_beyond_float16
 from slim.quantization.storage import packed_bits
 
 if TYPE_CHECKING:
@@ -46,11 +49,13 @@ class BitsAndBytes(Stage):
     Attributes:
         bits: Per weight, of the codes.
         divisors: What must divide a layer's outputs and inputs.
+        through_float16: Whether the library turns weights into float16 first.
     """
 
     kind: ClassVar[str] = "quantize"
     bits: ClassVar[int]
     divisors: ClassVar[tuple[int, int]] = (1, 1)
+    through_float16: ClassVar[bool] = False
 
     def library_settings(self, spec: ModelSpec) -> dict:
         """Return the entries of the ``quantization_config`` that are not the library's defaults.
@@ -60,11 +65,12 @@ class BitsAndBytes(Stage):
         """
         raise NotImplementedError
 
-    def method(self, spec: ModelSpec) -> BitsAndBytesMethod:
+    def method(self, spec: ModelSpec, plain: Collection[str] = ()) -> BitsAndBytesMethod:
         """Return what is done to the blocks.
 
         Args:
             spec: The model that is quantized.
+            plain: Full names of layers that stay as they are.
         """
         raise NotImplementedError
 
@@ -82,7 +88,17 @@ class BitsAndBytes(Stage):
                 )
 
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
-        settings = {**self.library_settings(spec), "llm_int8_skip_modules": [spec.family.head]}
+        return self.described(spec, ())
+
+    def described(self, spec: ModelSpec, plain: Iterable[str]) -> ModelSpec:
+        """Describe a model once it is quantized.
+
+        Args:
+            spec: The model before.
+            plain: Full names of layers that stay as they are, besides the head.
+        """
+        skipped = [spec.family.head, *plain]
+        settings = {**self.library_settings(spec), "llm_int8_skip_modules": skipped}
         return spec.with_config(quantization_config={**DEFAULTS, **settings})
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:
@@ -100,20 +116,47 @@ class BitsAndBytes(Stage):
         checkpoint = open_checkpoint(source)
         spec = checkpoint.spec
         self.check(spec)
-        result = self.output_spec(spec)
-        errors = transform_checkpoint(checkpoint, target, self.method(spec), result.config, context)
+        plain = self._beyond_range(checkpoint)
+        result = self.described(spec, plain)
+        method = self.method(spec, plain)
+        errors = transform_checkpoint(checkpoint, target, method, result.config, context)
         table = [{"block": item.block, "layer": item.layer, "error": item.error} for item in errors]
         (target / REPORT).mkdir(exist_ok=True)
         (target / REPORT / "layer_errors.json").write_text(
             json.dumps(table, indent=1) + "\n", encoding="utf-8"
         )
         plot_layer_errors(target / REPORT / "layer_errors.png", errors)
+        notes = {}
+        if plain:
+            notes["notes"] = list(plain.values())
         return {
+            **notes,
             "bits": self.bits,
             "bits_per_weight": round(packed_bits(result), 4),
             "layer_error_mean": sum(item.error for item in errors) / len(errors),
             "layer_error_max": max(item.error for item in errors),
         }
+
+    def _beyond_range(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Return the layers that the library could not hold, with a sentence for each, printed.
+
+        Raises:
+            SlimError: No layer is left.
+        """
+        if not self.through_float16:
+            return {}
+        layers = layer_shapes(checkpoint.spec)
+        notes = {}
+        for layer, largest in layers_beyond_float16(checkpoint, layers).items():
+            notes[layer] = (
+                f"{layer} stays unquantized: it has weights up to {largest:.3g}, and bitsandbytes "
+                "takes them through float16, which ends at 65504."
+            )
+        for note in notes.values():
+            warn(note)
+        if len(notes) == len(layers):
+            raise SlimError("So it is with all layers. Use quant=rtn quant.bits=8.")
+        return notes
 
 
 @dataclass
@@ -131,6 +174,7 @@ class Int8(BitsAndBytes):
 
     version: ClassVar[int] = 1
     bits: ClassVar[int] = 8
+    through_float16: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_number("quant.threshold", self.threshold, 0)
@@ -139,10 +183,10 @@ class Int8(BitsAndBytes):
     def library_settings(self, spec: ModelSpec) -> dict:
         return {"_load_in_8bit": True, "load_in_8bit": True, "llm_int8_threshold": self.threshold}
 
-    def method(self, spec: ModelSpec) -> BitsAndBytesMethod:
+    def method(self, spec: ModelSpec, plain: Collection[str] = ()) -> BitsAndBytesMethod:
         from slim.quantization.methods.bitsandbytes_packing import BitsAndBytesMethod, pack_int8
 
-        return BitsAndBytesMethod(pack_int8, spec.dtype)
+        return BitsAndBytesMethod(pack_int8, spec.dtype, plain)
 
 
 @dataclass
@@ -182,9 +226,10 @@ class NF4(BitsAndBytes):
             "bnb_4bit_compute_dtype": compute_dtype,
         }
 
-    def method(self, spec: ModelSpec) -> BitsAndBytesMethod:
+    def method(self, spec: ModelSpec, plain: Collection[str] = ()) -> BitsAndBytesMethod:
         from functools import partial
 
         from slim.quantization.methods.bitsandbytes_packing import BitsAndBytesMethod, pack_nf4
 
-        return BitsAndBytesMethod(partial(pack_nf4, double_quant=self.double_quant), spec.dtype)
+        pack = partial(pack_nf4, double_quant=self.double_quant)
+        return BitsAndBytesMethod(pack, spec.dtype, plain)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
 
 from slim.calibration.errors import relative_error
 from slim.calibration.sequential import BlockMethod, LinearGroup
-from slim.core.errors import SlimError
 from slim.quantization.formats.bitsandbytes import BLOCK, library
 
 # end of the tensor's name -> tensor; the float32 weights they are
@@ -20,22 +19,14 @@ def pack_int8(weight: torch.Tensor) -> Packed:
     """Quantize a weight row by row.
 
     Args:
-        weight: [out, in], of a 16- or 32-bit type.
+        weight: [out, in], of a 16- or 32-bit type, in the range of float16.
 
     Returns:
         The tensors that are stored: ``weight`` int8 [out, in]; ``SCB`` float32 [out], max |w| of
         each row; ``weight_format`` uint8, 0 for "by rows". And the weights they stand for, float32.
-
-    Raises:
-        SlimError: float16, which the library goes through, cannot hold a weight.
     """
-    half = weight.to(torch.float16)
-    if not torch.isfinite(half).all():
-        raise SlimError(
-            "quant=int8 takes weights through float16, and some are beyond 65504. "
-            "Use quant=rtn quant.bits=8."
-        )
-    codes, scale, _ = library().functional.int8_vectorwise_quant(half)
+    # layers with weights that float16 does not hold are left out before any work
+    codes, scale, _ = library().functional.int8_vectorwise_quant(weight.to(torch.float16))
     tensors = {"weight": codes, "SCB": scale, "weight_format": torch.zeros((), dtype=torch.uint8)}
     return tensors, codes.float() * (scale / 127).unsqueeze(-1)
 
@@ -73,21 +64,27 @@ class BitsAndBytesMethod(BlockMethod):
     needs_hessian = False
     resumable = True
 
-    def __init__(self, pack: Callable[[torch.Tensor], Packed], dtype: str):
+    def __init__(
+        self, pack: Callable[[torch.Tensor], Packed], dtype: str, plain: Collection[str] = ()
+    ):
         """Take the settings.
 
         Args:
             pack: What is done to a layer.
             dtype: The model's type, to which weights are brought back first, as the library's
                 result depends on it.
+            plain: Full names of layers that stay as they are.
         """
         self.pack = pack
+        self.plain = plain
         self.dtype = getattr(torch, dtype)
         self.done: dict[str, dict[str, torch.Tensor]] = {}
 
     def process(self, group: LinearGroup) -> dict[str, float]:
         errors = {}
         for name, linear in group.linears.items():
+            if f"{group.prefix}.{name}" in self.plain:
+                continue
             self.done[name], weight = self.pack(linear.weight.to(self.dtype))
             errors[name] = relative_error(weight - linear.weight, linear.weight, None)
             linear.weight.copy_(weight)
