@@ -30,10 +30,11 @@ from slim.calibration.capture import BATCH_BYTES, CapturedInputs, capture_inputs
 from slim.calibration.errors import LayerError
 from slim.calibration.resume import CalibrationProgress, CalibrationState
 from slim.checkpoints.checkpoint import Checkpoint
-from slim.checkpoints.meta_model import MetaModel, stored_dtype
+from slim.checkpoints.meta_model import MetaModel, is_finite, stored_dtype
 from slim.checkpoints.shards import ShardWriter
 from slim.checkpoints.stage import Context, Expected
 from slim.checkpoints.writer import copy_companions, write_config
+from slim.core.errors import SlimError
 from slim.core.hardware import map_large_tensors, trim_heap
 from slim.core.lazy import LazyModule
 from slim.models.spec import ModelSpec
@@ -224,6 +225,10 @@ class SequentialCalibration:
         for name in self.source.tensors:
             if not name.startswith(self.family.blocks + "."):
                 tensor = self.meta_model.reader.read(name)
+                if not is_finite(tensor):
+                    raise SlimError(
+                        f"The weights {name} contain NaN or infinity: the model is damaged."
+                    )
                 stored = self.method.other_tensors(name, tensor, self.family, tied)
                 for stored_name, value in stored.items():
                     self.writer.add(stored_name, value)

@@ -23,7 +23,7 @@ from slim.checkpoints.files import (
 )
 from slim.checkpoints.stored import StoredTensor, normalize, stored_tensors
 from slim.core.errors import SlimError
-from slim.core.io import read_header, read_json, sha256
+from slim.core.io import read_header, read_json, read_object, sha256
 from slim.models.families import FAMILIES
 from slim.models.spec import ADAPTER, ModelSpec
 
@@ -57,9 +57,7 @@ class Checkpoint:
     @cached_property
     def _content(self) -> tuple[dict, dict[str, StoredTensor], list[str]]:
         """The config, the tensors, and what was changed in reading them."""
-        raw = read_json(self.folder / "config.json")
-        if not isinstance(raw, dict):
-            raise SlimError(f"{self.folder / 'config.json'} is not a JSON object: not a config.")
+        raw = self._raw_config
         check_entries(raw, self.folder)
         tensors, notes = normalize(stored_tensors(self.weight_files), raw, self.folder)
         config = read_config(self.folder, tensors, notes)
@@ -68,6 +66,14 @@ class Checkpoint:
             # a second copy of the embedding; whoever writes the head would write it twice
             tensors.pop(f"{family.head}.weight", None)
         return config, tensors, notes
+
+    @cached_property
+    def _raw_config(self) -> dict:
+        """``config.json`` as it stands in the file."""
+        raw = read_json(self.folder / "config.json")
+        if not isinstance(raw, dict):
+            raise SlimError(f"{self.folder / 'config.json'} is not a JSON object: not a config.")
+        return raw
 
     @property
     def config(self) -> dict:
@@ -96,7 +102,7 @@ class Checkpoint:
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
-        return read_json(path)
+        return read_object(path)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
@@ -106,7 +112,7 @@ class Checkpoint:
     @cached_property
     def is_plain(self) -> bool:
         """Whether other programs that follow the files alone read the same model."""
-        if self.config != read_json(self.folder / "config.json"):
+        if self.config != self._raw_config:
             return False
         if (self.folder / ADAPTER_CONFIG).is_file():
             return False
@@ -131,7 +137,7 @@ class Checkpoint:
     @property
     def adapter_files(self) -> list[Path]:
         """Configuration and weights of the adapter next to the weights; empty without one."""
-        if read_json(self.folder / "config.json").get(ADAPTER) is None:
+        if self._raw_config.get(ADAPTER) is None:
             return []
         return [self.folder / name for name in ADAPTER_FILES]
 

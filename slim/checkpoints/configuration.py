@@ -12,7 +12,7 @@ from pathlib import Path
 from slim.checkpoints.files import QUANTIZATION_FILES, quantization_file
 from slim.checkpoints.stored import StoredTensor, equal_contents, plain_dtype
 from slim.core.errors import SlimError
-from slim.core.io import read_json
+from slim.core.io import read_json, read_object
 from slim.models.families import FAMILIES, Family
 from slim.models.spec import DTYPE_BYTES, SIZES
 
@@ -118,7 +118,7 @@ def _with_quantization(
         packed = any(name.endswith((".qweight", ".weight_packed")) for name in tensors)
         if packed:
             method = {"quant_method": QUANTIZATION_FILES[file.name]}
-            config["quantization_config"] = method | read_json(file)
+            config["quantization_config"] = method | read_object(file)
             notes.append(f"The quantization is described by {file.name}.")
     if any(tensor.read_as is not None for tensor in tensors.values()):
         config.pop("quantization_config", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slim.core.errors import SlimError
-from slim.core.io import read_json
+from slim.core.io import read_json, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -116,7 +116,7 @@ def refuse_lone_adapter(folder: Path) -> None:
     """Raise ``SlimError`` where a folder is an adapter of PEFT and nothing else."""
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+    base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
     raise SlimError(
         f"{folder} is a PEFT adapter, not a model.\n"
         f"To merge it into its base: model.source={base} model.adapter={folder}"

@@ -38,6 +38,21 @@ def read_json(path: Path) -> dict:
         raise SlimError(f"Cannot read {path}: {error}") from error
 
 
+def read_object(path: Path) -> dict:
+    """Return the content of a JSON file that must be an object.
+
+    Args:
+        path: The file.
+
+    Raises:
+        SlimError: It cannot be read, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise SlimError(f"{path} must hold a JSON object. Fetch or make it again.")
+    return content
+
+
 def read_header(path: Path) -> dict[str, dict]:
     """Return the header of a safetensors file: tensor name -> dtype, shape, data_offsets.
 

@@ -11,7 +11,7 @@ from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from slim.checkpoints.stage import Context, Stage
 from slim.core.errors import SlimError
-from slim.core.io import read_header, read_json, sha256
+from slim.core.io import read_header, read_object, sha256
 from slim.core.settings import cache_name
 from slim.models.spec import ModelSpec
 from slim.quantization.storage import weight_bytes
@@ -51,7 +51,7 @@ class MergeAdapter(Stage):
                 f"model.adapter={self.adapter} lacks {ADAPTER_WEIGHTS}. Save the adapter as "
                 "safetensors: model.save_pretrained(folder) does."
             )
-        kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+        kind = read_object(folder / ADAPTER_CONFIG).get("peft_type")
         if kind != "LORA":
             raise SlimError(
                 f"model.adapter={self.adapter} is of peft_type={kind}; slim merges LORA. Merge it "
@@ -175,4 +175,3 @@ def untie(model: nn.Module) -> None:
         return
     head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
-

@@ -19,6 +19,7 @@ from slim.calibration.block_method import BlockMethod, LinearGroup
 from slim.calibration.errors import LayerError, relative_error
 from slim.calibration.sequential import calibration_bytes, transform_checkpoint
 from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from slim.checkpoints.meta_model import stored_dtype
 from slim.checkpoints.stage import Context, Stage
 from slim.core.console import say
 from slim.core.errors import SlimError
@@ -48,16 +49,16 @@ class SparsityMethod(BlockMethod):
     resumable = True
     only_zeros = True  # whether the weights that stay keep their values
 
-    def __init__(self, stage: WeightPruning, dtype: torch.dtype):
+    def __init__(self, stage: WeightPruning, source: Checkpoint):
         """Take the settings.
 
         Args:
             stage: whose share and pattern count.
-            dtype: type in which the weights are stored.
+            source: the model, whose tensors keep the types they are stored in.
         """
         self.sparsity = stage.share
         self.n_of_m = stage.n_of_m
-        self.dtype = dtype
+        self.tensors = source.tensors
         self.zeros: list[dict] = []  # per layer: how many of its weights are zero
 
     def state(self) -> dict:
@@ -69,8 +70,9 @@ class SparsityMethod(BlockMethod):
     def process(self, group: LinearGroup) -> dict[str, float]:
         errors = {}
         for name, linear in group.linears.items():
+            _, dtype, _ = self.tensors[f"{group.prefix}.{name}.weight"]
             # as they will be stored
-            pruned = self.prune(linear.weight, group).to(self.dtype).float()
+            pruned = self.prune(linear.weight, group).to(stored_dtype(dtype)).float()
             errors[name] = relative_error(pruned - linear.weight, linear.weight, group.hessian)
             linear.weight.copy_(pruned)
             zeros = pruned.numel() - int(torch.count_nonzero(pruned))
@@ -124,8 +126,8 @@ class SparseGPTMethod(SparsityMethod):
 
     only_zeros = False
 
-    def __init__(self, stage: SparseGPT, dtype: torch.dtype):
-        super().__init__(stage, dtype)
+    def __init__(self, stage: SparseGPT, source: Checkpoint):
+        super().__init__(stage, source)
         self.damping = stage.damping
 
     def prune(self, weight: torch.Tensor, group: LinearGroup) -> torch.Tensor:
@@ -222,7 +224,7 @@ class WeightPruning(Stage):
         checkpoint = open_checkpoint(source)
         spec = checkpoint.spec
         self.check(spec)
-        method = self.method(self, getattr(torch, spec.dtype))
+        method = self.method(self, checkpoint)
         errors = transform_checkpoint(
             checkpoint, target, method, spec.config, context, self.tokens(checkpoint)
         )

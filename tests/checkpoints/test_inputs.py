@@ -14,11 +14,13 @@ from slim.checkpoints.checkpoint import checksums, open_checkpoint
 from slim.checkpoints.reader import TensorReader, from_float8
 from slim.checkpoints.shards import ShardWriter
 from slim.checkpoints.source import Source
+from slim.checkpoints.stage import Context
 from slim.checkpoints.verify import verify
 from slim.checkpoints.writer import write_blocks
 from slim.core.errors import SlimError
 from slim.core.io import read_header
 from slim.loading.load_model import load_model
+from slim.pruning.weights import MagnitudeWeights
 from tests.conftest import build_small
 from tests.support.folders import change_json, change_tensors, rename_tensors
 
@@ -435,3 +437,32 @@ def test_gaps_and_overlaps_are_invalid(tmp_path, start):
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * (start + 8))
     with pytest.raises(SlimError, match="invalid offsets: 'b'"):
         read_header(path)
+
+
+# JSON files that hold something else, weights that are not finite, other types
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "slim.json"])
+def test_a_json_file_that_holds_no_object_is_named(folder, name):
+    (folder / name).write_text("[1]")
+    if name == "adapter_config.json":
+        (folder / "config.json").unlink()
+    with pytest.raises(SlimError, match=f"{name}.* JSON object"):
+        open_checkpoint(folder).manifest  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_weights_outside_the_blocks_that_are_not_finite_are_refused(folder, tmp_path, name):
+    change_tensors(folder, lambda old: {**old, name: old[name] * float("inf")})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SlimError, match=f"{name} contain NaN or infinity"):
+        MagnitudeWeights(sparsity=0.5).run(folder, tmp_path / "out", Context())
+
+
+def test_weights_keep_the_type_of_the_file_where_the_config_names_another(folder, tmp_path):
+    change_json(folder / "config.json", dtype="float16")
+    (tmp_path / "out").mkdir()
+    MagnitudeWeights(sparsity=1e-9).run(folder, tmp_path / "out", Context())
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -98,11 +98,17 @@ def test_an_adapter_on_one_of_two_shared_matrices_leaves_the_other(tmp_path, mod
     a, b = torch.randn(RANK, 64), torch.randn(len(before), RANK)
     names = ("lora_A.weight", "lora_B.weight")
     if module != "lm_head":
-        a, b, names = torch.randn(RANK, len(before)), torch.randn(64, RANK), (
-            "lora_embedding_A",
-            "lora_embedding_B",
+        a, b, names = (
+            torch.randn(RANK, len(before)),
+            torch.randn(64, RANK),
+            (
+                "lora_embedding_A",
+                "lora_embedding_B",
+            ),
         )
-    tensors = {f"base_model.model.{module}.{name}": t for name, t in zip(names, (a, b))}
+    tensors = {
+        f"base_model.model.{module}.{name}": t for name, t in zip(names, (a, b), strict=True)
+    }
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA}
     settings["target_modules"] = [module.split(".")[-1]]
