@@ -3,7 +3,6 @@ vocabulary."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from slim.checkpoints.stage import Context, Stage
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.console import say
 from slim.core.errors import SlimError
+from slim.core.io import read_object
 from slim.loading.load_model import load_model
 from slim.quantization.storage import weight_bytes
 
@@ -144,11 +144,15 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    tokens = content["model"].get("vocab")
-    if not isinstance(tokens, dict):  # unigram models list their pieces with scores
-        tokens = {piece[0]: number for number, piece in enumerate(tokens or ())}
-    added_tokens = {added["content"]: added["id"] for added in content.get("added_tokens", ())}
+    content = read_object(path)
+    try:
+        tokens = content["model"].get("vocab")
+        if not isinstance(tokens, dict):  # unigram models list their pieces with scores
+            tokens = {piece[0]: number for number, piece in enumerate(tokens or ())}
+        added_tokens = {added["content"]: added["id"] for added in content.get("added_tokens", ())}
+    except (AttributeError, LookupError, TypeError):  # loading it says what is wrong with it
+        load_tokenizer(folder)
+        return None
     return {**tokens, **added_tokens}
 
 

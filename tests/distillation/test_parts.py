@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from slim.checkpoints.writer import write_blocks
 from slim.core.errors import SlimError
 from slim.data.examples import Pairs, TinyChat, TinyText
 from slim.data.packing import IGNORE
+from slim.distillation import teacher as teaching
 from slim.distillation.layer_map import Matching, hidden_targets, nearest_blocks
 from slim.distillation.questions import Generation
 from slim.distillation.stage import Full, Lora
@@ -24,7 +26,28 @@ from slim.distillation.student import Layers, evenly_spaced
 from slim.loading.load_model import load_model
 from tests.conftest import build_small
 from tests.support.distilling import NARROW, by
+from tests.support.folders import rename_tensors
 from tests.support.stages import run
+
+# What teaches
+
+
+def test_what_is_read_otherwise_of_a_teacher_is_said(small_llama, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(small_llama, tmp_path / "wrapped")
+    rename_tensors(folder, lambda name: f"module.{name}")
+    monkeypatch.setattr(teaching, "load_model", lambda *_: torch.nn.Linear(1, 1))
+    teaching.Teacher(base=None, name=str(folder)).load("cpu")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "teacher wrapped" in said and "'module.model.embed_tokens.weight' is read as" in said
+
+
+@pytest.mark.parametrize("content", ['{"model": 3}', "[1]", "{", '{"added_tokens": [1]}'])
+def test_a_teachers_tokenizer_that_cannot_be_read_is_an_error(small_llama, tmp_path, content):
+    folder = shutil.copytree(small_llama, tmp_path / "teacher")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(SlimError, match="tokenizer"):
+        teaching.same_vocabulary(Path(small_llama), folder)
+
 
 # A student from layers
 
