@@ -25,6 +25,7 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
+CALLS = ("tool_calls", "function_call")  # of OpenAI's turns
 NO_ANSWER = "No Answer Present."
 
 
@@ -163,7 +164,10 @@ class Messages(Dialogue):
 
     def conversations(self, part: str) -> Iterator[list[Message]]:
         for turns in self._chosen(part):
-            yield Conversation(turns[: last_answer(turns)], turns.where)
+            end = last_answer(turns)
+            if end == 1:  # an answer to nothing
+                end = 0
+            yield Conversation(turns[:end], turns.where)
 
     def questions(self, part: str) -> Iterator[str]:
         """Yield the first question of every dialogue."""
@@ -212,6 +216,12 @@ class Messages(Dialogue):
                 f"{where} has a turn without '{self.role}' and '{self.content}' (has: {has}). "
                 "Set data.role=... and data.content=... to the keys of who speaks and what is said."
             )
+        for key in CALLS:
+            if turn.get(key):
+                raise SlimError(
+                    f"{where} has a turn with '{key}', which is no text. Leave such rows out: slim "
+                    "learns what is said, not calls of tools."
+                )
         role = ROLES.get(str(turn[self.role]).lower())
         if role is None:
             raise SlimError(

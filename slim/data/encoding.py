@@ -122,7 +122,7 @@ def render(
     text = render_chat(tokenizer, messages, where=where)
     spans: list[Span] = []
     for place, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or place == 0:  # a greeting answers nothing
             continue
         prompt = render_chat(tokenizer, messages[:place], add_generation_prompt=True, where=where)
         if not text.startswith(prompt):

@@ -132,6 +132,33 @@ def test_a_conversation_that_a_template_refuses_is_named(tokenizer, tmp_path):
         data.windows("train", tokenizer, 64)
 
 
+def messages_of(tmp_path, *rows):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return Messages(str(file), validation_fraction=0.001)
+
+
+def test_a_greeting_is_read_and_not_learnt(tokenizer, tmp_path):
+    greeting = [turn("assistant", "Hello."), turn("user", "Who?"), turn("assistant", "Anna.")]
+    (conversation,) = messages_of(tmp_path, greeting).conversations("train")
+    (example,) = encode_conversations(tokenizer, [conversation])
+    assert "Hello." in tokenizer.decode(example.tokens)
+    assert learnt_runs(tokenizer, example) == [" Anna.<|end|>"]
+
+
+def test_an_answer_to_nothing_counts_as_unanswered(tokenizer, tmp_path):
+    data = messages_of(tmp_path, DIALOGUE, [turn("user", ""), turn("assistant", "Anna.")])
+    assert data.windows("train", tokenizer, 64).counts["unanswered"] == 1
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_calls_of_tools_are_refused(tokenizer, tmp_path, key):
+    call = {**turn("assistant", None), key: [{"name": "f"}]}
+    data = messages_of(tmp_path, DIALOGUE, [turn("user", "Who?"), call, *DIALOGUE])
+    with pytest.raises(SlimError, match=f"rows.jsonl, line 2: .* a turn with '{key}'"):
+        data.windows("train", tokenizer, 64)
+
+
 def test_a_tokenizer_without_padding_will_do_and_one_without_an_end_will_not(tokenizer):
     tokenizer.pad_token = None
     assert len(TinyChat().windows("train", tokenizer, 64, 500)) > 3
