@@ -16,6 +16,7 @@ from slim.pruning import reconstruction
 from slim.pruning.magnitude import Magnitude
 from slim.pruning.weights import MagnitudeWeights, SparseGPT, Wanda
 from slim.pruning.width_magnitude import WidthL1
+from slim.quantization.methods.gptq import GPTQ
 from tests.conftest import build_small
 from tests.support.folders import change_tensors
 
@@ -98,8 +99,6 @@ def test_a_config_that_calls_blocks_otherwise_is_seen(dense, tmp_path, monkeypat
 @pytest.mark.slow
 def test_damaged_packed_weights_are_seen_by_what_they_compute(dense, tmp_path, monkeypatch):
     """Beyond the rows that are compared one by one."""
-    from slim.quantization.methods.gptq import GPTQ
-
     write = sequential.copy_companions
 
     def damaged(source, target):
@@ -118,3 +117,12 @@ def test_damaged_packed_weights_are_seen_by_what_they_compute(dense, tmp_path, m
     with pytest.raises(SlimError, match="does not compute what the stage meant"):
         Pipeline(Source(str(dense)), [stage], None, Store(tmp_path / "runs")).run()
     assert not list((tmp_path / "runs" / "stages").glob("quantize-*/slim.json"))
+
+
+@pytest.mark.slow
+def test_an_embedding_of_two_bits_is_no_damage(dense, tmp_path):
+    """The calibration saw the plain one, so what leaves the last block is not what was seen."""
+    rough = {"*embed_tokens": {"bits": 2, "group_size": 32}}
+    stage = GPTQ(bits=4, group_size=32, embeddings=True, overrides=rough, calibration=TEXT)
+    Pipeline(Source(str(dense)), [stage], None, Store(tmp_path / "runs")).run()
+    assert len(list((tmp_path / "runs" / "stages").glob("quantize-*/slim.json"))) == 1
