@@ -123,6 +123,8 @@ def _first_line(error: BaseException) -> str:
 def _explain_choice(path: str, options: list[str]) -> str:
     """Say which choices a group has, or which package brings the one that was meant."""
     group, _, choice = path.rpartition("/")
+    if path.startswith("model/"):  # a folder, a file or a hub id was meant, which have slashes
+        group, _, choice = path.partition("/")
     if choice in PLUGINS and choice not in options:
         package, extra = PLUGINS[choice]
         return (
@@ -130,7 +132,10 @@ def _explain_choice(path: str, options: list[str]) -> str:
             f"Install it: pip install -e '.[{extra}]'"
         )
     shown = [option for option in options if not option.startswith("_")]
-    return f"{group}={choice}: must be one of {', '.join(shown)}.{did_you_mean(choice, shown)}"
+    message = f"{group}={choice}: must be one of {', '.join(shown)}.{did_you_mean(choice, shown)}"
+    if group == "model" and ("/" in choice or choice.endswith(".gguf")):
+        message += f"\nFor a model of your own: model=hf model.source={choice}"
+    return message
 
 
 def _explain_form(override: str) -> str:
@@ -182,7 +187,7 @@ def _explain_override(error: BaseException, config_name: str, arguments: list[st
         return _first_line(error)
     if "." not in key:
         known = [*groups, *GENERAL]
-        hint = did_you_mean(key, known)
+        hint = _with_its_group(key, config_name, arguments) or did_you_mean(key, known)
         return f"There is no group or setting '{key}'. There are: {', '.join(known)}.{hint}"
     parent, _, name = key.rpartition(".")
     known = _settings_below(parent, config_name, arguments)
@@ -193,6 +198,21 @@ def _explain_override(error: BaseException, config_name: str, arguments: list[st
     if ALSO_CALLED.get(name) in known:
         hint = f" Did you mean {ALSO_CALLED[name]}?"
     return f"{parent} has no setting '{name}'. It has: {', '.join(known)}.{hint}"
+
+
+def _with_its_group(name: str, config_name: str, arguments: list[str]) -> str:
+    """Return ``" Did you mean pruner.blocks?"`` for a setting typed without its group; nothing
+    where no chosen group has it."""
+    groups = _groups()
+    choices = [argument for argument in arguments if argument.partition("=")[0] in groups]
+    try:
+        config = compose(config_name, choices, config_dirs(arguments))
+    except Exception:  # a choice is wrong, too
+        return ""
+    for group in ("quantizer", "pruner", "tuner", "teacher", "calibration", "model", "eval"):
+        if name in (config.get(group) or {}):
+            return f" Did you mean {SHORT_NAME if group == 'quantizer' else group}.{name}?"
+    return ""
 
 
 def _explain_commas(key: str, value: str) -> str:

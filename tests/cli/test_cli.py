@@ -98,6 +98,8 @@ def test_a_python_without_the_packages_is_named():
 
 
 WRONG = [
+    (["bits=3"], r"no group or setting 'bits'.*Did you mean quant.bits\?"),
+    (["model=/a/b.gguf"], r"model=/a/b.gguf: must be one of .*\n.*model=hf model.source=/a/b.gguf"),
     (["prunner=taylor"], r"no group or setting 'prunner'.*Did you mean pruner"),
     (["pruner=tailor"], r"pruner=tailor: must be one of .*taylor.*Did you mean taylor"),
     (["quant=nope"], r"quantizer=nope: must be one of .*awq"),
