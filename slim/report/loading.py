@@ -111,10 +111,7 @@ def _compressed_tensors(quantization: dict) -> Loading:
         bits.add(scheme.get("num_bits"))
         if scheme.get("actorder") == "group":
             activation_order = True
-    # of symmetric grids none was tried with this format
-    alike = (
-        not symmetric and len(groups) == 1 and not _has_embedding(groups) and not activation_order
-    )
+    alike = len(groups) == 1 and not _has_embedding(groups) and not activation_order
     vllm = _served(alike and bits == {4}, symmetric and bits <= {4, 8})
     if len(groups) > 1:
         vllm = f"{vllm} It needs one scheme for q, k, v, and one for gate and up."

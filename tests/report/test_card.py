@@ -177,7 +177,7 @@ SYMMETRIC, ASYMMETRIC = {"num_bits": 4, "symmetric": True}, {"num_bits": 4, "sym
     ("config", "in_code", "in_vllm"),
     [
         ({}, "AutoModelForCausalLM.from_pretrained", "vllm serve"),
-        (packed(SYMMETRIC), "AutoModelForCausalLM.from_pretrained", "vllm serve"),
+        (packed(SYMMETRIC), "AutoModelForCausalLM.from_pretrained", "Tried with"),
         (packed(SYMMETRIC, {**SYMMETRIC, "num_bits": 8}), "AutoModelForCausalLM.from_pretrained", "one scheme for q, k, v"),
         (packed({**SYMMETRIC, "num_bits": 3}), "AutoModelForCausalLM.from_pretrained", "Not documented"),
         (packed(ASYMMETRIC), "dequantize=True", "Tried with"),
