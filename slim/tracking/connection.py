@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 SQLITE = "sqlite:///"
+NEW = ".new"  # end of the name of a database while its tables are made
 SPECIAL = "?#%"  # characters that mean something in an address
 LOCAL_SERVER = "http://127.0.0.1:5000"  # what "mlflow ui" starts
 MENU = "workflowType=machine_learning"  # else the page has MLflow's menu for prompts and agents
@@ -32,6 +33,7 @@ PARENT = "mlflow.parentRunId"
 ANSWER_SECONDS = 5.0  # how long a server may take to be there
 REASON_LIMIT = 200  # characters of MLflow's own reason, which may hold a whole page
 START_IT = "Start the server, or leave tracking.uri out to track into a local file."
+BEGIN_ANEW = "Move the file elsewhere to begin another: results are kept apart from it."
 PAGE = 1000  # runs asked for at a time
 # by address: connecting checks the tables' schema, once per process is enough
 _clients: dict[str, MlflowClient] = {}
@@ -118,6 +120,7 @@ def _connect(uri: str, path: Path | None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     problem = server_problem(uri)
     if problem is not None:
@@ -126,10 +129,11 @@ def _connect(uri: str, path: Path | None) -> MlflowClient:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return _answering_client(uri) if path is None else _database_client(uri, path)
-    except (MlflowException, OSError, sqlite3.Error) as error:
+    except (MlflowException, OSError, sqlite3.Error, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
         raise SlimError(
-            f"The tracking store {uri} cannot be used: {reason[:REASON_LIMIT]}\n{START_IT}"
+            f"The tracking store {uri} cannot be used: {reason[:REASON_LIMIT]}\n"
+            f"{START_IT if path is None else BEGIN_ANEW}"
         ) from error
 
 
@@ -147,15 +151,28 @@ def _database_client(uri: str, path: Path) -> MlflowClient:
     _require_unescaping(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # two processes creating the tables at once kill one another
-        _use_write_ahead_log(path)
         # MLflow makes the folders of the address as it is written, also where it has escapes
         written = Path(uri.removeprefix(SQLITE))
         new = [folder for folder in written.parents if not folder.exists()]
+        if not path.exists():
+            _create_database(uri, path)
+        _use_write_ahead_log(path)
         client = _answering_client(uri)
         for folder in new:
             with suppress(OSError):  # something is in it
                 folder.rmdir()
         return client
+
+
+def _create_database(uri: str, path: Path) -> None:
+    """Make the tables in another file, which then gets its name: a process that is killed between
+    two of the dozens of steps would leave a database that MLflow cannot open again."""
+    new = path.with_name(path.name + NEW)
+    for ending in ("", "-journal", "-wal", "-shm"):
+        new.with_name(new.name + ending).unlink(missing_ok=True)
+    client = _answering_client(uri + NEW)
+    client._tracking_client.store.engine.dispose()  # closes the file
+    new.replace(path)
 
 
 def _require_unescaping(path: Path) -> None:

@@ -180,3 +180,25 @@ def test_a_server_is_browsed_by_its_own_address():
     lines = connection.browse_lines("http://mlflow.example:80/", "7")
     page = "http://mlflow.example:80/#/experiments/7/runs?workflowType=machine_learning"
     assert lines == {"browse the runs": page}
+
+
+def test_a_database_whose_making_was_killed_is_made_again(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def killed(address):
+        (tmp_path / "mlflow.db.new").write_bytes(b"half of the tables")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connection, "_answering_client", killed)
+    with pytest.raises(KeyboardInterrupt):
+        connection.connect(uri)
+    assert not (tmp_path / "mlflow.db").exists()
+    monkeypatch.undo()
+    assert connection.connect(uri).search_experiments()
+    assert not list(tmp_path.glob("*.new*"))
+
+
+def test_a_database_that_mlflow_cannot_open_is_an_error(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
+    with pytest.raises(SlimError, match="cannot be used(.|\n)*Move the file elsewhere"):
+        connection.connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
