@@ -48,6 +48,11 @@ def steps(point: Point) -> list[Row]:
     return [row for row in point.chain if row.method and row.kind not in ("import", "source")]
 
 
+def is_fitted(row: Row) -> bool:
+    """Whether what is left was fitted anew: only then is the ridge of that part of the result."""
+    return row.kind == "prune" and "damping" in row.settings
+
+
 def place(point: Point) -> tuple | None:
     """Return (chain, quantizer) of a point in the main table; None where it belongs elsewhere."""
     rows = steps(point)
@@ -55,7 +60,7 @@ def place(point: Point) -> tuple | None:
     if rows and rows[-1].kind == "quantize":
         last = rows.pop()
         quantizer = (last.method, last.settings.get("bits"))
-    if any(row.settings.get("reconstruct") for row in rows):
+    if any(is_fitted(row) for row in rows):
         return None
     chain = tuple(method(row) for row in rows)
     if chain not in CHAINS or quantizer not in QUANTIZED:
@@ -93,6 +98,8 @@ def other_rows(points: list[Point]) -> list[str]:
     for point in points:
         if place(point) is None:
             name = point.name.removeprefix("smollm2 → ")
+            if any(is_fitted(row) for row in steps(point)):
+                name += ", fitted"
             size = point.row.metrics.get("parameters", 0) / 1e6
             lines.append(f"| {name} | {size:.2f} | {' | '.join(cells(point.row.metrics))} |")
     return lines

@@ -45,6 +45,8 @@ def stage_name(step: Step, parent: Step) -> str:
     removed = parent.spec.blocks - step.spec.blocks
     if removed:
         words.append(str(removed))
+    if getattr(step.stage, "reconstruct", False):
+        words.append("reconstructed")
     for setting, form in SHOWN.items():
         value = getattr(step.stage, setting, None)
         if value is not None and value != -1:  # -1: one group per row, the usual meaning of none
