@@ -105,7 +105,10 @@ def test_the_estimate_stands_next_to_the_truth(small_llama, tmp_path):
     ("overrides", "name"),
     [
         (["pruner=taylor", "tuner=lora", "quant=awq"], "tiny > taylor 2 > lora r8 > awq 4b g128"),
-        (["pruner=taylor", "pruner.reconstruct=true", "quant=none"], "tiny > taylor 2 reconstructed"),
+        (
+            ["pruner=taylor", "pruner.reconstruct=true", "quant=none"],
+            "tiny > taylor 2 reconstructed",
+        ),
         (["pruner=width_l1", "quant=none"], "tiny > width_l1 0.25"),
         (["pruner=none", "quant=rtn", "quant.group_size=-1"], "tiny > rtn 4b"),
         (["pruner=none", "quant=none"], "tiny"),

@@ -54,6 +54,14 @@ STUDIES = {
     "tinyllama/width": ([TL], [[criterion] for criterion in CRITERIA for _ in range(3)]),
     "tinyllama/heal": ([TL], [["WidthTaylor", "Lora"]] * 2),
 }
+# the thesis in small, on SmolLM2 (docs/findings.md): name -> number of points
+SMALL = {
+    "smollm2/awq": 4,
+    "smollm2/gptq": 12,
+    "smollm2/heal": 3,
+    "smollm2/mixed": 2,
+    "smollm2/width": 4,
+}
 # Sizes of the models as their publishers state them; what the plan of an experiment needs to know.
 LLAMA = dict(
     model_type="llama",
@@ -108,7 +116,18 @@ def test_there_is_a_file_for_every_table():
         str(path.relative_to(CONF / "experiment").with_suffix(""))
         for path in (CONF / "experiment").glob("*/*.yaml")
     }
-    assert found == STUDIES.keys()
+    assert found == STUDIES.keys() | SMALL.keys()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_points_on_smollm2_are_chains_of_their_own(name):
+    """Every point is another chain; the model itself is not needed to see that."""
+    chains = set()
+    for overrides in points(name):
+        pipeline = build_pipeline(composed(*overrides))
+        assert pipeline.evaluation.kl
+        chains.add(str([stage.cache_key() for stage in pipeline.stages]))
+    assert len(chains) == SMALL[name]
 
 
 @pytest.fixture
@@ -320,7 +339,7 @@ def test_an_unknown_name_in_a_file_is_said_with_the_file(text, tmp_path):
     assert "experiment/mine.yaml" in str(error.value) and len(str(error.value).splitlines()) <= 2
 
 
-@pytest.mark.parametrize("name", ["pretrain_tiny", *STUDIES])
+@pytest.mark.parametrize("name", ["pretrain_tiny", *STUDIES, *SMALL])
 def test_nothing_in_our_own_files_is_unknown(name):
     check_experiments([f"experiment={name}"], CONF)
     assert (CONF / "experiment" / f"{name}.yaml").read_text().startswith("# @package _global_\n# ")

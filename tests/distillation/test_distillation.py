@@ -300,7 +300,7 @@ def test_a_teacher_that_cannot_teach_is_refused(teacher, student):
     spec = open_checkpoint(student).spec
     with pytest.raises(SlimError, match="random weights"):
         Lora(**{**by(teacher), "base": Untrained()}).check(spec)
-    with pytest.raises(SlimError, match="There is no folder /not/there"):
+    with pytest.raises(SlimError, match="There is no folder or file /not/there"):
         Lora(**by(teacher, model="/not/there")).check(spec)
     with pytest.raises(SlimError, match="has 2 blocks, fewer than the 4"):
         Lora(**by(student, match=Matching(hidden=1))).check(open_checkpoint(teacher).spec)

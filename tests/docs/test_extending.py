@@ -90,7 +90,7 @@ def test_pruner(project, tmp_path):
     assert run_tests(project, tmp_path) == 2
     scored, merged = own_commands(text)
     last = run_command(scored, project, tmp_path / "store")[-1]
-    assert last.label == "prune outputnorm"
+    assert last.label == "prune output_norm"
     assert last.checkpoint.spec.blocks == 5
     last = run_command(merged, project, tmp_path / "store")[-1]
     assert last.metadata == {"merged_blocks": [3, 4]}

@@ -278,7 +278,7 @@ def test_evaluate_measures_several_checkpoints_in_one_table(small_llama, tmp_pat
     [
         (["model.source=[]"], "the list is empty"),
         (["model.source=[tiny,tiny]"], "tiny is named twice"),
-        (["model.source=[tiny,/no/folder]"], "There is no folder /no/folder"),
+        (["model.source=[tiny,/no/folder]"], "There is no folder or file /no/folder"),
         (["model.source=[tiny]", "plan=true"], "take one checkpoint"),
         (["model.source=[tiny]", "quant=rtn"], "measured as they are"),
         (["eval=judged", "eval.judge.model=m"], "is no checkpoint folder"),

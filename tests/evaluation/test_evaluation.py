@@ -89,7 +89,19 @@ def test_the_same_again_gives_the_same_quality(found, small_llama):
     assert again == {"quality": found["quality"], "speed": None}
 
 
-@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "llama"])
+# one with two kinds of attention and a scale of its own, one with fused layers; the rest take as long
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gemma3_text",
+        "phi3",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in FAMILIES
+            if name not in ("llama", "gemma3_text", "phi3")
+        ),
+    ],
+)
 def test_other_families_are_measured_too(model_type, tmp_path):
     found = measure(build_small(model_type, tmp_path / model_type), small_evaluation(tasks=None))
     assert found["quality"]["metrics"]["perplexity"] > 1

@@ -155,6 +155,7 @@ def test_the_meter_sees_what_is_kept_and_what_was_used():
     del kept
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(memory.process_bytes("VmRSS") is None, reason="needs /proc/self/status")
 def test_a_model_loaded_twice_takes_the_same_memory_twice(ref_llama):
     resident = []

@@ -194,7 +194,7 @@ def test_sparsegpt_equals_optimal_brain_surgery(monkeypatch, n_of_m, sparsity):
 LONG = [
     pytest.param(item, marks=pytest.mark.slow) for item in ({"n": 4, "m": 8}, {"sparsity": 0.7})
 ]
-PATTERNS = [{}, {"n": 2, "m": 4}, *LONG]
+PATTERNS = [pytest.param({}, marks=pytest.mark.slow), {"n": 2, "m": 4}, *LONG]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

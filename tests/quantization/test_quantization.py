@@ -443,7 +443,7 @@ def test_refusals(small_llama, tmp_path):
     with pytest.raises(
         SlimError,
         match=r"group_size=128 does not divide the 64 inputs of model\.layers\.0\.self_attn\.q_proj"
-        r".*: 32, 64, -1",
+        r".*\nUse quant\.group_size=64; these fit all layers, too: 32, -1",
     ):
         RTN(4, 128).check(spec)
     with pytest.raises(SlimError, match="already quantized"):

@@ -226,7 +226,7 @@ def test_a_server_that_is_down_is_said_before_the_first_point(sweep, tmp_path, m
         f"++pruner.log={tmp_path / 'log'}",
         "tracking.uri=http://127.0.0.1:9",
     )
-    assert code == 2 and "cannot be used" in err
+    assert code == 2 and "does not answer" in err
     assert not (tmp_path / "log").exists()
 
 

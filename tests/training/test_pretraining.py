@@ -20,6 +20,7 @@ def test_the_shipped_model_is_small_intact_and_as_described():
     assert checkpoint.manifest["lineage"][0]["label"] == "initialise untrained"
 
 
+@pytest.mark.slow
 def test_the_shipped_model_knows_its_world(tmp_path):
     code, _, err = run(
         tmp_path / "runs", "eval.tasks.limit=100", "eval.speed=null", script="evaluate.py"
