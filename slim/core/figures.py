@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from slim.core.text import counted
+
 KEPT, REMOVED = "#4878a8", "#d1603d"
 LOG_FROM = 30  # ratio of largest to smallest score from which a logarithmic axis shows more
 
@@ -160,7 +162,7 @@ def draw_run_curve(
     axes.set(
         xlabel="first block of the run",
         ylabel="angular distance / π",
-        title=f"{len(removed)} {'block' if len(removed) == 1 else 'blocks'} in a run",
+        title=f"{counted(len(removed), 'block')} in a run",
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small", frameon=False)

@@ -110,17 +110,16 @@ def rows_of(requests: Sequence[tuple]) -> list[Row]:
 def batches(rows: list[Row], answers_at_once: int | None) -> list[list[Row]]:
     """Cut rows into batches of so many answers, or where None of so many tokens that a GPU is
     busy; a row is never cut."""
+    limit = answers_at_once or TOKENS_AT_ONCE
     cut: list[list[Row]] = []
-    size = 0
+    size = limit
     for row in rows:
-        # the first row of a batch is its longest, and all are padded to it
         added = len(row.answers) if answers_at_once else row.tokens
-        if not cut or size + added > (answers_at_once or TOKENS_AT_ONCE):
+        if size + added > limit:
             cut.append([])
             size = 0
-            longest = row.tokens
         cut[-1].append(row)
-        size += len(row.answers) if answers_at_once else longest
+        size += added
     return cut
 
 

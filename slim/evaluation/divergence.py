@@ -72,6 +72,19 @@ class Reference:
         return self.store.evaluation_file(name).with_suffix(".safetensors")
 
 
+@dataclass(frozen=True)
+class KeptReference:
+    """What is kept of a reference for one text.
+
+    Attributes:
+        path: the file with its hidden states, from :func:`keep_states`.
+        windows: int64 [windows, tokens], the text that they are of.
+    """
+
+    path: Path
+    windows: torch.Tensor
+
+
 def tokens_sha256(windows: torch.Tensor) -> str:
     """Return a checksum of tokens, int64 of any shape on the CPU."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()

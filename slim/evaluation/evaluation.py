@@ -30,9 +30,7 @@ from slim.models.spec import resolve_dtype
 from slim.quantization.storage import packed_schemes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from slim.evaluation.divergence import Reference
+    from slim.evaluation.divergence import KeptReference, Reference
     from slim.evaluation.engines.engine import Engine
     from slim.models.spec import ModelSpec
 
@@ -277,13 +275,13 @@ class Evaluation:
             key["engine"] = self.installed_engine().label
         return key
 
-    def measure_quality(self, model, tokenizer, states: Path | None = None) -> dict:
+    def measure_quality(self, model, tokenizer, kept: KeptReference | None = None) -> dict:
         """Measure what is a fact about the checkpoint alone.
 
         Args:
             model: a torch module of transformers.
             tokenizer: of the checkpoint.
-            states: what is kept of ``reference``, for its text; None: nothing is compared with it.
+            kept: what is kept of ``reference``; None: nothing is compared with it.
 
         Returns:
             ``metrics``: name -> float; ``protocol``: per part what they depend on; ``samples``:
@@ -296,9 +294,9 @@ class Evaluation:
         measured = {}
         records = {}
         for name, part in self._quality_parts().items():
-            if name == "perplexity" and states is not None:
+            if name == "perplexity" and kept is not None:
                 # in the same pass over the text
-                result = part.measure(model, tokenizer, context_length, states)
+                result = part.measure(model, tokenizer, context_length, kept)
                 protocol["kl"] = {**result["protocol"], "reference": self.reference.content}
             else:
                 result = part.measure(model, tokenizer, context_length)

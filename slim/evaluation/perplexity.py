@@ -29,13 +29,16 @@ from slim.core.settings import require_number
 from slim.core.text import counted
 from slim.data.encoding import encode_long
 from slim.data.text import Text, load_dataset_files
-from slim.evaluation.divergence import DivergenceMeter, KeptStates, tokens_sha256
+from slim.evaluation.divergence import (
+    DivergenceMeter,
+    KeptReference,
+    KeptStates,
+    tokens_sha256,
+)
 from slim.models.logits import head_logits
 from slim.models.spec import FAMILIES
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 else:
     torch = LazyModule("torch")
@@ -136,43 +139,52 @@ class Perplexity(Text):
         count = min(count, self.limit or count)
         return torch.tensor(ids[: count * window], dtype=torch.long).view(count, window)
 
-    def measure(self, model, tokenizer, context_length: int, states: Path | None = None) -> dict:
+    @staticmethod
+    def protocol(windows: torch.Tensor) -> dict:
+        """Return what a perplexity on some windows, int64 [windows, tokens], depends on."""
+        count, window = windows.shape
+        return {
+            "window": window,
+            "windows": count,
+            # the first token of a window has no context and is not predicted
+            "predictions": count * (window - 1),
+            "tokens_sha256": tokens_sha256(windows),
+        }
+
+    def measure(
+        self, model, tokenizer, context_length: int, kept: KeptReference | None = None
+    ) -> dict:
         """Measure the perplexity. NaN and infinity stay what they are.
 
         Args:
             model: a torch module of transformers.
             tokenizer: of the checkpoint.
             context_length: tokens that the model has room for.
-            states: what is kept of the checkpoint that predictions are compared with (see
-                :mod:`slim.evaluation.divergence`); None: they are not compared.
+            kept: what is kept of the checkpoint that predictions are compared with, and the
+                windows it was made of; None: they are not compared.
 
         Returns:
             ``metrics``: ``perplexity``; ``protocol``; and ``records``: ``nll``, the mean negative
             log-likelihood per prediction, in nats, of every window. A difference between two
-            checkpoints is computed from these, pair by pair. With ``states`` also those of
+            checkpoints is computed from these, pair by pair. With ``kept`` also those of
             :meth:`slim.evaluation.divergence.DivergenceMeter.result`.
         """
-        windows = self.windows(tokenizer, context_length)
-        count, window = windows.shape
         meter = None
-        if states is not None:
+        if kept is None:
+            windows = self.windows(tokenizer, context_length)
+        else:
+            windows = kept.windows
             cap = getattr(model.config, "final_logit_softcapping", None)
-            meter = DivergenceMeter(KeptStates(states, model.device.type, cap))
-        # the first token of a window has no context and is not predicted
+            meter = DivergenceMeter(KeptStates(kept.path, model.device.type, cap))
+        count, window = windows.shape
         nll = window_nll(model, windows, self.batch_size, meter) / (window - 1)
-        protocol = {
-            "window": window,
-            "windows": count,
-            "predictions": count * (window - 1),
-            "tokens_sha256": tokens_sha256(windows),
-        }
         metrics = {"perplexity": exponential(nll.mean().item())}
         records = {"nll": nll.tolist()}
         if meter is not None:
             compared, means = meter.result(count)
             metrics.update(compared)
             records.update(means)
-        return {"metrics": metrics, "protocol": protocol, "records": records}
+        return {"metrics": metrics, "protocol": self.protocol(windows), "records": records}
 
 
 def negative_log_likelihood(model, windows: torch.Tensor, batch_size: int | None = None) -> float:

@@ -12,7 +12,7 @@ from slim.checkpoints.tokenizer import load_tokenizer
 from slim.checkpoints.writer import copy_companions
 from slim.core.console import warn
 from slim.core.errors import SlimError
-from slim.evaluation.divergence import keep_states
+from slim.evaluation.divergence import KeptReference, keep_states
 from slim.evaluation.engines.measure import measure_in_engine
 from slim.evaluation.memory import MemoryMeter, release
 from slim.evaluation.perplexity import default_batch_size
@@ -63,9 +63,9 @@ def measure(
     speed_type = evaluation.speed_dtype(spec, device)
     evaluation.check_tokenizer(tokenizer, spec.context_length)
     seed_everything()
-    states = None
+    kept = None
     if quality and evaluation.reference is not None:
-        states = reference_states(evaluation, folder, tokenizer, quality_type, device)
+        kept = kept_reference(evaluation, folder, tokenizer, quality_type, device)
     model = None
     if speed:
         model, measured["speed"] = _measure_speed(folder, evaluation, tokenizer, speed_type, device)
@@ -75,7 +75,7 @@ def measure(
             release()
     if quality:
         measured["quality"] = _measure_quality(
-            model, folder, evaluation, tokenizer, quality_type, device, states
+            model, folder, evaluation, tokenizer, quality_type, device, kept
         )
     del model
     release()
@@ -114,20 +114,20 @@ def _measure_quality(
     tokenizer,
     dtype: str,
     device: str,
-    states: Path | None,
+    kept: KeptReference | None,
 ) -> dict:
     """Return quality of ``model``, loading it first where it is None."""
     import torch
 
     with torch.inference_mode():
         model = model or load_model(folder, dtype, device)
-        return evaluation.measure_quality(model, tokenizer, states)
+        return evaluation.measure_quality(model, tokenizer, kept)
 
 
-def reference_states(
+def kept_reference(
     evaluation: Evaluation, folder: Path, tokenizer, dtype: str, device: str
-) -> Path | None:
-    """Return the file with what is kept of the reference, made now where it is not there.
+) -> KeptReference | None:
+    """Return what is kept of the reference, which is made now where it is not there.
 
     Args:
         evaluation: with a perplexity and a reference.
@@ -137,7 +137,7 @@ def reference_states(
         device: ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        The file, or None, which is said, where the two read the text as other tokens.
+        What is kept, or None, which is said, where the two read the text as other tokens.
 
     Raises:
         SlimError: when the head of the reference is not one matrix that slim knows.
@@ -148,10 +148,11 @@ def reference_states(
     spec = open_checkpoint(folder).spec
     windows = perplexity.windows(tokenizer, spec.context_length)
     path = reference.states_file(windows, dtype, device)
+    kept = KeptReference(path, windows)
     with reference.store.lock(path):
         # the name holds the tokens, so a file that is there was made of the same
         if path.is_file():
-            return path
+            return kept
         other = open_checkpoint(reference.folder)
         if other.config.get("model_type") not in FAMILIES:
             raise SlimError(
@@ -173,7 +174,7 @@ def reference_states(
             keep_states(path, model, windows, batch_size)
         del model
         release()
-    return path
+    return kept
 
 
 def warm_up(folder: Path, device: str) -> None:

@@ -19,7 +19,12 @@ from slim.gguf.packing import pack
 from slim.models.families import Family
 from slim.models.spec import ModelSpec
 from slim.quantization.methods.block_method import QuantizationMethod
-from slim.quantization.solvers.error_feedback import CholeskyFactor, by_rows, cholesky_factor
+from slim.quantization.solvers.error_feedback import (
+    CholeskyFactor,
+    activation_order,
+    by_rows,
+    noted_factor,
+)
 from slim.quantization.solvers.super_block_feedback import descend, feed_errors
 from slim.quantization.solvers.super_blocks import BlockKind, BlockQuantized, joined, nearest
 from slim.quantization.written import ROWS
@@ -66,21 +71,14 @@ class BlockRounding(QuantizationMethod):
 
     def _factor(self, name: str, hessian: torch.Tensor) -> CholeskyFactor | None:
         """Factor H, columns with large inputs first; None, with a note, where that fails."""
-        diagonal = hessian.diagonal()
-        if not bool((diagonal > 0).any()):
+        if not bool((hessian.diagonal() > 0).any()):
             self.notes.append(
                 f"{name}: no calibration token reached it with an input other than 0; rounded "
                 "without calibration."
             )
             return None
-        order = diagonal.argsort(descending=True, stable=True)
-        cholesky = cholesky_factor(hessian, self.damping, order)
-        if cholesky is None:
-            self.notes.append(
-                f"{name}: the Hessian could not be factored even with full damping; rounded "
-                "without error feedback."
-            )
-        return cholesky
+        order, otherwise = activation_order(hessian), "rounded without error feedback"
+        return noted_factor(name, hessian, self.damping, order, self.notes, otherwise)
 
     def _solve(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from slim.checkpoints.verify import NAMED, listed
 from slim.core.console import warn
 from slim.pruning.masks import UNSTRUCTURED, LayerZeros, layer_zeros, mask_of
 
@@ -18,7 +19,6 @@ from slim.pruning.masks import UNSTRUCTURED, LayerZeros, layer_zeros, mask_of
 # channels alone moves the share, since those with many zeros go first.
 FILLED = 0.5
 TOLERANCE = 0.01  # by so much the share of zeros may fall without a word
-NAMED = 3  # layers in a message
 
 
 def carried_mask(source: Checkpoint | None, result: Path, metadata: dict) -> dict:
@@ -92,7 +92,7 @@ def _say_what_changed(
 
 def _named(layers: list[LayerZeros]) -> str:
     """Return the first layers' names, and how many there are where there are more."""
-    names = ", ".join(layer.name for layer in layers[:NAMED])
-    if len(layers) > NAMED:
-        return f"{len(layers)} layers ({names}, ...)"
-    return names
+    names = [layer.name for layer in layers]
+    if len(names) > NAMED:
+        return f"{len(names)} layers ({listed(names)})"
+    return listed(names)

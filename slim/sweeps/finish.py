@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from slim.core.console import show_labelled, warn
 from slim.core.tables import Table, print_table
+from slim.core.text import counted
 from slim.report.table import BEST, WORST, cell, headline_columns, mark
 from slim.sweeps.protocols import OpenSweep
 from slim.tracking.tracker import ending
@@ -148,8 +149,7 @@ def points_table(keys: list[str], points: list[dict]) -> Table:
     notes = []
     if len(measured) > 1:  # a single one is neither best nor worst
         notes.append(f"{BEST} best and {WORST} worst of a column")
-    count = "1 point" if len(points) == 1 else f"{len(points)} points"
-    title = f"Sweep of {count}: the last checkpoint of each"
+    title = f"Sweep of {counted(len(points), 'point')}: the last checkpoint of each"
     return Table([*headings, "seconds", "status"], rows, keys=len(keys), title=title, notes=notes)
 
 

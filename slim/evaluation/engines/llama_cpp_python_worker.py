@@ -11,7 +11,7 @@ import time
 
 import numpy
 from llama_cpp import Llama
-from worker_memory import difference, process_bytes, reset_peak
+from worker_parts import memory_before, memory_since, timed_runs
 
 BATCH = 256  # tokens whose logits are held at once
 
@@ -83,18 +83,10 @@ def window_nll(model, tokens):
 def main(request_file, answer_file):
     with open(request_file, encoding="utf-8") as file:
         request = json.load(file)
-    reset_peak()
-    before = process_bytes("VmRSS")
+    before = memory_before()
     model = load(request, all_logits=False)
-    prompts = request["prompts"]
-    for run in range(request["warmup"] if prompts else 0):
-        timed(model, prompts[run % len(prompts)])
-    runs = []
-    for _ in range(request["repeats"]):
-        for prompt in prompts:
-            runs.append(timed(model, prompt))
-    resident = difference(process_bytes("VmRSS"), before)
-    peak = difference(process_bytes("VmHWM"), before)
+    runs = timed_runs(request, lambda prompt: timed(model, prompt))
+    memory = memory_since(before)
     continuations = [continuation(model, prompt) for prompt in request["continuations"]]
     nll = []
     if request["windows"]:
@@ -103,8 +95,7 @@ def main(request_file, answer_file):
         nll = [window_nll(model, tokens) for tokens in request["windows"]]
     answer = {
         "runs": runs,
-        "resident_bytes": resident,
-        "peak_bytes": peak,
+        **memory,
         "nll": nll,
         "continuations": continuations,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,8 @@ from slim.evaluation.perplexity import exponential
 from slim.evaluation.timing import Run
 
 if TYPE_CHECKING:
+    import torch
+
     from slim.evaluation.evaluation import Evaluation
 
 ROOM = 8  # tokens of context beyond the longest text
@@ -75,8 +76,8 @@ def _threads() -> int:
 def _request(
     engine: Engine, evaluation: Evaluation, tokenizer, folder: Path, context: int,
     quality: bool, speed: bool,
-) -> tuple[dict, list[list[int]]]:  # fmt: skip
-    """Return what the worker is asked, and the windows of the perplexity."""
+) -> tuple[dict, torch.Tensor | None]:  # fmt: skip
+    """Return what the worker is asked, and the windows of the perplexity, None without one."""
     prompts = []
     repeats = warmup = 0
     if speed:
@@ -84,9 +85,9 @@ def _request(
         repeats, warmup = timed.repeats, timed.warmup
         for tokens in timed.cases(evaluation.speed_prompts(tokenizer))[""][1]:
             prompts.append({"tokens": tokens, "new_tokens": timed.new_after(tokens)})
-    windows, continuations = [], []
+    windows, continuations = None, []
     if quality and evaluation.perplexity and "nll" not in engine.lacks:
-        windows = evaluation.perplexity.windows(tokenizer, context).tolist()
+        windows = evaluation.perplexity.windows(tokenizer, context)
     if quality:
         ends = end_tokens(folder, tokenizer)
         for prompt in evaluation.prompts:
@@ -95,7 +96,7 @@ def _request(
                 {"tokens": tokens, "new_tokens": evaluation.new_tokens, "ends": ends}
             )
     longest = max(
-        [len(window) for window in windows]
+        [0 if windows is None else windows.shape[1]]
         + [len(text["tokens"]) + text["new_tokens"] for text in prompts + continuations]
         + [1]
     )
@@ -105,7 +106,7 @@ def _request(
         "prompts": prompts,
         "repeats": repeats,
         "warmup": warmup,
-        "windows": windows,
+        "windows": [] if windows is None else windows.tolist(),
         "continuations": continuations,
     }
     return request, windows
@@ -129,25 +130,19 @@ def end_tokens(folder: Path, tokenizer) -> list[int]:
 
 def _quality(
     engine: Engine, evaluation: Evaluation, tokenizer, request: dict, answer: dict,
-    windows: list[list[int]],
+    windows: torch.Tensor | None,
 ) -> dict:  # fmt: skip
     """Return the answer as :meth:`Evaluation.measure_quality` gives it."""
-    import numpy  # local: not needed to answer a mistake
-
     metrics, protocol, records = {}, {"dtype": None, "engine": engine.label}, {}
-    if windows:
-        predicted = len(windows[0]) - 1
+    if windows is not None:
+        predicted = windows.shape[1] - 1
         nll = []
         for value in answer["nll"]:  # JSON has no NaN
             nll.append(math.nan if value is None else value / predicted)
         metrics["perplexity"] = exponential(math.fsum(nll) / len(nll))
         # as of slim's own perplexity, so that only the engine tells the two apart
-        tokens = numpy.array(windows, dtype=numpy.int64).tobytes()
         protocol["perplexity"] = {
-            "window": predicted + 1,
-            "windows": len(windows),
-            "predictions": len(windows) * predicted,
-            "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
+            **evaluation.perplexity.protocol(windows),
             "engine": engine.label,
         }
         records["perplexity"] = {"nll": nll}

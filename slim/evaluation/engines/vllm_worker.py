@@ -11,7 +11,7 @@ import os
 import sys
 import time
 
-from worker_memory import difference, process_bytes, reset_peak
+from worker_parts import memory_before, memory_since, timed_runs
 
 
 def load(request):
@@ -78,22 +78,13 @@ def main(request_file, answer_file):
         request = json.load(file)
     import vllm  # noqa: F401  its libraries are not part of the model
 
-    reset_peak()
-    before = process_bytes("VmRSS")
+    before = memory_before()
     model = load(request)
-    prompts = request["prompts"]
-    for run in range(request["warmup"] if prompts else 0):
-        timed(model, prompts[run % len(prompts)])
-    runs = []
-    for _ in range(request["repeats"]):
-        for prompt in prompts:
-            runs.append(timed(model, prompt))
-    resident = difference(process_bytes("VmRSS"), before)
-    peak = difference(process_bytes("VmHWM"), before)
+    runs = timed_runs(request, lambda prompt: timed(model, prompt))
+    memory = memory_since(before)
     answer = {
         "runs": runs,
-        "resident_bytes": resident,
-        "peak_bytes": peak,
+        **memory,
         "nll": [window_nll(model, tokens) for tokens in request["windows"]],
         "continuations": [continuation(model, prompt) for prompt in request["continuations"]],
     }

@@ -29,9 +29,10 @@ from slim.quantization.scheme import WHOLE_ROW, Scheme
 from slim.quantization.solvers.coordinate_descent import refine
 from slim.quantization.solvers.error_feedback import (
     CholeskyFactor,
+    activation_order,
     by_rows,
-    cholesky_factor,
     gptq,
+    noted_factor,
     permuted,
 )
 from slim.quantization.solvers.grid import Quantized, search, shrink_factors
@@ -185,24 +186,14 @@ class ErrorFeedback(ScaledMethod):
 
     def _factor(self, problem: RoundingProblem) -> CholeskyFactor | None:
         """Factor H in the order the columns are taken in, and note what that needed."""
-        damping = self.stage.damping
-        cholesky = cholesky_factor(problem.hessian, damping, self._order(problem.hessian))
-        if cholesky is None:
-            self.notes.append(
-                f"{problem.name}: the Hessian could not be factored even with full damping; "
-                "rounded to nearest."
-            )
-        elif cholesky.damping > damping:
-            self.notes.append(
-                f"{problem.name}: damping raised from {damping:g} to {cholesky.damping:g} to "
-                "factor the Hessian."
-            )
-        return cholesky
+        hessian = problem.hessian
+        order, damping = self._order(hessian), self.stage.damping
+        return noted_factor(problem.name, hessian, damping, order, self.notes, "rounded to nearest")
 
     def _order(self, hessian: torch.Tensor) -> torch.Tensor:
         """Return the order the columns are taken in, int64 [in]."""
         if self.stage.act_order:
-            return hessian.diagonal().argsort(descending=True, stable=True)
+            return activation_order(hessian)
         return torch.arange(len(hessian), device=hessian.device)
 
     def _round(

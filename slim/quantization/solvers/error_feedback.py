@@ -90,6 +90,42 @@ def cholesky_factor(
     return None
 
 
+def activation_order(hessian: torch.Tensor) -> torch.Tensor:
+    """Return the columns with large inputs first, int64 [in]."""
+    return hessian.diagonal().argsort(descending=True, stable=True)
+
+
+def noted_factor(
+    name: str,
+    hessian: torch.Tensor,
+    damping: float,
+    order: torch.Tensor,
+    notes: list[str],
+    otherwise: str,
+) -> CholeskyFactor | None:
+    """Factor a Hessian as :func:`cholesky_factor` does, and note where it took more or failed.
+
+    Args:
+        name: whose Hessian it is, for notes.
+        hessian: H, float32 [in, in].
+        damping: added to its diagonal, in means of it.
+        order: int64 [in], the order columns are taken in.
+        notes: gets a sentence.
+        otherwise: what is done without the factor, such as ``"rounded to nearest"``.
+    """
+    cholesky = cholesky_factor(hessian, damping, order)
+    if cholesky is None:
+        notes.append(
+            f"{name}: the Hessian could not be factored even with full damping; {otherwise}."
+        )
+    elif cholesky.damping > damping:
+        notes.append(
+            f"{name}: damping raised from {damping:g} to {cholesky.damping:g} to factor the "
+            "Hessian."
+        )
+    return cholesky
+
+
 def permuted(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Return a copy of H, [in, in], with rows and columns in another order.
 

@@ -19,6 +19,7 @@ from slim.quantization.solvers.super_blocks import (
     BlockQuantized,
     Grids,
     choose_grids,
+    divisor,
     float16,
 )
 
@@ -62,7 +63,7 @@ class _BlockRounding:
         self.grids = choose_grids(weights, kind, importance.unsqueeze(-1))
         self.group_of = (cholesky.order // kind.group).tolist()
         self.steps, self.offsets = self.grids.steps(), self.grids.offsets()
-        self.divisors = torch.where(self.steps == 0, torch.ones_like(self.steps), self.steps)
+        self.divisors = divisor(self.steps)
         # w - w^ of the columns that are done; it starts as the weights
         self.error = weights[cholesky.order]
         self.target = self.error.clone()
@@ -127,7 +128,7 @@ class _BlockDescent:
 
     def _update_steps(self) -> None:
         self.steps = self.grids.steps()
-        self.divisors = torch.where(self.steps == 0, torch.ones_like(self.steps), self.steps)
+        self.divisors = divisor(self.steps)
 
     def round(self) -> None:
         """Move every number once."""

@@ -151,7 +151,7 @@ def encode(target: torch.Tensor, grids: Grids, kind: BlockKind) -> torch.Tensor:
     """
     values = target.unflatten(0, (-1, kind.group))
     steps, offsets = grids.steps().unsqueeze(1), grids.offsets().unsqueeze(1)
-    codes = (values + offsets).div_(_divisor(steps)).round_().add_(kind.middle)
+    codes = (values + offsets).div_(divisor(steps)).round_().add_(kind.middle)
     return codes.clamp_(0, kind.top).flatten(0, 1)
 
 
@@ -303,8 +303,8 @@ class _GridProblem:
         limit = kind.scales[0] if kind.symmetric else kind.scales[1]
         d = float16(most / limit)
         e = float16(minimum.amax(1) / max(1, kind.minimums[1]))
-        whole = (scale / _divisor(d.unsqueeze(1))).round_().clamp_(*kind.scales)
-        offsets = (minimum / _divisor(e.unsqueeze(1))).round_().clamp_(*kind.minimums)
+        whole = (scale / divisor(d.unsqueeze(1))).round_().clamp_(*kind.scales)
+        offsets = (minimum / divisor(e.unsqueeze(1))).round_().clamp_(*kind.minimums)
         return Grids(d, e, whole, offsets)
 
     def solve(self, grids: Grids) -> Grids:
@@ -336,7 +336,7 @@ class _GridProblem:
     def _codes(self, steps: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Return c - middle of the nearest grid points."""
         low, kind = -self.kind.middle, self.kind
-        return ((self.x + offsets) / _divisor(steps)).round_().clamp_(low, low + kind.top)
+        return ((self.x + offsets) / divisor(steps)).round_().clamp_(low, low + kind.top)
 
     def _neighbours(self, grids: Grids) -> Grids:
         """Move every group's s by at most 1, with the m that is best then, where that is better."""
@@ -363,7 +363,7 @@ class _GridProblem:
         steps, offsets = self._wide(grids)
         rest = self._codes(steps, offsets).mul_(steps).sub_(self.x)
         wanted = rest.mul_(self.h).sum(2) / self.total
-        minimum = (wanted / _divisor(grids.e.unsqueeze(1))).round_().clamp_(*self.kind.minimums)
+        minimum = (wanted / divisor(grids.e.unsqueeze(1))).round_().clamp_(*self.kind.minimums)
         return replace(grids, minimum=minimum)
 
     def _refit(self, grids: Grids) -> Grids:
@@ -401,6 +401,6 @@ def _where(better: torch.Tensor, new: Grids, old: Grids) -> Grids:
     )
 
 
-def _divisor(steps: torch.Tensor) -> torch.Tensor:
+def divisor(steps: torch.Tensor) -> torch.Tensor:
     """Return steps to divide by: a step of 0 makes no difference, whatever the code."""
     return torch.where(steps == 0, torch.ones_like(steps), steps)
