@@ -1,0 +1,1 @@
+"""Models that answer: found, loaded, asked in the order of their coming, served over HTTP."""
