@@ -76,6 +76,7 @@ class ChatModel:
         model: a torch module of transformers.
         tokenizer: of transformers.
         context: tokens of prompt and answer together.
+        vocabulary: number of tokens that it knows.
         ends: tokens that end an answer.
         defaults: settings of an answer for which none are given.
         weights: bytes of its tensors.
@@ -88,6 +89,7 @@ class ChatModel:
     model: torch.nn.Module
     tokenizer: object
     context: int
+    vocabulary: int
     ends: set[int]
     defaults: Sampling
     weights: int
@@ -270,6 +272,7 @@ def load(named: Named, device: str, dtype: str, context: int | None = None) -> C
         model=model,
         tokenizer=tokenizer,
         context=context or own_context,
+        vocabulary=spec.vocab_size,
         ends=ends,
         defaults=recommended(getattr(model, "generation_config", None)),
         weights=weights_bytes(model),

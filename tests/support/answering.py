@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import contextmanager
 from functools import cache
 
 QUESTION = "Where is the work of a judge done?"
@@ -19,3 +22,25 @@ def tiny():
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+@contextmanager
+def serving(models=None, key: str | None = None, local: bool = True, **limits):
+    """Serve models in a thread; yields the address and the service."""
+    from slim.serve.app import make_app
+    from slim.serve.server import Server, address, open_socket
+    from slim.serve.service import Limits, Service
+
+    service = Service(models or [tiny()], Limits(**limits))
+    with open_socket("127.0.0.1", 0) as endpoint:
+        server = Server(make_app(service, key, local), service)
+        thread = threading.Thread(target=server.run, args=([endpoint],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield address(endpoint), service, server
+        finally:
+            server.should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()
