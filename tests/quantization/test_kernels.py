@@ -29,7 +29,7 @@ for scheme in schemes:
     layer, dense = layer_of(80, 192, scheme, torch.bfloat16)
     assert "int4" in layer.kernel
     assert torch.equal(layer.dense_weight(), dense)
-    for count in (1, 60):
+    for count in (1, 60, 160):
         x = torch.randn(count, 192).bfloat16()
         assert relative(layer(x).double(), x.double() @ dense.double().T) < 6e-3, (scheme, count)
     ids = torch.tensor([79, 0, 33])
@@ -89,7 +89,7 @@ def test_other_types_round_few_rows_only_when_asked(bits, dtype):
     exact, dense = layer_of(64, 128, scheme, dtype)
     rounding, _ = layer_of(64, 128, scheme, dtype, mixed=True)
     assert exact.kernel is None and "int4" in rounding.kernel
-    few, many = torch.randn(2, 128).to(dtype), torch.randn(100, 128).to(dtype)
+    few, many = torch.randn(2, 128).to(dtype), torch.randn(200, 128).to(dtype)
     assert rounding(few).dtype == dtype
     assert 1e-4 < relative(rounding(few).double(), few.double() @ dense.double().T) < 6e-3
     exactness = 1e-6 if dtype == torch.float32 else 1e-3
@@ -114,14 +114,31 @@ def test_no_complete_layer_is_unpacked(monkeypatch):
     monkeypatch.setattr(multiply, "CHUNK", 128 * 64)
     layer, dense = layer_of(600, 64, Scheme(4, 32, False), torch.bfloat16)
     sizes = []
-    original = multiply.lookup
+    original = int4_layout.TileLayout.unpack_halves
 
-    def lookup(fields, *args):
-        codes = original(fields, *args)
+    def unpack_halves(*args):
+        codes = original(*args)
         sizes.append(codes.numel())
         return codes
 
-    monkeypatch.setattr(multiply, "lookup", lookup)
-    x = torch.randn(100, 64).bfloat16()
+    monkeypatch.setattr(int4_layout.TileLayout, "unpack_halves", unpack_halves)
+    x = torch.randn(200, 64).bfloat16()
     assert relative(layer(x).double(), x.double() @ dense.double().T) < 6e-3
     assert len(sizes) == 5 and max(sizes) <= 128 * 64
+
+
+def test_scratch_memory_is_used_again_and_works_outside_of_inference_mode():
+    with torch.inference_mode():
+        first = int4_layout.scratch("test", (4, 8), torch.float32)
+    again = int4_layout.scratch("test", (8, 2), torch.int16)
+    assert again.data_ptr() == first.data_ptr()
+    again.add_(torch.ones(2, dtype=torch.int16))  # an inference tensor would refuse
+
+
+def test_results_too_large_to_keep_their_memory_are_the_same(monkeypatch):
+    require_int4()
+    layer, _ = layer_of(600, 64, Scheme(4, 32, False), torch.bfloat16)
+    x = torch.randn(200, 64).bfloat16()
+    kept = layer(x)
+    monkeypatch.setattr(multiply, "LARGEST_KEPT", 0)
+    assert torch.equal(layer(x), kept)

@@ -23,7 +23,12 @@ from slim.loading.load_model import load_model
 from slim.loading.packed import load_quantized
 from slim.models.spec import ModelSpec
 from slim.quantization.kernels.int4_layout import int4_layout
-from slim.quantization.kernels.linear import KERNEL_ROWS, QuantLinear, int4_kernel_is_fast
+from slim.quantization.kernels.linear import (
+    KERNEL_ROWS,
+    SMALL_KERNEL_ROWS,
+    QuantLinear,
+    int4_kernel_is_fast,
+)
 from slim.quantization.kernels.multiply import LARGEST_TILE
 from slim.quantization.kernels.packing import unpack, unpack_columns
 from slim.quantization.methods.awq import AWQ, ActivationAware
@@ -534,7 +539,7 @@ def test_cpu_kernel_and_unpacking_agree(group_size, symmetric):
     layer, dense = layer_of(192, 512, Scheme(4, group_size, symmetric), torch.bfloat16, bias=True)
     assert layer.kernel == "int4"
     torch.testing.assert_close(layer.dense_weight(), dense)
-    for count in (1, 3, KERNEL_ROWS, KERNEL_ROWS + 1):
+    for count in (1, 3, SMALL_KERNEL_ROWS, SMALL_KERNEL_ROWS + 1):
         x = torch.randn(count, 512, generator=torch.Generator().manual_seed(count)).bfloat16()
         expected = x.double() @ dense.double().T + layer.bias.double()
         assert relative(layer(x).double(), expected) < 4e-3  # bfloat16 has 8 bits
@@ -549,7 +554,7 @@ def test_layers_the_kernel_does_not_take_unpack():
         assert relative(layer(x).double(), x.double() @ dense.double().T) < 6e-3
 
 
-@pytest.mark.parametrize("count", [1, KERNEL_ROWS // 2, KERNEL_ROWS, 100])
+@pytest.mark.parametrize("count", [1, KERNEL_ROWS // 2, KERNEL_ROWS, 200])
 @pytest.mark.parametrize(
     ("rows", "columns", "scheme"),
     [

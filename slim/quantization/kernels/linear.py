@@ -14,8 +14,6 @@ are asked to round the few rows: see :meth:`QuantLinear.choose_kernel`.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import nn
 
@@ -29,13 +27,16 @@ from slim.quantization.kernels.multiply import (
     PackedWeight,
     multiply_packed,
     packed_rows,
-    shortest,
 )
 from slim.quantization.kernels.packing import permute_columns, unpack, words_per_row
 from slim.quantization.scheme import Scheme
 
 KERNEL_GROUPS = (256, 128, 64, 32)  # group sizes torch's int4 kernels take
-KERNEL_ROWS = 48  # up to this many rows the CPU's int4 kernel wins; measured in docs/methods/rtn.md
+# Up to this many rows the CPU's int4 kernel wins; measured in docs/methods/rtn.md. Unpacking also
+# takes about a quarter of a millisecond however small the matrix.
+KERNEL_ROWS = 64
+SMALL_KERNEL_ROWS = 128
+SMALL = 2**19  # weights
 INT8_ROWS = 16  # the same of its int8 kernel; measured in docs/formats.md
 LAYOUTS = {None: STREAM, "int4": TILES, "int4 halves": HALVES, "int8": INT8}
 CUDA_INNER_TILES = 8
@@ -284,14 +285,18 @@ class QuantLinear(nn.Module):
             few = rows.to(torch.bfloat16)
             product = torch.ops.aten._weight_int8pack_mm(few, self.packed, self.kernel_scale)
             return product.to(rows.dtype)
-        if self.kernel == "int4" and len(rows) <= KERNEL_ROWS:
+        if self.kernel == "int4" and len(rows) <= self._kernel_rows():
             return self._int4_product(rows)[:, : self.out_features].to(rows.dtype)
-        if self.kernel == "int4 halves" and len(rows) <= KERNEL_ROWS // 2:
+        if self.kernel == "int4 halves" and len(rows) <= self._kernel_rows() // 2:
             high, low = self._int4_product(rows).float().chunk(2, dim=1)
             return (high + low)[:, : self.out_features].to(rows.dtype)
         if torch.compiler.is_compiling():
             return multiply_packed(rows, *self.packed_weight.parts())
         return self.packed_weight.multiply(rows)
+
+    def _kernel_rows(self) -> int:
+        small = self.in_features * self.out_features <= SMALL
+        return SMALL_KERNEL_ROWS if small else KERNEL_ROWS
 
     def _int4_product(self, rows: torch.Tensor) -> torch.Tensor:
         """Return what the CPU's int4 kernel gives, bfloat16 [rows, out and what fills up tiles]."""
@@ -336,20 +341,10 @@ class QuantEmbedding(nn.Module):
         return rows if self.factor is None else rows * self.factor.to(rows.dtype)
 
 
-@cache
 def int4_kernel_is_fast() -> bool:
-    """Whether this CPU's int4 kernel beats unpacking.
+    """Whether torch's int4 kernel for this CPU uses vector instructions; its plain loop is slower
+    than unpacking.
 
-    Without vector instructions it is a plain loop, which a few rows make slower than unpacking.
+    Not found by measuring: what a busy machine measures would change the results.
     """
-    layout, columns, outputs = int4_layout(), 512, 256
-    packed = torch.zeros(outputs // layout.rows, columns, layout.rows // 2, dtype=torch.uint8)
-    scale = torch.ones(outputs, columns // 128, dtype=torch.bfloat16)
-    zero = torch.full_like(scale, 8, dtype=torch.uint8)
-    pairs = torch.ones(columns // 128, outputs, 2, dtype=torch.bfloat16)
-    rows = torch.ones(8, columns, dtype=torch.bfloat16)
-    unpacked = PackedWeight(packed, scale, zero, None, 4, 128, columns, TILES)
-    flat = packed.view(outputs, -1)
-    kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-    kernel_seconds = shortest(lambda: kernel(rows, flat, 128, pairs))
-    return kernel_seconds < shortest(lambda: unpacked.multiply(rows))
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")

@@ -14,6 +14,7 @@ adapters on top of packed weights.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -22,13 +23,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from slim.quantization.kernels.int4_layout import TILE_ROWS, int4_layout
-from slim.quantization.kernels.packing import lookup, unpack_as
+from slim.quantization.kernels.int4_layout import TILE_ROWS, int4_layout, scratch
+from slim.quantization.kernels.packing import unpack_as
 
 STREAM, TILES, HALVES, INT8 = "stream", "tiles", "halves", "int8"
 LARGEST_TILE = TILE_ROWS[-1]  # rows are unpacked in multiples of it
 CHUNK = 2**20  # weights that are unpacked at once
-RUN = 512  # scales of a tile are repeated to runs of this length: shorter inner loops cost more
+LARGEST_KEPT = 2**21  # results of more numbers do not keep their memory for the next ones
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class PackedWeight:
         x = x.to(multiplied_dtype(x.dtype, x.device.type))
         for start, stop in self.steps():
             if self.layout in (TILES, HALVES):
-                result[:, start:stop] = self._multiply_tiles(x, start, stop)
+                self._multiply_tiles(x, start, stop, result[:, start:stop])
             elif self.layout == INT8:
                 # scaling the result is cheaper than scaling the weights
                 product = x @ self.packed[start:stop].to(x.dtype).T
@@ -111,21 +112,35 @@ class PackedWeight:
             return (high << 4 | low).to(dtype)
         return unpack_as(self.packed[rows], self.bits, self.columns, dtype)
 
-    def _multiply_tiles(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def _multiply_tiles(self, x: Tensor, start: int, stop: int, result: Tensor) -> None:
         """Multiply with rows ``start`` to ``stop``; tiles hold W^T, so that is what is unpacked."""
-        size = int4_layout().rows
-        excess = -(stop - start) % size  # of the last tile
-        scale = in_tiles(nn.functional.pad(self.scale[start:stop], (0, 0, 0, excess)))
-        zero = in_tiles(nn.functional.pad(self.zero[start:stop], (0, 0, 0, excess))).to(x.dtype)
-        tiles = slice(start // size, -(-stop // size))
+        layout = int4_layout()
+        scale, zero = self.scale[start:stop], self.zero[start:stop]
+        excess = -(stop - start) % layout.rows  # of the last tile
+        if excess:
+            scale, zero = (nn.functional.pad(part, (0, 0, 0, excess)) for part in (scale, zero))
+        scale = layout.to_halves(scale)
+        zero = layout.to_halves(zero).to(torch.bfloat16).unsqueeze(1)
+        tiles = slice(start // layout.rows, -(-stop // layout.rows))
+        # whole numbers up to 256 are exact in bfloat16
         if self.layout == TILES:
-            dense = lookup(self.packed[tiles], 4, 8, x.dtype)
+            steps = layout.unpack_halves(self.packed[tiles]).unflatten(0, (len(scale), -1))
+            steps = steps.sub_(zero + 128)
         else:
-            dense = lookup(self.packed[0, tiles], 4, 8, x.dtype).mul_(16)
-            dense += lookup(self.packed[1, tiles], 4, 8, x.dtype)
-        dense = dense.view(*scale.shape[:2], -1, scale.shape[-1]).sub_(zero).mul_(scale)
-        dense = dense.view(len(scale), self.columns, size).transpose(0, 1)
-        return out_of_tiles(x @ dense.reshape(self.columns, -1))[:, : stop - start]
+            # c - zero = 16 (high - 8) + (low + 128 - zero)
+            high = layout.unpack_halves(self.packed[0, tiles], "high").sub_(128 + 8)
+            low = layout.unpack_halves(self.packed[1, tiles]).unflatten(0, (len(scale), -1))
+            steps = low.sub_(zero).add_(high.view(low.shape), alpha=16)
+        if x.dtype != steps.dtype:
+            steps = scratch("dense", steps.shape, x.dtype).copy_(steps)
+        dense = steps.mul_(scale.unsqueeze(1)).view(self.columns, -1)
+        shape = (len(x), dense.shape[1])
+        product = scratch("product", shape, x.dtype) if math.prod(shape) <= LARGEST_KEPT else None
+        ordered = layout.from_halves(torch.mm(x, dense, out=product))
+        if excess:
+            result.copy_(ordered.flatten(1)[:, : stop - start])
+        else:
+            result.unflatten(1, ordered.shape[1:]).copy_(ordered)
 
 
 @cache
@@ -288,23 +303,3 @@ def scaled(steps: Tensor, scale: Tensor) -> Tensor:
     if scale.dtype == steps.dtype:
         return steps.mul_(scale.unsqueeze(-1))
     return (steps.float() * scale.float().unsqueeze(-1)).to(steps.dtype)
-
-
-def in_tiles(per_group: Tensor) -> Tensor:
-    """Return scales or zero points, one per row and group, in the order of a tile's rows.
-
-    Args:
-        per_group: [n rows, groups], whole tiles.
-
-    Returns:
-        [n, groups, 1, ``RUN``]: a tile's rows again and again, for as many columns.
-    """
-    layout = int4_layout()
-    ordered = per_group.unflatten(0, (-1, layout.rows))[:, list(layout.order)]
-    return ordered.transpose(1, 2).repeat(1, 1, RUN // layout.rows).unsqueeze(2)
-
-
-def out_of_tiles(results: Tensor) -> Tensor:
-    """Return results [rows, out] whose features are in the order of tiles in their own order."""
-    layout = int4_layout()
-    return results.unflatten(-1, (-1, layout.rows))[..., list(layout.place)].flatten(1)
