@@ -10,10 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from slim.core.console import never_fail_on_a_character, output_may_be_cut
+from slim.core.console import never_fail_on_a_character, output_may_be_cut, show_labelled
 from slim.core.errors import SlimError
 from slim.serve.options import add_model_options, load_models, positive
 
+HOST = "127.0.0.1"
+MOST_TOKENS = 4096  # of an answer on the page
 DESCRIPTION = "Talk to models in the terminal, or on a page in the browser: docs/chat.md"
 
 
@@ -38,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where preferred answers are kept (preferences.jsonl)",
     )
+    command.add_argument(
+        "--web", action="store_true", help="a page in the browser, for this machine only"
+    )
+    command.add_argument(
+        "--port", type=int, default=8000, help="of the page; 0: any that is free (8000)"
+    )
     return command
 
 
@@ -56,7 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         with output_may_be_cut():
-            talk(options)
+            if options.web:
+                serve_page(options)
+            else:
+                talk(options)
     except SlimError as error:
         print(f"slim: {error}", file=sys.stderr)
         return 2
@@ -72,16 +83,49 @@ def talk(options: argparse.Namespace) -> None:
     Args:
         options: of :func:`parser`.
     """
-    from slim.serve.sampling import Sampling  # local: for --help nothing is loaded
-
-    sampling = sampling_of(options)
-    Sampling().changed(sampling)  # a wrong value is answered before anything is loaded
+    sampling = checked_sampling(options)
     models = load_models(options)
-    from slim.chat.preferences import Preferences
+    from slim.chat.preferences import Preferences  # local: for --help nothing is loaded
     from slim.chat.terminal import Terminal
 
     preferences = Preferences(Path(options.preferences).expanduser())
     Terminal(models, sampling, options.system, preferences).run()
+
+
+def serve_page(options: argparse.Namespace) -> None:
+    """Load the models and serve the page until a signal comes.
+
+    Args:
+        options: of :func:`parser`.
+    """
+    from slim.serve.server import address, open_socket, serve
+
+    sampling = checked_sampling(options)
+    # before minutes of loading, after which the port would be taken
+    with open_socket(HOST, options.port) as endpoint:
+        models = load_models(options)
+        from slim.chat.preferences import Preferences
+        from slim.chat.web import page_routes
+        from slim.serve.app import make_app
+        from slim.serve.service import Limits, Service
+
+        preferences = Preferences(Path(options.preferences).expanduser())
+        routes = page_routes(preferences, {"system": options.system, **sampling})
+        for model in models:
+            model.defaults = model.defaults.changed(sampling)
+        # one answer at a time: side by side they would slow one another down
+        service = Service(models, Limits(max_tokens=MOST_TOKENS))
+        show_labelled("open", f"{address(endpoint)}/")
+        serve(make_app(service, routes=routes), service, endpoint)
+
+
+def checked_sampling(options: argparse.Namespace) -> dict:
+    """Return the settings that were given; a wrong one is an error before anything is loaded."""
+    from slim.serve.sampling import Sampling
+
+    sampling = sampling_of(options)
+    Sampling().changed(sampling)
+    return sampling
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Preferences:
         """Keep a preference.
 
         Args:
-            messages: up to and with the question.
+            messages: up to and with the question, which is the last one.
             answers: model -> text.
             preferred: the name of one of them.
 
@@ -41,12 +41,8 @@ class Preferences:
             The line as it was written.
 
         Raises:
-            SlimError: there is no such answer or no question, or the file cannot be written.
+            SlimError: the file cannot be written.
         """
-        if preferred not in answers:
-            raise SlimError(f"There is no answer of {preferred}. Answers of: {', '.join(answers)}.")
-        if not messages or messages[-1]["role"] != "user":
-            raise SlimError("There is no question before the answers.")
         row = {
             "question": messages[-1]["content"],
             "reference": answers[preferred],

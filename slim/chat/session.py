@@ -9,8 +9,6 @@ from slim.data.chat import Message
 from slim.serve.model import Answer, ChatModel
 from slim.serve.sampling import Sampling
 
-LEAST_ROOM = 4  # a share of the context: one fourth of it is kept for the answer
-
 
 class Session:
     """A conversation that grows by a question and an answer at a time.
@@ -68,26 +66,11 @@ class Session:
             ids = self.model.text_ids(question)
             self.model.room(ids, self.sampling)
             return ids
-        asked = {"role": "user", "content": question}
-        first = []
+        messages = [*self.turns, {"role": "user", "content": question}]
         if self.system:
-            first.append({"role": "system", "content": self.system})
-        for begin in range(0, len(self.turns) + 1, 2):
-            ids = self.model.chat_ids([*first, *self.turns[begin:], asked])
-            if len(ids) + self._wanted() <= self.model.context:
-                self.left_out = begin
-                return ids
-        self.left_out = len(self.turns)
-        self.model.room(ids, self.sampling)  # without history: all the room there is will do
+            messages.insert(0, {"role": "system", "content": self.system})
+        ids, self.left_out = self.model.fitted(messages, self.sampling)
         return ids
-
-    def _wanted(self) -> int:
-        """Return the tokens to keep for an answer: a fourth of the context, or as many as it may
-        have."""
-        room = self.model.context // LEAST_ROOM
-        if self.sampling.max_tokens is None:
-            return room
-        return min(room, self.sampling.max_tokens)
 
     def undo(self) -> str | None:
         """Forget the last question with its answer; returns the question, None if there is none."""

@@ -24,7 +24,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 WITHOUT_KEY = ("/health",)
 # of a request: so much, and so much for each token of the longest context; a token is seldom more
 # than four characters, each of which takes up to six bytes in JSON
-BASE_BYTES, BYTES_PER_TOKEN = 2**16, 24
+BASE_BYTES, BYTES_PER_TOKEN = 2**18, 24
 
 
 def make_app(
@@ -189,8 +189,8 @@ class Size(Guard):
     def too_large(self) -> Refused:
         """Return the refusal."""
         return Refused(
-            f"The request has more than {self.limit:,} bytes, more than the context of any model "
-            "here holds. Shorten it.",
+            f"The request has more than {self.limit:,} bytes, more than any prompt for the models "
+            "here. Shorten it.",
             413,
             "context_length_exceeded",
         )

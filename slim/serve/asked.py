@@ -47,6 +47,8 @@ class Asked:
         stream: send the text while it comes.
         usage: say at the end of a stream how many tokens there were.
         chat: whether it is a conversation.
+        left_out: the oldest messages for which there was no room (``truncate_history``, slim's own
+            field).
     """
 
     model: ChatModel
@@ -55,6 +57,7 @@ class Asked:
     stream: bool
     usage: bool
     chat: bool
+    left_out: int = 0
 
 
 def read_request(body: Any, models: dict[str, ChatModel], most: int, chat: bool) -> Asked:
@@ -75,9 +78,15 @@ def read_request(body: Any, models: dict[str, ChatModel], most: int, chat: bool)
     check_fields(body, chat)
     sampling = read_sampling(body, model, chat)
     sampling = sampling.changed({"max_tokens": min(sampling.max_tokens or most, most)})
+    left_out = 0
     try:
         if chat:
-            prompts = [chat_prompt(model, body.get("messages"))]
+            messages = read_messages(model, body.get("messages"))
+            if flag(body, "truncate_history"):
+                ids, left_out = model.fitted(messages, sampling)
+            else:
+                ids = model.chat_ids(messages)
+            prompts = [ids]
         else:
             prompts = text_prompts(model, body.get("prompt"))
         for ids in prompts:
@@ -95,6 +104,7 @@ def read_request(body: Any, models: dict[str, ChatModel], most: int, chat: bool)
         stream=flag(body, "stream"),
         usage=flag(options, "include_usage"),
         chat=chat,
+        left_out=left_out,
     )
 
 
@@ -116,7 +126,7 @@ def chosen_model(name: Any, models: dict[str, ChatModel]) -> ChatModel:
 def check_fields(body: dict, chat: bool) -> None:
     """Refuse fields that slim would have to leave unheeded."""
     known = {"model", "stream", "stream_options", "max_completion_tokens", *setting_names()}
-    known.add("messages" if chat else "prompt")
+    known |= {"messages", "truncate_history"} if chat else {"prompt"}
     for name, value in body.items():
         if value is None or name in known or name in WITHOUT_EFFECT:
             continue
@@ -157,8 +167,8 @@ def read_sampling(body: dict, model: ChatModel, chat: bool) -> Sampling:
         raise Refused(str(error), param=name if name in settings else None) from error
 
 
-def chat_prompt(model: ChatModel, messages: Any) -> list[int]:
-    """Return a conversation as tokens."""
+def read_messages(model: ChatModel, messages: Any) -> list[Message]:
+    """Return the messages of a conversation with a model that takes some."""
     if not isinstance(messages, list) or not messages:
         raise Refused("messages: must be a list of one message at least.", param="messages")
     if not model.chats:
@@ -167,7 +177,7 @@ def chat_prompt(model: ChatModel, messages: Any) -> list[int]:
             "chat_template.jinja into its folder.",
             param="model",
         )
-    return model.chat_ids([read_message(entry, place) for place, entry in enumerate(messages)])
+    return [read_message(entry, place) for place, entry in enumerate(messages)]
 
 
 def read_message(entry: Any, place: int) -> Message:

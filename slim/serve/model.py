@@ -27,6 +27,7 @@ else:
     torch = LazyModule("torch")
 
 READ_AT_ONCE = 512  # tokens of a prompt: bounds memory, and how late a stop is noticed
+ANSWER_SHARE = 4  # where history is left out, one fourth of the context is for the answer
 PROBE = "Zebra crossing ahead"  # said by a system to see whether a template writes it
 
 
@@ -158,6 +159,36 @@ class ChatModel:
                 f"{self.context} for prompt and answer. Shorten it."
             )
         return room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+
+    def fitted(self, messages: list[Message], sampling: Sampling) -> tuple[list[int], int]:
+        """Return a conversation as tokens, without the oldest turns where they leave no room for
+        an answer: a fourth of the context, or as many tokens as it may have.
+
+        Args:
+            messages: the last one is what is to be answered.
+            sampling: settings of the answer.
+
+        Returns:
+            Tokens, and how many messages were left out.
+
+        Raises:
+            SlimError: what is to be answered has no room by itself.
+        """
+        wanted = min(sampling.max_tokens or self.context, self.context // ANSWER_SHARE)
+        first = 0
+        while first < len(messages) and messages[first]["role"] == "system":
+            first += 1
+        # a conversation begins with a question
+        begins = [first]
+        for place in range(first + 1, len(messages)):
+            if messages[place]["role"] == "user":
+                begins.append(place)
+        for begin in begins:
+            ids = self.chat_ids([*messages[:first], *messages[begin:]])
+            if len(ids) + wanted <= self.context:
+                break
+        self.room(ids, sampling)
+        return ids, begin - first
 
     def answer(
         self,

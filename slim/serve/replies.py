@@ -80,7 +80,7 @@ class Reply:
             choices.append(choice | {"logprobs": None})
         kind = "chat.completion" if self.asked.chat else "text_completion"
         frame = self._frame(kind, choices) | {"usage": self.usage()}
-        return frame | {"slim": took(self.asked.model, self.answers[-1], self.waited)}
+        return frame | {"slim": self._took(self.answers[-1])}
 
     def part(self, place: int, text: str = "", begin: bool = False, end: bool = False) -> str:
         """Return an event with some text.
@@ -103,7 +103,7 @@ class Reply:
         if end:
             answer = self.answers[place]
             choice["finish_reason"] = answer.finish_reason
-            frame["slim"] = took(self.asked.model, answer, self.waited)
+            frame["slim"] = self._took(answer)
         return event(frame)
 
     def last_part(self) -> str:
@@ -111,29 +111,21 @@ class Reply:
         kind = "chat.completion.chunk" if self.asked.chat else "text_completion"
         return event(self._frame(kind, []) | {"usage": self.usage()})
 
-
-def took(model: ChatModel, answer: Answer, waited: float) -> dict:
-    """Return what an answer took; slim's own addition to OpenAI's interface.
-
-    Args:
-        model: that answered.
-        answer: when it is complete.
-        waited: seconds before it was its turn.
-
-    Returns:
-        Seconds, tokens per second, and bytes.
-    """
-    return {
-        "waited_seconds": round(waited, 4),
-        "reading_seconds": round(answer.reading, 4),
-        "writing_seconds": round(answer.writing, 4),
-        "reading_tokens_per_second": round(answer.reading_rate, 2),
-        "writing_tokens_per_second": round(answer.writing_rate, 2),
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.tokens,
-        "weights_bytes": model.weights,
-        "cache_bytes": answer.cache_bytes,
-    }
+    def _took(self, answer: Answer) -> dict:
+        """Return what an answer took: seconds, tokens per second, bytes; slim's own addition to
+        OpenAI's interface."""
+        return {
+            "waited_seconds": round(self.waited, 4),
+            "reading_seconds": round(answer.reading, 4),
+            "writing_seconds": round(answer.writing, 4),
+            "reading_tokens_per_second": round(answer.reading_rate, 2),
+            "writing_tokens_per_second": round(answer.writing_rate, 2),
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.tokens,
+            "left_out": self.asked.left_out,
+            "weights_bytes": self.asked.model.weights,
+            "cache_bytes": answer.cache_bytes,
+        }
 
 
 def model_entry(model: ChatModel, created: int) -> dict:

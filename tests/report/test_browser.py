@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
-
 import pytest
 
 from slim.report.page import page
 from slim.report.runs import Collection, Failure
 from slim.report.sections import sections
+from tests.support.browser import CHROMIUM, DRIVER, MISSING, asked, resize, start, wait
 from tests.support.reporting import chain, grid, record, source
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1280,900",
-)  # fmt: skip
-
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"
-)
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 
 
 @pytest.fixture(scope="module")
@@ -44,45 +33,18 @@ def browser(tmp_path_factory):
         Collection("A sweep of bits and groups", chains, failures, published=["4.2", "4.13"])
     )
     (folder / "report.html").write_text(page(report), encoding="utf-8")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.get("about:blank")
-    driver.get_log("performance")  # what the browser asked for by itself before
+    driver = start(webdriver, folder)
     driver.get((folder / "report.html").as_uri())
     yield driver
     driver.quit()
 
 
-def wait(browser, script: str, limit: float = 10.0):
-    """Wait until ``script`` returns something true, and return it."""
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        found = browser.execute_script(script)
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"never true: {script}")
-
-
-def resize(browser, width: int) -> None:
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    wait(browser, f"return innerWidth === {width}")
-
-
 def test_it_loads_without_errors_or_requests(browser):
     wait(browser, "return document.querySelectorAll('.js-plotly-plot').length === 6")
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [
-        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
-    ]
-    assert asked and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
-    assert sum(url.startswith("file:") for url in asked) == 1
+    urls = asked(browser)
+    assert urls and all(url.startswith(("file:", "data:", "blob:")) for url in urls)
+    assert sum(url.startswith("file:") for url in urls) == 1
 
 
 def test_every_picture_has_marks(browser):

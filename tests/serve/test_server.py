@@ -136,13 +136,13 @@ def test_a_prompt_longer_than_the_context_is_refused(client):
 
 
 def test_a_request_larger_than_any_context_is_not_read(client):
-    with pytest.raises(openai.APIStatusError, match="more than 77,824 bytes") as caught:
-        client.chat.completions.create(model="tiny", messages=[user("word " * 20000)])
+    with pytest.raises(openai.APIStatusError, match="more than 274,432 bytes") as caught:
+        client.chat.completions.create(model="tiny", messages=[user("word " * 70000)])
     assert caught.value.status_code == 413
 
 
 def test_a_request_of_unknown_length_is_not_read_either(served):
-    parts = (b"x" * 1000 for _ in range(200))
+    parts = (b"x" * 1000 for _ in range(400))
     reply = requests.post(f"{served[0]}/v1/chat/completions", data=parts, timeout=20)
     assert reply.status_code == 413
 

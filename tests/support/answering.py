@@ -25,7 +25,7 @@ def user(text: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(models=None, key: str | None = None, local: bool = True, **limits):
+def serving(models=None, key: str | None = None, routes=(), **limits):
     """Serve models in a thread; yields the address and the service."""
     from slim.serve.app import make_app
     from slim.serve.server import Server, address, open_socket
@@ -33,7 +33,7 @@ def serving(models=None, key: str | None = None, local: bool = True, **limits):
 
     service = Service(models or [tiny()], Limits(**limits))
     with open_socket("127.0.0.1", 0) as endpoint:
-        server = Server(make_app(service, key, local), service)
+        server = Server(make_app(service, key, routes=routes), service)
         thread = threading.Thread(target=server.run, args=([endpoint],))
         thread.start()
         while not server.started:
