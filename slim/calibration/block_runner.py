@@ -1,11 +1,14 @@
 """Forward passes of the calibration samples through one decoder block, one linear group at a time.
 
-A block computes h + attention(norm(h)) and then h + mlp(norm(h)). Its parts, attention and MLP, are
+A decoder's block computes h + attention(norm(h)) and then h + mlp(norm(h)). Its parts, attention and MLP, are
 run one after the other, so that the input of each linear group comes from the already changed
 layers before it, at the cost of about one forward pass per block. Between the parts only the
 residual stream is kept: a finished part then outputs zeros, which add nothing to it. So nothing of
 the size of the hidden states exists besides them, except for the inputs of a part's last layer
 where those are small.
+
+An encoder's block may normalise after it has added (BERT), so that no such stream passes by its
+parts. It is run from its beginning for every linear group, and once more when all are done.
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ class BlockRunner:
         self.device = device
         self.cache_bytes = cache_bytes
         self.sequential = sequential
+        self.in_parts = sequential and not family.is_encoder
         self.last_layer: dict[str, str] = {}  # part -> first layer of its last linear group
         self.norm: dict[str, str] = {}  # part -> the norm in front of it
         for group in family.linear_groups:
@@ -97,7 +101,7 @@ class BlockRunner:
             for batch in range(len(self.captured.hidden)):
                 inputs = self._run(batch, {}, until=layer)
                 hessian.add(inputs)
-                if layer in self.last_layer.values() and self._fits_cache(inputs):
+                if self.in_parts and layer in self.last_layer.values() and self._fits_cache(inputs):
                     self.cached_inputs.append(inputs.to("cpu"))
         return hessian
 
@@ -111,7 +115,7 @@ class BlockRunner:
             The linear layers, by name within the block, that are not run any more.
         """
         part = part_of(group)
-        if not self.sequential or self.last_layer[part] != group.linears[0]:
+        if not self.in_parts or self.last_layer[part] != group.linears[0]:
             return []
         # Stop in front of the next part's norm: what enters it is the residual stream.
         remaining = [name for name in self.last_layer if name not in (*self.finished_parts, part)]

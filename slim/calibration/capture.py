@@ -62,7 +62,7 @@ def capture_inputs(meta_model: MetaModel, tokens: torch.Tensor) -> CapturedInput
         The inputs of block 0 and the arguments of all blocks.
     """
     captured = CapturedInputs(meta_model.spec.dtype)
-    meta_model.load(meta_model.family.embeddings)
+    meta_model.load(meta_model.family.embedding_module)
     for batch in split_samples(tokens, meta_model.spec):
         hidden, calls = block_calls(
             meta_model.model.base_model, meta_model.blocks, batch.to(meta_model.device)
@@ -70,7 +70,7 @@ def capture_inputs(meta_model: MetaModel, tokens: torch.Tensor) -> CapturedInput
         captured.hidden.append(hidden.to("cpu", torch.float32))
         # masks and positions depend on the shape of a batch alone
         captured.calls.setdefault(len(batch), calls)
-    meta_model.drop(meta_model.family.embeddings)
+    meta_model.drop(meta_model.family.embedding_module)
     return captured
 
 
@@ -98,8 +98,10 @@ def block_calls(
         return hidden
 
     with torch.no_grad(), replaced_forwards(dict.fromkeys(blocks, record)):
+        # encoders have no cache to leave out
+        settings = {"use_cache": False} if hasattr(base_model.config, "use_cache") else {}
         try:
-            base_model(tokens, use_cache=False)
+            base_model(tokens, **settings)
         except StopForward as stop:
             # tensors in the frames would otherwise wait for the garbage collector
             traceback.clear_frames(stop.__traceback__)

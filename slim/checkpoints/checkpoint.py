@@ -24,7 +24,7 @@ from slim.checkpoints.files import (
 from slim.checkpoints.stored import StoredTensor, normalize, stored_tensors
 from slim.core.errors import SlimError
 from slim.core.io import read_header, read_json, read_object, sha256
-from slim.models.families import FAMILIES
+from slim.models.encoders import family_of
 from slim.models.spec import ADAPTER, ModelSpec
 
 MANIFEST = "slim.json"
@@ -61,7 +61,7 @@ class Checkpoint:
         check_entries(raw, self.folder)
         tensors, notes = normalize(stored_tensors(self.weight_files), raw, self.folder)
         config = read_config(self.folder, tensors, notes)
-        family = FAMILIES.get(config.get("model_type"))
+        family = family_of(config)
         if family is not None and ModelSpec(config, str(self.folder)).tied:
             # a second copy of the embedding; whoever writes the head would write it twice
             tensors.pop(f"{family.head}.weight", None)

@@ -13,7 +13,8 @@ from slim.checkpoints.files import QUANTIZATION_FILES, quantization_file
 from slim.checkpoints.stored import StoredTensor, equal_contents, plain_dtype
 from slim.core.errors import SlimError
 from slim.core.io import read_json, read_object
-from slim.models.families import FAMILIES, Family
+from slim.models.encoders import family_of
+from slim.models.families import Family
 from slim.models.spec import DTYPE_BYTES, SIZES
 
 # transformers' own; any other value names a package that may not be installed
@@ -43,7 +44,7 @@ def read_config(folder: Path, tensors: dict[str, StoredTensor], notes: list[str]
         if config.get(key) not in (None, *ATTENTION):
             notes.append(f"config.json: {key}={config[key]} is left out; slim does not need it.")
             config.pop(key)
-    family = FAMILIES.get(config.get("model_type"))
+    family = family_of(config)
     if family is not None and _has_own_head(config, family, folder, tensors):
         notes.append(
             "config.json says that the head shares the embedding's weights, but the file has a "

@@ -11,7 +11,8 @@ from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.reader import TensorReader, stored_dtype
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
-from slim.models.spec import Family
+from slim.models.encoders import BODY, CLASSES, MASKED
+from slim.models.spec import Family, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,24 @@ def model_config(source: Checkpoint) -> PreTrainedConfig:
     return config
 
 
+def auto_class(spec: ModelSpec) -> type:
+    """Return the class of transformers that builds a model by its config: of language models, or
+    for an encoder of what stands on top of it.
+
+    Args:
+        spec: The model.
+    """
+    import transformers
+
+    names = {
+        None: "AutoModelForCausalLM",
+        BODY: "AutoModel",
+        CLASSES: "AutoModelForSequenceClassification",
+        MASKED: "AutoModelForMaskedLM",
+    }
+    return getattr(transformers, names[spec.top])
+
+
 def empty_model(source: Checkpoint) -> nn.Module:
     """Return the checkpoint's model with all tensors on the meta device, in evaluation mode; no
     quantization in it.
@@ -117,12 +136,10 @@ def empty_model(source: Checkpoint) -> nn.Module:
     Raises:
         SlimError: ``config.json`` has an entry that the model's class cannot be built with.
     """
-    from transformers import AutoModelForCausalLM
-
     config = model_config(source)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto_class(source.spec).from_config(config, dtype=torch.float32)
     except Exception as error:  # see model_config
         raise refused_entry(source, error) from error
     return model.eval().requires_grad_(False)

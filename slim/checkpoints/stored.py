@@ -12,14 +12,18 @@ from pathlib import Path
 
 from slim.core.errors import SlimError
 from slim.core.io import read_header, same_data
-from slim.models.families import FAMILIES, Family
+from slim.models.encoders import family_of
+from slim.models.families import Family
 
 # in front of all names: of DataParallel, PEFT, models of several parts
 WRAPPERS = ("module.", "base_model.model.", "language_model.")
 # names of modules that wrappers put in between
 INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # what models compute for themselves and older files hold
-COMPUTED = re.compile(r"(?:^|\.)rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+COMPUTED = re.compile(
+    r"(?:^|\.)(?:rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|embeddings\.(?:position_ids|token_type_ids))$"
+)
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 # ends of the names of a float8 weight's scales, which it is multiplied by in spite of "inv"
 SCALES = ("weight_scale_inv", "weight_scale")
@@ -99,7 +103,7 @@ def normalize(
         SlimError: Two tensors get the same name, or the scales of a float8 weight are missing.
     """
     notes: list[str] = []
-    family = FAMILIES.get(config.get("model_type"))
+    family = family_of(config)
     tensors = _renamed(tensors, family, folder, notes)
     for name in list(tensors):
         if COMPUTED.search(name):  # the model's class computes it, whatever the file holds

@@ -81,9 +81,16 @@ def probe(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def logits(model: nn.Module, checkpoint: Checkpoint) -> torch.Tensor:
-    """Return the logits of the probe, float32 [TOKENS, vocabulary]."""
+    """Return what the model gives for the probe: logits, float32 [TOKENS, vocabulary] or [classes],
+    or hidden states, float32 [TOKENS, hidden]."""
     with torch.inference_mode():
-        return model(probe(checkpoint), use_cache=False).logits[0].float()
+        return run(model, probe(checkpoint))[0][0].float()
+
+
+def run(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what a model gives for tokens, int64 [1, length], without a cache."""
+    settings = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    return model(tokens, return_dict=False, **settings)
 
 
 def require_equal(first: torch.Tensor, second: torch.Tensor, folder: Path) -> None:
@@ -111,7 +118,7 @@ def require_meant(model: nn.Module, checkpoint: Checkpoint, expected: Expected) 
     hook = last.register_forward_hook(lambda module, inputs, output: caught.append(output))
     try:
         with torch.inference_mode():
-            model(expected.tokens, use_cache=False)
+            run(model, expected.tokens)
     finally:
         hook.remove()
     # some families return a tuple whose first entry is the output

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from slim.checkpoints.meta_model import empty_model, model_config
+from slim.checkpoints.meta_model import auto_class, empty_model, model_config
 from slim.checkpoints.reader import TensorReader
 from slim.checkpoints.verify import refuse_missing_tensors, verify
 from slim.core.console import hide_library_bars
@@ -61,11 +61,10 @@ def _load_base(checkpoint: Checkpoint, wanted: str, device: str, trainable: bool
 def _from_folder(checkpoint: Checkpoint, wanted: str):
     """Load plain weights by transformers' own way through the folder."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     model_config(checkpoint)  # names the entry that transformers refuses
     read_generation_config(checkpoint)  # likewise
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(checkpoint.spec).from_pretrained(
         checkpoint.folder,
         dtype=getattr(torch, wanted),
         local_files_only=True,

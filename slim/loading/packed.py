@@ -183,6 +183,8 @@ def tie(model: nn.Module, tied: bool, device: str) -> None:
     embedding = model.get_input_embeddings()
     if not tied or isinstance(model.get_output_embeddings(), QuantLinear):
         return
+    if model.get_output_embeddings() is None:  # an encoder
+        return
     if not isinstance(embedding, QuantEmbedding):
         model.tie_weights()
         return

@@ -32,13 +32,15 @@ def save_model(model: nn.Module, source: Path, target: Path, dtype: str | None =
 
     hide_library_bars()
     stored = getattr(torch, dtype or open_checkpoint(source).spec.dtype)
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)  # encoders have none
     try:
-        settings.validate(strict=True)
+        if settings is not None:
+            settings.validate(strict=True)
     except Exception:  # transformers reads settings that it refuses to write; a copy follows below
         model.generation_config = GenerationConfig()
     model.to(stored).save_pretrained(target)
-    model.generation_config = settings
+    if settings is not None:
+        model.generation_config = settings
     copy_companions(Path(source), target)
     check_saved(model, target)
 

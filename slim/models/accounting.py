@@ -62,6 +62,8 @@ def head_macs(spec: ModelSpec, tokens: int) -> int:
         spec: The model.
         tokens: Length of the sequence.
     """
+    if spec.is_encoder:  # a head for classes is read once for a text, not for every token
+        return 0
     return tokens * spec.hidden_size * spec.vocab_size
 
 

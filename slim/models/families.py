@@ -146,11 +146,37 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether it is an encoder (``encoders.py``), which reads a whole text at once."""
+        return False
+
+    @property
+    def embedding_module(self) -> str:
+        """The module that makes the first block's input of the tokens."""
+        return self.embeddings
+
+    def role(self, linear: str) -> str:
+        """Return the projection that a linear layer is, such as ``q_proj``.
+
+        Args:
+            linear: Its name within the block.
+        """
+        return linear.split(".")[-1]
+
+    def key(self, entry: str) -> str:
+        """Return the family's name of an entry of ``config.json``.
+
+        Args:
+            entry: As most families call it, such as ``hidden_size``.
+        """
+        return entry
+
+    @property
     def fused(self) -> tuple[str, ...]:
         """Names of the linear layers that hold several projections."""
         names: list[str] = []
         for group in self.linear_groups:
-            names += [name for name in group.linears if name.split(".")[-1] in FUSED]
+            names += [name for name in group.linears if self.role(name) in FUSED]
         return tuple(names)
 
     @property

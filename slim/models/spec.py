@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slim.core.errors import SlimError
+from slim.models.encoders import ENCODERS, family_of, label_count, top_of
 from slim.models.families import FAMILIES, FUSED, Family, LinearGroupSpec
 
 # entry of config.json, and below it "parameters": how many the adapter has
@@ -54,11 +55,12 @@ class ModelSpec:
                 "Save its text part as a checkpoint first: "
                 "docs/extending/family.md, 'Models of several parts'."
             )
-        missing = [key for key in SIZES if not isinstance(self.config.get(key), int)]
+        names = [self.key(entry) for entry in SIZES]
+        missing = [name for name in names if not isinstance(self.config.get(name), int)]
         if missing:
             raise SlimError(
                 f"config.json of {self.name} lacks {', '.join(missing)}: not a decoder-only "
-                "language model."
+                "language model, nor an encoder."
             )
 
     @property
@@ -68,20 +70,51 @@ class ModelSpec:
         Raises:
             SlimError: slim has none; the message says where to add one.
         """
-        model_type = self.config.get("model_type", "")
-        if model_type not in FAMILIES:
+        family = family_of(self.config)
+        if family is None:
+            model_type = self.config.get("model_type", "")
             raise SlimError(
                 f"slim does not know the model family '{model_type}' of {self.name}. Known: "
-                f"{', '.join(FAMILIES)}.\n"
+                f"{', '.join((*FAMILIES, *ENCODERS))}.\n"
                 f"To describe it, add Family('{model_type}', ...) to FAMILIES "
                 "in slim/models/families.py; docs/extending/family.md says how."
             )
-        return FAMILIES[model_type]
+        return family
 
     @property
     def known(self) -> bool:
         """Whether there is a description of the family."""
-        return self.config.get("model_type") in FAMILIES
+        return family_of(self.config) is not None
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is an encoder: a text becomes a vector per token, or scores of classes."""
+        return self.config.get("model_type") in ENCODERS
+
+    @property
+    def top(self) -> str | None:
+        """What stands on top of an encoder: ``classification``, ``masked`` or ``embedding``; None
+        for a decoder."""
+        if not self.is_encoder:
+            return None
+        return top_of(self.config)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes that a head for classes tells apart, in their order."""
+        names = self.config.get("id2label") or {}
+        return [str(names.get(str(number), number)) for number in range(label_count(self.config))]
+
+    def key(self, entry: str) -> str:
+        """Return the name that an entry of ``config.json`` has in this family.
+
+        Args:
+            entry: As most families call it.
+        """
+        family = family_of(self.config)
+        if family is None:
+            return entry
+        return family.key(entry)
 
     def entry(self, key: str) -> Any:
         """Return an entry of the config, or what the family assumes where it is left out.
@@ -98,18 +131,18 @@ class ModelSpec:
 
     @property
     def blocks(self) -> int:
-        """Number of decoder blocks."""
-        return self.config["num_hidden_layers"]
+        """Number of blocks."""
+        return self.config[self.key("num_hidden_layers")]
 
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return self.config["hidden_size"]
+        return self.config[self.key("hidden_size")]
 
     @property
     def intermediate_size(self) -> int:
         """Channels of the MLP."""
-        return self.config["intermediate_size"]
+        return self.config[self.key("intermediate_size")]
 
     @property
     def vocab_size(self) -> int:
@@ -119,7 +152,7 @@ class ModelSpec:
     @property
     def heads(self) -> int:
         """Query heads."""
-        return self.config["num_attention_heads"]
+        return self.config[self.key("num_attention_heads")]
 
     @property
     def kv_heads(self) -> int:
@@ -134,11 +167,17 @@ class ModelSpec:
     @property
     def context_length(self) -> int:
         """Longest input in tokens that the model was built for."""
-        return self.config.get("max_position_embeddings") or 2048
+        length = self.config.get("max_position_embeddings") or 2048
+        if self.is_encoder:
+            length -= self.family.reserved_positions
+        return length
 
     @property
     def tied(self) -> bool:
-        """Whether the head shares the embedding's weights."""
+        """Whether the head shares the embedding's weights, or there is none that predicts
+        tokens."""
+        if self.is_encoder:
+            return True
         return bool(self.entry("tie_word_embeddings"))
 
     @property
@@ -248,7 +287,7 @@ class ModelSpec:
         sizes, linears = self._projections(), {}
         for group in self.family.linear_groups:
             for name in group.linears:
-                linears[name] = sizes[name.split(".")[-1]]
+                linears[name] = sizes[self.family.role(name)]
         return linears
 
     def first_scaled_row(self, group: LinearGroupSpec) -> int:
@@ -275,6 +314,8 @@ class ModelSpec:
         weights = sum(rows * columns for rows, columns in linears.values())
         biases = sum(rows for name, (rows, _) in linears.items() if self._has_bias(name))
         norms = len(self.family.norms) * self.hidden_size + 2 * self.head_dim * self.family.qk_norm
+        if self.is_encoder:
+            norms *= 1 + self.family.norm_bias
         return weights + biases + norms
 
     def _has_bias(self, linear: str) -> bool:
@@ -296,6 +337,9 @@ class ModelSpec:
         if not self.tied:
             embeddings *= 2
         blocks = sum(self.block_parameters(block) for block in range(self.blocks))
+        if self.is_encoder:
+            rest = self.family.rest(self.config, self.top)
+            return embeddings + rest + blocks + self.adapter_parameters
         return embeddings + self.hidden_size + blocks + self.adapter_parameters
 
     @property
@@ -324,6 +368,14 @@ class ModelSpec:
                 linears[f"{self.family.blocks}.{block}.{name}"] = shape
         return linears
 
+    @property
+    def outer_linears(self) -> list[str]:
+        """Full names of the linear layers outside the blocks: a decoder's head, or what stands on
+        top of an encoder."""
+        if self.is_encoder:
+            return list(self.family.outside.get(self.top, ()))
+        return [self.family.head]
+
     def with_config(self, **changes) -> ModelSpec:
         """Return a copy with some entries of the config replaced.
 
@@ -344,6 +396,7 @@ class ModelSpec:
         changes: dict[str, Any] = {}
         for key, value in self.config.items():
             per_block = isinstance(value, list) and len(value) == self.blocks
+            per_block = per_block and key != "architectures"
             # as many tokens that end a text as blocks would be a coincidence
             if per_block and not key.endswith("token_id"):
                 changes[key] = [value[index] for index in kept]
@@ -356,7 +409,8 @@ class ModelSpec:
             for new, old in enumerate(kept):
                 if old in self.differing:
                     changes["per_layer_config"][str(new)] = self.differing[old]
-        return self.with_config(num_hidden_layers=len(kept), **changes)
+        changes[self.key("num_hidden_layers")] = len(kept)
+        return self.with_config(**changes)
 
 
 def resolve_dtype(spec: ModelSpec, dtype: str, device: str) -> str:

@@ -81,7 +81,12 @@ def assign(
     """
     family = spec.family
     assigned = dict(schemes)
-    if lm_head or (embeddings and spec.tied):
+    if lm_head and spec.is_encoder:
+        raise SlimError(
+            f"quant.lm_head=true: {spec.name} is an encoder, which has no head that predicts "
+            "tokens. Use quant.lm_head=false, or quant.embeddings=true for its embedding."
+        )
+    if not spec.is_encoder and (lm_head or (embeddings and spec.tied)):
         assigned[family.head] = HEAD_SCHEME
     if embeddings:
         assigned[family.embeddings] = HEAD_SCHEME

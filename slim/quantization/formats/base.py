@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
-from slim.models.spec import FAMILIES
+from slim.models.encoders import ENCODERS
+from slim.models.families import FAMILIES
 from slim.quantization.kernels.packing import MAX_BITS, unpack
 from slim.quantization.scheme import WHOLE_ROW, Scheme
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-EMBEDDINGS = frozenset(family.embeddings for family in FAMILIES.values())
+EMBEDDINGS = frozenset(
+    [family.embeddings for family in (*FAMILIES.values(), *ENCODERS.values())]
+    + [f"{family.base}.{family.embeddings}" for family in ENCODERS.values()]
+)
 HEADS = frozenset(family.head for family in FAMILIES.values())
 
 Sizes = Mapping[str, tuple[int, int]]  # layer -> (outputs, inputs)

@@ -171,7 +171,7 @@ class Quantization(Stage):
             schemes: full layer name -> scheme.
         """
         family = spec.family
-        linears = [*layer_shapes(spec), family.head]
+        linears = [*layer_shapes(spec), *spec.outer_linears]
         config = get_format(self.format).config(
             schemes, linears, self.ordered, **self.format_settings()
         )

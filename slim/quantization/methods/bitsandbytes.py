@@ -97,7 +97,7 @@ class BitsAndBytes(Stage):
             spec: The model before.
             plain: Full names of layers that stay as they are, besides the head.
         """
-        skipped = [spec.family.head, *plain]
+        skipped = [*spec.outer_linears, *plain]
         settings = {**self.library_settings(spec), "llm_int8_skip_modules": skipped}
         return spec.with_config(quantization_config={**DEFAULTS, **settings})
 
