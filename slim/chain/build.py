@@ -13,6 +13,7 @@ from slim.checkpoints.store import Store, require_folder
 from slim.core.errors import SlimError
 from slim.core.settings import require_number
 from slim.gguf.sources import beginning
+from slim.loading.head import lacks_head
 from slim.loading.merge import MergeAdapter
 
 # in the order in which they run
@@ -35,7 +36,7 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     require_folder(config.store)
     require_number("seed", config.seed, 0, 2**32 - 1, integer=True)
     adapter = config.model.get("adapter")
-    config = import_gguf(learn_from_teacher(merge_alias(config)))
+    config = begin_with_head(import_gguf(learn_from_teacher(merge_alias(config))))
     chosen = []
     for group in STAGES:
         if not config[group]:
@@ -75,6 +76,34 @@ def import_gguf(config: DictConfig) -> DictConfig:
     config = config.copy()
     OmegaConf.set_struct(config, False)
     config.model = settings
+    return config
+
+
+def begin_with_head(config: DictConfig) -> DictConfig:
+    """Where the task is to tell classes apart, let the chain begin with an encoder that has a head
+    for those of the data.
+
+    A head for other classes is replaced; one that knows all of them stays.
+    """
+    source = "slim.checkpoints.source.Source"
+    if config.get("task") != "classification" or config.model.get("_target_") != source:
+        return config
+    if config.model.get("source") is None:  # the source says what is missing
+        return config
+    from hydra.utils import instantiate
+
+    base, labels = instantiate(config.model), instantiate(config.data).classes
+    spec = base.describe()
+    if spec.is_encoder and not lacks_head(spec, labels):
+        return config
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    config.model = {
+        "_target_": "slim.loading.head.WithHead",
+        "base": config.model,
+        "labels": labels,
+        "seed": config.seed,
+    }
     return config
 
 

@@ -1,4 +1,4 @@
-"""Readers of local files: text in a known encoding, and rows of JSON, JSON Lines and Parquet.
+"""Readers of local files: text in a known encoding, and rows of CSV, JSON, JSON Lines and Parquet.
 
 Every reader either yields what the file holds or raises a ``SlimError`` that names the file, the
 line and what to do. An encoding is never guessed: a byte order mark says which one it is, and
@@ -8,6 +8,7 @@ file as Latin-1 proves nothing.)"""
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,45 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             return
         yield f"line {number}", _as_row(path, f"line {number}", row)
         is_first = False
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield place and cells of every row of a table with a line of headings.
+
+    Columns are apart by commas, semicolons or tabs, whichever the headings have most of.
+
+    Args:
+        path: the file.
+
+    Yields:
+        ``line 3``, counted from 1 (of a row of several lines the last), and heading -> cell.
+
+    Raises:
+        SlimError: when there are no headings, or a row has more cells than there are.
+    """
+    lines = text_lines(path)
+    heading = next(lines, "")
+    delimiter = max(",;\t", key=heading.count)
+    names = next(csv.reader([heading], delimiter=delimiter), [])
+    if not any(name.strip() for name in names):
+        raise SlimError(f"{path} is empty. A table has a line of headings, and rows below it.")
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise SlimError(f"{path}: two columns are called '{repeated[0]}'. Rename one of them.")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            place = f"line {reader.line_num + 1}"
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                raise SlimError(
+                    f"{path}, {place}: {len(cells)} cells where the headings name {len(names)} "
+                    f"columns. Put texts with {delimiter!r} or line ends in them into double quotes."
+                )
+            yield place, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise SlimError(f"{path}, line {reader.line_num + 1}: not CSV ({error}).") from error
 
 
 def _many_lines(path: Path, number: int, first_error: ValueError) -> Iterator[tuple[str, Row]]:

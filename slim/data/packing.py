@@ -79,6 +79,18 @@ class Windows:
         """Number of tokens per window that count in the loss: int64 of shape [windows]."""
         return (self.labels[:, 1:] != IGNORE).sum(1)
 
+    def batch(self, chosen: torch.Tensor) -> dict:
+        """Return some windows as a batch: ``tokens``, ``labels`` and, for packed examples,
+        ``positions``, int64 [rows, length].
+
+        Args:
+            chosen: int64 [rows], numbers of windows.
+        """
+        batch = {"tokens": self.tokens[chosen].long(), "labels": self.labels[chosen].long()}
+        if self.positions is not None:
+            batch["positions"] = self.positions[chosen].long()
+        return batch
+
     @property
     def utilisation(self) -> float:
         """Share of the window positions that hold a token of an example (the rest is padding)."""

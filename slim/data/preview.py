@@ -23,6 +23,8 @@ def first_examples(windows: Windows, tokenizer, count: int = 3) -> list[str]:
         tokenizer: that the tokens come from.
         count: how many at most.
     """
+    if hasattr(windows, "shown"):  # texts with classes
+        return windows.shown(count)
     examples: list[str] = []
     for row in range(min(len(windows), count)):
         tokens = windows.tokens[row].tolist()

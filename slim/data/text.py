@@ -14,14 +14,15 @@ from slim.core.errors import SlimError
 from slim.core.hub import hub_problem
 from slim.core.io import sha256
 from slim.data.cells import as_text
-from slim.data.files import Row, json_rows, parquet_rows, read_text, text_lines
+from slim.data.files import Row, csv_rows, json_rows, parquet_rows, read_text, text_lines
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {
     "tiny:heldout": ASSETS / "tiny_world" / "heldout.txt",
     "tiny:calibration": ASSETS / "tiny_world" / "calibration.txt",
 }
-FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
+FILE_ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv")
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Text:
     """Where documents come from.
 
     Attributes:
-        text: a file (``.txt``: one text; ``.jsonl``, ``.json``, ``.parquet``: one document a row),
+        text: a file (``.txt``: one text; ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``:
+            one document a row),
             an embedded text (``tiny:heldout``, ``tiny:calibration``), or a data set of the hub by
             its id or a local folder in the hub's layout.
         subset: configuration of a data set; None: its default.
@@ -153,7 +155,8 @@ class Text:
         """
         path = self.path
         if path is not None and path.is_file() and path.suffix != ".parquet":
-            for place, row in json_rows(path):
+            rows = csv_rows if path.suffix in TABLES else json_rows
+            for place, row in rows(path):
                 yield f"{self.text}, {place}", row
             return
         for number, row in enumerate(self._table_rows(), 1):

@@ -114,6 +114,7 @@ def differences(first: Result, second: Result) -> dict[str, Difference]:
         *_of_perplexities(before, after),
         *_of_tasks(before.get("tasks", {}), after.get("tasks", {})),
         *_of_answers(before, after),
+        *_of_classes(before, after),
     ]
     comparable = {}
     for difference in measured:
@@ -187,3 +188,13 @@ def _of_answers(before: dict, after: dict) -> list[Difference]:
         return []
     value, error = paired(gaps)
     return [Difference("similarity/mean", value, error, len(gaps))]
+
+
+def _of_classes(before: dict, after: dict) -> list[Difference]:
+    """Compare the accuracy of two classifiers, text by text."""
+    old, new = before.get("classification"), after.get("classification")
+    # other texts make no pairs
+    if not old or not new or old["class"] != new["class"]:
+        return []
+    value, error = paired(_minus(new["correct"], old["correct"]))
+    return [Difference("accuracy", value, error, len(old["correct"]))]

@@ -227,6 +227,11 @@ class Evaluation:
         under a second."""
         if self.engine is not None:
             self.installed_engine().check(spec)
+        if spec.is_encoder:
+            self._refuse_generation(spec)
+        for part in self.extra.values():
+            if hasattr(part, "check"):
+                part.check(spec)
         if self.tasks:
             self.tasks.check()
         if self.speed:
@@ -240,6 +245,24 @@ class Evaluation:
                 f"eval.new_tokens={self.new_tokens} leaves no room for a prompt in the context of "
                 f"{spec.context_length} tokens of {spec.name}. Use fewer."
             )
+
+    def _refuse_generation(self, spec: ModelSpec) -> None:
+        """Raise ``SlimError`` for parts that need a model which continues texts."""
+        parts = {
+            **self._quality_parts(),
+            "prompts": self.prompts,
+            "kl": self.kl,
+            "energy": self.energy,
+            "engine": self.engine,
+            "speed": self.speed if not hasattr(self.speed, "encodes") else None,
+        }
+        for name, part in parts.items():
+            if part and name not in self.extra:
+                raise SlimError(
+                    f"eval.{name} needs a model that continues texts, and {spec.name} is an "
+                    "encoder.\nUse task=classification or task=similarity, which choose what is "
+                    "measured, or eval=none."
+                )
 
     def quality_cache_key(self) -> dict:
         """Return what determines perplexity, accuracies and sample generations, as plain JSON
@@ -384,6 +407,8 @@ class Evaluation:
             Memory of each phase (see :func:`slim.evaluation.memory.phase_peaks`), and energy where
             it is asked for (see :func:`slim.evaluation.energy.generation_energy`).
         """
+        if hasattr(self.speed, "measure_use"):
+            return self.speed.measure_use(model, prompts)
         _, cut = self.speed.cases(prompts)[""]  # the case in tables
         new_tokens = self.speed.new_after(cut[0])
         metrics = phase_peaks(model, cut[0], new_tokens)

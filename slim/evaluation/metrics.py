@@ -139,6 +139,17 @@ METRICS = [
     Metric("bits_per_byte", "bits per byte", "", "", 1, 4, "low", "documents"),
     MEAN_ACCURACY,
     Metric(
+        "accuracy", "accuracy", "", "%", 100, 1, "high", "classification", HEADLINE, "difference"
+    ),
+    Metric(
+        "macro_f1", "macro F1", "", "%", 100, 1, "high", "classification", HEADLINE, "difference"
+    ),
+    Metric(
+        "calibration_error", "calibration error", "", "%", 100, 1, "low", "classification",
+        HEADLINE, "difference",
+    ),
+    Metric("class_nll", "loss of classes", "", "", 1, 4, "low", "classification", DETAIL),
+    Metric(
         "similarity/mean", "similarity", "similarity of answers", "", 1, 3, "high", "answers",
         HEADLINE, "difference",
     ),
@@ -166,6 +177,11 @@ METRICS = [
         "whole_length_tokens_per_second", "whole length", "", "tok/s", 1, 0, "high", "max_length",
         RECORD, "factor",
     ),
+    Metric(
+        "texts_per_second", "texts", "encoding", "texts/s", 1, 0, "high", "speed", HEADLINE,
+        "factor",
+    ),
+    Metric("text_latency", "one text", "", "ms", 1000, 2, "low", "speed", HEADLINE),
     Metric("time_to_first_token", "time to first token", "", "s", 1, 3, "low", "speed"),
     Metric(
         "energy_joules_per_token", "energy", "energy", "J/tok", 1, 3, "low", "energy", HEADLINE

@@ -7,12 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from slim.checkpoints.checkpoint import open_checkpoint
+from slim.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from slim.checkpoints.meta_model import auto_class
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.checkpoints.writer import copy_companions
 from slim.core.console import warn
 from slim.core.errors import SlimError
 from slim.evaluation.divergence import KeptReference, keep_states
+from slim.evaluation.encoder_speed import EncoderSpeed
 from slim.evaluation.engines.measure import measure_in_engine
 from slim.evaluation.memory import MemoryMeter, release
 from slim.evaluation.perplexity import default_batch_size
@@ -191,6 +193,9 @@ def warm_up(folder: Path, device: str) -> None:
 
     checkpoint = open_checkpoint(folder)
     import_libraries(checkpoint)
+    if checkpoint.spec.is_encoder:
+        warm_up_encoder(checkpoint, device)
+        return
     model_type = checkpoint.config.get("model_type")
     if model_type not in FAMILIES:  # its settings may have other names
         return
@@ -210,6 +215,26 @@ def warm_up(folder: Path, device: str) -> None:
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch)
         copy_companions(Path(folder), Path(scratch))
         Speed(repeats=1, new_tokens=4).measure(load_model(scratch, device=device), [[1] * 16])
+
+
+def warm_up_encoder(checkpoint: Checkpoint, device: str) -> None:
+    """As :func:`warm_up` for an encoder: build a minute one of the same family and let it read.
+
+    Args:
+        checkpoint: that is measured next.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    spec = checkpoint.spec
+    sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+    settings = {spec.key(name): value for name, value in sizes.items()}
+    config = AutoConfig.for_model(spec.config["model_type"], pad_token_id=0, **settings)
+    with MemoryMeter(device):
+        model = auto_class(spec).from_config(config, dtype=torch.bfloat16).to(device).eval()
+        EncoderSpeed(repeats=1).measure(model, [[1] * 16])
 
 
 def memory_metrics(meter: MemoryMeter) -> dict[str, float]:

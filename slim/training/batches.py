@@ -54,14 +54,9 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         chosen = self.rows[number]
-        batch = {
-            "tokens": self.windows.tokens[chosen].long(),
-            "labels": self.windows.labels[chosen].long(),
-            "windows": chosen,
-            "loss_tokens": self.loss_tokens[number // self.accumulation],
-        }
-        if self.windows.positions is not None:
-            batch["positions"] = self.windows.positions[chosen].long()
+        batch = self.windows.batch(chosen)
+        batch["windows"] = chosen
+        batch["loss_tokens"] = self.loss_tokens[number // self.accumulation]
         return batch
 
 

@@ -33,6 +33,37 @@ def sequence_nll(
     return F.cross_entropy(logits.float(), target, reduction="sum")
 
 
+def batch_nll(model: nn.Module, batch: dict) -> Tensor:
+    """Return the summed negative log-likelihood, in nats, of what counts in a batch: tokens with a
+    label, or classes of texts.
+
+    Args:
+        model: A causal language model, or a classifier; plain or wrapped by PEFT.
+        batch: ``tokens``, ``labels`` and perhaps ``positions``; or for a classifier what
+            :meth:`slim.data.labelled.LabelledWindows.batch` gives.
+    """
+    if "mask" not in batch:
+        return sequence_nll(model, batch["tokens"], batch["labels"], batch.get("positions"))
+    logits = class_outputs(model, batch).logits.float()
+    nll = F.cross_entropy(logits, batch["labels"][:, 1], reduction="none")
+    if "weights" in batch:
+        nll = nll * batch["weights"]
+    return nll.sum()
+
+
+def class_outputs(model: nn.Module, batch: dict, **wanted: bool):
+    """Return what an encoder with its head gives for a batch of texts.
+
+    Args:
+        model: A classifier, plain or wrapped by PEFT.
+        batch: ``tokens`` and ``mask``, [rows, length], and perhaps ``types``.
+        **wanted: ``output_hidden_states``, ``output_attentions``.
+    """
+    if "types" in batch:
+        wanted["token_type_ids"] = batch["types"]
+    return plain_model(model)(input_ids=batch["tokens"], attention_mask=batch["mask"], **wanted)
+
+
 def counted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pick what counts.
 
@@ -98,7 +129,7 @@ def mean_nll(
     """
 
     def nll(batch: dict) -> Tensor:
-        return sequence_nll(model, batch["tokens"], batch["labels"], batch.get("positions"))
+        return batch_nll(model, batch)
 
     training = model.training
     model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slim.core import processes
 from slim.training import distributed, optimizers
-from slim.training.forward import sequence_nll
+from slim.training.forward import batch_nll
 from slim.training.schedule import learning_rate_factor
 
 SCALED = "16-mixed"  # the precision in which the loss is scaled
@@ -66,12 +66,14 @@ class LanguageModeling(pl.LightningModule):
         self.step_nll = 0.0
 
     def nll(self, batch: dict) -> Tensor:
-        """Return the summed negative log-likelihood, in nats, of the tokens with labels.
+        """Return the summed negative log-likelihood, in nats, of the tokens with labels, or of the
+        classes of texts.
 
         Args:
-            batch: ``tokens``, ``labels`` and perhaps ``positions``, int64 [rows, length].
+            batch: ``tokens``, ``labels`` and perhaps ``positions``, int64 [rows, length]; or those
+                of a classifier.
         """
-        return sequence_nll(self.model, batch["tokens"], batch["labels"], batch.get("positions"))
+        return batch_nll(self.model, batch)
 
     def total(self, batch: dict) -> Tensor:
         """Return what is minimised, summed over the tokens of the micro-batch that count.

@@ -115,3 +115,18 @@ class Task:
             "utilisation": self.training.utilisation,
             "data": {"train": self.training.counts, "validation": self.validation.counts},
         }
+
+
+class ClassificationTask(Task):
+    """Telling the classes of texts apart."""
+
+    def read_training(self) -> Windows:
+        return self._read(TRAIN, self.plan.training_tokens)
+
+    def read_validation(self) -> Windows:
+        return self._read(VALIDATION, self.plan.validation_tokens)
+
+    def _read(self, part: str, tokens: int | None) -> Windows:
+        """Return a part of the data with the numbers that the model's head gives its classes."""
+        plan, names = self.plan, self.checkpoint.spec.labels
+        return plan.data.labelled(part, self.tokenizer, plan.window, tokens, names)

@@ -19,7 +19,9 @@ from slim.core.lazy import LazyModule
 from slim.core.settings import require_choice, require_number
 from slim.data import preview
 from slim.data.examples import TrainingData
+from slim.data.labelled import Labelled
 from slim.loading.save_model import save_model
+from slim.models.encoders import CLASSES
 from slim.training.optimizers import OPTIMIZERS, require_device, require_optimizer
 from slim.training.schedule import SCHEDULES
 from slim.training.trainer_settings import TrainerSettings
@@ -181,6 +183,7 @@ class Tuner(Stage):
         spec.family  # noqa: B018 - refuses families whose parts are unknown
         spec.require_merged()
         self.check_weights(spec)
+        require_fitting(self.data, spec)
         if self.window > spec.context_length:
             raise SlimError(
                 f"{self.group}.window={self.window} exceeds the context of {spec.name}. "
@@ -278,14 +281,15 @@ class Tuner(Stage):
         return outcome.before
 
     def task(self, checkpoint: Checkpoint, device: str, precision: str) -> task.Task:
-        """Return what is learned: here, to predict the next token.
+        """Return what is learned: here, to predict the next token, or an encoder's classes.
 
         Args:
             checkpoint: The source.
             device: Torch's name of the device.
             precision: Lightning's name of the precision.
         """
-        return task.Task(task.TaskPlan(**self.task_settings()), checkpoint, device, precision)
+        kind = task.ClassificationTask if checkpoint.spec.is_encoder else task.Task
+        return kind(task.TaskPlan(**self.task_settings()), checkpoint, device, precision)
 
     def task_settings(self) -> dict:
         """Return the settings that every task needs, by the names of ``TaskPlan``'s fields."""
@@ -449,3 +453,35 @@ class Tuner(Stage):
         if outcome.stopped:
             metadata["stopped"] = outcome.stopped
         return metadata
+
+
+def require_fitting(data: TrainingData, spec: ModelSpec) -> None:
+    """Check that a model can learn from data of this kind.
+
+    Args:
+        data: Texts, conversations, or texts with labels.
+        spec: The model.
+
+    Raises:
+        SlimError: It cannot.
+    """
+    has_labels = isinstance(data, Labelled)
+    if has_labels and not spec.is_encoder:
+        raise SlimError(
+            f"{data.title} have labels, which a classifier learns, and {spec.name} is a decoder.\n"
+            "Use an encoder (docs/encoders.md), or other data, such as data=tiny."
+        )
+    if not spec.is_encoder:
+        return
+    if spec.top != CLASSES:
+        raise SlimError(
+            f"{spec.name} is an encoder without a head for classes. Use task=classification, which "
+            "gives it one."
+        )
+    if not has_labels:
+        raise SlimError(
+            f"{spec.name} is a classifier and learns from texts with labels, not from "
+            f"{data.title}.\nUse task=classification, with data=headlines or data=labelled "
+            "data.text=FILE.csv."
+        )
+    data.check_classes(spec.labels, spec.name)
