@@ -19,10 +19,11 @@ EXAMPLES = {
     "train": ("train.py model=tiny tuner=lora data=tiny_chat",),
     "evaluate": ("evaluate.py model.source=FOLDER", "evaluate.py model.source=[FOLDER,FOLDER]"),
 }
-# folders of files that depend on the model's texts; experiments choose between them
-BY_TEXTS = ("tiny", "hub")
+# folders of files that depend on the model's texts or on the command; experiments and tasks choose
+# between them
+BY_TEXTS = ("tiny", "hub", "compress", "train", "evaluate")
 # settings that say which group or class is meant, not what it does
-HIDDEN = ("texts", "sizes", "chain")
+HIDDEN = ("texts", "sizes", "chain", "command")
 FOOTER = """Choose with group=choice, set with group.setting=value, sweep with -m and commas.
 plan=true shows what would run; texts=tiny takes the embedded texts, for any model.
 Each choice is a commented file in {conf}; all settings with their meaning

@@ -32,10 +32,11 @@ GROUPS = {
     "data": "what tuning and distillation train on",
     "trainer": "the devices they train on",
     "eval": "how every checkpoint is measured",
+    "task": "what an encoder does",
     "hparams_search": "a search for the best settings",
 }
 # groups that experiment files are made of, and that few people type
-HELPERS = ("texts", "chain", "sizes", "experiment")
+HELPERS = ("texts", "chain", "sizes", "command", "experiment")
 # how the page names what a field's annotation says
 TYPES = {
     "int": "integer",

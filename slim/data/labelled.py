@@ -543,5 +543,3 @@ def _by_number(name: str) -> tuple:
         return (0, float(name), name)
     except ValueError:
         return (1, 0.0, name)
-
-

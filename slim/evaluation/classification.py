@@ -164,9 +164,7 @@ def macro_f1(labels: list[int], predicted: list[int]) -> float:
     return sum(scores) / len(scores)
 
 
-def calibration_bins(
-    confidence: list[float], correct: list[int]
-) -> list[tuple[int, float, float]]:
+def calibration_bins(confidence: list[float], correct: list[int]) -> list[tuple[int, float, float]]:
     """Return for each bin of the confidence that holds texts: how many, their mean confidence and
     their accuracy.
 

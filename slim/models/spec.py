@@ -103,7 +103,8 @@ class ModelSpec:
     def labels(self) -> list[str]:
         """Names of the classes that a head for classes tells apart, in their order."""
         names = self.config.get("id2label") or {}
-        return [str(names.get(str(number), number)) for number in range(label_count(self.config))]
+        count = label_count(self.config)
+        return [str(names.get(str(number), f"LABEL_{number}")) for number in range(count)]
 
     def key(self, entry: str) -> str:
         """Return the name that an entry of ``config.json`` has in this family.

@@ -39,6 +39,9 @@ else:
         for name in ("batches", "callbacks", "curves", "fit", "forward", "module", "stored", "task")
     )
 
+# of an encoder, times its width: 5e-5 where that is 768, the highest that BERT's paper tries
+ENCODER_RATE = 0.0384
+
 
 @dataclass
 class Tuner(Stage):
@@ -54,7 +57,8 @@ class Tuner(Stage):
         accumulation: Parts in which a step is computed, to save memory; the result is the same to
             rounding.
         learning_rate: Highest one. None takes ``width_rate / hidden size``, since Adam's best rate
-            falls as the width grows (Yang et al., arXiv:2203.03466).
+            falls as the width grows (Yang et al., arXiv:2203.03466), and for an encoder
+            0.0384 / hidden size.
         schedule: ``cosine``, ``linear`` or ``constant`` after the warm-up.
         warmup: Share of the steps over which the rate rises, 0 to 1.
         floor: Share of the learning rate that is left at the end, 0 to 1.
@@ -168,7 +172,8 @@ class Tuner(Stage):
         Args:
             spec: The model to train.
         """
-        return self.learning_rate or self.width_rate / spec.hidden_size
+        width_rate = ENCODER_RATE if spec.is_encoder else self.width_rate
+        return self.learning_rate or width_rate / spec.hidden_size
 
     # Checks and estimates, before any work
 

@@ -11,22 +11,26 @@ from slim.checkpoints.stage import Context
 from slim.distillation.student import Layers
 from slim.loading.check_result import check_result
 from slim.loading.load_model import load_model
-from slim.quantization.methods.gptq import GPTQ
 from slim.quantization.methods.rtn import RTN
 from tests.support.encoding import FAMILIES, build_encoder
 
 TOPS = ("classification", "masked", "embedding")
+# a post-norm and a pre-norm encoder by default, the others with the slow tests
+LIGHT = [
+    family if family in ("bert", "modernbert") else pytest.param(family, marks=pytest.mark.slow)
+    for family in FAMILIES
+]
 
 
 @pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIGHT)
 def test_config_tells_how_many_parameters_there_are(family, top, tmp_path):
     spec = open_checkpoint(build_encoder(family, tmp_path / "model", top)).spec
     model = load_model(tmp_path / "model")
     assert spec.parameters() == sum(weight.numel() for weight in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIGHT)
 def test_config_tells_the_linear_layers_of_the_blocks(family, tmp_path):
     checkpoint = open_checkpoint(build_encoder(family, tmp_path / "model"))
     model = load_model(tmp_path / "model")
@@ -38,7 +42,7 @@ def test_config_tells_the_linear_layers_of_the_blocks(family, tmp_path):
     assert checkpoint.spec.linears() == shapes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIGHT)
 def test_block_by_block_gives_what_the_model_gives(family, tmp_path):
     from slim.calibration.capture import last_hidden
 
@@ -55,7 +59,7 @@ def test_block_by_block_gives_what_the_model_gives(family, tmp_path):
     assert torch.allclose(hidden, expected.reshape(hidden.shape), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIGHT)
 def test_quantized_encoder_loads_and_computes_nearly_the_same(family, tmp_path):
     source = build_encoder(family, tmp_path / "model")
     target = tmp_path / "quantized"
@@ -69,7 +73,7 @@ def test_quantized_encoder_loads_and_computes_nearly_the_same(family, tmp_path):
     assert (after - before).norm() < 0.05 * before.norm()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIGHT)
 def test_student_of_every_second_block_is_those_blocks(family, tmp_path):
     source = build_encoder(family, tmp_path / "model")
     target = tmp_path / "student"

@@ -14,6 +14,7 @@ from slim.core.console import hide_library_bars
 from slim.core.errors import SlimError
 from slim.core.io import read_json
 from slim.core.settings import require_number
+from slim.data.base import TRAIN
 from slim.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -115,8 +116,6 @@ class UntrainedEncoder(Stage):
         """
         import torch
         from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        from slim.data.base import TRAIN
 
         tokenizer = train_wordpiece(
             (example.text for example in self.data.examples(TRAIN)),
