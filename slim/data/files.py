@@ -161,7 +161,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
             if len(cells) != len(names):
                 raise SlimError(
                     f"{path}, {place}: {len(cells)} cells where the headings name {len(names)} "
-                    f"columns. Put texts with {delimiter!r} or line ends in them into double quotes."
+                    f"columns. Put texts with {delimiter!r} in them into double quotes."
                 )
             yield place, dict(zip(names, cells, strict=True))
     except csv.Error as error:

@@ -54,8 +54,8 @@ class LabelledText:
 class LabelledWindows(Windows):
     """Texts of a classifier, one a row.
 
-    ``tokens`` is int32 [texts, window], filled up with ``pad``; ``labels`` int32 [texts, 2]: nothing
-    and the class, since a first token counts nowhere.
+    ``tokens`` is int32 [texts, window], filled up with ``pad``; ``labels`` int32 [texts, 2]:
+    nothing and the class, since a first token counts nowhere.
 
     Attributes:
         pad: The token that fills up.
@@ -150,7 +150,7 @@ class Labelled(TrainingData):
             raise SlimError(
                 f"{self.title} has the class '{unknown[0]}', and {model} knows "
                 f"{listed(names)}.{did_you_mean(unknown[0], list(names))}\n"
-                "Use data with the same classes, or a model without a head for classes: it gets one."
+                "Use data with the same classes, or a model without a head, which then gets one."
             )
 
     def labelled(
@@ -521,8 +521,8 @@ class LabelledCalibration:
             stream.extend(ids)
         if len(stream) < length:
             raise SlimError(
-                f"{self.data.title} has {len(stream)} tokens to calibrate on, fewer than one sample "
-                f"of {length}. Give more data, or calibration.length={max(SHORTEST, len(stream))}."
+                f"{self.data.title} has {len(stream)} tokens to calibrate on, fewer than one "
+                f"sample of {length}. Give more data, or calibration.length={max(SHORTEST, len(stream))}."
             )
         ids = torch.tensor(stream)
         generator = torch.Generator().manual_seed(self.seed)

@@ -62,8 +62,8 @@ class UntrainedEncoder(Stage):
     def __post_init__(self) -> None:
         if not hasattr(self.data, "classes"):
             raise SlimError(
-                "This model is made for the classes of its data: use data=headlines, or data=labelled "
-                "data.text=FILE.csv (task=classification chooses them)."
+                "This model is made for the classes of its data: use data=headlines, or "
+                "data=labelled data.text=FILE.csv (task=classification chooses them)."
             )
         require_number("model.vocab_size", self.vocab_size, 100, 2**20, integer=True)
         for name in ("hidden_size", "intermediate_size", "blocks", "heads"):

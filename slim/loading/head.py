@@ -63,8 +63,8 @@ class WithHead(Stage):
         spec = self.base.describe()
         if not spec.is_encoder:
             raise SlimError(
-                f"{spec.name} (model_type '{spec.config.get('model_type')}') is no encoder that slim "
-                "knows, and task=classification needs one.\n"
+                f"{spec.name} (model_type '{spec.config.get('model_type')}') is no encoder that "
+                "slim knows, and task=classification needs one.\n"
                 "Use BERT, DistilBERT, RoBERTa, XLM-R, ModernBERT or MiniLM."
             )
         spec.require_plain("Give the plain encoder, and quantize the classifier.")
