@@ -1,10 +1,10 @@
 """Forward passes of the calibration samples through one decoder block, one linear group at a time.
 
 A decoder's block computes h + attention(norm(h)) and then h + mlp(norm(h)). Its parts, attention
-and MLP, are run one after the other, so that the input of each linear group comes from the already changed
-layers before it, at the cost of about one forward pass per block. Between the parts only the
-residual stream is kept: a finished part then outputs zeros, which add nothing to it. So nothing of
-the size of the hidden states exists besides them, except for the inputs of a part's last layer
+and MLP, are run one after the other, so that the input of each linear group comes from the already
+changed layers before it, at the cost of about one forward pass per block. Between the parts only
+the residual stream is kept: a finished part then outputs zeros, which add nothing to it. So nothing
+of the size of the hidden states exists besides them, except for the inputs of a part's last layer
 where those are small.
 
 An encoder's block may normalise after it has added (BERT), so that no such stream passes by its

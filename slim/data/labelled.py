@@ -522,7 +522,7 @@ class LabelledCalibration:
         if len(stream) < length:
             raise SlimError(
                 f"{self.data.title} has {len(stream)} tokens to calibrate on, fewer than one "
-                f"sample of {length}. Give more data, or calibration.length={max(SHORTEST, len(stream))}."
+                f"sample of {length}. Give more data, or a smaller calibration.length."
             )
         ids = torch.tensor(stream)
         generator = torch.Generator().manual_seed(self.seed)
