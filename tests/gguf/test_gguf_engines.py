@@ -27,6 +27,7 @@ from slim.gguf.mixes import MIXES, fitting_type, mixed_types
 from slim.gguf.quantizer import Gguf
 from slim.gguf.reader import GgufModel, type_name
 from slim.loading.load_model import load_model
+from slim.pruning.width_magnitude import WidthL2
 from slim.quantization.methods.rtn import RTN
 from slim.quantization.solvers.error_feedback import cholesky_factor
 from slim.quantization.solvers.super_block_feedback import descend, feed_errors
@@ -105,6 +106,20 @@ def test_llama_cpp_computes_what_slim_does(name, engine, smollm2, tmp_path):
     # llama.cpp rounds activations to 8 bits where it multiplies blocks
     assert sum(values) / len(values) < 0.01
     assert "Paris" in found["answer"]
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K_M"])
+def test_a_smollm2_pruned_in_width_chats_in_llama_cpp(name, engine, smollm2, tmp_path):
+    pruned, result = tmp_path / "pruned", tmp_path / "result"
+    run(WidthL2(ratio=0.05), smollm2, pruned)
+    run(STAGES[name], pruned, result)
+    question = "What is the capital of France?"
+    found = in_llama_cpp(engine, result / "model.gguf", tmp_path / "out.json", question)
+    values = divergences(result, found["results"])
+    print(f"{name}: KL {[f'{value:.5f}' for value in values]}; {found['answer']!r}")
+    assert GgufModel(result / "model.gguf").architecture == "deci"
+    assert sum(values) / len(values) < 0.01
+    assert len(found["answer"].split()) > 2
 
 
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 9}
