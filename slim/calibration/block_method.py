@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slim.calibration.propagation import Drift
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.models.spec import Family, LinearGroupSpec, ModelSpec
@@ -34,6 +35,7 @@ class LinearGroup:
         hessian: H = X^T X over the calibration tokens, float32 [in, in]; None where the method
             needs none.
         tokens: number of rows of X.
+        drift: how X differs from the plain model's; None unless the method ``propagates``.
     """
 
     block: int
@@ -44,6 +46,7 @@ class LinearGroup:
     channel_map: torch.Tensor
     hessian: torch.Tensor | None = None
     tokens: int = 0
+    drift: Drift | None = None
 
     @classmethod
     def of_block(
@@ -89,11 +92,13 @@ class BlockMethod:
         sequential: whether each linear group sees the already changed ones before it in its block;
             if not, all Hessians of a block are collected beforehand.
         resumable: whether :meth:`state` is all it has to remember between two blocks.
+        propagates: whether it is told how the inputs differ from the plain model's.
     """
 
     needs_hessian: bool = True
     sequential: bool = True
     resumable: bool = False
+    propagates: bool = False
 
     def process(self, group: LinearGroup) -> dict[str, float]:
         """Change the weights of ``group.linears`` in place.

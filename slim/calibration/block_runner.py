@@ -14,12 +14,13 @@ parts. It is run from its beginning for every linear group, and once more when a
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from slim.calibration.capture import CapturedInputs, StopForward, replaced_forwards, run_block
 from slim.calibration.hessian import Hessian, precision_of
+from slim.calibration.propagation import Drift
 from slim.core.lazy import LazyModule
 from slim.models.spec import Family, LinearGroupSpec
 
@@ -94,16 +95,44 @@ class BlockRunner:
             if not self.collected:
                 self.collected = self._collect_all()
             return self.collected.pop(group)
-        layer = group.linears[0]
-        hessian = self._new_hessian(layer)
-        self.cached_inputs = []
+        hessian = self._new_hessian(group.linears[0])
         with precision_of(self.captured.dtype):
-            for batch in range(len(self.captured.hidden)):
-                inputs = self._run(batch, {}, until=layer)
+            for inputs in self.inputs(group):
                 hessian.add(inputs)
-                if self.in_parts and layer in self.last_layer.values() and self._fits_cache(inputs):
-                    self.cached_inputs.append(inputs.to("cpu"))
         return hessian
+
+    def drift(self, group: LinearGroupSpec, plain: BlockRunner) -> Drift:
+        """Collect H = X^^T X^ of a linear group's input and C = X^T X^ with the plain model's.
+
+        Args:
+            group: the groups before it must be finished, in ``plain`` too.
+            plain: runs the same samples through the block as the source has it.
+        """
+        features = self.block.get_submodule(group.linears[0]).in_features
+        drift = Drift.empty(features, self.device)
+        adds = self.in_parts and not self.family.norms_outputs
+        adds = adds and group.linears[0] in self.last_layer.values()
+        batches = zip(plain.inputs(group), self.inputs(group), strict=True)
+        first = 0
+        with precision_of(self.captured.dtype):
+            for batch, (unchanged, changed) in enumerate(batches):
+                residual = None
+                if adds:
+                    residual = plain.captured.hidden[batch] - self.captured.hidden[batch]
+                    residual = residual.to(self.device)
+                drift.add(unchanged, changed, residual, first)
+                first += len(changed)
+        return drift
+
+    def inputs(self, group: LinearGroupSpec) -> Iterator[torch.Tensor]:
+        """Yield a linear group's input, batch by batch, [samples, length, in]."""
+        layer = group.linears[0]
+        self.cached_inputs = []
+        for batch in range(len(self.captured.hidden)):
+            inputs = self._run(batch, {}, until=layer)
+            if self.in_parts and layer in self.last_layer.values() and self._fits_cache(inputs):
+                self.cached_inputs.append(inputs.to("cpu"))
+            yield inputs
 
     def finish(self, group: LinearGroupSpec) -> list[str]:
         """After a part's last linear group, move the hidden states past that part.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SAVE_SECONDS = 20.0  # between two saves, at least
 HIDDEN = "hidden."
+PLAIN = "plain."
 PENDING = "pending."  # tensors that the writer has not yet written to a shard
 
 
@@ -38,12 +39,14 @@ class CalibrationState:
             calibration tokens.
         errors: of all layers so far.
         method: the method's state, plain JSON values.
+        plain: what ``hidden`` would be in the plain model; empty unless the method propagates.
     """
 
     block: int
     hidden: list[torch.Tensor]
     errors: list[LayerError]
     method: dict
+    plain: list[torch.Tensor] = field(default_factory=list)
 
 
 class CalibrationProgress:
@@ -75,7 +78,9 @@ class CalibrationProgress:
         """
         if time.monotonic() - self._saved < SAVE_SECONDS:
             return
-        tensors = {f"{HIDDEN}{batch}": hidden for batch, hidden in enumerate(state.hidden)}
+        tensors = {}
+        for prefix, batches in ((HIDDEN, state.hidden), (PLAIN, state.plain)):
+            tensors |= {f"{prefix}{batch}": hidden for batch, hidden in enumerate(batches)}
         record = {
             "setting": self.setting,
             "block": state.block,
@@ -110,17 +115,16 @@ class CalibrationProgress:
         from safetensors.torch import load_file  # loads torch
 
         tensors = load_file(self.folder / record["tensors"])
-        hidden, pending = [], {}
+        pending = {}
         for name, tensor in tensors.items():
             if name.startswith(PENDING):
                 pending[name.removeprefix(PENDING)] = tensor
-        while f"{HIDDEN}{len(hidden)}" in tensors:
-            hidden.append(tensors[f"{HIDDEN}{len(hidden)}"])
+        hidden, plain = _batches(tensors, HIDDEN), _batches(tensors, PLAIN)
         if writer is not None:
             writer.resume(record["writer"], pending)
         say(f"Resuming after block {record['block']}, where an earlier run was interrupted.")
         errors = [LayerError(**item) for item in record["errors"]]
-        return CalibrationState(record["block"], hidden, errors, record["method"])
+        return CalibrationState(record["block"], hidden, errors, record["method"], plain)
 
     def _read(self) -> dict | None:
         """Return the saved record, or None where there is none that can be used here."""
@@ -128,3 +132,11 @@ class CalibrationProgress:
             return None
         record = json.loads(self._record.read_text(encoding="utf-8"))
         return record if record["setting"] == self.setting else None
+
+
+def _batches(tensors: dict[str, torch.Tensor], prefix: str) -> list[torch.Tensor]:
+    """Return the saved batches of that name, in order."""
+    batches: list[torch.Tensor] = []
+    while f"{prefix}{len(batches)}" in tensors:
+        batches.append(tensors[f"{prefix}{len(batches)}"])
+    return batches

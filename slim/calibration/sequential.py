@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,8 @@ class SequentialCalibration:
         self.meta_model = MetaModel(source, device)
         self.family = self.meta_model.family
         self.captured: CapturedInputs | None = None
+        self.plain_captured: CapturedInputs | None = None  # the same through the plain model
+        self.plain_model: MetaModel | None = None
         self.errors: list[LayerError] = []
 
     def run(self) -> list[LayerError]:
@@ -112,6 +115,9 @@ class SequentialCalibration:
         # Capture: the embeddings run once; from here on only hidden states are needed.
         if self.method.needs_hessian:
             self.captured = capture_inputs(self.meta_model, self.tokens)
+        if self.method.propagates:
+            self.plain_model = MetaModel(self.source, self.device)
+            self.plain_captured = replace(self.captured, hidden=list(self.captured.hidden))
         start = self._resume()
         if start == 0:
             self._write_outside_blocks()
@@ -127,7 +133,8 @@ class SequentialCalibration:
                 # Read: no other block is in memory.
                 name = f"{self.family.blocks}.{index}"
                 block = self.meta_model.load(name)
-                runner = self._block_runner(block, index)
+                runner = self._block_runner(block, index, self.captured)
+                plain = self._plain_runner(name, index)
                 errors: dict[str, float] = {}
 
                 for spec in self.family.linear_groups:
@@ -136,21 +143,24 @@ class SequentialCalibration:
                     # Accumulate: the layers before this group already compute with their new
                     # weights.
                     if runner is not None:
-                        hessian = runner.hessian(spec)
-                        group.hessian, group.tokens = hessian.matrix(), hessian.rows
+                        self._accumulate(group, runner, plain)
                         group.require_finite()
 
                     # Solve: the method changes the group's weights in place.
                     with torch.no_grad(), self._finished_layers_freed(block, runner):
                         errors.update(self.method.process(group))
                         # as large as the largest layer: makes room for the weights that come back
-                        group.hessian = hessian = None
+                        group.hessian = group.drift = None
 
                     # Propagate: after attention's and MLP's last group the samples move past it.
                     if runner is not None:
                         self._free(block, runner.finish(spec))
+                    if plain is not None:
+                        plain.finish(spec)
                 if runner is not None:
                     runner.advance()
+                if plain is not None:
+                    self.plain_model.drop(name)
 
                 # Write: what the method has made of the block goes to the output's current shard.
                 self._write_block(index, block)
@@ -168,14 +178,35 @@ class SequentialCalibration:
         hidden = self.captured.hidden[0][0, :EXPECTED_TOKENS].clone()
         return Expected(self.tokens[:1, :EXPECTED_TOKENS].clone(), hidden, TOLERANCE)
 
-    def _block_runner(self, block: nn.Module, index: int) -> BlockRunner | None:
+    def _accumulate(
+        self, group: LinearGroup, runner: BlockRunner, plain: BlockRunner | None
+    ) -> None:
+        """Give a group the Hessian of its inputs, and how they differ from the plain model's."""
+        if plain is None:
+            hessian = runner.hessian(group.spec)
+            group.hessian, group.tokens = hessian.matrix(), hessian.rows
+            return
+        group.drift = runner.drift(group.spec, plain)
+        group.hessian = group.drift.hessian()
+        group.tokens = self.tokens.numel()
+
+    def _plain_runner(self, name: str, index: int) -> BlockRunner | None:
+        """Return what runs the samples through a block as the source has it, for methods that
+        propagate: two blocks are then in memory."""
+        if self.plain_captured is None:
+            return None
+        return self._block_runner(self.plain_model.load(name), index, self.plain_captured)
+
+    def _block_runner(
+        self, block: nn.Module, index: int, captured: CapturedInputs | None
+    ) -> BlockRunner | None:
         """Return what runs the samples through a block; None where there are no samples."""
-        if self.captured is None:
+        if captured is None:
             return None
         return BlockRunner(
             block,
             index,
-            self.captured,
+            captured,
             self.family,
             self.device,
             self.cache_bytes,
@@ -241,7 +272,8 @@ class SequentialCalibration:
     def _save(self, block: int) -> None:
         if self.progress:
             hidden = [] if self.captured is None else self.captured.hidden
-            state = CalibrationState(block, hidden, self.errors, self.method.state())
+            plain = [] if self.plain_captured is None else self.plain_captured.hidden
+            state = CalibrationState(block, hidden, self.errors, self.method.state(), plain)
             self.progress.save(state, self.writer)
 
     def _resume(self) -> int:
@@ -251,6 +283,8 @@ class SequentialCalibration:
             return 0
         if self.captured is not None:
             self.captured.hidden = saved.hidden
+        if self.plain_captured is not None:
+            self.plain_captured.hidden = saved.plain
         self.errors = saved.errors
         self.method.resume(saved.method)
         return saved.block + 1
@@ -270,6 +304,21 @@ def calibration_bytes(spec: ModelSpec, samples: int, length: int) -> int:
     widest = max(columns for _, columns in spec.block_linears().values())
     batch = 4 * max(BATCH_BYTES, 4 * length * widest_layer(spec))
     return hidden + min(4 * samples * length * widest, CACHE_BYTES) + batch + 2 * 4 * widest**2
+
+
+def propagation_bytes(spec: ModelSpec, samples: int, length: int) -> int:
+    """Estimate what propagation takes besides :func:`calibration_bytes`, in bytes.
+
+    A plain block, its hidden states, and five more matrices of the size of a Hessian.
+
+    Args:
+        spec: the model's sizes.
+        samples: number of calibration samples.
+        length: tokens per sample.
+    """
+    widest = max(columns for _, columns in spec.block_linears().values())
+    hidden = samples * length * spec.hidden_size
+    return 4 * (spec.block_parameters() + hidden + 5 * widest**2)
 
 
 def transform_checkpoint(

@@ -15,11 +15,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slim.calibration.sequential import calibration_bytes, transform_checkpoint
+from slim.calibration.sequential import (
+    calibration_bytes,
+    propagation_bytes,
+    transform_checkpoint,
+)
 from slim.checkpoints.checkpoint import REPORT, open_checkpoint
 from slim.checkpoints.stage import Context, Stage
 from slim.core.errors import SlimError, did_you_mean
-from slim.core.settings import require_choice, require_number
+from slim.core.settings import require_choice, require_flag, require_number
 from slim.data.calibration import Calibration
 from slim.gguf.blocks import BLOCK_TYPES, PLAIN_TYPES
 from slim.gguf.format import gguf_config
@@ -30,6 +34,7 @@ from slim.gguf.reader import CHUNK_ELEMENTS
 from slim.gguf.stage import TOKENIZER_BYTES
 from slim.models.spec import DTYPE_BYTES, ModelSpec
 from slim.quantization.assign import check_plain
+from slim.quantization.methods.calibrated import require_held_out
 from slim.quantization.storage import packed_bits
 from slim.quantization.written import check_written
 
@@ -60,6 +65,8 @@ class Gguf(Stage):
         damping: Added to the diagonal of H, in means of it, 0 to 1; calibrated only.
         refine: Rounds of coordinate descent over codes and grids, 0 to 100; calibrated only.
         calibration: The text that H = X^T X is summed over; None where nothing is calibrated.
+        propagate: Whether layers also make up for what the quantised ones before them changed;
+            calibrated only.
     """
 
     type: str = "Q8_0"
@@ -69,6 +76,7 @@ class Gguf(Stage):
     damping: float = 0.01
     refine: int = 3
     calibration: Calibration | None = None
+    propagate: bool = False
 
     kind: ClassVar[str] = "quantize"
     cache_name: ClassVar[str] = "Gguf"
@@ -89,6 +97,7 @@ class Gguf(Stage):
         require_choice("quant.calibrated", self.calibrated, (AUTO, True, False))
         require_number("quant.damping", self.damping, 0.0, 1.0)
         require_number("quant.refine", self.refine, 0, 100, integer=True)
+        require_flag("quant.propagate", self.propagate)
         self._settle_calibration()
 
     def _settle_calibration(self) -> None:
@@ -97,6 +106,10 @@ class Gguf(Stage):
             self.calibrated = self.type in MIXES
         if not self.calibrated:
             self.calibration = None
+            if self.propagate:
+                raise SlimError(
+                    "quant.propagate=true needs a calibration text: use quant.calibrated=true."
+                )
             return
         if self.type in PLAIN_TYPES:
             raise SlimError(
@@ -116,6 +129,8 @@ class Gguf(Stage):
                 del key[name]
             if self.type not in MIXES:
                 del key["calibrated"]
+        if not self.propagate:
+            del key["propagate"]
         return key
 
     def types(self, spec: ModelSpec) -> dict[str, str]:
@@ -155,6 +170,8 @@ class Gguf(Stage):
     def check(self, spec: ModelSpec) -> None:
         check_plain(spec)
         check_model(spec)
+        if self.propagate:
+            require_held_out(self.calibration)
         types, stored = self.types(spec), plain_type(spec.dtype)
         for layer, name in types.items():
             if self.calibrated and name in PLAIN_TYPES and name != stored:
@@ -183,6 +200,8 @@ class Gguf(Stage):
         widest = max(columns for _, columns in spec.block_linears().values())
         solving = 32 * CHUNK_ELEMENTS + 4 * widest**2
         block = 6 * spec.block_parameters() + solving
+        if self.propagate:
+            block += propagation_bytes(spec, self.calibration.samples, length)
         return plain + block + calibration_bytes(spec, self.calibration.samples, length)
 
     def run(self, source: Path, target: Path, context: Context) -> dict:
@@ -233,12 +252,13 @@ class Gguf(Stage):
 
         spec = checkpoint.spec
         method = BlockRounding(spec, types, self.damping, self.refine)
+        method.propagates = self.propagate
         tokens = self.calibration.tokens_for(checkpoint)
         config = self.output_spec(spec).config
         errors = transform_checkpoint(checkpoint, target, method, config, context, tokens)
         check_written(target, method.meant)
         notes += method.notes
-        return write_layer_errors(target / REPORT, errors)
+        return write_layer_errors(target / REPORT, errors) | method.propagation()
 
 
 def stand_in_notes(wanted: dict[str, str], types: dict[str, str]) -> list[str]:

@@ -325,7 +325,7 @@ def interrupted_at(monkeypatch, kind, block):
     monkeypatch.setattr(kind, "process", process)
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq auto", "magnitude"])
+@pytest.mark.parametrize("method", ["awq", "gptq auto", "gptq propagating", "magnitude"])
 @pytest.mark.parametrize("small_shards", [False, True])
 def test_an_interrupted_stage_goes_on_and_gives_the_same_files(
     method, small_shards, small_llama, calibration, tmp_path, monkeypatch
@@ -338,6 +338,10 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_files(
         "awq": (AWQ(3, 32, calibration=calibration, grid=4), ActivationAware),
         "gptq auto": (
             GPTQ("auto", 32, calibration=calibration, average_bits=3.3, refine=0),
+            ErrorFeedback,
+        ),
+        "gptq propagating": (
+            GPTQ(2, 32, calibration=calibration, refine=0, propagate=True),
             ErrorFeedback,
         ),
         "magnitude": (MagnitudeWeights(sparsity=0.5), MagnitudeMethod),

@@ -63,7 +63,9 @@ class AWQ(CalibratedQuantization):
 
     def method(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> ActivationAware:
         form = get_format(self.format)
-        return ActivationAware(schemes, spec.dtype, form, self.grid, self.clip, self.refit)
+        method = ActivationAware(schemes, spec.dtype, form, self.grid, self.clip, self.refit)
+        method.propagates = self.propagate
+        return method
 
 
 class ActivationAware(ScaledMethod):

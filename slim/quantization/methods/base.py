@@ -233,7 +233,7 @@ class Quantization(Stage):
             # the calibration saw the plain embedding, and the result has another
             context.expected = None
         check_written(target, method.meant)
-        metadata = self._metadata(target, result, schemes, errors)
+        metadata = self._metadata(target, result, schemes, errors) | method.propagation()
         notes = [*method.notes, *get_format(self.format).finish(target)]
         if split or notes:
             metadata["notes"] = split + notes

@@ -38,6 +38,7 @@ class QuantizationMethod(BlockMethod):
         prefix: name of the block at hand, such as ``model.layers.3``.
         meant: full layer name -> its first rows, float32, as the written file must give them back.
         notes: what the user should know, such as layers that had to fall back.
+        corrections: lengths of the steps that layers took to make up for those before them.
     """
 
     resumable = True
@@ -61,12 +62,27 @@ class QuantizationMethod(BlockMethod):
         self.prefix = ""
         self.meant: dict[str, torch.Tensor] = {}
         self.notes: list[str] = []
+        self.corrections: list[float] = []
 
     def state(self) -> dict:
-        return {"notes": self.notes}
+        return {"notes": self.notes, "corrections": self.corrections}
 
     def resume(self, state: dict) -> None:
         self.notes = state["notes"]
+        self.corrections = state["corrections"]
+
+    def propagation(self) -> dict:
+        """Return metadata of error propagation; empty where none was asked for.
+
+        Returns:
+            ``corrected_layers``: how many layers took a step; ``correction_mean``: its mean length
+            among them, 1 for all of what the calibration text asks for.
+        """
+        if not self.propagates:
+            return {}
+        count = len(self.corrections)
+        mean = sum(self.corrections) / max(1, count)
+        return {"corrected_layers": count, "correction_mean": round(mean, 4)}
 
     def scheme(self, group: LinearGroup, name: str) -> Scheme | None:
         """Return the scheme of a layer, or None where it stays as it is.
@@ -95,6 +111,8 @@ class QuantizationMethod(BlockMethod):
 
     def process(self, group: LinearGroup) -> dict[str, float]:
         self.prefix = group.prefix
+        if group.drift is not None:
+            self._take_corrections(group)
         weights = self.quantize(group)
         errors = {}
         for name in list(weights):
@@ -102,6 +120,12 @@ class QuantizationMethod(BlockMethod):
             linear, weight = group.linears[name], weights.pop(name)
             errors[name] = exchange_weight(linear, weight, group.hessian)
         return errors
+
+    def _take_corrections(self, group: LinearGroup) -> None:
+        """Let the layers aim at what the plain model gives, where that helps."""
+        for name, correction in group.drift.correct(self.weights(group)).items():
+            group.linears[name].weight.data = correction.weight
+            self.corrections.append(correction.length)
 
     def block_tensors(self, block: int, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors = {}

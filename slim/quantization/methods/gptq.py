@@ -93,6 +93,11 @@ class GPTQ(CalibratedQuantization):
                 "quant.scaling=awq folds factors into layers that are already quantised: it needs "
                 "quant.true_sequential=true."
             )
+        if self.propagate and not self.true_sequential:
+            raise SlimError(
+                "quant.propagate=true makes up for the layers before, which "
+                "quant.true_sequential=false leaves out of sight. Use quant.true_sequential=true."
+            )
 
     @property
     def ordered(self) -> bool:
@@ -131,6 +136,7 @@ class ErrorFeedback(ScaledMethod):
         self.stage = stage
         self.factors = shrink_factors(stage.clip)
         self.sequential = stage.true_sequential
+        self.propagates = stage.propagate
 
     def solve(self, problem: RoundingProblem) -> dict[str, Quantized]:
         layers = self._error_feedback(problem)
