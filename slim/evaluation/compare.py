@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from slim.checkpoints.store import digest
 from slim.core.errors import SlimError
+from slim.core.replies import Replies
 from slim.evaluation.differences import Difference, differences, similarity_gaps
-from slim.evaluation.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from slim.checkpoints.result import Result
@@ -94,7 +94,7 @@ def _judge(
     first = _answers(results[0])
     # two runs with the same judge would ask the same questions twice
     with store.lock(path):
-        verdicts = Verdicts(path)
+        verdicts = Replies(path, "verdicts")
         for result in results[1:]:
             rows = judge.compare(first, _answers(result), verdicts, client)
             comparison.judged[result.label] = rows

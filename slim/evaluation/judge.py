@@ -18,10 +18,11 @@ from typing import ClassVar
 from slim.checkpoints.checkpoint import checksums
 from slim.checkpoints.store import digest
 from slim.core.console import track
+from slim.core.endpoint import Endpoint, require_address
 from slim.core.errors import SlimError
+from slim.core.replies import Replies
 from slim.core.settings import require_flag, require_number
-from slim.evaluation.chat import Endpoint, LocalModel
-from slim.evaluation.verdicts import Verdicts
+from slim.evaluation.chat import LocalModel
 
 RULES = """\
 You compare two answers to a question with a reference answer. Judge how correct and how helpful \
@@ -89,11 +90,7 @@ class Judge:
             require_number(f"eval.judge.{name}", getattr(self, name), low, integer=True)
         for name in ("timeout", "wait"):
             require_number(f"eval.judge.{name}", getattr(self, name), 0)
-        if self.endpoint is not None and not re.match(r"https?://[^/\s]+", str(self.endpoint)):
-            raise SlimError(
-                f"eval.judge.endpoint={self.endpoint} is no address. It looks like "
-                "http://127.0.0.1:8000/v1."
-            )
+        require_address("eval.judge.endpoint", self.endpoint)
         if self.endpoint is None and not Path(self.model).expanduser().is_dir():
             raise SlimError(
                 f"eval.judge.model={self.model} is no checkpoint folder. Give one, or the server "
@@ -123,7 +120,7 @@ class Judge:
             self.endpoint, self.model, self.key_variable, self.timeout, self.retries, self.wait
         )
 
-    def compare(self, one: list[dict], other: list[dict], verdicts: Verdicts, client) -> list[dict]:
+    def compare(self, one: list[dict], other: list[dict], verdicts: Replies, client) -> list[dict]:
         """Judge the answers of two checkpoints to the same questions.
 
         Args:
@@ -162,7 +159,7 @@ class Judge:
                 )
         return rows
 
-    def _judged(self, mine: dict, theirs: dict, swapped: bool, verdicts: Verdicts, client) -> dict:
+    def _judged(self, mine: dict, theirs: dict, swapped: bool, verdicts: Replies, client) -> dict:
         answers = {"one": mine["answer"], "other": theirs["answer"]}
         row = {"question": mine["question"], "reference": mine["reference"], "answers": answers}
         # nothing to decide, and a judge would only be asked for money
@@ -177,7 +174,7 @@ class Judge:
         winner = settle([opinion["verdict"] for opinion in opinions])
         return {**row, "winner": winner, "opinions": opinions}
 
-    def _opinion(self, row: dict, order: list[str], verdicts: Verdicts, client) -> dict:
+    def _opinion(self, row: dict, order: list[str], verdicts: Replies, client) -> dict:
         """Ask about a question with its answers shown in this order of their names."""
         first, second = order
         case = CASE.format(
@@ -192,7 +189,7 @@ class Judge:
         winner = {"A": first, "B": second}.get(verdict, verdict)
         return {"shown_first": first, "verdict": winner, "reason": reply["reason"]}
 
-    def _ask(self, case: str, verdicts: Verdicts, client) -> dict:
+    def _ask(self, case: str, verdicts: Replies, client) -> dict:
         """Return ``verdict`` (A, B, tie or None) and ``reason``, from the file where it is known.
 
         A verdict that cannot be read is not kept: the next run asks again."""

@@ -3,68 +3,29 @@ local models."""
 
 from __future__ import annotations
 
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 
 from slim.checkpoints.tokenizer import load_tokenizer
+from slim.core.endpoint import Endpoint, Unreachable
 from slim.core.errors import SlimError
+from slim.core.replies import Replies
 from slim.evaluation import similarity
 from slim.evaluation.answers import Answers
-from slim.evaluation.chat import Endpoint, Unreachable
 from slim.evaluation.compare import tally
 from slim.evaluation.judge import RULES, Judge, read_verdict, settle
-from slim.evaluation.verdicts import Verdicts
 from slim.loading.load_model import load_model
 from slim.models.spec import ModelSpec
 from tests.conftest import ROOT, build_small
+from tests.support.stub_server import Server
 
 TINY = ROOT / "slim" / "assets" / "tiny"
 SIZES = dict(
     hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8
 )
 DESCRIPTION = ModelSpec({**SIZES, "max_position_embeddings": 512})
-
-
-class Server:
-    """A stub of a chat completions server: ``script`` decides on each request, as a status and a
-    body, or a text."""
-
-    def __init__(self, script):
-        self.requests: list[dict] = []
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                stub.requests.append(
-                    {**body, "path": self.path, "key": self.headers.get("Authorization")}
-                )
-                said = script(len(stub.requests), body)
-                reply = (
-                    {"choices": [{"message": {"content": said}}]}
-                    if isinstance(said, str)
-                    else said[1]
-                )
-                self.send_response(200 if isinstance(said, str) else said[0])
-                self.end_headers()
-                self.wfile.write(
-                    reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
-                )
-
-            def log_message(self, *_):
-                pass
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -114,7 +75,7 @@ def test_a_judge_is_asked_in_both_orders_and_identical_answers_cost_nothing(
     monkeypatch.setenv("STUB_KEY", "secret")
     server = serve(likes_long)
     part = judge(server, key_variable="STUB_KEY")
-    verdicts = Verdicts(tmp_path / "v.jsonl")
+    verdicts = Replies(tmp_path / "v.jsonl", "verdicts")
     found = part.compare(ONE, OTHER, verdicts, part.client("cpu"))
     assert [row["winner"] for row in found] == ["one", "other", "tie", "tie"]
     assert tally(found) == {"wins": 1, "ties": 2, "losses": 1, "unread": 0}
@@ -135,12 +96,15 @@ def test_a_judge_is_asked_in_both_orders_and_identical_answers_cost_nothing(
 
 def test_a_preference_for_the_first_place_is_a_tie(serve, tmp_path):
     part = judge(serve(likes_first))
-    found = part.compare(ONE, OTHER, Verdicts(tmp_path / "v"), part.client("cpu"))
+    found = part.compare(ONE, OTHER, Replies(tmp_path / "v", "verdicts"), part.client("cpu"))
     assert [row["winner"] for row in found] == ["tie"] * 4
     once = judge(serve(likes_first), both_orders=False)
     shown = [
         once.compare(
-            rows(*"abcdefgh"), rows(*"ABCDEFGH"), Verdicts(tmp_path / f"{i}"), once.client("cpu")
+            rows(*"abcdefgh"),
+            rows(*"ABCDEFGH"),
+            Replies(tmp_path / f"{i}", "verdicts"),
+            once.client("cpu"),
         )
         for i in (0, 1)
     ]
@@ -152,14 +116,14 @@ def test_a_preference_for_the_first_place_is_a_tie(serve, tmp_path):
 def test_verdicts_are_asked_for_once_and_the_number_of_questions_is_bounded(serve, tmp_path):
     server = serve(likes_long)
     part = judge(server, limit=2)
-    first = part.compare(ONE, OTHER, Verdicts(tmp_path / "v"), part.client("cpu"))
+    first = part.compare(ONE, OTHER, Replies(tmp_path / "v", "verdicts"), part.client("cpu"))
     assert len(first) == 2 and len(server.requests) == 4
     assert (
-        part.compare(ONE, OTHER, Verdicts(tmp_path / "v"), part.client("cpu")) == first
+        part.compare(ONE, OTHER, Replies(tmp_path / "v", "verdicts"), part.client("cpu")) == first
         and len(server.requests) == 4
     )
     other = judge(server, limit=2, model="another")
-    other.compare(ONE, OTHER, Verdicts(tmp_path / "v"), other.client("cpu"))
+    other.compare(ONE, OTHER, Replies(tmp_path / "v", "verdicts"), other.client("cpu"))
     assert len(server.requests) == 8, "another judge is asked again"
 
 
@@ -172,7 +136,9 @@ def test_a_server_that_recovers_is_asked_again(serve, tmp_path):
     }
     server = serve(lambda number, body: faults.get(number) or likes_long(number, body))
     part = judge(server, retries=3)
-    found = part.compare(ONE[:1], OTHER[:1], Verdicts(tmp_path / "v"), part.client("cpu"))
+    found = part.compare(
+        ONE[:1], OTHER[:1], Replies(tmp_path / "v", "verdicts"), part.client("cpu")
+    )
     assert found[0]["winner"] == "one" and len(server.requests) == 6
 
 
@@ -188,16 +154,16 @@ def test_a_server_that_goes_down_loses_nothing(serve, tmp_path):
         SlimError,
         match=r"does not answer after 3 tries: HTTP 500 out of memory\. 3 verdicts are kept in .*v.jsonl",
     ):
-        part.compare(ONE, OTHER, Verdicts(path), part.client("cpu"))
+        part.compare(ONE, OTHER, Replies(path, "verdicts"), part.client("cpu"))
     again = serve(likes_long)
     with path.open("a") as file:
         file.write('{"key": "cut off by a cra')  # what a crash leaves
     part = judge(again)
-    found = part.compare(ONE, OTHER, Verdicts(path), part.client("cpu"))
+    found = part.compare(ONE, OTHER, Replies(path, "verdicts"), part.client("cpu"))
     assert [row["winner"] for row in found] == ["one", "other", "tie", "tie"] and len(
         again.requests
     ) == 3
-    assert len(Verdicts(path)) == 6
+    assert len(Replies(path, "verdicts")) == 6
 
 
 def test_what_waiting_does_not_mend_ends_at_once(serve, tmp_path):
@@ -218,7 +184,9 @@ def test_a_judge_that_talks_nonsense_is_given_up(serve, tmp_path):
         SlimError,
         match=r"no verdict that can be read on 3 questions in a row; the last answer: 'Bananas\.'",
     ):
-        part.compare(rows(*"abcd"), rows(*"ABCD"), Verdicts(tmp_path / "v"), part.client("cpu"))
+        part.compare(
+            rows(*"abcd"), rows(*"ABCD"), Replies(tmp_path / "v", "verdicts"), part.client("cpu")
+        )
     assert not (tmp_path / "v").exists(), "what cannot be read is no verdict"
 
 

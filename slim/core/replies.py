@@ -1,5 +1,5 @@
-"""Verdicts of a judge on disk, one JSON line each, written as they come: a stopped run has lost
-none."""
+"""Replies of models on disk, one JSON line each, written as they come: a stopped run has lost none,
+and what was asked once is not asked, or paid for, again."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import json
 from pathlib import Path
 
 
-class Verdicts:
-    """The file of one judge. A last line that was cut off by a crash is dropped.
+class Replies:
+    """A file of replies, each under a key. A last line that was cut off by a crash is dropped.
 
     Attributes:
-        path: the JSON Lines file; made with the first verdict.
-        asked: verdicts added by this process.
+        path: the JSON Lines file; made with the first reply.
+        noun: what the replies are, in the plural, for messages.
+        asked: replies added by this process.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, noun: str = "replies"):
         self.path = path
+        self.noun = noun
         self.asked = 0
         self._known: dict[str, dict] = {}
         text = ""
@@ -37,30 +39,30 @@ class Verdicts:
         return len(self._known)
 
     def find(self, key: str) -> dict | None:
-        """Return the verdict with this key, or None."""
+        """Return the reply with this key, or None."""
         return self._known.get(key)
 
-    def add(self, key: str, verdict: dict) -> dict:
-        """Keep a verdict.
+    def add(self, key: str, reply: dict) -> dict:
+        """Keep a reply.
 
         Args:
-            key: of judge, question and answers; see :class:`slim.evaluation.judge.Judge`.
-            verdict: ``verdict`` and ``reason``.
+            key: a hash of all that determines the reply.
+            reply: plain JSON values, without one called ``key``.
 
         Returns:
-            ``verdict``.
+            ``reply``.
         """
-        line = json.dumps({"key": key, **verdict}) + "\n"
-        if self._cut_off:  # else the new verdict would continue the broken line
+        line = json.dumps({"key": key, **reply}) + "\n"
+        if self._cut_off:  # else the new reply would continue the broken line
             line = "\n" + line
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
         self._cut_off = False
-        self._known[key] = verdict
+        self._known[key] = reply
         self.asked += 1
-        return verdict
+        return reply
 
     def kept(self) -> str:
         """Say where what there is can be found."""
-        return f"{len(self)} verdicts are kept in {self.path}."
+        return f"{len(self)} {self.noun} are kept in {self.path}."
