@@ -66,6 +66,10 @@ class Conversion:
             length = sum(paged) / len(paged) if paged else USUAL_LENGTH
         self.report.length = length
         with_text = [file for file in files if lengths[file.source]]
+        if not with_text:
+            for file in files:
+                self._passages(file, self.report, [])
+            raise SlimError(self._nothing())
         splits = self._splits(with_text)
         duplicates = Duplicates(self.settings.similarity)
         confidences: list[float] = []
@@ -131,6 +135,8 @@ class Conversion:
             if page.problem:
                 report.drop(file.source, page.number, "page", page.problem)
                 continue
+            if page.askew:
+                report.drop(file.source, page.number, "line", "text at another angle")
             self._without_kinds(file, page, report)
             if page.confidence is not None:
                 report.scans += 1

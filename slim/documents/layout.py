@@ -115,7 +115,7 @@ def in_reading_order(lines: list[Line]) -> list[Line]:
 def _follows(previous: Line, line: Line) -> bool:
     """Whether a line stands directly below another one, as the last line of a paragraph does."""
     height = min(line.height, previous.height)
-    is_below = 0 <= line.top - previous.top and line.top - previous.bottom < PARAGRAPH_GAP * height
+    is_below = line.top - previous.top >= 0 and line.top - previous.bottom < PARAGRAPH_GAP * height
     is_same_size = abs(line.height - previous.height) <= OTHER_SIZE * height
     return is_below and is_same_size and abs(line.left - previous.left) < height
 

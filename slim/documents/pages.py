@@ -63,6 +63,7 @@ class Page:
         pictures: of the page; the scan of a page read by OCR is none of them.
         confidence: mean confidence of OCR in per cent; None where the page has its own text.
         problem: why the page could not be read; empty where it could.
+        askew: characters at another angle than the page's text, which are left out.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Page:
     pictures: list[Picture] = field(default_factory=list)
     confidence: float | None = None
     problem: str = ""
+    askew: int = 0
 
 
 def as_json(pages: list[Page]) -> list[dict]:

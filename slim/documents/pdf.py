@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,8 @@ FEW_CHARACTERS = 25  # a page with fewer, and a picture, is a scan
 SCAN_SHARE = 0.4  # of the page's area that the picture of a scan covers
 OUTLINES = 50  # paths on a page without text, which are then letters
 SCAN = "scan"  # problem of a page that has to be read by OCR
+ANGLE_SAMPLES = 200  # characters that tell at which angle a page is written
+LEVEL = 15  # degrees by which text may slant
 CHARACTERS_A_PAGE = 100_000  # more are no page that anybody reads
 
 MONOSPACED = re.compile(r"courier|mono|consol|menlo|typewriter|cmtt|inconsolata", re.IGNORECASE)
@@ -103,10 +107,13 @@ def _page(document, number: int, tables: _Tables, pictures: Path | None) -> Page
         return Page(number, problem=f"damaged page ({_reason(error)})")
     if textpage.count_chars() > CHARACTERS_A_PAGE:
         return Page(number, height, problem=f"more than {CHARACTERS_A_PAGE} characters")
-    pieces = list(_pieces(page, textpage, width, height))
-    result = Page(number, height)
+    angle = _reading_angle(textpage)
+    if page.get_rotation() in (90, 270):  # places are those of the page as it is stored
+        width, height = height, width
+    result = Page(number, width if angle in (90, 270) else height)
+    pieces = list(_pieces(textpage, angle, width, height, result))
     ruled = []
-    if _drawn(page) >= LEAST_DRAWN:
+    if angle == 0 and page.get_rotation() == 0 and _drawn(page) >= LEAST_DRAWN:
         ruled = tables.on(number)
         pieces = [piece for piece in pieces if not any(_inside(piece, table) for table in ruled)]
     lines = in_lines(pieces)
@@ -121,11 +128,40 @@ def _page(document, number: int, tables: _Tables, pictures: Path | None) -> Page
     return result
 
 
-def _pieces(page, textpage, width: float, height: float) -> Iterator[Line]:
-    """Yield runs of characters that stand on one line without a wide gap."""
+def _reading_angle(textpage) -> int:
+    """Return the angle at which most of a page's text stands: 0, 90, 180 or 270 degrees."""
     import pypdfium2.raw as pdfium
 
-    turned = _turner(page.get_rotation(), width, height)
+    count = textpage.count_chars()
+    angles: Counter[int] = Counter()
+    for index in range(0, count, max(1, count // ANGLE_SAMPLES)):
+        angle = _angle(pdfium, textpage, index)
+        if angle is not None and pdfium.FPDFText_IsGenerated(textpage, index) != 1:
+            angles[angle] += 1
+    return angles.most_common(1)[0][0] if angles else 0
+
+
+def _angle(pdfium, textpage, index: int) -> int | None:
+    """Return the angle of a character in degrees counterclockwise; None where that is not near 0,
+    90, 180 or 270."""
+    degrees = -math.degrees(pdfium.FPDFText_GetCharAngle(textpage, index))
+    nearest = round(degrees / 90) * 90
+    return nearest % 360 if abs(degrees - nearest) <= LEVEL else None
+
+
+def _pieces(textpage, angle: int, width: float, height: float, page: Page) -> Iterator[Line]:
+    """Yield runs of characters that stand on one line without a wide gap.
+
+    Args:
+        textpage: of PDFium.
+        angle: of the text that is read; what stands at another one is counted in ``page``.
+        width: of the page as it is stored, in points.
+        height: as ``width``.
+        page: its ``askew`` grows.
+    """
+    import pypdfium2.raw as pdfium
+
+    turned = _turner(angle, width, height)
     piece: Line | None = None
     for index in range(textpage.count_chars()):
         character = pdfium.FPDFText_GetUnicode(textpage, index)
@@ -137,6 +173,9 @@ def _pieces(page, textpage, width: float, height: float) -> Iterator[Line]:
         if pdfium.FPDFText_IsGenerated(textpage, index) == 1:
             if piece is not None:
                 piece.text += " "
+            continue
+        if _angle(pdfium, textpage, index) != angle:
+            page.askew += 1
             continue
         left, top, right, bottom = turned(*textpage.get_charbox(index, loose=True))
         if piece is not None and _continues(piece, left, top, bottom):
@@ -164,22 +203,23 @@ def _continues(piece: Line, left: float, top: float, bottom: float) -> bool:
     return -height < left - piece.right < GAP * height
 
 
-def _turner(rotation: int, width: float, height: float):
-    """Return what turns a box of the page as it is stored into one as it is shown, from the top.
+def _turner(angle: int, width: float, height: float):
+    """Return what turns a box of the page as it is stored so that text at ``angle`` is level, with
+    places from the top.
 
     Args:
-        rotation: degrees clockwise.
-        width: of the page as it is shown, in points.
-        height: of the page as it is shown, in points.
+        angle: degrees counterclockwise.
+        width: of the page as it is stored, in points.
+        height: as ``width``.
     """
 
     def turned(left: float, bottom: float, right: float, top: float) -> tuple[float, ...]:
-        if rotation == 90:
+        if angle == 90:
             return bottom, left, top, right
-        if rotation == 180:
+        if angle == 180:
             return width - right, bottom, width - left, top
-        if rotation == 270:
-            return width - top, height - right, width - bottom, height - left
+        if angle == 270:
+            return height - top, width - right, height - bottom, width - left
         return left, height - top, right, height - bottom
 
     return turned
