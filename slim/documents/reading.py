@@ -106,9 +106,18 @@ def inspect(file: File, settings: DocumentSettings) -> File:
             file.left_out = pages - file.pages
     except Unreadable as error:
         file.problem = str(error)
+    except ImportError as error:
+        raise _missing(error) from error
     except OSError as error:
         file.problem = f"cannot be read ({error.strerror or error})"
     return file
+
+
+def _missing(error: ImportError) -> SlimError:
+    return SlimError(
+        f"Documents need packages that are not installed ({error.name}): "
+        "pip install 'slim[documents]'"
+    )
 
 
 class PageStore:
@@ -169,6 +178,8 @@ def read_part(file: File, numbers: range, settings: DocumentSettings, store: Pag
             pages = [Page(numbers.start, problem=str(error))]
         except (SlimError, MemoryError):
             raise
+        except ImportError as error:
+            raise _missing(error) from error
         except Exception as error:  # a broken file must not end the reading of a thousand others
             pages = [Page(numbers.start, problem=f"cannot be read ({type(error).__name__})")]
         store.add(file, numbers, settings, pages)
