@@ -107,6 +107,26 @@ def begin_with_head(config: DictConfig) -> DictConfig:
     return config
 
 
+def begin_tuned(config: DictConfig) -> DictConfig:
+    """Where a tuner comes first, let the chain begin with its result.
+
+    Args:
+        config: as Hydra composes it; it stays as it is.
+    """
+    if not config.get("first"):
+        return config
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    config.model = {
+        "_target_": "slim.chain.tuned.Tuned",
+        "_convert_": "all",
+        "base": OmegaConf.to_container(OmegaConf.create(config.model), resolve=False),
+        "tuner": OmegaConf.to_container(config.first, resolve=True),
+        "store": config.store,
+    }
+    return config
+
+
 def merge_alias(config: DictConfig) -> DictConfig:
     """Read ``quant:`` in an experiment file as ``quantizer:``.
 

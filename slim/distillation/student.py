@@ -41,13 +41,13 @@ class Layers(Stage):
     With neither setting half of them are kept, evenly spaced.
 
     Attributes:
-        keep: How many, evenly spaced, or a list of block numbers.
+        keep: How many, evenly spaced; below 1 the share of all blocks; or a list of block numbers.
         every: 2 keeps blocks 0, 2, 4, ...
     """
 
     cache_name: ClassVar[str] = "Layers"
 
-    keep: int | list[int] | None = None
+    keep: int | float | list[int] | None = None
     every: int | None = None
 
     kind: ClassVar[str] = "initialise"
@@ -59,6 +59,8 @@ class Layers(Stage):
             )
         if self.every is not None:
             require_number("student_init.every", self.every, 2, integer=True)
+        if isinstance(self.keep, float) and 0 < self.keep < 1:
+            return
         if isinstance(self.keep, (int, float, bool)):
             require_number("student_init.keep", self.keep, 1, integer=True)
         elif self.keep is not None:
@@ -76,6 +78,8 @@ class Layers(Stage):
             return list(range(0, blocks, self.every))
         if isinstance(self.keep, list):
             return self.keep
+        if isinstance(self.keep, float):
+            return evenly_spaced(blocks, max(1, round(self.keep * blocks)))
         return evenly_spaced(blocks, self.keep or (blocks + 1) // 2)
 
     def check(self, spec: ModelSpec) -> None:

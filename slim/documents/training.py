@@ -18,6 +18,7 @@ from slim.core.settings import require_number
 from slim.core.text import counted
 from slim.data.base import PARTS, PlainText
 from slim.data.text import Text
+from slim.documents import embedded
 from slim.documents.convert import Conversion
 from slim.documents.reading import ENDINGS, VERSION, files_in
 from slim.documents.settings import DocumentSettings
@@ -31,7 +32,7 @@ class Documents(DocumentSettings, PlainText):
     made of one. All settings of :class:`slim.documents.settings.DocumentSettings` count.
 
     Attributes:
-        text: the folder or file.
+        text: the folder or file; ``tiny:documents``: the text of the embedded model's world.
         cache: folder for pages that were read, and for records.
     """
 
@@ -47,6 +48,8 @@ class Documents(DocumentSettings, PlainText):
             raise SlimError("This data needs data.text=FOLDER with PDF, PPTX, DOCX, HTML, MD, TXT.")
         super().__post_init__()
         require_number("data.validation_fraction", self.validation_fraction, 0.001, 0.5)
+        if self.text == embedded.NAME:
+            return
         if not self.is_made and not any(f.path.suffix.lower() in ENDINGS for f in self._files):
             raise SlimError(
                 f"data.text={self.text} holds none of {', '.join(ENDINGS)}. Give another folder."
@@ -72,6 +75,9 @@ class Documents(DocumentSettings, PlainText):
     def cache_key(self) -> dict:
         if self.is_made:
             return {"class": self.cache_name, "sha256": sha256(self.folder), "seed": self.seed}
+        if self.text == embedded.NAME:
+            key = {"class": self.cache_name, "version": VERSION, "files": embedded.IDENTITY}
+            return {**key, **self.record_key()}
         sums = {}
         for file in self._files:
             if file.path.suffix.lower() in ENDINGS:
@@ -110,7 +116,10 @@ class Documents(DocumentSettings, PlainText):
             return path
         with Store(cache).lock(path):
             if not path.is_file():
-                write_records(Conversion(self.folder, self, cache), path)
+                folder = self.folder
+                if self.text == embedded.NAME:
+                    folder = embedded.write_documents(cache / "tiny_documents")
+                write_records(Conversion(folder, self, cache), path)
         return path
 
 

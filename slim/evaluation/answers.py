@@ -12,6 +12,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from slim.checkpoints.source import EMBEDDED as MODELS
 from slim.core.console import track, warn
 from slim.core.errors import SlimError
 from slim.core.settings import require_flag, require_number
@@ -40,8 +41,8 @@ class Answers:
         new_tokens: most tokens generated for each answer.
         chat: ask through the tokenizer's chat template, as models tuned for conversation want it.
         system: what the system says first in such a chat; None for nothing.
-        similarity: embedding model (a checkpoint folder, or a hub id with sentence-transformers);
-            None compares nothing.
+        similarity: embedding model (a checkpoint folder, ``tiny``, or a hub id with
+            sentence-transformers); None compares nothing.
     """
 
     cache_name: ClassVar[str] = "Answers"
@@ -65,6 +66,8 @@ class Answers:
                 "eval.answers.system is said in a chat only: add eval.answers.chat=true, or leave "
                 "it out."
             )
+        if self.similarity in MODELS:
+            self.similarity = str(MODELS[self.similarity])
         # a part of its own, not a base class: the text's own settings are none of eval.answers
         self._text = Text(str(EMBEDDED.get(self.questions, self.questions)))
 
