@@ -37,6 +37,7 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     require_number("seed", config.seed, 0, 2**32 - 1, integer=True)
     adapter = config.model.get("adapter")
     config = begin_with_head(import_gguf(learn_from_teacher(merge_alias(config))))
+    config = begin_tuned(config)
     chosen = []
     for group in STAGES:
         if not config[group]:

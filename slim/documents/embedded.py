@@ -1,5 +1,4 @@
-"""``tiny:documents``: the text of the tiny world as a folder of documents, for trials without any of
-one's own."""
+"""``tiny:documents``: the text of the tiny world as a folder of documents, for trials."""
 
 from __future__ import annotations
 
