@@ -124,16 +124,22 @@ def _column_gap(lines: list[Line]) -> float | None:
     """Return where two columns are separated, or None where there is one column."""
     if len(lines) < 2 * LEAST_IN_COLUMN:
         return None
+    lefts = {line.left for line in lines}
     height = median(line.height for line in lines)
-    start = min(line.left for line in lines)
+    start = min(lefts)
     width = max(line.right for line in lines) - start
     best = None
-    for candidate in sorted({line.left for line in lines}):
+    for candidate in sorted(lefts):
         if not MIDDLE[0] * width < candidate - start < MIDDLE[1] * width:
             continue
         place = candidate - 0.1 * height
-        left = [line for line in lines if line.right <= place]
-        right = [line for line in lines if line.left >= place]
+        left = []
+        right = []
+        for line in lines:
+            if line.right <= place:
+                left.append(line)
+            elif line.left >= place:
+                right.append(line)
         crossing = len(lines) - len(left) - len(right)
         if min(len(left), len(right)) < LEAST_IN_COLUMN or crossing > CROSSING * len(lines):
             continue
@@ -141,17 +147,27 @@ def _column_gap(lines: list[Line]) -> float | None:
             continue
         if best is None or crossing < best[0]:
             best = (crossing, place)
-    return None if best is None else best[1]
+    if best is None:
+        return None
+    return best[1]
 
 
 def _side_by_side(left: list[Line], right: list[Line]) -> bool:
     """Whether two columns share most of their height: indented lines below others are no column."""
-    top = max(min(line.top for line in left), min(line.top for line in right))
-    bottom = min(max(line.bottom for line in left), max(line.bottom for line in right))
-    heights = []
-    for column in (left, right):
-        heights.append(max(line.bottom for line in column) - min(line.top for line in column))
-    return bottom - top > 0.5 * min(heights)
+    left_top, left_bottom = _extent(left)
+    right_top, right_bottom = _extent(right)
+    shared = min(left_bottom, right_bottom) - max(left_top, right_top)
+    return shared > 0.5 * min(left_bottom - left_top, right_bottom - right_top)
+
+
+def _extent(column: list[Line]) -> tuple[float, float]:
+    """Return top and bottom of a column."""
+    top = column[0].top
+    bottom = column[0].bottom
+    for line in column:
+        top = min(top, line.top)
+        bottom = max(bottom, line.bottom)
+    return top, bottom
 
 
 def page_text(lines: list[Line]) -> str:

@@ -83,8 +83,7 @@ def _read_shape(shape: Any, page: Page, pictures: Path | None) -> None:
         text, line_kind = _frame_text(shape.text_frame, title)
         page.lines.append(Line(text, line_kind, top=top, bottom=bottom, paragraph=number))
     elif getattr(shape, "has_table", False) and shape.has_table:
-        rows = [[cell.text for cell in row.cells] for row in shape.table.rows]
-        table = markdown_table(rows)
+        table = _table(shape.table)
         page.lines.append(Line(table, TABLE, top=top, bottom=bottom, paragraph=number))
     elif hasattr(shape, "image"):
         picture = _picture(shape, pictures)
@@ -92,19 +91,36 @@ def _read_shape(shape: Any, page: Page, pictures: Path | None) -> None:
             page.pictures.append(picture)
 
 
+def _table(table: Any) -> str:
+    """Return a table of either library as Markdown."""
+    rows = []
+    for row in table.rows:
+        rows.append([cell.text for cell in row.cells])
+    return markdown_table(rows)
+
+
+def _is_monospaced(runs: Any) -> bool:
+    """Whether all runs of text are set in a font of fixed width that they name."""
+    fonts = []
+    for run in runs:
+        if run.text.strip():
+            fonts.append(run.font.name or "")
+    return bool(fonts) and all(map(MONOSPACED.search, fonts))
+
+
 def _frame_text(frame: Any, is_title: bool) -> tuple[str, str]:
     """Return the text of a text frame, one paragraph a line, and its kind."""
     lines = []
-    fonts = []
+    runs: list = []
     for paragraph in frame.paragraphs:
         text = clean("".join(run.text for run in paragraph.runs) or paragraph.text)
         text = text.replace("\v", "\n")
         if text.strip():
             lines.append("  " * paragraph.level + text)
-            fonts += [run.font.name or "" for run in paragraph.runs]
+            runs += paragraph.runs
     if is_title:
         return "# " + " ".join(line.strip() for line in lines), HEADING
-    if fonts and all(MONOSPACED.search(font) for font in fonts):
+    if _is_monospaced(runs):
         return "\n".join(lines), CODE
     return "\n".join(lines), TEXT
 
@@ -158,8 +174,7 @@ def read_docx(path: Path, pictures: Path | None = None) -> list[Page]:
     for item in document.iter_inner_content():
         page = pages[-1]
         if isinstance(item, Table):
-            rows = [[cell.text for cell in row.cells] for row in item.rows]
-            page.lines.append(Line(markdown_table(rows), TABLE, paragraph=len(page.lines)))
+            page.lines.append(Line(_table(item), TABLE, paragraph=len(page.lines)))
             continue
         line = _paragraph(item, len(page.lines))
         if _begins_page(item) and (page.lines or page.pictures):
@@ -184,9 +199,7 @@ def _paragraph(paragraph: Any, number: int) -> Line | None:
     if not text.strip():
         return None
     style = (paragraph.style.name or "").lower() if paragraph.style is not None else ""
-    fonts = [run.font.name or "" for run in paragraph.runs if run.text.strip()]
-    is_mono = bool(fonts) and all(MONOSPACED.search(font) for font in fonts)
-    if is_mono or any(name in style for name in CODE_STYLES):
+    if _is_monospaced(paragraph.runs) or any(name in style for name in CODE_STYLES):
         return Line(text, CODE, paragraph=-1)  # paragraphs of code belong together
     if style.startswith(("heading", "überschrift", "title", "titel")):
         level = int(style[-1]) if style[-1].isdigit() else 1
@@ -198,7 +211,7 @@ def _paragraph(paragraph: Any, number: int) -> Line | None:
 
 def _docx_pictures(paragraph: Any, document: Any, folder: Path | None) -> list[Picture]:
     """Return the pictures of a paragraph."""
-    found = []
+    pictures = []
     for blip in paragraph._p.xpath(".//a:blip/@r:embed"):
         part = document.part.related_parts.get(blip)
         try:
@@ -212,8 +225,8 @@ def _docx_pictures(paragraph: Any, document: Any, folder: Path | None) -> list[P
         picture = Picture(width, height, hashlib.sha256(part.blob).hexdigest())
         if folder is not None:
             _save(part.blob, folder / f"{picture.name}.png")
-        found.append(picture)
-    return found
+        pictures.append(picture)
+    return pictures
 
 
 def _opened(path: Path, library: Any) -> Any:

@@ -146,7 +146,9 @@ def _angle(pdfium, textpage, index: int) -> int | None:
     90, 180 or 270."""
     degrees = -math.degrees(pdfium.FPDFText_GetCharAngle(textpage, index))
     nearest = round(degrees / 90) * 90
-    return nearest % 360 if abs(degrees - nearest) <= LEVEL else None
+    if abs(degrees - nearest) > LEVEL:
+        return None
+    return nearest % 360
 
 
 def _pieces(textpage, angle: int, width: float, height: float, page: Page) -> Iterator[Line]:
@@ -283,17 +285,17 @@ class _Tables:
             if self._document is None:
                 self._document = pdfplumber.open(self.path)
             page = self._document.pages[number - 1]
-            found = []
+            tables = []
             for table in page.find_tables():
                 rows = table.extract()
                 if len(rows) < 2 or max(len(row) for row in rows) < 2:
                     continue  # a frame around text
                 left, top, right, bottom = table.bbox
-                found.append(Line(markdown_table(rows), TABLE, left, top, right, bottom, right))
+                tables.append(Line(markdown_table(rows), TABLE, left, top, right, bottom, right))
             page.close()
         except Exception:  # pdfminer raises whatever a broken file leads to; the text is there
             return []
-        return found
+        return tables
 
     def close(self) -> None:
         if self._document is not None:
@@ -375,7 +377,12 @@ def _is_scan(shown, page: Page, width: float, height: float) -> bool:
 
 
 def rendered(path: Path, number: int):
-    """Return a page as a gray Pillow image of ``DPI`` dots per inch, less where that were huge."""
+    """Return a page as a gray Pillow image of ``DPI`` dots per inch, less where that were huge.
+
+    Args:
+        path: the file.
+        number: of the page, from 1.
+    """
     with opened(path) as document:
         page = document[number - 1]
         scale = min(DPI / 72, LARGEST_SIDE / max(page.get_size()))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from slim.checkpoints.store import digest
@@ -89,7 +89,12 @@ def files_in(folder: Path) -> list[File]:
 
 
 def inspect(file: File, settings: DocumentSettings) -> File:
-    """Return a file with its checksum and number of pages, or why it cannot be read."""
+    """Return a file with its checksum and number of pages, or why it cannot be read.
+
+    Args:
+        file: as :func:`files_in` returned it.
+        settings: with the limits of a file.
+    """
     ending = file.path.suffix.lower()
     if ending not in ENDINGS:
         file.problem = f"kind of file that is not read ({ending or 'no ending'})"
@@ -133,13 +138,25 @@ class PageStore:
         self.pictures = folder / "pictures"
 
     def path(self, file: File, numbers: range, settings: DocumentSettings) -> Path:
-        """Return where pages of a file are kept."""
+        """Return where pages of a file are kept.
+
+        Args:
+            file: with its checksum.
+            numbers: of the pages.
+            settings: how they are read.
+        """
         key = [VERSION, file.checksum, file.path.suffix.lower(), numbers.start, numbers.stop]
         key += [settings.ocr, settings.languages, settings.describe]
         return self.folder / "pages" / f"{digest(key)}.json"
 
     def find(self, file: File, numbers: range, settings: DocumentSettings) -> list[Page] | None:
-        """Return pages of a file, or None where they were not read or what is there is damaged."""
+        """Return pages of a file, or None where they were not read or what is there is damaged.
+
+        Args:
+            file: as for :meth:`path`.
+            numbers: as for :meth:`path`.
+            settings: as for :meth:`path`.
+        """
         try:
             text = self.path(file, numbers, settings).read_text(encoding="utf-8")
             return from_json(json.loads(text))
@@ -149,7 +166,14 @@ class PageStore:
     def add(
         self, file: File, numbers: range, settings: DocumentSettings, pages: list[Page]
     ) -> None:
-        """Keep pages of a file."""
+        """Keep pages of a file.
+
+        Args:
+            file: as for :meth:`path`.
+            numbers: as for :meth:`path`.
+            settings: as for :meth:`path`.
+            pages: that were read.
+        """
         path = self.path(file, numbers, settings)
         # several processes may read copies of a file at the same time
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -157,7 +181,12 @@ class PageStore:
             target.write_text(json.dumps(as_json(pages)), encoding="utf-8")
 
     def pages(self, file: File, settings: DocumentSettings) -> list[Page]:
-        """Return all pages of a file that :func:`read_all` has read."""
+        """Return all pages of a file that :func:`read_all` has read.
+
+        Args:
+            file: that it returned.
+            settings: how they were read.
+        """
         pages: list[Page] = []
         for numbers in file.parts():
             pages += self.find(file, numbers, settings) or []
@@ -166,6 +195,12 @@ class PageStore:
 
 def read_part(file: File, numbers: range, settings: DocumentSettings, store: PageStore) -> int:
     """Read pages of a file, keep them, and return how many there are.
+
+    Args:
+        file: with its checksum.
+        numbers: of the pages.
+        settings: how they are read.
+        store: keeps them.
 
     Raises:
         SlimError: when a scan needs Tesseract, and it is not there.
@@ -284,12 +319,18 @@ class _Workers:
         return
 
     def run(self, function, tasks: list[tuple]) -> Iterator[tuple]:
-        """Yield each task with its result as it comes, or with the error of a crash."""
+        """Yield each task with its result as it comes, or with the error of a crash.
+
+        Args:
+            function: of a module, called with the parts of each task.
+            tasks: what can be sent to another process.
+        """
         if self.jobs == 1:
             for task in tasks:
                 yield task, function(*task)
             return
         left = dict(enumerate(tasks))
+        others = active_children()
         with self._pool(self.jobs) as pool:
             futures: dict[Future, int] = {}
             for number, task in left.items():
@@ -302,7 +343,10 @@ class _Workers:
             except BrokenProcessPool:
                 pass
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # leaving the pool would wait for pages that nobody wants any more
+                for process in active_children():
+                    if process not in others:
+                        process.terminate()
                 raise
         for number in sorted(left):
             with self._pool(1) as pool:

@@ -58,7 +58,15 @@ class Report:
     drops: list[Drop] = field(default_factory=list)
 
     def drop(self, source: str, page: int | None, what: str, reason: str, count: int = 1) -> None:
-        """Write down something that is not in the records; see :class:`Drop`."""
+        """Write down something that is not in the records; see :class:`Drop`.
+
+        Args:
+            source: the file.
+            page: number of the page; None: the whole file.
+            what: kind of what was dropped.
+            reason: why.
+            count: how many.
+        """
         self.drops.append(Drop(source, page, what, reason, count))
 
     def as_json(self) -> dict:

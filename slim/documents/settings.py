@@ -87,7 +87,12 @@ class DocumentSettings:
         return self.prefix + (name.replace("_", "-") if self.prefix == "--" else name)
 
     def typed(self, name: str, value: Any) -> str:
-        """Return a setting with a value, as the user types it."""
+        """Return a setting with a value, as the user types it.
+
+        Args:
+            name: of the field.
+            value: of the setting.
+        """
         return f"{self.named(name)}{' ' if self.prefix == '--' else '='}{value}"
 
     def _check_reading(self) -> None:

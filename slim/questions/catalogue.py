@@ -18,7 +18,7 @@ ROWS = (".jsonl", ".json")
 CARDS = (".txt", ".md")
 ENDINGS = (*TABLES, *ROWS, *CARDS)
 CARD = re.compile(
-    r"^\W*(?:Q|F|Question|Frage)\s*:\s*(?P<question>.+?)\s*^\W*(?:A|Answer|Antwort)\s*:\s*"
+    r"^\W*(?:Q|F|Question|Frage)\s*:[\s*_]*(?P<question>.+?)\s*^\W*(?:A|Answer|Antwort)\s*:[\s*_]*"
     r"(?P<answer>.+?)(?=^\W*(?:Q|F|Question|Frage)\s*:|\Z)",
     re.MULTILINE | re.DOTALL,
 )

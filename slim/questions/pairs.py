@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 LABELLED = re.compile(
-    r"^\W*(?:question|frage|q)\s*\d*\W*[:.]\W*(?P<question>.+?)\s*\n"
-    r"\W*(?:answer|antwort|a)\s*\d*\W*[:.]\s*(?P<answer>.+?)\s*$",
+    r"^\W*(?:question|frage|q)\s*\d*\W*[:.][\s*_]*(?P<question>.+?)\s*\n"
+    r"\W*(?:answer|antwort|a)\s*\d*\W*[:.][\s*_]*(?P<answer>.+?)\s*$",
     re.IGNORECASE | re.MULTILINE,
 )
 # of a question that nobody understands who has not the page in front of them

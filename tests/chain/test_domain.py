@@ -72,7 +72,7 @@ def test_the_student_has_the_tuned_models_blocks(domain):
 def test_every_checkpoint_is_compared_with_the_references(domain):
     _, results = domain
     for result in results:
-        assert -1 <= result.quality["similarity/mean"] <= 1
+        assert -1 <= result.quality["metrics"]["similarity/mean"] <= 1
 
 
 def test_a_judge_compares_the_checkpoints(domain, tmp_path):
