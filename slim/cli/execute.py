@@ -110,6 +110,7 @@ def run_tracked(
             name_apart(results)
             comparison = compare(results, first.evaluation, first.store, first.device)
             record_results(tracker, results, comparison, compared)
+            draw_classes(results, tracker)
             if not compared:
                 draw_chain(results, tracker)
                 write_card(results, overrides(), script())
@@ -199,6 +200,22 @@ def draw_chain(results: list[Result], tracker: Tracker) -> None:
 
     with TemporaryDirectory() as scratch:
         if plot_chain(Path(scratch) / "chain.png", results):
+            tracker.log_files(Path(scratch))
+
+
+def draw_classes(results: list[Result], tracker: Tracker) -> None:
+    """Record the picture of what classifiers confuse and of what their confidence is worth.
+
+    Args:
+        results: all checkpoints in order.
+        tracker: of the run.
+    """
+    if not any("classification" in result.quality.get("records", {}) for result in results):
+        return
+    from slim.report.classes import plot_classes  # local: matplotlib
+
+    with TemporaryDirectory() as scratch:
+        if plot_classes(Path(scratch) / "classes.png", results):
             tracker.log_files(Path(scratch))
 
 

@@ -147,13 +147,24 @@ class LayerMatching(nn.Module):
             teacher: What the teacher gave.
             labels: int64 [rows, length].
         """
-        counts = labels[:, 1:] != IGNORE
-        total = torch.zeros((), device=labels.device)
+        return self.over(student, teacher, labels[:, 1:] != IGNORE)
+
+    def over(self, student, teacher, counts: Tensor) -> Tensor:
+        """Return the losses, summed over the tokens that count.
+
+        Args:
+            student: What the student gave, with hidden states or attention maps.
+            teacher: What the teacher gave.
+            counts: bool [rows, length], from the first token on; tokens after the length do not
+                count.
+        """
+        length = counts.shape[1]
+        total = torch.zeros((), device=counts.device)
         for block, (same, target) in enumerate(zip(self.layers, self.targets, strict=True)):
             if self.hidden:
                 # The first hidden states are the embeddings.
                 ours, theirs = student.hidden_states[block + 1], teacher.hidden_states[target + 1]
-                error = self.hidden_error(ours[:, :-1][counts], theirs[:, :-1][counts])
+                error = self.hidden_error(ours[:, :length][counts], theirs[:, :length][counts])
                 total = total + self.hidden * error
             if self.attention:
                 maps = student.attentions[block], teacher.attentions[same]
@@ -178,9 +189,10 @@ class LayerMatching(nn.Module):
         Args:
             student: [rows, heads, length, length].
             teacher: [rows, heads, length, length].
-            counts: bool [rows, length - 1], where the next token has a label.
+            counts: bool [rows, queries], of the first queries.
         """
-        rows = zip(student[:, :, :-1], teacher[:, :, :-1], counts, strict=True)
+        queries = counts.shape[1]
+        rows = zip(student[:, :, :queries], teacher[:, :, :queries], counts, strict=True)
         return sum(
             attention_divergence(ours[:, count], theirs[:, count]).sum()
             for ours, theirs, count in rows

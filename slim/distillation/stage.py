@@ -13,20 +13,23 @@ from slim.checkpoints.source import has_weights
 from slim.core.errors import SlimError
 from slim.core.lazy import LazyModule
 from slim.core.settings import dataclass_cache_key, require_choice, require_number
+from slim.data.scored import Scored
 from slim.distillation import CHUNK_ELEMENTS
 from slim.distillation.layer_map import Matching
 from slim.distillation.losses import LOSSES
 from slim.distillation.questions import ANSWERS, Generation
 from slim.distillation.teacher import BASE, DTYPES, QUANTS, Teacher, same_vocabulary
+from slim.models.encoders import CLASSES
 from slim.training import qlora, tune
 
 if TYPE_CHECKING:
     from slim.checkpoints.checkpoint import Checkpoint
-    from slim.distillation import dskd, on_policy, plan, tasks
+    from slim.distillation import classes, dskd, on_policy, plan, tasks
     from slim.models.spec import ModelSpec
 else:
-    dskd, on_policy, plan, tasks = (
-        LazyModule(f"slim.distillation.{name}") for name in ("dskd", "on_policy", "plan", "tasks")
+    classes, dskd, on_policy, plan, tasks = (
+        LazyModule(f"slim.distillation.{name}")
+        for name in ("classes", "dskd", "on_policy", "plan", "tasks")
     )
 
 METHODS = ("token", "dskd")
@@ -193,10 +196,37 @@ class Distillation(tune.Tuner):
         teacher = self.teacher.check()
         self.match.check(spec, teacher)
         self._check_vocabulary(spec)
+        self._check_encoders(spec, teacher)
         if self.window > teacher.context_length:
             raise SlimError(
                 f"teacher.window={self.window} exceeds the context of the teacher {teacher.name}. "
                 f"Use at most {teacher.context_length}."
+            )
+
+    def _check_encoders(self, spec: ModelSpec, teacher: ModelSpec) -> None:
+        """Check that an encoder learns from one, and in a way that it can."""
+        if spec.is_encoder != teacher.is_encoder:
+            raise SlimError(
+                f"teacher.model: an encoder learns from an encoder, and a decoder from a decoder; "
+                f"{spec.name} and {teacher.name} are one of each."
+            )
+        if not spec.is_encoder:
+            return
+        if isinstance(self.data, Scored):
+            raise SlimError(
+                "teacher=...: classifiers learn from a teacher; bi-encoders and cross-encoders "
+                "learn from pairs with scores alone.\nTrain the student on them: tuner=encoder."
+            )
+        if teacher.top != CLASSES or set(teacher.labels) != set(spec.labels):
+            raise SlimError(
+                f"teacher.model: {teacher.name} must be a classifier of the classes "
+                f"{', '.join(spec.labels)}.\nTrain it first: train.py task=classification "
+                "model=... output=FOLDER"
+            )
+        if self.method != "token" or self.cache or self.answers != "data":
+            raise SlimError(
+                "An encoder learns a teacher's classes and hidden states: leave teacher.method, "
+                "teacher.cache and teacher.answers as they are (teacher=encoder)."
             )
 
     def _check_vocabulary(self, spec: ModelSpec) -> None:
@@ -219,7 +249,9 @@ class Distillation(tune.Tuner):
     # The work
 
     def task(self, checkpoint: Checkpoint, device: str, precision: str):
-        if self.method == "dskd":
+        if checkpoint.spec.is_encoder:
+            kind = classes.ClassDistillationTask
+        elif self.method == "dskd":
             kind = dskd.DualSpaceTask
         elif self.answers != "data":
             kind = on_policy.OnPolicyTask

@@ -149,6 +149,14 @@ METRICS = [
         HEADLINE, "difference",
     ),
     Metric("class_nll", "loss of classes", "", "", 1, 4, "low", "classification", DETAIL),
+    Metric("spearman", "Spearman", "", "", 1, 3, "high", "retrieval", HEADLINE, "difference"),
+    Metric(
+        "recall_at_1", "recall@1", "", "%", 100, 1, "high", "retrieval", HEADLINE, "difference"
+    ),
+    Metric(
+        "recall_at_k", "recall@k", "", "%", 100, 1, "high", "retrieval", HEADLINE, "difference"
+    ),
+    Metric("ndcg", "nDCG@k", "", "", 1, 3, "high", "retrieval", HEADLINE, "difference"),
     Metric(
         "similarity/mean", "similarity", "similarity of answers", "", 1, 3, "high", "answers",
         HEADLINE, "difference",

@@ -47,6 +47,9 @@ def architecture_of(spec: ModelSpec) -> tuple[str, Architecture]:
 
 def check_model(spec: ModelSpec) -> None:
     """Raise ``SlimError`` for a model that GGUF, or llama.cpp, cannot be told as it is."""
+    spec.require_decoder(
+        "GGUF", "a model that continues texts", "Use quant.format=compressed-tensors or gptq."
+    )
     _, architecture = architecture_of(spec)
     config = spec.config
     if spec.adapter is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from slim.checkpoints.checkpoint import Checkpoint
+from slim.checkpoints.meta_model import auto_class
 from slim.checkpoints.verify import refuse_missing_tensors
 from slim.core.errors import SlimError
 from slim.quantization.formats.bitsandbytes import KERNEL_ROWS, library
@@ -52,12 +53,10 @@ def load_bitsandbytes(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -
     Raises:
         SlimError: Tensors are missing or do not fit.
     """
-    from transformers import AutoModelForCausalLM
-
     bnb = library()
     check_tensors(checkpoint)
     wanted = getattr(torch, dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(checkpoint.spec).from_pretrained(
         checkpoint.folder, dtype=wanted, device_map={"": device}, local_files_only=True,
         use_safetensors=True, output_loading_info=True,
     )  # fmt: skip

@@ -213,6 +213,20 @@ class ModelSpec:
                 "Put this stage before the tuner, or tune with tuner.merge=true."
             )
 
+    def require_decoder(self, setting: str, why: str, advice: str) -> None:
+        """Refuse an encoder.
+
+        Args:
+            setting: What does not work for it, as it is typed.
+            why: What it needs, such as ``"a loss of next tokens"``.
+            advice: What to use instead, one sentence.
+
+        Raises:
+            SlimError: It is one.
+        """
+        if self.is_encoder:
+            raise SlimError(f"{setting} needs {why}, and {self.name} is an encoder. {advice}")
+
     def require_plain(self, advice: str) -> None:
         """Refuse weights that are quantized, or that an adapter was trained for.
 

@@ -91,6 +91,8 @@ class DepthPruning(Stage):
     kind: ClassVar[str] = "prune"
     criterion: ClassVar[str]  # name in metadata and plots
     score_label: ClassVar[str] = "score"  # what a score is, with its unit
+    # whether scores are made of the loss of predicted tokens, which encoders have not
+    needs_loss: ClassVar[bool] = False
     # why no more blocks can be removed, where protection alone does not tell
     limit_note: ClassVar[str] = ""
 
@@ -189,6 +191,13 @@ class DepthPruning(Stage):
     def check(self, spec: ModelSpec) -> None:
         depth = spec.blocks
         spec.family  # noqa: B018 - raises where the family is unknown
+        if self.needs_loss and self.remove is None:
+            spec.require_decoder(
+                f"pruner={self.criterion}",
+                "the loss of predicted tokens",
+                "Use pruner=angular, block_influence or magnitude, or name blocks: "
+                "pruner.remove=[2,4].",
+            )
         spec.require_plain("Prune first, quantize afterwards.")
         if self.reconstruct:
             self._require_foldable(spec)

@@ -167,6 +167,7 @@ class Perplexity(CalibratedDepthPruning):
 
     criterion: ClassVar[str] = "ppl"
     score_label: ClassVar[str] = "perplexity without the block"
+    needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -185,6 +185,7 @@ class Taylor(CalibratedDepthPruning):
 
     criterion: ClassVar[str] = "taylor"
     score_label: ClassVar[str] = "sum of |w dL/dw|"
+    needs_loss: ClassVar[bool] = True
 
     def scores(self, source: Checkpoint, context: Context) -> list[float]:
         model, tokens = self.load(source, context)

@@ -164,6 +164,11 @@ class WidthPruning(Stage):
     def check(self, spec: ModelSpec) -> None:
         depth = spec.blocks
         family = spec.family  # raises where it is unknown
+        spec.require_decoder(
+            "Width pruning",
+            "a gated MLP and grouped heads",
+            "Use pruner=angular, block_influence or magnitude (blocks), or pruner=wanda (weights).",
+        )
         if family.fused:
             possible = ", ".join(name for name, known in FAMILIES.items() if not known.fused)
             raise SlimError(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slim.data.packing import IGNORE
+from slim.loading.sentence import pooled
 from slim.models.logits import head_logits
 
 
@@ -42,6 +43,8 @@ def batch_nll(model: nn.Module, batch: dict) -> Tensor:
         batch: ``tokens``, ``labels`` and perhaps ``positions``; or for a classifier what
             :meth:`slim.data.labelled.LabelledWindows.batch` gives.
     """
+    if "scores" in batch:
+        return pair_loss(model, batch)
     if "mask" not in batch:
         return sequence_nll(model, batch["tokens"], batch["labels"], batch.get("positions"))
     logits = class_outputs(model, batch).logits.float()
@@ -49,6 +52,28 @@ def batch_nll(model: nn.Module, batch: dict) -> Tensor:
     if "weights" in batch:
         nll = nll * batch["weights"]
     return nll.sum()
+
+
+def pair_loss(model: nn.Module, batch: dict) -> Tensor:
+    """Return the summed loss of pairs with scores s.
+
+    Of a bi-encoder (cos(u, v) - s)^2, of a cross-encoder with the output z the cross entropy
+    -s log sigmoid(z) - (1 - s) log(1 - sigmoid(z)).
+
+    Args:
+        model: An encoder without a head, or with one of one output.
+        batch: What :meth:`slim.data.scored.PairWindows.batch` gives.
+    """
+    scores = batch["scores"].float()
+    if "second" not in batch:
+        logits = class_outputs(model, batch).logits[:, 0].float()
+        return F.binary_cross_entropy_with_logits(logits, scores, reduction="sum")
+    first = bool(batch["pools_first"].any())
+    vectors = []
+    for tokens, mask in (("tokens", "mask"), ("second", "second_mask")):
+        hidden = model(input_ids=batch[tokens], attention_mask=batch[mask]).last_hidden_state
+        vectors.append(pooled(hidden, batch[mask], first))
+    return ((vectors[0] * vectors[1]).sum(-1) - scores).square().sum()
 
 
 def class_outputs(model: nn.Module, batch: dict, **wanted: bool):

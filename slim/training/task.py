@@ -12,6 +12,8 @@ from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.data.examples import TRAIN, VALIDATION, TrainingData
 from slim.data.packing import Windows
+from slim.loading.sentence import pools_first
+from slim.models.encoders import CLASSES
 from slim.training.batches import MicroBatches, in_order, window_order
 from slim.training.module import LanguageModeling, Optimization
 
@@ -130,3 +132,20 @@ class ClassificationTask(Task):
         """Return a part of the data with the numbers that the model's head gives its classes."""
         plan, names = self.plan, self.checkpoint.spec.labels
         return plan.data.labelled(part, self.tokenizer, plan.window, tokens, names)
+
+
+class PairTask(Task):
+    """Telling how alike two texts are: by the cosine of their vectors, or by a score of both."""
+
+    def read_training(self) -> Windows:
+        return self._read(TRAIN, self.plan.training_tokens)
+
+    def read_validation(self) -> Windows:
+        return self._read(VALIDATION, self.plan.validation_tokens)
+
+    def _read(self, part: str, tokens: int | None) -> Windows:
+        """Return a part of the pairs as this model reads them."""
+        plan = self.plan
+        together = self.checkpoint.spec.top == CLASSES
+        first = pools_first(self.checkpoint.folder)
+        return plan.data.scored(part, self.tokenizer, plan.window, tokens, together, first)

@@ -95,6 +95,12 @@ class Lora(Tuner):
         return ("peft",)
 
     def check(self, spec: ModelSpec) -> None:
+        if spec.is_encoder:
+            raise SlimError(
+                f"{spec.name} is an encoder, whose new head needs training too, and adapters leave "
+                "it as it is.\nUse tuner=encoder (all weights), and for distillation "
+                "teacher=encoder."
+            )
         super().check(spec)
         require_small(spec, self.ranks(spec), self.group)
 

@@ -20,8 +20,9 @@ from slim.core.settings import require_choice, require_number
 from slim.data import preview
 from slim.data.examples import TrainingData
 from slim.data.labelled import Labelled
+from slim.data.scored import Scored
 from slim.loading.save_model import save_model
-from slim.models.encoders import CLASSES
+from slim.models.encoders import BODY, CLASSES
 from slim.training.optimizers import OPTIMIZERS, require_device, require_optimizer
 from slim.training.schedule import SCHEDULES
 from slim.training.trainer_settings import TrainerSettings
@@ -293,7 +294,11 @@ class Tuner(Stage):
             device: Torch's name of the device.
             precision: Lightning's name of the precision.
         """
-        kind = task.ClassificationTask if checkpoint.spec.is_encoder else task.Task
+        kind = task.Task
+        if isinstance(self.data, Scored):
+            kind = task.PairTask
+        elif checkpoint.spec.is_encoder:
+            kind = task.ClassificationTask
         return kind(task.TaskPlan(**self.task_settings()), checkpoint, device, precision)
 
     def task_settings(self) -> dict:
@@ -471,12 +476,20 @@ def require_fitting(data: TrainingData, spec: ModelSpec) -> None:
         SlimError: It cannot.
     """
     has_labels = isinstance(data, Labelled)
-    if has_labels and not spec.is_encoder:
+    if isinstance(data, (Labelled, Scored)) and not spec.is_encoder:
         raise SlimError(
-            f"{data.title} have labels, which a classifier learns, and {spec.name} is a decoder.\n"
+            f"{data.title} have labels or scores, which an encoder learns, and {spec.name} is a "
+            "decoder.\n"
             "Use an encoder (docs/encoders.md), or other data, such as data=tiny."
         )
     if not spec.is_encoder:
+        return
+    if isinstance(data, Scored):
+        if spec.top != BODY and len(spec.labels) != 1:
+            raise SlimError(
+                f"{spec.name} tells {len(spec.labels)} classes apart and learns no scores of pairs."
+                "\nUse an encoder without a head: task=similarity, or task=cross_encoder."
+            )
         return
     if spec.top != CLASSES:
         raise SlimError(

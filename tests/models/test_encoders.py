@@ -5,12 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slim.calibration.capture import last_hidden
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.meta_model import MetaModel
 from slim.checkpoints.stage import Context
+from slim.core.errors import SlimError
+from slim.data.labelled import Headlines, LabelledCalibration
 from slim.distillation.student import Layers
 from slim.loading.check_result import check_result
 from slim.loading.load_model import load_model
+from slim.pruning.angular import Angular
+from slim.pruning.block_influence import BlockInfluence
+from slim.pruning.magnitude import Magnitude
+from slim.pruning.taylor import Taylor
+from slim.quantization.methods.awq import AWQ
+from slim.quantization.methods.bitsandbytes import Int8
+from slim.quantization.methods.hqq import HQQ
 from slim.quantization.methods.rtn import RTN
 from tests.support.encoding import FAMILIES, build_encoder
 
@@ -44,8 +54,6 @@ def test_config_tells_the_linear_layers_of_the_blocks(family, tmp_path):
 
 @pytest.mark.parametrize("family", LIGHT)
 def test_block_by_block_gives_what_the_model_gives(family, tmp_path):
-    from slim.calibration.capture import last_hidden
-
     checkpoint = open_checkpoint(build_encoder(family, tmp_path / "model", "embedding"))
     tokens = torch.arange(3, 23)[None]
     model = load_model(tmp_path / "model")
@@ -86,3 +94,51 @@ def test_student_of_every_second_block_is_those_blocks(family, tmp_path):
     layer = next(iter(spec.block_linears()))
     kept = load_model(target).get_submodule(f"{spec.family.blocks}.1.{layer}").weight
     assert torch.equal(kept, weights[f"{spec.family.blocks}.2.{layer}.weight"])
+
+
+CALIBRATION = LabelledCalibration(Headlines(count=100), samples=4, length=16)
+
+
+def depth_pruners():
+    return [
+        Angular(calibration=CALIBRATION, blocks=1),
+        BlockInfluence(calibration=CALIBRATION, blocks=1),
+        Magnitude(blocks=1),
+    ]
+
+
+@pytest.mark.parametrize("stage", depth_pruners(), ids=lambda stage: stage.criterion)
+def test_depth_pruning_leaves_an_encoder_with_fewer_blocks(stage, tmp_path):
+    source = build_encoder("bert", tmp_path / "model")
+    target = tmp_path / "pruned"
+    target.mkdir()
+    stage.check(open_checkpoint(source).spec)
+    stage.run(source, target, Context())
+    check_result(target)
+    assert open_checkpoint(target).spec.blocks == 3
+
+
+@pytest.mark.parametrize("stage", [HQQ(group_size=32), Int8()], ids=["hqq", "int8"])
+def test_other_quantizers_take_an_encoder(stage, tmp_path):
+    source = build_encoder("bert", tmp_path / "model", hidden_size=64, intermediate_size=128)
+    target = tmp_path / "quantized"
+    target.mkdir()
+    stage.check(open_checkpoint(source).spec)
+    stage.run(source, target, Context())
+    check_result(target)
+    assert open_checkpoint(target).spec.quantization is not None
+
+
+def refused():
+    return {
+        "quant=awq": AWQ(calibration=CALIBRATION, group_size=32),
+        "pruner=taylor": Taylor(calibration=CALIBRATION, blocks=1),
+        "GGUF": RTN(group_size=32, format="gguf"),
+    }
+
+
+@pytest.mark.parametrize("name", refused())
+def test_what_needs_a_decoder_is_refused_by_name(name, tmp_path):
+    spec = open_checkpoint(build_encoder("bert", tmp_path / "model")).spec
+    with pytest.raises(SlimError, match=f"^{name} needs .* is an encoder. Use "):
+        refused()[name].check(spec)

@@ -15,6 +15,9 @@ from slim.data.base import TRAIN
 from slim.data.labelled import Headlines, LabelledCalibration, LabelledTexts
 from slim.data.tiny import TinyText
 from slim.data.untrained_encoder import UntrainedEncoder
+from slim.distillation.layer_map import Matching
+from slim.distillation.stage import Full as Distill
+from slim.distillation.student import Layers
 from slim.evaluation.classification import Classification, calibration_error, macro_f1
 from slim.loading.check_result import check_result
 from slim.loading.head import WithHead, lacks_head
@@ -75,6 +78,45 @@ def test_quantized_classifier_decides_nearly_as_before(trained, headlines, tmp_p
     quantized = made(stage, trained, tmp_path / "quantized")
     before, after = measured(trained, headlines), measured(quantized, headlines)
     assert abs(after["accuracy"] - before["accuracy"]) < 0.08
+
+
+def test_student_of_half_the_blocks_learns_from_the_whole(trained, headlines, tmp_path):
+    student = made(Layers(every=2), trained, tmp_path / "student")
+    stage = Distill(
+        headlines,
+        base=Source(str(trained)),
+        match=Matching(hidden=1.0),
+        steps=30,
+        learning_rate=5e-3,
+        validate_every=15,
+        **SHORT,
+    )
+    stage.check(open_checkpoint(student).spec)
+    taught = made(stage, student, tmp_path / "taught")
+    before, after = measured(student, headlines), measured(taught, headlines)
+    assert after["class_nll"] < before["class_nll"]
+    assert after["accuracy"] > 0.8
+
+
+def test_distillation_loss_is_that_of_its_formula(trained, untrained, headlines):
+    from slim.checkpoints.tokenizer import load_tokenizer
+    from slim.distillation.classes import ClassDistillation
+    from slim.distillation.losses import LOSSES
+    from slim.training.batches import in_order
+
+    data = Headlines(count=60)
+    (batch,) = in_order(data.labelled(TRAIN, load_tokenizer(trained), 32), 60)
+    teacher, student = load_model(trained), load_model(untrained)
+    goal = ClassDistillation(teacher, [0, 1], LOSSES["forward"].divergence(), 2.0, 0.25)
+    inputs = dict(input_ids=batch["tokens"], attention_mask=batch["mask"])
+    with torch.no_grad():
+        got = goal(student, batch)
+        p = (teacher(**inputs).logits / 2).softmax(-1)
+        logits = student(**inputs).logits
+        q = (logits / 2).softmax(-1)
+        soft = (p * (p.log() - q.log())).sum()
+        hard = -logits.log_softmax(-1)[torch.arange(len(p)), batch["labels"][:, 1]].sum()
+    assert got.item() == pytest.approx((0.75 * 4 * soft + 0.25 * hard).item(), rel=1e-4)
 
 
 def test_balanced_weights_make_all_classes_count_the_same(untrained):

@@ -61,6 +61,14 @@ class AWQ(CalibratedQuantization):
         require_number("quant.clip", self.clip, 1, 100, integer=True)
         require_flag("quant.refit", self.refit)
 
+    def check(self, spec: ModelSpec) -> None:
+        spec.require_decoder(
+            "quant=awq",
+            "a layer before each group that takes up its scales",
+            "Use quant=gptq, quant=rtn or quant=hqq.",
+        )
+        super().check(spec)
+
     def method(self, spec: ModelSpec, schemes: Mapping[str, Scheme]) -> ActivationAware:
         form = get_format(self.format)
         method = ActivationAware(schemes, spec.dtype, form, self.grid, self.clip, self.refit)
