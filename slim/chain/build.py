@@ -57,7 +57,7 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     if config.eval and config.eval.get("_target_"):
         evaluation = instantiate(config.eval, _convert_="all")
     return Pipeline(
-        model=instantiate(config.model),
+        model=instantiate(config.model, _convert_="all"),
         stages=[stage for stage in stages if isinstance(stage, Stage)],
         evaluation=evaluation,
         store=Store(config.store),
@@ -86,15 +86,15 @@ def begin_with_head(config: DictConfig) -> DictConfig:
 
     A head for other classes is replaced; one that knows all of them stays.
     """
-    source = "slim.checkpoints.source.Source"
-    with_head = ("classification", "cross_encoder")
-    if config.get("task") not in with_head or config.model.get("_target_") != source:
+    if config.get("task") not in ("classification", "cross_encoder"):
         return config
-    if config.model.get("source") is None:  # the source says what is missing
+    trained = config.model.get("_target_") == "slim.training.first.Trained"
+    model = config.model.base if trained else config.model
+    if model.get("_target_") != "slim.checkpoints.source.Source" or model.get("source") is None:
         return config
     from hydra.utils import instantiate
 
-    base, labels = instantiate(config.model), ["score"]
+    base, labels = instantiate(model), ["score"]
     if config.task == "classification":
         labels = instantiate(config.data).classes
     spec = base.describe()
@@ -102,12 +102,16 @@ def begin_with_head(config: DictConfig) -> DictConfig:
         return config
     config = config.copy()
     OmegaConf.set_struct(config, False)
-    config.model = {
+    settings = {
         "_target_": "slim.loading.head.WithHead",
-        "base": config.model,
+        "base": model,
         "labels": labels,
         "seed": config.seed,
     }
+    if trained:
+        config.model.base = settings
+    else:
+        config.model = settings
     return config
 
 

@@ -80,9 +80,7 @@ def run_build(options: argparse.Namespace) -> None:
     if target.exists():  # before minutes of work
         raise SlimError(f"{target} exists already. Give a new folder, or remove this one first.")
     records = read_documents(options.texts, options.column)
-    meta = build(
-        records, options.column, options.encoder, target, options.kind, options.batch_size
-    )
+    meta = build(records, options.column, options.encoder, target, options.kind, options.batch_size)
     rate = meta["documents"] / max(meta["seconds"], 1e-9)
     say(f"{meta['documents']} documents in {meta['seconds']:.1f} s ({rate:,.0f} a second)")
     show_line(f"index: {target}")

@@ -73,12 +73,8 @@ def test_every_choice_that_makes_a_stage_is_recorded():
         "tuner/encoder",
         "calibration/labelled",
     }
-<<<<<<< HEAD
     added_later |= {"data/headlines", "data/labelled", "data/documents"}
-=======
-    added_later |= {"data/headlines", "data/labelled", "data/made_pairs", "data/scored"}
-    added_later |= {"teacher/encoder"}
->>>>>>> 72ad01f (Distillation of classifiers, depth pruning of encoders, pairs with scores, an index to search, pictures of classes)
+    added_later |= {"data/made_pairs", "data/scored", "teacher/encoder"}
     assert choices - added_later <= set(RECORDED["configurations"])
 
 
