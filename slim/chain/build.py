@@ -17,6 +17,7 @@ from slim.loading.head import lacks_head
 from slim.loading.merge import MergeAdapter
 
 # in the order in which they run
+SCALES = "slim.training.scales.Scales"
 STAGES = ("student_init", "pruner", "tuner", "teacher", "quantizer")
 
 
@@ -51,6 +52,7 @@ def build_pipeline(config: DictConfig) -> Pipeline:
     stages = []
     for settings in chosen:  # "all": dicts and lists as settings, which can be hashed and written
         stages.append(instantiate(settings, _convert_="all"))
+    stages.sort(key=lambda stage: getattr(stage, "after_quantizer", False))  # others stay in order
     if adapter is not None:  # every other stage works on the merged weights
         stages.insert(0, MergeAdapter(adapter))
     evaluation = None
@@ -160,8 +162,8 @@ def merge_alias(config: DictConfig) -> DictConfig:
 
 
 def learn_from_teacher(config: DictConfig) -> DictConfig:
-    """Where ``teacher.stage=tune``, let the tuner's settings be those of the distillation, which
-    takes its place.
+    """Where ``teacher.stage=tune``, or the tuner trains scales, let its settings be those of
+    the distillation, which takes its place.
 
     Args:
         config: as Hydra composes it; it stays as it is.
@@ -169,16 +171,21 @@ def learn_from_teacher(config: DictConfig) -> DictConfig:
     Raises:
         SlimError: when no tuner is chosen, or one that cannot learn from a teacher.
     """
-    if not config.teacher or config.teacher.get("stage") != "tune":
+    target = (config.tuner or {}).get("_target_")
+    if not config.teacher:
+        return config
+    # before the quantizer there is nothing that a teacher could teach them
+    if config.teacher.get("stage") != "tune" and target != SCALES:
         return config
     kinds = {
         "slim.training.tune.Lora": "lora",
         "slim.training.qlora.QLora": "qlora",
         "slim.training.tune.Full": "full",
+        SCALES: "scales",
     }
-    train = kinds.get((config.tuner or {}).get("_target_"))
+    train = kinds.get(target)
     if train is None:
-        needed = "it needs tuner=lora or tuner=full or tuner=qlora"
+        needed = "it needs tuner=lora or tuner=full or tuner=qlora or tuner=scales"
         raise SlimError(f"teacher.stage=tune makes the tuner learn from the teacher: {needed}.")
     config = config.copy()
     OmegaConf.set_struct(config, False)

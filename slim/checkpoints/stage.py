@@ -70,11 +70,13 @@ class Stage:
             results are not reused.
         together: Whether all processes that torchrun started run it. What returns in others than
             process zero, which get no target, is ignored.
+        after_quantizer: Whether it works on what the quantizer of its chain makes.
     """
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1
     together: ClassVar[bool] = False
+    after_quantizer: ClassVar[bool] = False
 
     @property
     def input_multiple(self) -> int:

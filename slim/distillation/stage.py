@@ -20,7 +20,7 @@ from slim.distillation.losses import LOSSES
 from slim.distillation.questions import ANSWERS, Generation
 from slim.distillation.teacher import BASE, DTYPES, QUANTS, Teacher, same_vocabulary
 from slim.models.encoders import CLASSES
-from slim.training import qlora, tune
+from slim.training import qlora, scales, tune
 
 if TYPE_CHECKING:
     from slim.checkpoints.checkpoint import Checkpoint
@@ -306,21 +306,28 @@ class Full(Distillation, tune.Full):
     cache_name: ClassVar[str] = "Full"
 
 
+@dataclass
+class Scales(Distillation, scales.Scales):
+    """Distillation into the scales of a quantised model."""
+
+    cache_name: ClassVar[str] = "Scales"
+
+
 def distill(train: str = "lora", stage: str = "distill", **settings) -> Distillation:
     """Return the stage.
 
     Args:
         train: ``lora`` for adapters, ``qlora`` for those on a quantised base, ``full`` for all
-            weights, which has no adapters' settings.
+            weights and ``scales`` for those of a quantised model, which have no adapters' settings.
         stage: ``tune`` lets a configuration's tuner say how to train
             (``slim.chain.build.learn_from_teacher``).
-        **settings: Fields of :class:`Lora`, :class:`QLora` or :class:`Full`; those that only the
-            others have are left out.
+        **settings: Fields of :class:`Lora`, :class:`QLora`, :class:`Full` or :class:`Scales`; those
+            that only the others have are left out.
 
     Raises:
         SlimError: ``train`` or ``stage`` is none of these, or a setting is wrong.
     """
-    kinds = {"lora": Lora, "qlora": QLora, "full": Full}
+    kinds = {"lora": Lora, "qlora": QLora, "full": Full, "scales": Scales}
     require_choice("teacher.train", train, kinds)
     require_choice("teacher.stage", stage, ("distill", "tune"))
     has = {setting.name for setting in fields(kinds[train])}

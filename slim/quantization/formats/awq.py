@@ -51,6 +51,8 @@ class AwqGemm(Format):
 
     name = quant_method = "awq"
     codes = "qweight"
+    scales = "scales"
+    scales_by_input = True
 
     def scale_dtype(self, model_dtype: str) -> str:
         return "float16"

@@ -110,6 +110,9 @@ class Format:
         quant_method: As in ``quantization_config``.
         codes: End of the name of the tensor that holds a layer's codes; the file has the layer
             packed where it is there.
+        scales: End of the name of the tensor that holds a layer's scales; None where they have no
+            tensor of their own.
+        scales_by_input: Whether that is [groups, out] instead of [out, groups].
         trains_dora: Whether DoRA, which needs the norms of whole weights, can be trained on top of
             packed layers.
     """
@@ -117,6 +120,8 @@ class Format:
     name: str
     quant_method: str
     codes: str
+    scales: str | None = None
+    scales_by_input: bool = False
     trains_dora: bool = False
 
     def describes(self, config: Mapping[str, Any]) -> bool:

@@ -58,6 +58,7 @@ class CompressedTensors(Format):
 
     name = quant_method = "compressed-tensors"
     codes = "weight_packed"
+    scales = "weight_scale"
 
     def config(
         self,

@@ -55,6 +55,8 @@ class Gptq(Format):
 
     name = quant_method = "gptq"
     codes = "qweight"
+    scales = "scales"
+    scales_by_input = True
 
     def scale_dtype(self, model_dtype: str) -> str:
         return "float16"

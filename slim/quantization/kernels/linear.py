@@ -25,6 +25,7 @@ from slim.quantization.kernels.multiply import (
     STREAM,
     TILES,
     PackedWeight,
+    ScaledProduct,
     multiply_packed,
     packed_rows,
 )
@@ -57,6 +58,7 @@ class QuantLinear(nn.Module):
         order: int64 [in] where columns are grouped in activation order: the inputs in the order in
             which groups are whole; ``packed`` is in it.
         index: int64 [in], the group of every column, where no order makes them whole.
+        growth: g, [out, groups], of scales that are trained; None otherwise.
         kernel: the kernel that few rows take: ``int4``, ``int4 halves``, ``int8``, ``cuda`` or
             None.
     """
@@ -93,7 +95,18 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.register_buffer("order", None)
         self.register_buffer("index", None)
+        self.register_parameter("growth", None)
         self.kernel: str | None = None
+
+    def train_scale(self) -> None:
+        """Let every scale s be s e^g, with a parameter g that begins at 0."""
+        self.growth = nn.Parameter(torch.zeros_like(self.scale, dtype=torch.float32))
+
+    def settle_scale(self, dtype: torch.dtype) -> None:
+        """Make s e^g the scale, rounded to the type it is stored in; g is gone."""
+        grown = self.scale.float() * self.growth.detach().exp()
+        self.scale = grown.to(dtype).to(self.scale.dtype)
+        self.growth = None
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -279,6 +292,8 @@ class QuantLinear(nn.Module):
             return torch.ops.aten._weight_int4pack_mm(
                 rows, self.packed, self.group, self.scale_and_offset
             )
+        if self.growth is not None:
+            return ScaledProduct.apply(rows, self.growth, self.packed_weight)
         if rows.requires_grad:  # kernels have no gradient
             return multiply_packed(rows, *self.packed_weight.parts())
         if self.kernel == "int8" and len(rows) <= INT8_ROWS:

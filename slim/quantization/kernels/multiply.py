@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
@@ -250,6 +250,39 @@ def _gradient(ctx, grad):
 
 
 multiply_packed.register_autograd(_gradient, setup_context=_keep_parts)
+
+
+class ScaledProduct(torch.autograd.Function):
+    """x W^T for W = s e^g (c - zero), with gradients with respect to x and to g, [out, groups].
+
+    dW / dg is W itself, so the gradient of a group's g is the sum of W (dL / dW) over the group. As
+    everywhere here only some rows are unpacked at once.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, growth: Tensor, weight: PackedWeight) -> Tensor:
+        ctx.save_for_backward(x, growth)
+        ctx.weight = weight
+        return _grown(weight, growth).multiply(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, growth = ctx.saved_tensors
+        weight = _grown(ctx.weight, growth)
+        back = weight.multiply_back(grad) if ctx.needs_input_grad[0] else None
+        index = weight.index
+        if index is None:
+            index = torch.arange(weight.columns, device=x.device) // weight.group
+        moved = torch.zeros_like(growth)
+        for start, stop in weight.steps():
+            rows = slice(start, stop)
+            product = (grad[:, rows].T @ x) * weight.dense(rows, x.dtype)
+            moved[rows].index_add_(1, index, product.to(moved.dtype))
+        return back, moved, None
+
+
+def _grown(weight: PackedWeight, growth: Tensor) -> PackedWeight:
+    return replace(weight, scale=weight.scale.float() * growth.detach().exp())
 
 
 @torch.library.custom_op("slim::packed_rows", mutates_args=())

@@ -32,6 +32,7 @@ from slim.quantization.solvers.error_feedback import (
     activation_order,
     by_rows,
     gptq,
+    groups_of,
     noted_factor,
     permuted,
 )
@@ -154,7 +155,7 @@ class ErrorFeedback(ScaledMethod):
 
             for name, layer in layers.items():
                 layers[name] = by_rows(problem.weights[name], descend, layer)
-        return layers
+        return self._indexed(layers)
 
     def unscaled_if_better(
         self, problem: RoundingProblem, scaled: dict[str, Quantized], scales: torch.Tensor
@@ -188,6 +189,17 @@ class ErrorFeedback(ScaledMethod):
                 return self._round(rows, problem.hessian, cholesky, scheme)
 
             layers[name] = by_rows(weight, round_rows)
+        return layers
+
+    def _nearest(self, problem: RoundingProblem) -> dict[str, Quantized]:
+        return self._indexed(super()._nearest(problem))
+
+    def _indexed(self, layers: dict[str, Quantized]) -> dict[str, Quantized]:
+        """Give layers whose groups are formed of neighbors after all, as those of a single group
+        are, the index that the file must have for every layer where columns are ordered."""
+        if self.stage.ordered:
+            for layer in layers.values():
+                layer.group_index = groups_of(layer)
         return layers
 
     def _factor(self, problem: RoundingProblem) -> CholeskyFactor | None:
