@@ -17,6 +17,8 @@ PLUGINS = {  # choices that optional packages bring: package, extra of ours
 }
 # settings outside all groups that a user may have meant
 GENERAL = ("seed", "device", "plan", "store", "output", "ignore_limits", "tracking")
+# settings outside all groups that have settings below them
+SECTIONS = {"tracking": "tracking.uri=sqlite:///FILE.db"}
 # settings that the choices of another group bring
 BROUGHT_BY = {"budget": "hparams_search", "search": "hparams_search"}
 # what other tools call a setting
@@ -48,6 +50,30 @@ def check_form(arguments: list[str]) -> None:
             raise SlimError(_explain_option(name, value))
         if "=" in argument and not argument.startswith("-") and not SETS.match(argument):
             raise SlimError(f"'{argument}' names no setting. Type it as group.setting=value.")
+        if equals and name in (*_groups(), *SECTIONS):
+            _check_choice(name, value)
+
+
+def _check_choice(group: str, value: str) -> None:
+    """Raise ``SlimError`` where a group is given what is no name, such as null or a number."""
+    import yaml
+
+    if group in SECTIONS:
+        raise SlimError(
+            f"{group}={value}: {group} has settings of its own, such as {SECTIONS[group]}."
+        )
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:  # Hydra's own syntax, such as choice(a,b)
+        return
+    if read is None and value == "" or isinstance(read, str | list | dict):
+        return
+    typed = SHORT_NAME if group == "quantizer" else group
+    has_none = (CONF / group / "none.yaml").is_file()
+    advice = f"Use {typed}=none, or" if read is None and has_none else "Use"
+    raise SlimError(
+        f"{typed}={value}: must be the name of a choice. {advice} one of those that --help lists."
+    )
 
 
 def _explain_option(option: str, value: str) -> str:

@@ -175,6 +175,27 @@ def test_settings_with_dashes(typed, message):
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
+        ("pruner=null", "pruner=null: must be the name of a choice. Use pruner=none, or one of"),
+        ("quantizer=~", "quant=~: must be the name of a choice. Use quant=none, or one of"),
+        ("model=5", "model=5: must be the name of a choice. Use one of those that --help lists"),
+        ("eval=true", "eval=true: must be the name of a choice. Use one of those that --help"),
+        ("tracking=null", "tracking=null: tracking has settings of its own, such as tracking.uri"),
+    ],
+)
+def test_groups_take_names(typed, message):
+    with pytest.raises(SlimError) as error:
+        check_form(["seed=1", typed])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("typed", ["pruner=none", "quantizer=awq,gptq", "eval=[a,b]", "model="])
+def test_names_of_choices_pass(typed):
+    check_form([typed])
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
         ("plan", "'plan' sets nothing. Type it as plan=true"),
         ("quantizer", "'quant' sets nothing. Type it as quant=gptq"),
         ("teacher", "'teacher' sets nothing. Type it as teacher=CHOICE"),
