@@ -98,7 +98,7 @@ def serve_page(options: argparse.Namespace) -> None:
     Args:
         options: of :func:`parser`.
     """
-    from slim.serve.server import address, open_socket, serve
+    from slim.serve.server import listen, open_socket, serve
 
     sampling = checked_sampling(options)
     # before minutes of loading, after which the port would be taken
@@ -115,7 +115,7 @@ def serve_page(options: argparse.Namespace) -> None:
             model.defaults = model.defaults.changed(sampling)
         # one answer at a time: side by side they would slow one another down
         service = Service(models, Limits(max_tokens=MOST_TOKENS))
-        show_labelled("open", f"{address(endpoint)}/")
+        show_labelled("open", f"{listen(endpoint)}/")
         serve(make_app(service, routes=routes), service, endpoint)
 
 

@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     with open_socket(options.host, options.port) as endpoint:
         models = load_models(options)
         from slim.serve.app import make_app
-        from slim.serve.server import address, serve
+        from slim.serve.server import listen, serve
         from slim.serve.service import Limits, Service
 
         limits = Limits(options.concurrency, options.queue, options.max_tokens, options.grace)
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
         app = make_app(service, key, local, options.allow_origin)
         for model in models:
             show_labelled("model", model.name)
-        show_labelled("base URL", f"{address(endpoint)}/v1")
+        show_labelled("base URL", f"{listen(endpoint)}/v1")
         serve(app, service, endpoint)
 
 

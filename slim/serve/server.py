@@ -44,8 +44,13 @@ def open_socket(host: str, port: int) -> socket.socket:
     return endpoint
 
 
-def address(endpoint: socket.socket) -> str:
-    """Return a socket's address as a browser takes it."""
+def listen(endpoint: socket.socket) -> str:
+    """Let a bound socket take connections, which wait until they are served.
+
+    Returns:
+        Its address as a browser takes it.
+    """
+    endpoint.listen(BACKLOG)
     host, port = endpoint.getsockname()[:2]
     if ":" in host:
         host = f"[{host}]"

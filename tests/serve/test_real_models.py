@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import requests
@@ -19,29 +21,35 @@ pytestmark = pytest.mark.slow
 CAPITAL = user("What is the capital of France? Answer in one sentence.")
 
 
-def started(*arguments: str) -> tuple[subprocess.Popen, str]:
-    """Start the server; returns the process and its address."""
+@contextmanager
+def started(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Start the server; yields the process and its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "slim.serve", *arguments, "--port", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("base URL: "):
-            return process, line.split()[-1]
-    raise AssertionError(process.stderr.read())
+    try:
+        for line in process.stdout:
+            if line.startswith("base URL: "):
+                break
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_an_answer_end(number):
-    process, address = started("tiny")
     body = {"prompt": "One day", "max_tokens": 300, "temperature": 1.9, "stream": True, "seed": 1}
-    with requests.post(f"{address}/completions", json=body, stream=True, timeout=60) as reply:
-        lines = reply.iter_lines()
-        next(lines)
-        process.send_signal(number)
-        assert list(lines)[-2:] == [b"data: [DONE]", b""]
-    assert process.wait(60) == 0
+    with started("tiny") as (process, address):
+        url = f"{address}/completions"
+        with requests.post(url, json=body, stream=True, timeout=200) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(number)
+            assert list(lines)[-2:] == [b"data: [DONE]", b""]
+        assert process.wait(200) == 0
 
 
 def test_thirty_long_requests_to_a_real_model_take_little_memory(smollm2):

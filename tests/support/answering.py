@@ -28,7 +28,7 @@ def user(text: str) -> dict[str, str]:
 def serving(models=None, key: str | None = None, routes=(), **limits):
     """Serve models in a thread; yields the address and the service."""
     from slim.serve.app import make_app
-    from slim.serve.server import Server, address, open_socket
+    from slim.serve.server import Server, listen, open_socket
     from slim.serve.service import Limits, Service
 
     service = Service(models or [tiny()], Limits(**limits))
@@ -39,7 +39,7 @@ def serving(models=None, key: str | None = None, routes=(), **limits):
         while not server.started:
             time.sleep(0.01)
         try:
-            yield address(endpoint), service, server
+            yield listen(endpoint), service, server
         finally:
             server.should_exit = True
             thread.join(60)
