@@ -94,8 +94,10 @@ def read_request(body: Any, models: dict[str, ChatModel], most: int, chat: bool)
     except Refused:
         raise
     except SlimError as error:
-        code = "context_length_exceeded" if isinstance(error, TooLong) else None
-        raise Refused(str(error), 400, code, "messages" if chat else "prompt") from error
+        code = None
+        if isinstance(error, TooLong):
+            code = "context_length_exceeded"
+        raise Refused(str(error), 400, code, prompt_field(chat)) from error
     options = body.get("stream_options") or {}
     return Asked(
         model=model,
@@ -126,7 +128,9 @@ def chosen_model(name: Any, models: dict[str, ChatModel]) -> ChatModel:
 def check_fields(body: dict, chat: bool) -> None:
     """Refuse fields that slim would have to leave unheeded."""
     known = {"model", "stream", "stream_options", "max_completion_tokens", *setting_names()}
-    known |= {"messages", "truncate_history"} if chat else {"prompt"}
+    known.add(prompt_field(chat))
+    if chat:
+        known.add("truncate_history")
     for name, value in body.items():
         if value is None or name in known or name in WITHOUT_EFFECT:
             continue
@@ -135,6 +139,13 @@ def check_fields(body: dict, chat: bool) -> None:
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise Refused("stream_options: must be a JSON object.", param="stream_options")
+
+
+def prompt_field(chat: bool) -> str:
+    """Return the name of the field with what is to be answered."""
+    if chat:
+        return "messages"
+    return "prompt"
 
 
 def flag(body: dict, name: str) -> bool:
@@ -163,8 +174,10 @@ def read_sampling(body: dict, model: ChatModel, chat: bool) -> Sampling:
     try:
         return model.defaults.changed(settings)
     except SlimError as error:
-        name = str(error).split("=")[0].split(":")[0]
-        raise Refused(str(error), param=name if name in settings else None) from error
+        name = str(error).split("=")[0].split(":")[0]  # messages begin with the setting
+        if name not in settings:
+            name = None
+        raise Refused(str(error), param=name) from error
 
 
 def read_messages(model: ChatModel, messages: Any) -> list[Message]:
@@ -190,13 +203,12 @@ def read_message(entry: Any, place: int) -> Message:
     where = f"messages[{place}]"
     if not isinstance(entry, dict):
         raise Refused(f"{where}: must be an object with role and content.", param=where)
-    role = ROLES.get(entry.get("role")) if isinstance(entry.get("role"), str) else None
-    if role is None:
-        raise Refused(f"{where}.role={entry.get('role')}: must be one of {', '.join(ROLES)}.",
-                      param=where)  # fmt: skip
+    role = entry.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise Refused(f"{where}.role={role}: must be one of {', '.join(ROLES)}.", param=where)
     if entry.get("tool_calls") or entry.get("function_call"):
         raise unsupported(f"{where}.tool_calls")
-    return {"role": role, "content": read_content(entry.get("content"), where)}
+    return {"role": ROLES[role], "content": read_content(entry.get("content"), where)}
 
 
 def read_content(content: Any, where: str) -> str:
@@ -207,7 +219,9 @@ def read_content(content: Any, where: str) -> str:
         raise Refused(f"{where}.content: must be a text.", param=where)
     texts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = None
+        if isinstance(part, dict):
+            kind = part.get("type")
         if kind != "text" or not isinstance(part.get("text"), str):
             raise Refused(
                 f"{where}.content: has a part of type {kind}. Give parts of type text only.",

@@ -62,7 +62,9 @@ class Line:
 
     def before(self, place: Place) -> int:
         """Return how many wait in front of a place."""
-        return self._waiting.index(place) if place in self._waiting else 0
+        if place not in self._waiting:
+            return 0
+        return self._waiting.index(place)
 
     def leave(self, place: Place) -> None:
         """Free a place, whether it waits or is being answered; once is enough."""

@@ -14,6 +14,7 @@ from slim.core.hardware import available_memory
 from slim.core.lazy import LazyModule
 from slim.core.text import gigabytes
 from slim.data.chat import Message, has_chat_template, render_chat
+from slim.evaluation.memory import cache_bytes, weights_bytes
 from slim.models.spec import resolve_dtype
 from slim.quantization.storage import weight_bytes
 from slim.serve.sampling import Sampler, Sampling, recommended
@@ -59,12 +60,16 @@ class Answer:
     @property
     def reading_rate(self) -> float:
         """Tokens of the prompt per second."""
-        return self.prompt_tokens / self.reading if self.reading else 0.0
+        if not self.reading:
+            return 0.0
+        return self.prompt_tokens / self.reading
 
     @property
     def writing_rate(self) -> float:
         """Tokens after the first one per second; 0 where there is none."""
-        return (self.tokens - 1) / self.writing if self.writing and self.tokens > 1 else 0.0
+        if not self.writing or self.tokens < 2:
+            return 0.0
+        return (self.tokens - 1) / self.writing
 
 
 @dataclass
@@ -158,7 +163,9 @@ class ChatModel:
                 f"The prompt has {len(ids)} tokens, and {self.name} has a context of "
                 f"{self.context} for prompt and answer. Shorten it."
             )
-        return room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        if sampling.max_tokens is None:
+            return room
+        return min(room, sampling.max_tokens)
 
     def fitted(self, messages: list[Message], sampling: Sampling) -> tuple[list[int], int]:
         """Return a conversation as tokens, without the oldest turns where they leave no room for
@@ -234,7 +241,8 @@ class ChatModel:
                 break
             logits, cache = self._step([token], cache)
         answer.finish_reason = answer.finish_reason or "cancelled"
-        answer.cache_bytes = cache_bytes(cache)
+        if cache is not None:
+            answer.cache_bytes = cache_bytes(cache)
         piece = stream.finish()
         if piece:
             yield piece
@@ -261,13 +269,6 @@ class ChatModel:
         return output.logits[0, -1], output.past_key_values
 
 
-def cache_bytes(cache) -> int:
-    """Return the bytes of keys and values; 0 without a cache."""
-    from slim.evaluation.memory import cache_bytes as count
-
-    return 0 if cache is None else count(cache)
-
-
 def load(named: Named, device: str, dtype: str, context: int | None = None) -> ChatModel:
     """Load a model.
 
@@ -282,7 +283,6 @@ def load(named: Named, device: str, dtype: str, context: int | None = None) -> C
     """
     from slim.checkpoints.tokenizer import load_tokenizer
     from slim.evaluation.generation import end_tokens
-    from slim.evaluation.memory import weights_bytes
     from slim.loading.load_model import load_model
 
     spec = named.checkpoint.spec

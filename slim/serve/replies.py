@@ -42,10 +42,14 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        start = "chatcmpl" if self.asked.chat else "cmpl"
+        start = "cmpl"
+        if self.asked.chat:
+            start = "chatcmpl"
         self.name = f"{start}-{uuid.uuid4().hex}"
 
     def _frame(self, kind: str, choices: list[dict]) -> dict:
+        if not self.asked.chat:
+            kind = "text_completion"  # whole or in parts
         return {
             "id": self.name,
             "object": kind,
@@ -78,8 +82,7 @@ class Reply:
             else:
                 choice["text"] = text
             choices.append(choice | {"logprobs": None})
-        kind = "chat.completion" if self.asked.chat else "text_completion"
-        frame = self._frame(kind, choices) | {"usage": self.usage()}
+        frame = self._frame("chat.completion", choices) | {"usage": self.usage()}
         return frame | {"slim": self._took(self.answers[-1])}
 
     def part(self, place: int, text: str = "", begin: bool = False, end: bool = False) -> str:
@@ -96,10 +99,11 @@ class Reply:
             choice["text"] = text
         elif begin:
             choice["delta"] = {"role": "assistant", "content": text}
+        elif end:
+            choice["delta"] = {}
         else:
-            choice["delta"] = {} if end else {"content": text}
-        kind = "chat.completion.chunk" if self.asked.chat else "text_completion"
-        frame = self._frame(kind, [choice])
+            choice["delta"] = {"content": text}
+        frame = self._frame("chat.completion.chunk", [choice])
         if end:
             answer = self.answers[place]
             choice["finish_reason"] = answer.finish_reason
@@ -108,8 +112,7 @@ class Reply:
 
     def last_part(self) -> str:
         """Return the event with the number of tokens, for those who ask for it."""
-        kind = "chat.completion.chunk" if self.asked.chat else "text_completion"
-        return event(self._frame(kind, []) | {"usage": self.usage()})
+        return event(self._frame("chat.completion.chunk", []) | {"usage": self.usage()})
 
     def _took(self, answer: Answer) -> dict:
         """Return what an answer took: seconds, tokens per second, bytes; slim's own addition to

@@ -46,11 +46,13 @@ def find_models(names: list[str], store: str) -> list[Named]:
         store: folder of results.
 
     Raises:
-        SlimError: one of them is not there.
+        SlimError: one of them is not there, or writes no text.
     """
     models: list[Named] = []
     for name in names:
         model = find_model(name, store)
+        if model.checkpoint.spec.is_encoder:
+            raise SlimError(f"{name} is an encoder, which writes no text. Give a language model.")
         taken = [known.name for known in models]
         short = model.name
         number = 2
@@ -117,4 +119,6 @@ def _in_store(name: str, store: str) -> Path | None:
     if len(matches) > 1:
         shown = ", ".join(folder.name for folder in matches[:3])
         raise SlimError(f"{name} may mean {shown} in {store}. Give more of its digits.")
-    return matches[0] if matches else None
+    if not matches:
+        return None
+    return matches[0]

@@ -72,14 +72,17 @@ class Service:
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: 200 while requests are taken, 503 when the server stops."""
+        status, word = 200, "ok"
+        if not self.line.open:
+            status, word = 503, "stopping"
         content = {
-            "status": "ok" if self.line.open else "stopping",
+            "status": word,
             "models": list(self.models),
             "running": self.line.running,
             "waiting": self.line.waiting,
             "resident_bytes": process_bytes("VmRSS"),
         }
-        return JSONResponse(content, 200 if self.line.open else 503)
+        return JSONResponse(content, status)
 
     async def list_models(self, request: Request) -> Response:
         """``GET /v1/models``."""

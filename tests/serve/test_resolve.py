@@ -9,6 +9,7 @@ import pytest
 from slim.core.errors import SlimError
 from slim.serve.resolve import find_model, find_models
 from tests.conftest import ROOT
+from tests.support.encoding import build_encoder
 
 TINY = ROOT / "slim" / "assets" / "tiny"
 
@@ -46,3 +47,9 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(SlimError, match="is a file that is no GGUF file"):
         find_model(str(tmp_path / "notes.txt"), "runs")
+
+
+def test_an_encoder_is_refused(tmp_path):
+    build_encoder("bert", tmp_path / "bert")
+    with pytest.raises(SlimError, match="is an encoder, which writes no text"):
+        find_models([str(tmp_path / "bert")], "runs")
