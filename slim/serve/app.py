@@ -135,13 +135,20 @@ class Origins(Guard):
 
     def check(self, request: Request) -> None:
         host = request.headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname
-        if self.local and name not in LOCAL:
+        if self.local and host_name(host) not in LOCAL:
             raise Refused(f"{host}: this server is for this machine only.", 403)
         origin = request.headers.get("origin")
-        if origin is None or origin in self.allowed or urlsplit(origin).netloc == host:
+        if origin is None or origin in self.allowed or origin.partition("://")[2] == host:
             return
         raise Refused(f"Pages of {origin} may not ask this server (--allow-origin).", 403)
+
+
+def host_name(host: str) -> str | None:
+    """Return the name in a ``Host`` header, without the port; None where there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:  # half an address of IPv6
+        return None
 
 
 class Key(Guard):

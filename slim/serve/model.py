@@ -138,6 +138,12 @@ class ChatModel:
         raise SlimError("The prompt is empty, and the model has no token that begins a text.")
 
     def _encoded(self, text: str, **settings) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SlimError(
+                "The text holds half a character (a lone surrogate). Send UTF-8."
+            ) from error
         with self._lock:
             return list(self.tokenizer(text, **settings)["input_ids"])
 

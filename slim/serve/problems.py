@@ -35,7 +35,8 @@ class Refused(SlimError):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {
             "error": {
-                "message": str(self),
+                # it may quote half a character of the request, which cannot be sent
+                "message": str(self).encode("utf-8", "backslashreplace").decode(),
                 "type": kind,
                 "param": self.param,
                 "code": self.code,
