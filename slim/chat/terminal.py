@@ -14,7 +14,7 @@ from slim.chat.session import Session
 from slim.chat.wrap import Wrapper
 from slim.core.console import results_console, say
 from slim.core.errors import SlimError, did_you_mean
-from slim.core.text import counted, gigabytes
+from slim.core.text import counted
 from slim.serve.model import Answer, ChatModel
 from slim.serve.sampling import setting_names
 
@@ -88,7 +88,7 @@ class Terminal:
     def _introduce(self) -> None:
         for session in self.sessions:
             model = session.model
-            facts = [gigabytes(model.weights), model.dtype, f"context {model.context:,}"]
+            facts = [shown_memory(model.weights), model.dtype, f"context {model.context:,}"]
             say(f"({', '.join(facts)}) {model.chain}".rstrip(), head=model.name)
             if not model.chats:
                 say("It has no chat template: it continues each text by itself.", dim=True)
@@ -260,6 +260,15 @@ def read_value(name: str, text: str):
         raise SlimError(f"/set {name} {text}: must be a number.") from None
 
 
+def shown_memory(count: int) -> str:
+    """Show bytes so that small models differ: ``4.0 MB``, ``269 MB``, ``1.25 GB``."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    if count >= 1e8:
+        return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e6:.1f} MB"
+
+
 def summary(model: ChatModel, answer: Answer) -> str:
     """Return what an answer took, in one line of up to 80 columns.
 
@@ -271,7 +280,7 @@ def summary(model: ChatModel, answer: Answer) -> str:
     parts.append(f"wrote {answer.tokens}")
     if answer.writing_rate:
         parts[-1] += f" at {answer.writing_rate:,.0f} tok/s"
-    parts.append(gigabytes(model.weights + answer.cache_bytes))
+    parts.append(shown_memory(model.weights + answer.cache_bytes))
     if answer.finish_reason == "length":
         parts.append("cut: no more room")
     return ", ".join(parts)
