@@ -11,6 +11,7 @@ from slim.checkpoints.checkpoint import Checkpoint
 from slim.checkpoints.source import EMBEDDED, HUB_ID, Source
 from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
+from slim.core.text import short_settings
 from slim.gguf.sources import ENDING as GGUF_ENDING
 from slim.gguf.sources import SMOLLM2, beginning
 
@@ -32,10 +33,12 @@ class Named:
 
     @property
     def chain(self) -> str:
-        """What made it, such as ``tiny > prune taylor``; empty where slim did not."""
-        lineage = self.checkpoint.manifest.get("lineage") or []
+        """What made it, such as ``tiny > quantize rtn 4b g64``; empty where slim did not."""
+        manifest = self.checkpoint.manifest
+        lineage = manifest.get("lineage") or []
         labels = [entry.get("name") or entry.get("label", "") for entry in lineage]
-        return " > ".join(labels)
+        last = short_settings(manifest.get("settings") or {})
+        return f"{' > '.join(labels)} {last}".rstrip()
 
 
 def find_models(names: list[str], store: str) -> list[Named]:

@@ -154,7 +154,8 @@ async function ask(question) {
   await Promise.all(models.map((model) => answer(model, number, cards[model.id], running.signal)));
   running = null;
   update();
-  get("question").focus();
+  turn.scrollIntoView({ block: "end" });  // answers have made it longer
+  get("question").focus({ preventScroll: true });
 }
 
 function update() {
