@@ -282,5 +282,5 @@ def summary(model: ChatModel, answer: Answer) -> str:
         parts[-1] += f" at {answer.writing_rate:,.0f} tok/s"
     parts.append(shown_memory(model.weights + answer.cache_bytes))
     if answer.finish_reason == "length":
-        parts.append("cut: no more room")
+        parts.append("cut: no more tokens")
     return ", ".join(parts)

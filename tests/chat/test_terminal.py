@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -166,3 +167,11 @@ def test_questions_from_a_file_end_at_a_mistake(monkeypatch, tmp_path):
 def test_a_mistake_in_the_command_has_exit_code_2(capsys, arguments, message):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_answers_questions_from_a_pipe(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
+    assert main(["tiny", "--dtype", "float32", "--max-tokens", "3"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "A judge works\n"
+    assert "cut: no more tokens" in shown.err
