@@ -106,6 +106,19 @@ class Stage:
             SlimError: It cannot.
         """
 
+    def to_fetch(self) -> str | None:
+        """Say what :meth:`prepare` would fetch, how large that is and where it goes; None where
+        nothing is missing."""
+        return None
+
+    def prepare(self) -> None:
+        """Get what the stage needs besides the model, such as a tool's environment. Called before
+        the first stage of a chain runs.
+
+        Raises:
+            SlimError: It cannot be had.
+        """
+
     def output_spec(self, spec: ModelSpec) -> ModelSpec:
         """Describe the result, for the plan and for the checks of later stages.
 

@@ -30,6 +30,11 @@ def show_plan(pipeline: Pipeline, steps: list[Step], uri: str | None) -> None:
     for problem in (pipeline.text_problem(steps), server_problem(uri)):
         if problem is not None:
             lines.append(f"This would not run: {problem}")
+    for step in steps:
+        if isinstance(step.stage, Stage) and not step.cached:
+            missing = step.stage.to_fetch()
+            if missing is not None:
+                lines.append(missing)
     lines.append(time_line(steps, pipeline.evaluation, pipeline.store.root, pipeline.device))
     print_table(plan_table(steps))
     for text in lines:

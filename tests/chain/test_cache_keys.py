@@ -76,6 +76,9 @@ def test_every_choice_that_makes_a_stage_is_recorded():
     added_later |= {"data/headlines", "data/labelled", "data/documents"}
     added_later |= {"data/made_pairs", "data/scored", "teacher/encoder"}
     added_later.add("tuner/scales")
+    added_later |= {"pruner/external"}
+    tools = ("autoawq", "autogptq", "autoround", "external", "gptqmodel", "llmcompressor")
+    added_later |= {f"quantizer/{name}" for name in tools}
     assert choices - added_later <= set(RECORDED["configurations"])
 
 

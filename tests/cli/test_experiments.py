@@ -51,6 +51,7 @@ STUDIES = {
     "thesis/combined": ([L3, M, L2], [[*HEALED, method] for method in ("AWQ", "GPTQ")]),
     "thesis/perplexity": ([L3], [["AWQ"], [*HEALED, "AWQ"]]),
     "thesis/inference": ([M, L3, L2], CHAINS),
+    "thesis/originals": ([L3], [["AWQ"], ["AutoAWQ"], ["GPTQ"], ["GPTQModel"]]),
     "tinyllama/width": ([TL], [[criterion] for criterion in CRITERIA for _ in range(3)]),
     "tinyllama/heal": ([TL], [["WidthTaylor", "Lora"]] * 2),
 }

@@ -27,6 +27,7 @@ FORMATS = {
     "gptq": "slim.quantization.formats.gptq:Gptq",
     "awq": "slim.quantization.formats.awq:AwqGemm",
     "bitsandbytes": "slim.quantization.formats.bitsandbytes:BitsAndBytesFormat",
+    "auto-round": "slim.quantization.formats.auto_round:AutoRoundFormat",
     "gguf": "slim.gguf.format:GgufFormat",
 }
 # values of quant.format; what bitsandbytes writes belongs to its own two methods

@@ -1,0 +1,1 @@
+"""Scripts that run in the tools' environments: the standard library and the tool."""
