@@ -4,12 +4,13 @@ made."""
 from __future__ import annotations
 
 import json
-import os
 import threading
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
+from slim.backends import making
 from slim.backends.__main__ import main
 from slim.backends.environment import MARKER, read_pins, variables_for
 from slim.backends.making import (
@@ -18,6 +19,7 @@ from slim.backends.making import (
     make,
     problems,
     remove_environment,
+    torch_distributions,
 )
 from slim.backends.tools import TOOLS, find_tool
 from slim.core.errors import SlimError
@@ -128,15 +130,25 @@ def test_a_tool_that_is_not_known_is_named():
         find_tool("autowq")
 
 
-def test_torch_is_shared_by_links(tmp_path):
-    import torch
-
+def test_torch_is_shared_by_links(tmp_path, monkeypatch):
+    # of a small package: torch has ten thousand files
+    shared = distribution("filelock")
+    monkeypatch.setattr(making, "torch_distributions", lambda: [shared])
     link_torch(tmp_path)
-    linked = tmp_path / "torch" / "__init__.py"
-    assert linked.is_file()
-    assert linked.read_bytes() == Path(torch.__file__).read_bytes()
-    taken = sum(path.lstat().st_nlink == 1 for path in (tmp_path / "torch").glob("*.py"))
-    assert taken == 0 or os.stat(torch.__file__).st_dev != linked.stat().st_dev
+    source, linked = (Path(shared.locate_file("filelock")), tmp_path / "filelock")
+    assert {path.name for path in linked.glob("*.py")} == {
+        path.name for path in source.glob("*.py")
+    }
+    file = linked / "__init__.py"
+    assert file.read_bytes() == (source / "__init__.py").read_bytes()
+    if source.stat().st_dev == tmp_path.stat().st_dev:
+        assert file.stat().st_ino == (source / "__init__.py").stat().st_ino
+
+
+def test_torch_brings_only_what_belongs_to_it():
+    names = [shared.metadata["Name"].lower() for shared in torch_distributions()]
+    assert names[0] == "torch"
+    assert all(name.startswith(("nvidia", "triton", "cuda")) for name in names[1:])
 
 
 def test_a_worker_sees_no_keys_and_no_home(tmp_path, monkeypatch):
