@@ -303,7 +303,7 @@ class LabelledTexts(Labelled, Corpus):
     second: str | None = None
     label: str = "label"
     threshold: float | None = None
-    separator: str = " | "
+    separator: str = " - "
     class_weights: str | dict[str, float] | None = None
 
     noun = "The texts of"
