@@ -167,7 +167,7 @@ class WidthPruning(Stage):
         spec.require_decoder(
             "Width pruning",
             "a gated MLP and grouped heads",
-            "Use pruner=angular, block_influence or magnitude (blocks), or pruner=wanda (weights).",
+            "Use pruner=mlp_channels (width), angular or magnitude (blocks), or wanda (weights).",
         )
         if family.fused:
             possible = ", ".join(name for name, known in FAMILIES.items() if not known.fused)

@@ -79,6 +79,7 @@ def test_every_choice_that_makes_a_stage_is_recorded():
     added_later |= {"pruner/external"}
     tools = ("autoawq", "autogptq", "autoround", "external", "gptqmodel", "llmcompressor")
     added_later |= {f"quantizer/{name}" for name in tools}
+    added_later |= {"pruner/mlp_channels"}
     assert choices - added_later <= set(RECORDED["configurations"])
 
 

@@ -17,6 +17,7 @@ from slim.loading.load_model import load_model
 from slim.pruning.angular import Angular
 from slim.pruning.block_influence import BlockInfluence
 from slim.pruning.magnitude import Magnitude
+from slim.pruning.mlp_channels import MlpChannels, mlp_layers
 from slim.pruning.taylor import Taylor
 from slim.quantization.methods.awq import AWQ
 from slim.quantization.methods.bitsandbytes import Int8
@@ -142,3 +143,29 @@ def test_what_needs_a_decoder_is_refused_by_name(name, tmp_path):
     spec = open_checkpoint(build_encoder("bert", tmp_path / "model")).spec
     with pytest.raises(SlimError, match=f"^{name} needs .* is an encoder. Use "):
         refused()[name].check(spec)
+
+
+@pytest.mark.parametrize("family", LIGHT)
+def test_channels_that_do_nothing_are_those_that_go(family, tmp_path):
+    """Half of the channels are made to be zero: without them the model computes the same."""
+    from safetensors.torch import load_file, save_file
+
+    source = build_encoder(family, tmp_path / "model")
+    spec = open_checkpoint(source).spec
+    _, out, _ = mlp_layers(spec)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for block in range(spec.blocks):
+        tensors[f"{spec.family.blocks}.{block}.{out}.weight"][:, 1::2] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    target = tmp_path / "pruned"
+    target.mkdir()
+    stage = MlpChannels(ratio=0.5, multiple=8)
+    stage.run(source, target, Context())
+    check_result(target)
+    assert open_checkpoint(target).spec.intermediate_size == spec.intermediate_size // 2
+    tokens = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        before = load_model(source)(tokens).logits
+        after = load_model(target)(tokens).logits
+    assert torch.allclose(before, after, atol=1e-5)
