@@ -6,7 +6,9 @@ import math
 from dataclasses import fields
 
 import pytest
+from omegaconf import OmegaConf
 
+from slim.chain.compose import CONF
 from slim.evaluation.evaluation import Evaluation
 from slim.evaluation.metrics import BY_NAME, DETAIL, HEADLINE, METRICS, metric_of, metrics_of
 
@@ -20,8 +22,16 @@ def test_every_metric_has_a_name_of_its_own():
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_a_metric_names_a_part_of_the_evaluation(metric):
-    parts = {field.name for field in fields(Evaluation)} | DERIVED
+    parts = {field.name for field in fields(Evaluation)} | DERIVED | set(extra_parts())
     assert metric.part is None or metric.part in parts
+
+
+def extra_parts() -> list[str]:
+    """Return the names below ``extra`` of the choices of the group ``eval``."""
+    names: list[str] = []
+    for path in (CONF / "eval").glob("*.yaml"):
+        names += OmegaConf.load(path).get("extra") or []
+    return names
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
