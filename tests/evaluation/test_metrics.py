@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from functools import cache
 
 import pytest
 from omegaconf import OmegaConf
@@ -26,6 +27,7 @@ def test_a_metric_names_a_part_of_the_evaluation(metric):
     assert metric.part is None or metric.part in parts
 
 
+@cache
 def extra_parts() -> list[str]:
     """Return the names below ``extra`` of the choices of the group ``eval``."""
     names: list[str] = []
