@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest  # noqa: E402
 
+from tests.support.stub_server import Server  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 # Families of build_small with what makes their masks differ from block to block.
 FAMILIES = {
@@ -63,6 +65,20 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     ImportGguf(path, "bfloat16").run(None, folder, Context())
     return folder
+
+
+@pytest.fixture
+def serve():
+    """Start stubs of a server of chat completions; ``script`` decides on each request."""
+    servers = []
+
+    def start(script) -> Server:
+        servers.append(Server(script))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,6 @@ from slim.documents.convert import Conversion
 from slim.documents.settings import DocumentSettings
 from tests.support.documents import SENTENCES, column, text_pdf
 from tests.support.documents import pdf as write
-from tests.support.stub_server import Server
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(script) -> Server:
-        servers.append(Server(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture

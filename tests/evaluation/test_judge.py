@@ -28,19 +28,6 @@ SIZES = dict(
 DESCRIPTION = ModelSpec({**SIZES, "max_position_embeddings": 512})
 
 
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(script) -> Server:
-        servers.append(Server(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-
-
 def likes_long(_, body) -> str:
     """Prefer the longer answer whatever the order."""
     text = body["messages"][1]["content"]

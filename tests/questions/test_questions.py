@@ -13,25 +13,11 @@ from slim.questions.__main__ import main
 from slim.questions.catalogue import read_catalogue
 from slim.questions.making import UNKNOWN, QuestionMaker, QuestionSettings
 from slim.questions.pairs import Pair, agree, is_on_page, problem_of, read_pairs
-from tests.support.stub_server import Server
 
 PAGE = "Die Reise nach Lübeck dauert mit dem Zug drei Stunden. Der Zug fährt am Montag."
 GOOD = {"question": "Wie lange dauert die Reise nach Lübeck?", "answer": "drei Stunden"}
 WRONG = {"question": "Wie heißt der Fahrer des Zuges nach Lübeck?", "answer": "Herr Petersen"}
 VAGUE = {"question": "Wovon handelt dieser Text über Lübeck?", "answer": "Lübeck"}
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(script) -> Server:
-        servers.append(Server(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 def writer(second: str = "Sie dauert drei Stunden."):
