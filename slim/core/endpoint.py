@@ -22,6 +22,10 @@ class Unreachable(SlimError):
     """A model cannot be asked, now or with these settings."""
 
 
+class TooLong(Unreachable):
+    """A question has no room in the model's context; others may have."""
+
+
 class TooCostly(SlimError):
     """The limit of what may be asked is reached."""
 

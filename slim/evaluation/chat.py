@@ -8,7 +8,7 @@ from pathlib import Path
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.tokenizer import load_tokenizer
 from slim.core.console import say
-from slim.core.endpoint import Unreachable
+from slim.core.endpoint import TooLong, Unreachable
 from slim.data.chat import has_chat_template, render_chat
 from slim.evaluation.generation import continue_ids
 from slim.loading.load_model import load_model
@@ -40,7 +40,8 @@ class LocalModel:
             The answer's text.
 
         Raises:
-            Unreachable: when the model has no chat template, or no room for the question.
+            Unreachable: when the model has no chat template.
+            TooLong: when it has no room for the question.
         """
         model, tokenizer = self._load()
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
@@ -48,7 +49,7 @@ class LocalModel:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = model.config.max_position_embeddings - new_tokens
         if len(ids) > room:
-            raise Unreachable(
+            raise TooLong(
                 f"The {self.role} {self.folder.name} has room for {room} tokens, and a question "
                 f"has {len(ids)}."
             )

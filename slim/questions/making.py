@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 from slim.checkpoints.checkpoint import checksums
 from slim.checkpoints.store import digest
 from slim.core.console import track
-from slim.core.endpoint import Budget, Endpoint, TooCostly, Unreachable, require_address
+from slim.core.endpoint import Budget, Endpoint, TooCostly, TooLong, Unreachable, require_address
 from slim.core.errors import SlimError
 from slim.core.replies import Replies
 from slim.core.settings import require_choice, require_number
@@ -215,6 +215,9 @@ class QuestionMaker:
             return known["text"]
         try:
             text = self._client.ask(messages, tokens)
+        except TooLong:
+            self.dropped["longer than the model's context (questions or pages)"] += 1
+            return ""
         except TooCostly as error:
             raise SlimError(
                 f"{error} {self._replies.kept()}\nTo go on from them, give a higher --max-tokens."

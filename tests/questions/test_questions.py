@@ -13,6 +13,7 @@ from slim.questions.__main__ import main
 from slim.questions.catalogue import read_catalogue
 from slim.questions.making import UNKNOWN, QuestionMaker, QuestionSettings
 from slim.questions.pairs import Pair, agree, is_on_page, problem_of, read_pairs
+from tests.conftest import ROOT
 
 PAGE = "Die Reise nach Lübeck dauert mit dem Zug drei Stunden. Der Zug fährt am Montag."
 GOOD = {"question": "Wie lange dauert die Reise nach Lübeck?", "answer": "drei Stunden"}
@@ -82,6 +83,17 @@ def test_a_server_that_is_down_and_a_limit_say_what_is_kept(serve, tmp_path):
     up = serve(writer())
     with pytest.raises(SlimError, match=r"limit of 1 tokens.*\n.*higher --max-tokens"):
         list(maker(up, tmp_path, max_tokens=1).questions(PAGES))
+
+
+def test_a_checkpoint_folder_writes_questions_too(tmp_path):
+    """The embedded model writes none; a page without room in its context ends nothing."""
+    settings = QuestionSettings(str(ROOT / "slim" / "assets" / "tiny"), per_page=1)
+    made = QuestionMaker(settings, tmp_path)
+    assert list(made.questions([{"text": "Otto keeps a duck."}, {"text": PAGE * 99}])) == []
+    assert made.dropped == {
+        "no question that can be read (pages)": 2,
+        "longer than the model's context (questions or pages)": 1,
+    }
 
 
 @pytest.mark.parametrize(
