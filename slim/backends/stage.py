@@ -77,7 +77,7 @@ class IsolatedStage(Stage):
         environment = self.environment()
         return None if environment.made else environment.plan()
 
-    def prepare(self) -> None:
+    def fetch(self) -> None:
         make(self.environment())
 
     def peak_bytes(self, spec: ModelSpec, device: str) -> int:

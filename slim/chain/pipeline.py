@@ -184,7 +184,7 @@ class Pipeline:
         self.check_limits(steps)
         for step in steps:
             if isinstance(step.stage, Stage) and not step.cached:
-                step.stage.prepare()
+                step.stage.fetch()
         if isinstance(self.model, Source) and not all(step.cached for step in steps[1:]):
             # imports torch, so a chain that is there already does without; evaluation checks too
             from slim.checkpoints.verify import verify

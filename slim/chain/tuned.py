@@ -52,6 +52,12 @@ class Tuned(Stage):
         return spec
 
     def cache_key(self) -> dict:
+        return self._key
+
+    @cached_property
+    def _key(self) -> dict:
+        """Made once: a document that is edited during hours of work must not give the model another
+        name."""
         self._spec  # noqa: B018 - the tuner chooses what its settings leave to the chain
         base = self.base
         if isinstance(base, Source) and base.local_folder() is None:  # a plan fetches no weights
@@ -68,7 +74,9 @@ class Tuned(Stage):
     def local_folder(self) -> Path | None:
         """Return the folder of the result, or None while it is not made."""
         folder = Store(self.store).stage_folder(self.kind, self.content_digest())
-        return folder if folder.is_dir() else None
+        if folder.is_dir():
+            return folder
+        return None
 
     def resolve(self) -> Checkpoint:
         """Return the tuned checkpoint.

@@ -107,11 +107,11 @@ class Stage:
         """
 
     def to_fetch(self) -> str | None:
-        """Say what :meth:`prepare` would fetch, how large that is and where it goes; None where
+        """Say what :meth:`fetch` would get, how large that is and where it goes; None where
         nothing is missing."""
         return None
 
-    def prepare(self) -> None:
+    def fetch(self) -> None:
         """Get what the stage needs besides the model, such as a tool's environment. Called before
         the first stage of a chain runs.
 
