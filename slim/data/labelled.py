@@ -306,7 +306,7 @@ class LabelledTexts(Labelled, Corpus):
     separator: str = " - "
     class_weights: str | dict[str, float] | None = None
 
-    noun = "The texts of"
+    noun = "The data"
     allowed = "a .csv, .jsonl or .parquet file, or the id of a hub data set"
 
     def __post_init__(self) -> None:
@@ -424,7 +424,7 @@ class Headlines(Labelled):
     noise: float = 0.5
     seed: int = 0
     class_weights: str | dict[str, float] | None = None
-    title = "The made-up headlines"
+    title = "The set of made-up headlines"
 
     def __post_init__(self) -> None:
         require_number("data.count", self.count, 20, 10**6, integer=True)

@@ -174,7 +174,7 @@ class ScoredPairs(Scored, Corpus):
     score: str | None = "score"
     highest: float = 1.0
 
-    noun = "The pairs of"
+    noun = "The data"
     allowed = "a .csv, .jsonl or .parquet file, or the id of a hub data set"
 
     def __post_init__(self) -> None:
@@ -263,7 +263,7 @@ class MadePairs(Scored):
 
     count: int = 2000
     seed: int = 0
-    title = "The made-up pairs"
+    title = "The set of made-up pairs"
 
     def __post_init__(self) -> None:
         require_number("data.count", self.count, 20, 10**6, integer=True)

@@ -104,13 +104,13 @@ class Retrieval:
         same = [pair for pair in pairs if pair.score >= self.relevant][: self.queries]
         queries = list(dict.fromkeys(pair.text for pair in same))
         if hasattr(model, "classifier"):
-            predicted, found = self._crossed(model, tokenizer, pairs, queries, documents)
+            predicted, rankings = self._crossed(model, tokenizer, pairs, queries, documents)
         else:
-            predicted, found = self._embedded(model, tokenizer, pairs, queries, documents)
+            predicted, rankings = self._embedded(model, tokenizer, pairs, queries, documents)
         given = [pair.score for pair in pairs]
         metrics = {"spearman": spearman(predicted, given)}
         if queries:
-            metrics.update(self._search(pairs, queries, documents, found))
+            metrics.update(self._search(pairs, queries, documents, rankings))
         protocol = {
             "data": cache_key(self.data).get("class"),
             "part": self.part,
@@ -149,7 +149,7 @@ class Retrieval:
         pairs: list[Pair],
         queries: list[str],
         documents: list[str],
-        found: torch.Tensor,
+        rankings: torch.Tensor,
     ) -> dict[str, float]:
         """Return recall and nDCG over the queries."""
         place = {text: number for number, text in enumerate(documents)}
@@ -160,7 +160,7 @@ class Retrieval:
                 gains[pair.text][number] = max(pair.score, gains[pair.text].get(number, 0.0))
         hits = {1: 0, self.k: 0}
         total = 0.0
-        for query, row in zip(queries, found, strict=True):
+        for query, row in zip(queries, rankings, strict=True):
             order = row.argsort(descending=True, stable=True).tolist()
             relevant = {n for n, score in gains[query].items() if score >= self.relevant}
             for k in hits:

@@ -281,7 +281,7 @@ class Index:
         if self.graph is not None:
             self.graph.hnsw.efSearch = max(LOOKED_AT, 2 * count)
             cosines, numbers = self.graph.search(vector.numpy(), count)
-            found = [place for place, number in enumerate(numbers[0]) if number >= 0]
-            return [float(cosines[0][p]) for p in found], [int(numbers[0][p]) for p in found]
+            filled = int((numbers[0] >= 0).sum())  # a graph may give fewer than asked for
+            return cosines[0][:filled].tolist(), numbers[0][:filled].tolist()
         best = (self.vectors @ vector[0]).topk(count)
         return best.values.tolist(), best.indices.tolist()

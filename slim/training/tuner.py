@@ -478,7 +478,7 @@ def require_fitting(data: TrainingData, spec: ModelSpec) -> None:
     has_labels = isinstance(data, Labelled)
     if isinstance(data, (Labelled, Scored)) and not spec.is_encoder:
         raise SlimError(
-            f"{data.title} have labels or scores, which an encoder learns, and {spec.name} is a "
+            f"{data.title} has labels or scores, which an encoder learns, and {spec.name} is a "
             "decoder.\n"
             "Use an encoder (docs/encoders.md), or other data, such as data=tiny."
         )

