@@ -181,15 +181,15 @@ class Labelled(TrainingData):
                 f"{self.title} has no {part} texts. Give more data, or another "
                 f"data.{'validation' if part == VALIDATION else part}_fraction."
             )
-        number = {name: index for index, name in enumerate(names)}
+        labels = []
         for example in examples:
-            if example.label not in number:
+            if example.label not in names:
                 raise SlimError(
                     f"{self.title} has the class '{example.label}' in its {part} texts, and the "
                     f"model knows {listed(names)}.{did_you_mean(example.label, names)}"
                 )
+            labels.append([IGNORE, names.index(example.label)])
         encoded = encode(tokenizer, examples, window)
-        labels = [[IGNORE, number[example.label]] for example in examples]
         counts = {"examples": len(examples), "cut": encoded.cut, "padding": encoded.padding}
         return LabelledWindows(
             encoded.tokens,
@@ -210,12 +210,15 @@ class Labelled(TrainingData):
         if self.class_weights is None:
             return None
         counts = Counter(example.label for example in self.examples(TRAIN))
-        if self.class_weights == BALANCED:
-            weights = {name: 1 / counts[name] for name in counts}
-        else:
-            weights = {name: self.class_weights.get(name, 1.0) for name in counts}
-        mean = sum(weights[name] * counts[name] for name in counts) / sum(counts.values())
-        return torch.tensor([weights.get(name, 0.0) / mean for name in names])
+        weights = dict.fromkeys(names, 0.0)
+        total = 0.0
+        for name, count in counts.items():
+            weights[name] = 1 / count
+            if self.class_weights != BALANCED:
+                weights[name] = self.class_weights.get(name, 1.0)
+            total += weights[name] * count
+        mean = total / sum(counts.values())
+        return torch.tensor([weights[name] for name in names]) / mean
 
     def _check_weights(self) -> None:
         if isinstance(self.class_weights, dict):
@@ -334,7 +337,10 @@ class LabelledTexts(Labelled, Corpus):
 
     def examples(self, part: str) -> Iterator[LabelledText]:
         if part not in self._parts:
-            chosen = [example for example in self._all(part) if self.belongs(example.text, part)]
+            chosen = []
+            for example in self._all(part):
+                if self.belongs(example.text, part):
+                    chosen.append(example)
             self._parts[part] = list(self.shuffled(chosen))
         return iter(self._parts[part])
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
+SHOWN = 3  # pairs for people
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -131,15 +133,17 @@ class Scored(TrainingData):
         if not pairs:
             raise SlimError(f"{self.title} has no {part} pairs. Give more data.")
         second = types = None
+        firsts, seconds, shown = [], [], []
+        for pair in pairs:
+            firsts.append(LabelledText(pair.text, "", pair.second if together else None))
+            seconds.append(LabelledText(pair.second, ""))
+            if len(shown) < SHOWN:
+                shown.append(f"«{pair.text} / {pair.second}» {pair.score:g}")
+        first = encode(tokenizer, firsts, window)
         if together:
-            both = [LabelledText(pair.text, "", pair.second) for pair in pairs]
-            first = encode(tokenizer, both, window)
             types = first.types
         else:
-            first = encode(tokenizer, [LabelledText(pair.text, "") for pair in pairs], window)
-            seconds = encode(tokenizer, [LabelledText(pair.second, "") for pair in pairs], window)
-            second = seconds.tokens
-        shown = [f"«{pair.text} / {pair.second}» {pair.score:g}" for pair in pairs[:3]]
+            second = encode(tokenizer, seconds, window).tokens
         return PairWindows(
             first.tokens,
             torch.tensor([[IGNORE, 0]] * len(pairs), dtype=torch.int32),
