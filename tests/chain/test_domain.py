@@ -123,7 +123,7 @@ def test_a_share_of_the_blocks_makes_the_student(tmp_path):
 
 
 SMOLLM2 = """
-model=smollm2 documents.text=docs documents.jobs=1 first.steps=4 first.window=128
+model=smollm2 data.validation_fraction=0.2 documents.text=docs documents.jobs=1 first.steps=4 first.window=128
 first.batch_tokens=256 first.validation_tokens=256 teacher.steps=4 teacher.window=128
 teacher.batch_tokens=256 teacher.validation_tokens=256 teacher.generation.questions=2
 teacher.generation.new_tokens=8 eval.answers.limit=2 eval.answers.new_tokens=8
