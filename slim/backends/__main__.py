@@ -70,8 +70,9 @@ def parser() -> argparse.ArgumentParser:
 def folder_of_environments(options: argparse.Namespace) -> Path:
     """Return the folder that holds environments."""
     named = os.environ.get("SLIM_ENVIRONMENTS")
-    path = Path(named) if named else Path(options.store) / "environments"
-    return path.expanduser().absolute()
+    if not named:
+        named = Path(options.store) / "environments"
+    return Path(named).expanduser().absolute()
 
 
 def on_cuda() -> bool:
@@ -110,15 +111,22 @@ def list_command(options: argparse.Namespace) -> int:
 
 
 def state_of(tool: Tool, environment: Environment, cuda: bool) -> str:
-    """Say whether a tool's environment is there, and whether the tool works here."""
+    """Say whether a tool's environment is there, and whether the tool works here.
+
+    Args:
+        tool: The tool.
+        environment: Its environment.
+        cuda: Whether this machine has CUDA.
+    """
     note = ""
     if tool.needs_cuda and not cuda:
         note = f"; quantizes on CUDA only, here use {tool.instead}"
     if environment.made:
         return f"{gigabytes(environment.record['bytes'])}{note}"
     size = environment.pins.bytes
-    told = "unknown size" if size is None else gigabytes(size)
-    return f"not made: {told} to fetch{note}"
+    if size is None:
+        return f"not made: unknown size to fetch{note}"
+    return f"not made: {gigabytes(size)} to fetch{note}"
 
 
 def state_of_folder(folder: Path) -> str:

@@ -183,18 +183,20 @@ class Environment:
         path = Path(self.python).expanduser()
         if path.is_file():
             return path
-        found = shutil.which(f"python{self.python}")
-        if found is None:
+        program = shutil.which(f"python{self.python}")
+        if program is None:
             raise SlimError(
                 f"{self.name} needs Python {self.python}: there is no python{self.python} on the "
                 "PATH. Install it, or give the interpreter's file."
             )
-        return Path(found)
+        return Path(program)
 
     def plan(self) -> str:
         """Say what making it would fetch, how large that is, and where it goes."""
         size = self.pins.bytes
-        told = "of unknown size" if size is None else f"about {gigabytes(size)}"
+        amount = "of unknown size"
+        if size is not None:
+            amount = f"about {gigabytes(size)}"
         where = f"into {self.folder}, and nowhere else"
         shared = ""
         if self.torch_version is not None:
@@ -205,7 +207,7 @@ class Environment:
         names = ", ".join(packages[:NAMED])
         if len(packages) > NAMED:
             names += f" and {counted(len(packages) - NAMED, 'more package')}"
-        return f"Environment {self.folder.name}: to be fetched, {told}: {names}, {where}{shared}."
+        return f"Environment {self.folder.name}: to be fetched, {amount}: {names}, {where}{shared}."
 
 
 def variables_for(environment: Environment, scratch: Path) -> dict[str, str]:

@@ -209,7 +209,13 @@ def run_installer(environment: Environment, command: list[str], total: int | Non
 
 def installer_error(environment: Environment, lines: list[str], code: int) -> SlimError:
     """Return the error for an installer that failed: nothing answers, no such version, or what it
-    said last."""
+    said last.
+
+    Args:
+        environment: What it worked on.
+        lines: Its output.
+        code: Its exit code.
+    """
     text = "\n".join(lines)
     name = environment.name
     if any(words in text for words in FULL_DISK):
@@ -255,6 +261,10 @@ def site_packages(environment: Environment) -> Path:
 def ask(environment: Environment, code: str) -> str:
     """Return what a line of Python prints in an environment.
 
+    Args:
+        environment: An environment that is made so far.
+        code: The line.
+
     Raises:
         SlimError: It fails; the message is the last line of its traceback.
     """
@@ -265,7 +275,8 @@ def ask(environment: Environment, code: str) -> str:
     )  # fmt: skip
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise SlimError(lines[-1] if lines else f"exit code {done.returncode}")
+        lines = lines or [f"exit code {done.returncode}"]
+        raise SlimError(lines[-1])
     return done.stdout
 
 
@@ -299,9 +310,9 @@ def problems(environment: Environment) -> list[str]:
     present = {name_of(name): number for name, number in versions.items()}
     for package in environment.pins.packages:
         name, equals, wanted = package.partition("==")
-        found = present.get(name_of(package))
-        if equals and found != wanted.strip():
-            sentences.append(f"{name} is {found or 'missing'}, not {wanted}")
+        number = present.get(name_of(package))
+        if equals and number != wanted.strip():
+            sentences.append(f"{name} is {number or 'missing'}, not {wanted}")
     problem = import_problem(environment)
     if problem is not None:
         sentences.append(problem)

@@ -189,7 +189,12 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def signal_group(process: subprocess.Popen, number: int) -> None:
-    """Send a signal to a worker and to what it started."""
+    """Send a signal to a worker and to what it started.
+
+    Args:
+        process: The worker, which leads a group of processes.
+        number: The signal.
+    """
     with suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, number)
@@ -252,7 +257,13 @@ class Progress:
         self.count = 0
 
     def at(self, what: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` of something are done."""
+        """Show how far the worker is.
+
+        Args:
+            what: It does; another one begins another bar.
+            done: How many of ``total`` are done.
+            total: All of them.
+        """
         if self.shown != (what, total) or done < self.count:
             self.stack.close()
             name = f"{self.title}, {what}" if what else self.title
@@ -292,11 +303,15 @@ def require_done(answer: Answer, code: int, log: Path, title: str) -> None:
     if answer.error is not None:
         raise SlimError(f"{title}: {answer.error}")
     if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        name = f"signal {-code}"
+        if -code in set(signal.Signals):
+            name = signal.Signals(-code).name
         peak = ""
         if answer.peak_bytes:
             peak = f" It held {gigabytes(answer.peak_bytes)} at most."
-        memory = " Perhaps memory ran out." if -code == 9 else ""
+        memory = ""
+        if name == "SIGKILL":
+            memory = " Perhaps memory ran out."
         raise SlimError(f"{title}: the worker was killed ({name}).{memory}{peak} {tail(log)}")
     text = log.read_text(errors="replace") if code else ""
     if "No space left on device" in text or "os error 28" in text:

@@ -250,7 +250,12 @@ def keep_rest(written: Path, report: Path, taken: Iterable[str]) -> None:
 
 
 def keep_log(log: Path, environment: Environment) -> Path:
-    """Keep the log of a worker that failed next to its environment, and return where it is."""
+    """Keep the log of a worker that failed next to its environment, and return where it is.
+
+    Args:
+        log: The log.
+        environment: Where the worker ran.
+    """
     kept = environment.root / f"{environment.name}-failed.log"
     if log.is_file():
         shutil.copyfile(log, kept)
