@@ -27,6 +27,7 @@ from slim.core.console import progress_bar
 from slim.core.errors import SlimError
 from slim.core.io import atomic_path, read_object
 from slim.core.lazy import LazyModule
+from slim.data.files import text_lines
 from slim.data.text import Text
 from slim.loading.sentence import BiEncoder, CrossEncoder
 
@@ -106,8 +107,7 @@ def read_documents(text: str, column: str) -> list[dict]:
         )
     source = Text(str(text), column=column)
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = [{column: line} for line in lines]
+        records = [{column: line.strip()} for line in text_lines(path)]
     else:
         records = list(_records(source))
     records = [record for record in records if record[column].strip()]

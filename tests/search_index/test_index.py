@@ -94,6 +94,19 @@ def test_existing_folder_is_refused(index, encoder, records):
         build(records, "text", str(encoder), index)
 
 
+def test_lines_of_a_text_are_documents(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("One.\n\n  \nTwo.\n", encoding="utf-8")
+    assert read_documents(str(path), "text") == [{"text": "One."}, {"text": "Two."}]
+
+
+def test_text_in_another_encoding_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes("One.\nÜber.\n".encode("latin-1"))
+    with pytest.raises(SlimError, match="line 2: byte 0xdc is not UTF-8"):
+        read_documents(str(path), "text")
+
+
 def test_folder_of_documents_is_sent_to_the_reader_of_documents(tmp_path):
     with pytest.raises(SlimError, match="python -m slim.documents"):
         read_documents(str(tmp_path), "text")
