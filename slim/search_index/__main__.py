@@ -6,7 +6,9 @@ Exit codes: 0 done, 2 a mistake in the command, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from slim.core.console import never_fail_on_a_character, say, show_line
@@ -14,6 +16,7 @@ from slim.core.errors import SlimError
 from slim.search_index.index import EXACT, KINDS, Index, build, read_documents
 
 SHOWN = 300  # characters of a document
+INDENT = "   "
 SOURCES = ("source", "page", "title", "url")  # columns that say where a document is from
 
 
@@ -96,7 +99,10 @@ def show(index: Index, query: str, k: int, candidates: int) -> None:
         where = ", ".join(str(hit.record[name]) for name in SOURCES if hit.record.get(name))
         show_line(f"{number}. [{score}] {where}".rstrip())
         text = " ".join(hit.text.split())
-        show_line(f"   {text if len(text) <= SHOWN else text[:SHOWN] + ' ...'}")
+        if len(text) > SHOWN:
+            text = text[:SHOWN] + " ..."
+        for line in textwrap.wrap(text, shutil.get_terminal_size().columns - len(INDENT)):
+            show_line(INDENT + line)
     times = [f"{name} {1000 * seconds:.1f} ms" for name, seconds in answer.seconds.items()]
     say(f"{', '.join(times)} ({index.meta['documents']} documents)", dim=True)
 
