@@ -3,6 +3,7 @@ nothing begins."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,8 @@ MARKS = {
 
 @dataclass
 class UntrainedEncoder(Stage):
-    """A fresh BERT with random weights; its WordPiece vocabulary is learned from the texts of the
-    data, and its head tells their classes apart.
+    """A fresh BERT with random weights; its vocabulary is the words of the data's texts, and its
+    head tells their classes apart.
 
     Attributes:
         data: Texts with labels.
@@ -137,26 +138,30 @@ class UntrainedEncoder(Stage):
 def train_wordpiece(
     texts: Iterable[str], vocab_size: int, context_length: int
 ) -> PreTrainedTokenizerFast:
-    """Return a tokenizer as BERT's (lower case, ``[CLS]`` text ``[SEP]``), with words and their
-    pieces learned from texts.
+    """Return a tokenizer as BERT's (lower case, ``[CLS]`` text ``[SEP]``) that knows the words of
+    some texts.
 
     Args:
         texts: What to learn from.
-        vocab_size: Tokens at most.
+        vocab_size: Tokens at most, see :func:`wordpieces`.
         context_length: Longest input in tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token=MARKS["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+            counts[word] += 1
+    vocabulary = wordpieces(counts, vocab_size)
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=MARKS["unk_token"]))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(MARKS.values()), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(MARKS.values()))
     begin, end = MARKS["cls_token"], MARKS["sep_token"]
     tokenizer.post_processor = TemplateProcessing(
         single=f"{begin} $A {end}",
@@ -166,3 +171,25 @@ def train_wordpiece(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=context_length, **MARKS
     )
+
+
+def wordpieces(counts: Counter[str], vocab_size: int) -> dict[str, int]:
+    """Return token -> number: marks, all characters, as first of a word and inside one, and the
+    most frequent words. Other words are spelled.
+
+    The library's own trainer gives another vocabulary each time, and the same command must give
+    the same weights.
+
+    Args:
+        counts: Word -> how often it occurs.
+        vocab_size: Tokens at most, more where there are more characters.
+    """
+    characters = sorted({character for word in counts for character in word})
+    tokens = [*MARKS.values(), *characters]
+    tokens += [f"##{character}" for character in characters]
+    for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if len(tokens) >= vocab_size:
+            break
+        if len(word) > 1:
+            tokens.append(word)
+    return {token: number for number, token in enumerate(tokens)}

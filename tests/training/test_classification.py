@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from slim.core.errors import SlimError
 from slim.data.base import TRAIN
 from slim.data.labelled import Headlines, LabelledCalibration, LabelledTexts
 from slim.data.tiny import TinyText
-from slim.data.untrained_encoder import UntrainedEncoder
+from slim.data.untrained_encoder import UntrainedEncoder, wordpieces
 from slim.distillation.layer_map import Matching
 from slim.distillation.stage import Full as Distill
 from slim.distillation.student import Layers
@@ -54,18 +55,24 @@ def headlines():
 @pytest.fixture(scope="module")
 def untrained(headlines, tmp_path_factory):
     sizes = dict(hidden_size=32, intermediate_size=64, blocks=2, heads=2, vocab_size=400)
-    stage = UntrainedEncoder(headlines, context_length=64, **sizes)
+    stage = UntrainedEncoder(headlines, context_length=64, dropout=0.0, **sizes)
     return made(stage, None, tmp_path_factory.mktemp("untrained") / "model")
 
 
 @pytest.fixture(scope="module")
 def trained(headlines, untrained, tmp_path_factory):
-    stage = Full(headlines, steps=60, learning_rate=5e-3, validate_every=20, **SHORT)
+    stage = Full(headlines, steps=60, learning_rate=2e-3, validate_every=20, **SHORT)
     return made(stage, untrained, tmp_path_factory.mktemp("trained") / "model")
 
 
 def test_training_finds_what_makes_readers_comment(trained, headlines):
     assert measured(trained, headlines)["accuracy"] > 0.8
+
+
+def test_vocabulary_is_marks_characters_and_frequent_words():
+    counts = Counter({"tax": 3, "a": 2, "ax": 1})
+    tokens = list(wordpieces(counts, 5 + 6 + 1))
+    assert tokens[5:] == ["a", "t", "x", "##a", "##t", "##x", "tax"]
 
 
 def test_training_keeps_the_names_of_the_classes(trained):
@@ -86,9 +93,9 @@ def test_student_of_half_the_blocks_learns_from_the_whole(trained, headlines, tm
         headlines,
         base=Source(str(trained)),
         match=Matching(hidden=1.0),
-        steps=30,
-        learning_rate=5e-3,
-        validate_every=15,
+        steps=80,
+        learning_rate=2e-3,
+        validate_every=40,
         **SHORT,
     )
     stage.check(open_checkpoint(student).spec)
