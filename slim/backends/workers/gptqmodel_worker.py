@@ -17,7 +17,7 @@ from gptqmodel import GPTQModel, QuantizeConfig  # noqa: E402
 
 
 def report_layers():
-    """Report GPTQModel's own bar over the blocks."""
+    """Report GPTQModel's own bars: what they count differs from bar to bar."""
     try:
         from logbar.progress import ProgressBar
     except ImportError:  # another version: slim then shows time only
@@ -28,7 +28,7 @@ def report_layers():
         try:
             total, at = len(bar.iterable), bar.current_iter_step
             if total > 1:
-                contract.progress("blocks", int(at), int(total))
+                contract.progress("its own steps", int(at), int(total))
         except (AttributeError, TypeError):
             pass
         return draw(bar, *arguments, **settings)
