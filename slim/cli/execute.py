@@ -213,9 +213,10 @@ def draw_classes(results: list[Result], tracker: Tracker) -> None:
     if not any("classification" in result.quality.get("records", {}) for result in results):
         return
     from slim.report.classes import plot_classes  # local: matplotlib
+    from slim.report.runs import CLASSES
 
     with TemporaryDirectory() as scratch:
-        if plot_classes(Path(scratch) / "classes.png", results):
+        if plot_classes(Path(scratch) / CLASSES, results):
             tracker.log_files(Path(scratch))
 
 

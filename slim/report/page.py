@@ -51,6 +51,7 @@ def sections(report: Sections) -> list[tuple[str, str]]:
     for picture in report.pictures:
         possible.append((picture["id"], picture["title"], picture))
     possible += [
+        ("classes", "Classes", report.classes),
         ("answers", "Answers side by side", report.answers),
         ("published", "Published figures", report.published),
         ("failures", "Runs without results", report.failures),

@@ -3,6 +3,7 @@ failed and why."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 KIND, POINT, SKIPPED, PUBLISHED = "slim.kind", "slim.point", "slim.skipped", "slim.published"
 SOURCES = ("source", "import")  # kinds of checkpoints that were trained elsewhere
 FIRST_KINDS = (*SOURCES, "initialise")  # kinds that begin a chain
+CLASSES = "classes.png"  # a run's picture of what a classifier confuses
 # settings that do not change a result
 PLACES = re.compile(r"^[+~]*(store|output|tracking|hydra|plan|ignore_limits)\b")
 CREDENTIALS = re.compile(r"://[^/@\s]+@")
@@ -107,6 +109,8 @@ class Chain:
         typed: the overrides, as on the command line.
         rows: the checkpoints from the source to the smallest.
         config: text of ``config.yaml``.
+        classes: picture of what a classifier confuses and of its confidence, PNG in base64; empty
+            where there is none.
     """
 
     run_id: str
@@ -114,6 +118,7 @@ class Chain:
     typed: str
     rows: tuple[Row, ...]
     config: str = ""
+    classes: str = ""
 
     @property
     def source(self) -> Row:
@@ -312,9 +317,13 @@ def _chains(client: MlflowClient, run: Run, collection: Collection) -> list[Chai
     name = run.data.tags.get(POINT) or run.info.run_name
     typed = without_secrets(run.data.tags.get("overrides", ""))
     config = without_secrets(artifact(client, run.info.run_id, "config.yaml") or "")
+    classes = ""
+    if any("accuracy" in row.metrics for row in rows):
+        classes = base64.b64encode(artifact_bytes(client, run.info.run_id, CLASSES) or b"").decode()
     chains = []
     for part in _parts(rows):
-        chains.append(Chain(run.info.run_id, name, typed, tuple(part), config))
+        chains.append(Chain(run.info.run_id, name, typed, tuple(part), config, classes))
+        classes = ""  # one picture shows all checkpoints of the run
     return chains
 
 
@@ -339,11 +348,17 @@ def artifact(client: MlflowClient, run_id: str, name: str) -> str | None:
     Returns:
         None if the run has none of that name, or it cannot be read.
     """
+    content = artifact_bytes(client, run_id, name)
+    return None if content is None else content.decode("utf-8")
+
+
+def artifact_bytes(client: MlflowClient, run_id: str, name: str) -> bytes | None:
+    """Return a run's artifact as it is; arguments and None as for :func:`artifact`."""
     from mlflow.exceptions import MlflowException
 
     with TemporaryDirectory() as folder:
         try:
-            return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+            return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
         except (MlflowException, OSError):
             return None
 

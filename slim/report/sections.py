@@ -81,6 +81,7 @@ class Sections:
         best: the front of quality and size.
         models: every checkpoint.
         pictures: as :mod:`slim.report.charts` describes them.
+        classes: (name of a run, its picture of classes as PNG in base64).
         answers: per prompt.
         failures: the runs without results.
         published: tables of the studies.
@@ -97,6 +98,7 @@ class Sections:
     failures: Table | None
     published: list[Published]
     settings: list[tuple[str, str, list[str], str]] = field(default_factory=list)
+    classes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def sections(collection: Collection) -> Sections:
@@ -115,6 +117,7 @@ def sections(collection: Collection) -> Sections:
         failures=failures_table(collection),
         published=published,
         settings=_settings(collection, points),
+        classes=[(chain.name, chain.classes) for chain in collection.chains if chain.classes],
     )
 
 

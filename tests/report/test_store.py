@@ -242,3 +242,24 @@ def test_the_picture_of_a_chain_draws_the_figures_and_leaves_gaps():
     heights = axes.lines[0].get_ydata()
     assert [heights[0], heights[2]] == [5.0, 7.5] and heights[1] != heights[1]
     assert "NaN" in [text.get_text() for text in axes.texts]
+
+
+def test_the_picture_of_classes_is_in_the_page(tmp_path):
+    from slim.report.build import build_report
+
+    store = Store(tmp_path)
+    records = [source(accuracy=0.9), quantized(4, {"bits": 4}, accuracy=0.8)]
+    run_id = store.run("headlines", "FINISHED", records)
+    picture = tmp_path / "classes.png"
+    picture.write_bytes(b"not really a picture")
+    store.client.log_artifact(run_id, str(picture))
+    page = build_report(store.client, [run_id]).html
+    assert "data:image/png;base64,bm90IHJlYWxseSBhIHBpY3R1cmU=" in page
+    assert '<a href="#classes">Classes</a>' in page
+
+
+def test_runs_without_classes_have_no_such_section(store):
+    from slim.report.build import build_report
+
+    run_id = store.run("plain", "FINISHED", point(4))
+    assert 'id="classes"' not in build_report(store.client, [run_id]).html

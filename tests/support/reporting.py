@@ -14,6 +14,8 @@ def record(label: str, digest: str, kind: str, settings: dict | None = None, **f
     quality, tasks = {}, {}
     if "perplexity" in figures:
         quality["perplexity"] = figures["perplexity"]
+    if "accuracy" in figures:
+        quality["accuracy"] = figures["accuracy"]
     for name, share in figures.get("tasks", {}).items():
         quality |= {
             f"{name}/acc": share,
