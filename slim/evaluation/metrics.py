@@ -186,10 +186,10 @@ METRICS = [
         RECORD, "factor",
     ),
     Metric(
-        "texts_per_second", "texts", "encoding", "texts/s", 1, 0, "high", "speed", HEADLINE,
+        "texts_per_second", "texts", "encoding", "texts/s", 1, 0, "high", "encoding", HEADLINE,
         "factor",
     ),
-    Metric("text_latency", "one text", "", "ms", 1000, 2, "low", "speed", HEADLINE),
+    Metric("text_latency", "one text", "", "ms", 1000, 2, "low", "encoding", HEADLINE),
     Metric("time_to_first_token", "time to first token", "", "s", 1, 3, "low", "speed"),
     Metric(
         "energy_joules_per_token", "energy", "energy", "J/tok", 1, 3, "low", "energy", HEADLINE

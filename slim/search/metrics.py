@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slim.core.errors import SlimError, did_you_mean
+from slim.evaluation.encoder_speed import EncoderSpeed
 from slim.evaluation.metrics import METRICS, SPREADS, metric_of
+from slim.evaluation.speed import Speed
 
 if TYPE_CHECKING:
     from slim.evaluation.evaluation import Evaluation
@@ -48,8 +50,9 @@ def measured_parts(evaluation: Evaluation | None) -> set[str]:
         "answers": answers and answers.similarity,
         "generation": evaluation.prompts or answers,
         "tasks": task_names(evaluation),
-        "speed": speed,
-        "max_length": speed and speed.max_length,
+        "speed": isinstance(speed, Speed),
+        "encoding": isinstance(speed, EncoderSpeed),
+        "max_length": isinstance(speed, Speed) and speed.max_length,
         "energy": speed and evaluation.energy,
         **evaluation.extra,
     }

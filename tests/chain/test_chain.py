@@ -244,6 +244,7 @@ def test_two_processes_at_once_share_the_work(tmp_path, finished):
     assert quality(store) == quality(finished[0])
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_shared_stages_once(tmp_path):
     store = tmp_path / "runs"
     options = [option for option in SHORT if not option.startswith(("tuner", "quant"))]

@@ -114,8 +114,8 @@ def test_texts_are_read_and_mistakes_in_them_named(tmp_path):
         list(Text(str(path)).documents())
     with pytest.raises(SlimError, match="There is no text"):
         Text(str(tmp_path / "missing.txt"))
-    (tmp_path / "text.csv").write_text("a")
+    (tmp_path / "text.xlsx").write_text("a")
     with pytest.raises(SlimError, match="Allowed endings"):
-        Text(str(tmp_path / "text.csv"))
+        Text(str(tmp_path / "text.xlsx"))
     with pytest.raises(SlimError, match="cannot be loaded"):
         list(Text("org/not-here").documents())

@@ -411,6 +411,7 @@ def test_a_package_without_its_file(monkeypatch, tmp_path):
 
 
 @needs_package
+@pytest.mark.slow
 def test_smollm2_in_four_bits(tmp_path):
     """A short chain on a real model: imported, then rounded to four bits."""
     chain = pipeline("model=smollm2", "quant=rtn", "quant.group_size=64", store=tmp_path)

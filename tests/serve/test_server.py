@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from slim.evaluation.chat import Endpoint
+from slim.core.endpoint import Endpoint
 from slim.evaluation.memory import process_bytes
 from slim.serve.__main__ import main
 from tests.support.answering import ANSWER, QUESTION, serving, tiny, user
