@@ -13,8 +13,9 @@ from slim.chain.compose import CONF
 from slim.evaluation.evaluation import Evaluation
 from slim.evaluation.metrics import BY_NAME, DETAIL, HEADLINE, METRICS, metric_of, metrics_of
 
-# parts that are no field of an evaluation: said of all answers, given by one setting of speed
-DERIVED = {"generation", "max_length"}
+# parts that are no field of an evaluation: said of all answers, given by one setting of speed, the
+# speed of encoders
+DERIVED = {"generation", "max_length", "encoding"}
 
 
 def test_every_metric_has_a_name_of_its_own():
