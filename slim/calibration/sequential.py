@@ -160,6 +160,7 @@ class SequentialCalibration:
                 if runner is not None:
                     runner.advance()
                 if plain is not None:
+                    plain.advance()
                     self.plain_model.drop(name)
 
                 # Write: what the method has made of the block goes to the output's current shard.

@@ -18,6 +18,7 @@ from slim.quantization.methods.awq import AWQ
 from slim.quantization.methods.gptq import GPTQ
 from tests.calibration.test_sequential import Spy
 from tests.support.calibrating import random_calibration
+from tests.support.encoding import build_encoder
 
 
 def inputs(samples, seed=0):
@@ -215,3 +216,14 @@ def test_results_without_propagation_keep_their_names():
     for stage in (GPTQ(4, 32), AWQ(4, 32), Gguf("Q8_0")):
         assert "propagate" not in stage.cache_key()
     assert GPTQ(4, 32, propagate=True).cache_key()["propagate"] is True
+
+
+def test_the_plain_model_of_an_encoder_is_run_to_its_end(tmp_path):
+    folder = build_encoder("bert", tmp_path / "bert", top="embedding")
+    tokens = torch.randint(5, 100, (9, 20), generator=torch.Generator().manual_seed(2))
+    calibration = SequentialCalibration(open_checkpoint(folder), Shrink(), None, tokens)
+    calibration.run()
+    with torch.no_grad():
+        expected = load_model(folder, "float32")(tokens).last_hidden_state
+    reached = torch.cat(calibration.plain_captured.hidden)
+    torch.testing.assert_close(reached, expected, rtol=1e-4, atol=1e-4)
