@@ -13,7 +13,7 @@ from pathlib import Path
 from slim.backends.environment import MARKER, Environment
 from slim.backends.making import make, problems, remove_environment
 from slim.backends.tools import TOOLS, Tool, find_tool
-from slim.core.console import never_fail_on_a_character, output_may_be_cut
+from slim.core.command import run_command
 from slim.core.errors import SlimError
 from slim.core.hardware import pick_device
 from slim.core.io import read_json
@@ -30,18 +30,11 @@ ABOUT = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    never_fail_on_a_character()
-    options = parser().parse_args(arguments)
-    try:
-        with output_may_be_cut():
-            return COMMANDS[options.command](options)
-        return 0  # whoever read the output has seen enough
-    except SlimError as error:
-        print(f"slim: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("slim: Interrupted.", file=sys.stderr)
-        return 130
+
+    def run(options: argparse.Namespace) -> int:
+        return COMMANDS[options.command](options)
+
+    return run_command(parser(), run, arguments)
 
 
 def parser() -> argparse.ArgumentParser:

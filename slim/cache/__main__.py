@@ -15,7 +15,8 @@ from slim.cache.cleaning import leftovers, remove, require_uploaded, unneeded_re
 from slim.cache.inventory import damage, entries, existing_store, size_of, size_rows, tracked_runs
 from slim.cache.usage import Run
 from slim.checkpoints.store import Store
-from slim.core.console import never_fail_on_a_character, output_may_be_cut, track
+from slim.core.command import run_command
+from slim.core.console import track
 from slim.core.errors import SlimError
 from slim.core.tables import Table, print_table
 from slim.core.text import counted, gigabytes
@@ -37,18 +38,11 @@ PRUNE_OPTIONS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    never_fail_on_a_character()
-    options = parser().parse_args(arguments)
-    try:
-        with output_may_be_cut():
-            return COMMANDS[options.command](existing_store(options.store), options)
-        return 0  # whoever read the output has seen enough
-    except SlimError as error:
-        print(f"slim: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("slim: Interrupted.", file=sys.stderr)
-        return 130
+
+    def run(options: argparse.Namespace) -> int:
+        return COMMANDS[options.command](existing_store(options.store), options)
+
+    return run_command(parser(), run, arguments)
 
 
 def parser() -> argparse.ArgumentParser:

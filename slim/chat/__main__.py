@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from slim.core.console import never_fail_on_a_character, output_may_be_cut, show_labelled
-from slim.core.errors import SlimError
+from slim.core.command import INTERRUPTED, run_command
+from slim.core.console import show_labelled
 from slim.serve.options import add_model_options, load_models, positive
 
 HOST = "127.0.0.1"
@@ -60,21 +60,15 @@ def sampling_of(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    never_fail_on_a_character()
-    options = parser().parse_args(arguments)
-    try:
-        with output_may_be_cut():
-            if options.web:
-                serve_page(options)
-            else:
-                talk(options)
-    except SlimError as error:
-        print(f"slim: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nslim: Interrupted.", file=sys.stderr)
-        return 130
-    return 0
+
+    def run(options: argparse.Namespace) -> None:
+        if options.web:
+            serve_page(options)
+        else:
+            talk(options)
+
+    # after the ^C that the terminal shows
+    return run_command(parser(), run, arguments, interrupted=f"\n{INTERRUPTED}")
 
 
 def talk(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from slim.core.console import never_fail_on_a_character
+from slim.core.command import INTERRUPTED, run_command
 from slim.core.errors import SlimError
 
 DESCRIPTION = (
@@ -78,19 +78,16 @@ def _add_asking(group) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    never_fail_on_a_character()
-    options = vars(parser().parse_args(arguments))
-    try:
-        return _convert(options)
-    except SlimError as error:
-        print(f"slim: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("slim: Interrupted. The same command resumes from what was read.", file=sys.stderr)
-        return 130
+    return run_command(
+        parser(),
+        _convert,
+        arguments,
+        interrupted=f"{INTERRUPTED} The same command resumes from what was read.",
+    )
 
 
-def _convert(options: dict) -> int:
+def _convert(given: argparse.Namespace) -> int:
+    options = vars(given)
     # --help does without the readers
     from slim.core.tables import print_table
     from slim.documents.convert import Conversion

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from slim.core.console import never_fail_on_a_character, say
+from slim.core.command import INTERRUPTED, run_command
+from slim.core.console import say
 from slim.core.errors import SlimError
 
 DESCRIPTION = (
@@ -65,21 +66,21 @@ MAKING = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    never_fail_on_a_character()
-    options = parser().parse_args(arguments)
-    try:
-        output = Path(options.output).expanduser()
-        if output.suffix != ".jsonl":
-            raise SlimError(f"--output {output}: must end in .jsonl.")
-        if options.catalogue:
-            return _catalogue(options, output)
-        return _made(options, output)
-    except SlimError as error:
-        print(f"slim: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("slim: Interrupted. The same command resumes from what was asked.", file=sys.stderr)
-        return 130
+    return run_command(
+        parser(),
+        _run,
+        arguments,
+        interrupted=f"{INTERRUPTED} The same command resumes from what was asked.",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    output = Path(options.output).expanduser()
+    if output.suffix != ".jsonl":
+        raise SlimError(f"--output {output}: must end in .jsonl.")
+    if options.catalogue:
+        return _catalogue(options, output)
+    return _made(options, output)
 
 
 def _catalogue(options: argparse.Namespace, output: Path) -> int:

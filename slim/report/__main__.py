@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from slim.core.command import run_command
 from slim.core.errors import SlimError
 
 DESCRIPTION = "Write report.html (one page, works offline) and report.md about tracked runs."
@@ -32,16 +33,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the report; returns the exit code: 0 done, 2 a mistake in the command."""
-    options = parser().parse_args(arguments)
-    try:
-        for path in write(
-            options.what, options.store, options.uri, Path(options.output).expanduser()
-        ):
+
+    def run(options: argparse.Namespace) -> None:
+        folder = Path(options.output).expanduser()
+        for path in write(options.what, options.store, options.uri, folder):
             print(path)
-    except SlimError as error:
-        print(f"slim: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(parser(), run, arguments)
 
 
 def write(what: str, store: str | None, uri: str | None, folder: Path) -> list[Path]:

@@ -11,7 +11,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from slim.core.console import never_fail_on_a_character, say, show_line
+from slim.core.command import run_command
+from slim.core.console import say, show_line
 from slim.core.errors import SlimError
 from slim.search_index.index import EXACT, KINDS, Index, build, read_documents
 
@@ -49,17 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    never_fail_on_a_character()
-    options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except SlimError as error:
-        print(f"slim: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("slim: Interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(parser(), run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ import argparse
 import os
 import sys
 
-from slim.core.console import never_fail_on_a_character, show_labelled
+from slim.core.command import run_command
+from slim.core.console import show_labelled
 from slim.core.errors import SlimError
 from slim.serve.options import add_model_options, load_models, positive
 
@@ -65,17 +66,7 @@ def add_server_options(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    never_fail_on_a_character()
-    options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except SlimError as error:
-        print(f"slim: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("slim: Interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(parser(), run, arguments)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -8,8 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slim.core.errors import SlimError
 from slim.quantization.formats.awq import AwqGemm
@@ -17,11 +16,8 @@ from slim.quantization.formats.base import Format, Packed, Stored
 from slim.quantization.formats.gptq import V1, V2, Gptq
 
 if TYPE_CHECKING:
-    import torch
-
     from slim.checkpoints.reader import TensorReader
     from slim.quantization.scheme import Scheme
-    from slim.quantization.solvers.grid import Quantized
 
 VERSIONS = {
     "auto_round:auto_gptq": V1,
@@ -40,18 +36,6 @@ class AutoRoundFormat(Format):
 
     def scale_dtype(self, model_dtype: str) -> str:
         return "float16"
-
-    def config(
-        self,
-        schemes: Mapping[str, Scheme],
-        linears: Iterable[str],
-        ordered: bool = False,
-        **extra: Any,
-    ) -> dict:
-        raise NotImplementedError("slim writes gptq, awq and compressed-tensors")
-
-    def tensors(self, layer: Quantized) -> dict[str, torch.Tensor]:
-        raise NotImplementedError("slim writes gptq, awq and compressed-tensors")
 
     def layer_bytes(
         self, rows: int, columns: int, scheme: Scheme, model_dtype: str, ordered: bool = False
