@@ -8,9 +8,9 @@ is the cosine (Reimers & Gurevych, arXiv:1908.10084).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slim.checkpoints.checkpoint import open_checkpoint
 from slim.checkpoints.tokenizer import load_tokenizer
@@ -101,24 +101,10 @@ class BiEncoder:
             texts: One or more.
             batch_size: Texts at once; those of like length are read together.
         """
-        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                chosen = [texts[number] for number in order[start : start + batch_size]]
-                parts.append(self._vectors(chosen))
-        vectors = torch.cat(parts)
-        return vectors[torch.tensor(order).argsort()]
+        return in_batches(texts, len, batch_size, self._vectors)
 
     def _vectors(self, texts: list[str]) -> torch.Tensor:
-        batch = self.tokenizer(
-            texts,
-            truncation=True,
-            max_length=self.window,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
+        batch = padded(self.tokenizer, self.window, texts)
         ids = batch["input_ids"].to(self.model.device)
         mask = batch["attention_mask"].to(self.model.device)
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -155,22 +141,46 @@ class CrossEncoder:
             pairs: One or more.
             batch_size: Pairs at once; those of like length are read together.
         """
-        order = sorted(range(len(pairs)), key=lambda number: sum(map(len, pairs[number])))
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                chosen = [pairs[number] for number in order[start : start + batch_size]]
-                batch = self.tokenizer(
-                    [first for first, _ in chosen],
-                    [second for _, second in chosen],
-                    truncation=True,
-                    max_length=self.window,
-                    padding=True,
-                    padding_side="right",
-                    return_tensors="pt",
-                ).to(self.model.device)
-                parts.append(self.model(**batch).logits[:, 0].float().cpu())
-        return torch.cat(parts)[torch.tensor(order).argsort()]
+        return in_batches(pairs, lambda pair: sum(map(len, pair)), batch_size, self._scores)
+
+    def _scores(self, pairs: list[tuple[str, str]]) -> torch.Tensor:
+        firsts, seconds = ([pair[place] for pair in pairs] for place in (0, 1))
+        batch = padded(self.tokenizer, self.window, firsts, seconds).to(self.model.device)
+        return self.model(**batch).logits[:, 0].float().cpu()
+
+
+def in_batches(
+    items: Sequence[Any],
+    length: Callable[[Any], int],
+    batch_size: int,
+    compute: Callable[[list], torch.Tensor],
+) -> torch.Tensor:
+    """Return what is computed of items, in their order.
+
+    Args:
+        items: One or more.
+        length: Of an item; those of like length are computed together.
+        batch_size: Items at once.
+        compute: Items -> [items, ...].
+    """
+    order = sorted(range(len(items)), key=lambda number: length(items[number]))
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            parts.append(compute([items[number] for number in order[start : start + batch_size]]))
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def padded(tokenizer, window: int, *texts: list[str]):
+    """Return texts, or pairs of them, as a batch: cut to ``window`` tokens, filled up behind."""
+    return tokenizer(
+        *texts,
+        truncation=True,
+        max_length=window,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
 
 
 def require_bi_encoder(spec: ModelSpec) -> None:

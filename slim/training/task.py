@@ -72,13 +72,20 @@ class Task:
     def read_training(self) -> Windows:
         """Return the windows to train on: as many as the steps need, or all of them where epochs
         are counted."""
-        plan = self.plan
-        return plan.data.windows(TRAIN, self.tokenizer, plan.window, plan.training_tokens)
+        return self.read_part(TRAIN, self.plan.training_tokens)
 
     def read_validation(self) -> Windows:
         """Return the windows that decide which state is the best."""
-        plan = self.plan
-        return plan.data.windows(VALIDATION, self.tokenizer, plan.window, plan.validation_tokens)
+        return self.read_part(VALIDATION, self.plan.validation_tokens)
+
+    def read_part(self, part: str, tokens: int | None) -> Windows:
+        """Return windows of the data as this task reads them.
+
+        Args:
+            part: ``train`` or ``validation``.
+            tokens: how many; None: all.
+        """
+        return self.plan.data.windows(part, self.tokenizer, self.plan.window, tokens)
 
     @property
     def epoch_steps(self) -> float:
@@ -122,13 +129,7 @@ class Task:
 class ClassificationTask(Task):
     """Telling the classes of texts apart."""
 
-    def read_training(self) -> Windows:
-        return self._read(TRAIN, self.plan.training_tokens)
-
-    def read_validation(self) -> Windows:
-        return self._read(VALIDATION, self.plan.validation_tokens)
-
-    def _read(self, part: str, tokens: int | None) -> Windows:
+    def read_part(self, part: str, tokens: int | None) -> Windows:
         """Return a part of the data with the numbers that the model's head gives its classes."""
         plan, names = self.plan, self.checkpoint.spec.labels
         return plan.data.labelled(part, self.tokenizer, plan.window, tokens, names)
@@ -137,13 +138,7 @@ class ClassificationTask(Task):
 class PairTask(Task):
     """Telling how alike two texts are: by the cosine of their vectors, or by a score of both."""
 
-    def read_training(self) -> Windows:
-        return self._read(TRAIN, self.plan.training_tokens)
-
-    def read_validation(self) -> Windows:
-        return self._read(VALIDATION, self.plan.validation_tokens)
-
-    def _read(self, part: str, tokens: int | None) -> Windows:
+    def read_part(self, part: str, tokens: int | None) -> Windows:
         """Return a part of the pairs as this model reads them."""
         plan = self.plan
         together = self.checkpoint.spec.top == CLASSES
